@@ -29,8 +29,8 @@ def _noise_pattern(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def gradient(rng: np.random.Generator, size: int) -> np.ndarray:
-    ramp = ramp(rng, size)
-    return (ramp - ramp.min()) / (ramp.max() - ramp.min())
+    along = ramp(rng, size)
+    return (along - along.min()) / (along.max() - along.min())
 
 
 def _checker(rng: np.random.Generator, size: int) -> np.ndarray:
