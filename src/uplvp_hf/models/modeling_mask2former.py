@@ -1,0 +1,194 @@
+"""Mask2Former as a three-step query segmenter: encode -> initial_queries -> decode.
+
+Built on transformers' Mask2Former blocks (arXiv 2112.01527), with the same parameter names, so checkpoints go both
+ways. What is added: the three steps, padding masked in attention and losses, prompts' feature map, one loss for all
+layers. With a full pixel mask the predictions equal `Mask2FormerForUniversalSegmentation` on the same weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackbone
+
+from .losses import Draw, LayerOutput, MaskClassificationLoss
+
+
+@dataclass
+class SegmenterFeatures:
+    """Everything before the queries.
+
+    mask_features (B, C, H/4, W/4); levels: low to high resolution (B, C, h, w); padding: per level (B, h, w) bool,
+    True outside the picture, or None; prompt_map (B, Cp, H/32, W/32): the map that prompts are pooled from (C5);
+    pixel_mask as given.
+    """
+
+    mask_features: Tensor
+    levels: tuple[Tensor, ...]
+    padding: list[Tensor] | None
+    prompt_map: Tensor
+    pixel_mask: Tensor | None
+
+
+class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
+    """The Mask2Former query segmenter.
+
+    `config.backbone_config` is any transformers backbone or a `TimmBackboneConfig`; a `timm_kwargs` dict on the latter
+    (for example `{"pad_type": "same"}`) is handed to timm.
+    """
+
+    config: Mask2FormerConfig
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Mask2FormerMaskedAttentionDecoderLayer", "Mask2FormerPixelDecoderEncoderLayer"]
+    class_sized = ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight")
+
+    def __init__(self, config: Mask2FormerConfig):
+        super().__init__(config)
+        extra = getattr(config.backbone_config, "timm_kwargs", None)
+        if extra:
+            self.model.pixel_level_module.encoder = TimmBackbone(config.backbone_config, **extra)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return self.model.pixel_level_module.encoder
+
+    @property
+    def prompt_channels(self) -> int:
+        """Channels of the map that prompts are pooled from."""
+        return self.backbone.channels[-1]
+
+    @property
+    def query_channels(self) -> int:
+        return self.config.hidden_dim
+
+    @property
+    def loss_function(self) -> MaskClassificationLoss:
+        config = self.config
+        return MaskClassificationLoss(
+            class_weight=config.class_weight,
+            mask_weight=config.mask_weight,
+            dice_weight=config.dice_weight,
+            no_object_weight=config.no_object_weight,
+            num_points=config.train_num_points,
+            oversample_ratio=config.oversample_ratio,
+            importance_ratio=config.importance_sample_ratio,
+        )
+
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> SegmenterFeatures:
+        """pixel_values (B, 3, H, W), pixel_mask (B, H, W) with 1 on the picture."""
+        maps = self.backbone(pixel_values).feature_maps
+        decoder = self.model.pixel_level_module.decoder
+        padding = None
+        if pixel_mask is not None:
+            padding = [_padding_at(pixel_mask, maps[-1 - level].shape[-2:]) for level in range(3)]
+        mask_features, levels = _pixel_decode(decoder, maps, padding)
+        return SegmenterFeatures(mask_features, levels, padding, maps[-1], pixel_mask)
+
+    def initial_queries(self, features: SegmenterFeatures) -> Tensor:
+        """The learned content queries, (B, N, D). Position embeddings of the queries stay inside `decode`."""
+        weight = self.model.transformer_module.queries_features.weight
+        return weight[None].expand(features.mask_features.shape[0], -1, -1)
+
+    def decode(self, features: SegmenterFeatures, queries: Tensor) -> list[LayerOutput]:
+        """Predictions before the first decoder layer and after each: `config.decoder_layers` outputs."""
+        module = self.model.transformer_module
+        keys, positions, sizes = self._memory(features)
+        query_positions = module.queries_embedder.weight[:, None].expand(-1, queries.shape[0], -1)
+        hidden = queries.transpose(0, 1)  # (N, B, D)
+        outputs = []
+        for index in range(len(module.decoder.layers) + 1):
+            if index > 0:
+                level = (index - 1) % module.num_feature_levels
+                layer = module.decoder.layers[index - 1]
+                blocked = self._blocked(blocked, features, level)
+                hidden = layer(
+                    hidden, level, None, positions, query_positions, keys, encoder_attention_mask=blocked
+                )[0]
+            normed = module.decoder.layernorm(hidden)
+            masks, blocked = module.decoder.mask_predictor(
+                normed, features.mask_features, sizes[index % module.num_feature_levels]
+            )
+            content = normed.transpose(0, 1)  # (B, N, D)
+            outputs.append(LayerOutput(self.class_predictor(content), masks, content))
+        return outputs
+
+    def _memory(self, features: SegmenterFeatures) -> tuple[list[Tensor], list[Tensor], list[torch.Size]]:
+        """Keys and their positions, (hw, B, D) a level, and the level sizes."""
+        module = self.model.transformer_module
+        keys, positions, sizes = [], [], []
+        for index, level in enumerate(features.levels):
+            real = None if features.padding is None else (~features.padding[index])
+            position = module.position_embedder(level.shape, level.device, level.dtype, real)
+            key = module.input_projections[index](level).flatten(2) + module.level_embed.weight[index][None, :, None]
+            keys.append(key.permute(2, 0, 1))
+            positions.append(position.flatten(2).permute(2, 0, 1))
+            sizes.append(level.shape[-2:])
+        return keys, positions, sizes
+
+    def _blocked(self, blocked: Tensor, features: SegmenterFeatures, level: int) -> Tensor:
+        """Attention mask (B * heads, N, hw), True where a query may not look. A query with nowhere to look, looks
+        everywhere on the picture."""
+        heads = self.config.num_attention_heads
+        if features.padding is None:
+            return blocked & ~blocked.all(-1, keepdim=True)
+        outside = features.padding[level].flatten(1).repeat_interleave(heads, dim=0)[:, None]
+        blocked = blocked | outside
+        return torch.where(blocked.all(-1, keepdim=True), outside, blocked)
+
+    def loss(
+        self,
+        layers: list[LayerOutput],
+        features: SegmenterFeatures,
+        mask_labels: list[Tensor],
+        class_labels: list[Tensor],
+        num_masks: Tensor | float | None = None,
+        draw: Draw | None = None,
+    ):
+        """Weighted loss terms by name, and the assignments of every layer. See `MaskClassificationLoss`."""
+        layers = layers if self.config.use_auxiliary_loss else layers[-1:]
+        return self.loss_function(layers, mask_labels, class_labels, features.pixel_mask, num_masks, draw)
+
+
+def _padding_at(pixel_mask: Tensor, size: torch.Size) -> Tensor:
+    """(B, H, W) mask with 1 on the picture -> (B, h, w) bool, True on cells that hold no picture at all."""
+    return F.adaptive_max_pool2d(pixel_mask[:, None].float(), tuple(size))[:, 0] == 0
+
+
+def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], padding: list[Tensor] | None):
+    """Multi-scale deformable encoder and FPN of transformers' `Mask2FormerPixelDecoder`, padding masked.
+
+    Returns mask features (B, C, H/4, W/4) and the levels from low to high resolution.
+    """
+    embeds, positions, ratios = [], [], []
+    for level, feature in enumerate(maps[::-1][: decoder.num_feature_levels]):
+        embeds.append(decoder.input_projections[level](feature))
+        real = None if padding is None else ~padding[level]
+        position = decoder.position_embedding(feature.shape, feature.device, feature.dtype, real)
+        positions.append(position.flatten(2).transpose(1, 2) + decoder.level_embed[level].view(1, 1, -1))
+        if padding is None:
+            ratios.append(feature.new_ones((feature.shape[0], 2)))
+        else:
+            ratios.append(decoder.get_valid_ratio(padding[level], dtype=feature.dtype))
+    sizes = [tuple(embed.shape[-2:]) for embed in embeds]
+    blocked = None if padding is None else torch.cat([mask.flatten(1) for mask in padding], 1)
+    hidden = decoder.encoder(
+        inputs_embeds=torch.cat([embed.flatten(2).transpose(1, 2) for embed in embeds], 1),
+        attention_mask=blocked,
+        position_embeddings=torch.cat(positions, 1),
+        spatial_shapes_list=sizes,
+        valid_ratios=torch.stack(ratios, 1),
+        return_dict=True,
+    ).last_hidden_state
+    pieces = hidden.split([height * width for height, width in sizes], dim=1)
+    outputs = [
+        piece.transpose(1, 2).reshape(hidden.shape[0], -1, *size) for piece, size in zip(pieces, sizes, strict=True)
+    ]
+    for index, feature in enumerate(maps[: decoder.num_fpn_levels][::-1]):
+        lateral = decoder.lateral_convolutions[index](feature)
+        upper = F.interpolate(outputs[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        outputs.append(decoder.output_convolutions[index](lateral + upper))
+    return decoder.mask_projection(outputs[-1]), tuple(outputs[: decoder.num_feature_levels])
+
+
+__all__ = ["Mask2FormerSegmenter"]

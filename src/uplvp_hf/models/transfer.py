@@ -1,0 +1,71 @@
+"""Moving weights between models with different classes, and saying what happened to every tensor."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass
+class TransferReport:
+    """What a transfer did: names of tensors kept, remapped (class rows copied by name), re-initialised, ignored."""
+
+    kept: list[str] = field(default_factory=list)
+    remapped: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"kept {len(self.kept)} tensors"]
+        if self.remapped:
+            lines.append(f"remapped by class name ({', '.join(self.classes)}): {', '.join(self.remapped)}")
+        if self.reinitialised:
+            lines.append(f"re-initialised: {', '.join(self.reinitialised)}")
+        if self.ignored:
+            lines.append(f"ignored: {', '.join(self.ignored)}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "remap") -> TransferReport:
+    """Copies the tensors of `source` into `target`, model by model of the same architecture.
+
+    Class-sized tensors (named by `segmenter.class_sized`, classes along the first axis, an extra last row being "no
+    object") are copied row by row by class name with `class_head="remap"`, left as initialised with `"new"`. Any
+    other tensor of unequal shape is left as initialised and reported.
+    """
+    if class_head not in ("remap", "new"):
+        raise ValueError(f"class_head must be `remap` or `new`, got `{class_head}`.")
+    report = TransferReport()
+    old, new = source.state_dict(), target.state_dict()
+    rows = _class_rows(source.config.id2label, target.config.id2label)
+    same_classes = source.config.id2label == target.config.id2label
+    class_sized = {f"segmenter.{name}" for name in target.segmenter.class_sized}
+    for name, tensor in new.items():
+        if name not in old:
+            report.reinitialised.append(name)
+        elif name in class_sized and class_head == "remap" and (rows or same_classes):
+            _copy_rows(old[name], tensor, rows, len(source.config.id2label), len(target.config.id2label))
+            report.remapped.append(name)
+        elif name not in class_sized and old[name].shape == tensor.shape:
+            tensor.copy_(old[name])
+            report.kept.append(name)
+        else:
+            report.reinitialised.append(name)
+    report.ignored = [name for name in old if name not in new]
+    report.classes = [target.config.id2label[row] for row in sorted(rows)]
+    return report
+
+
+def _class_rows(old: dict[int, str], new: dict[int, str]) -> dict[int, int]:
+    """New class id -> old class id, for classes of the same name whatever the case."""
+    known = {name.casefold(): index for index, name in old.items()}
+    return {index: known[name.casefold()] for index, name in new.items() if name.casefold() in known}
+
+
+def _copy_rows(old: torch.Tensor, new: torch.Tensor, rows: dict[int, int], old_count: int, new_count: int) -> None:
+    for target, source in rows.items():
+        new[target] = old[source]
+    if old.shape[0] == old_count + 1 and new.shape[0] == new_count + 1:
+        new[new_count] = old[old_count]  # "no object"
