@@ -1,1 +1,53 @@
+"""Data: COCO rows in, batches out."""
 
+from .coco import read_coco, write_coco
+from .collator import collate
+from .dataset import InstanceDataset, Objects, Row, empty_objects
+from .errors import DataError, ImageError
+from .images import image_size, open_image, to_rgb
+from .rle import (
+    decode_segmentation,
+    encode_mask,
+    encode_masks,
+    mask_area,
+    mask_iou,
+    masks_to_boxes,
+    rle_areas,
+    rle_boxes,
+    segmentation_to_rle,
+)
+from .rows import load_dataset_rows, read_image_folder
+from .splits import sample_labels_per_class
+from .store_reader import read_store
+from .training_set import TrainingSet
+from .transforms import TrainTransform
+
+__all__ = [
+    "DataError",
+    "ImageError",
+    "InstanceDataset",
+    "Objects",
+    "Row",
+    "TrainTransform",
+    "TrainingSet",
+    "collate",
+    "decode_segmentation",
+    "empty_objects",
+    "encode_mask",
+    "encode_masks",
+    "image_size",
+    "load_dataset_rows",
+    "mask_area",
+    "mask_iou",
+    "masks_to_boxes",
+    "open_image",
+    "read_coco",
+    "read_image_folder",
+    "read_store",
+    "rle_areas",
+    "rle_boxes",
+    "sample_labels_per_class",
+    "segmentation_to_rle",
+    "to_rgb",
+    "write_coco",
+]

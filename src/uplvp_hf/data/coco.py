@@ -1,0 +1,208 @@
+"""COCO instance JSON (https://cocodataset.org/#format-data) to rows and back."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from typing import Any
+
+from .dataset import InstanceDataset, Row, empty_objects
+from .errors import DataError
+from .fields import (
+    finite_number,
+    image_identifier,
+    inside,
+    read_categories,
+    read_json,
+    require,
+    require_list,
+    whole_number,
+)
+from .rle import polygon_fault, rle_areas, rle_boxes, segmentation_to_rle
+
+
+def _clean_segmentation(
+    segmentation: Any, height: int, width: int, complain
+) -> tuple[Any, dict[str, Any], bool] | None:
+    """(segmentation to keep, its RLE, whether it was changed), or None when no pixel is left.
+
+    Polygons inside of the picture are kept as they are; polygons that reach out, and uncompressed RLEs, become
+    compressed RLEs of what is inside. `complain` is called with each reason for which something is left out.
+    """
+    changed = False
+    if isinstance(segmentation, list):
+        parts = []
+        for part in segmentation:
+            fault = polygon_fault(part, height, width)
+            if fault is None:
+                parts.append(part)
+            else:
+                complain(fault)
+        if not parts:
+            if not segmentation:
+                complain("the segmentation is empty")
+            return None
+        changed = len(parts) < len(segmentation)
+        segmentation = parts
+    try:
+        rle = segmentation_to_rle(segmentation, height, width)
+        area = rle_areas([rle])[0]
+    except ValueError as error:  # DataError, and what pycocotools says of codes that do not fill the picture
+        complain(str(error))
+        return None
+    if area == 0:
+        complain("no pixel of the object is inside of the picture")
+        return None
+    if isinstance(segmentation, dict):
+        return rle, rle, changed
+    reaches_out = any(min(part) < 0 or max(part[0::2]) > width or max(part[1::2]) > height for part in segmentation)
+    return (rle if reaches_out else segmentation), rle, changed or reaches_out
+
+
+class _Reader:
+    """One pass over a parsed COCO file."""
+
+    def __init__(self, content: Any, path: str, image_dir: str) -> None:
+        require(content, ("images", "annotations", "categories"), path, None)
+        self.content, self.path, self.image_dir = content, path, image_dir
+        self.failures: list[dict[str, Any]] = []
+        self.dropped = 0
+        self.categories = read_categories(content["categories"], path)
+        self.known = {category["id"] for category in self.categories}
+        self.rows: dict[int | str, Row] = {}
+
+    def read_images(self) -> None:
+        for index, entry in enumerate(require_list(self.content, "images", self.path)):
+            where = f"images[{index}]"
+            require(entry, ("id", "file_name", "width", "height"), self.path, where)
+            image_id = image_identifier(entry, "id", self.path, where)
+            where = f"{where} (id {image_id})"
+            if image_id in self.rows:
+                raise DataError(f"image id {image_id!r} occurs twice", file=self.path, row=where)
+            self.rows[image_id] = Row(
+                image=inside(self.image_dir, entry["file_name"], self.path, where),
+                image_id=image_id,
+                file_name=entry["file_name"],
+                width=whole_number(entry, "width", self.path, where, minimum=1),
+                height=whole_number(entry, "height", self.path, where, minimum=1),
+                objects=empty_objects(),
+            )
+        if not self.rows:
+            raise DataError("lists no images", file=self.path)
+
+    def read_annotations(self) -> None:
+        entries = require_list(self.content, "annotations", self.path)
+        if entries and not self.known:
+            raise DataError(f"has {len(entries)} annotations and an empty 'categories' list", file=self.path)
+        for index, entry in enumerate(entries):
+            self._read_annotation(entry, f"annotations[{index}]")
+        if entries and self.dropped == len(entries):
+            raise DataError(
+                f"none of the {len(entries)} annotations has a usable mask; the first: {self.failures[0]['reason']}",
+                file=self.path,
+            )
+        if self.dropped:
+            warnings.warn(
+                f"{self.path}: {self.dropped} of {len(entries)} annotations have no usable mask and are left out; "
+                f"the first: {self.failures[0]['row']}: {self.failures[0]['reason']}. See `failures` of the data set.",
+                stacklevel=4,
+            )
+
+    def _read_annotation(self, entry: Any, where: str) -> None:
+        path = self.path
+        require(entry, ("image_id", "category_id", "segmentation"), path, where)
+        where = f"{where} (id {entry['id']})" if "id" in entry else where
+        image_id = image_identifier(entry, "image_id", path, where)
+        category_id = whole_number(entry, "category_id", path, where)
+        if image_id not in self.rows:
+            raise DataError(f"image id {image_id!r} is not in 'images'", file=path, row=where)
+        if category_id not in self.known:
+            raise DataError(f"category id {category_id} is not in 'categories'", file=path, row=where)
+        row = self.rows[image_id]
+
+        def complain(reason: str) -> None:
+            self.failures.append({"file": path, "row": where, "reason": reason})
+
+        cleaned = _clean_segmentation(entry["segmentation"], row["height"], row["width"], complain)
+        if cleaned is None:
+            self.dropped += 1
+            return
+        segmentation, rle, changed = cleaned
+        objects = row["objects"]
+        objects["segmentation"].append(segmentation)
+        objects["category_id"].append(category_id)
+        objects["bbox"].append(self._bbox(entry, rle, changed, where))
+        objects["area"].append(self._area(entry, rle, changed, where))
+        objects["iscrowd"].append(int(bool(whole_number({"iscrowd": 0, **entry}, "iscrowd", path, where))))
+        objects["score"].append(finite_number(entry.get("score", 1.0), "'score'", path, where))
+
+    def _bbox(self, entry: dict[str, Any], rle: dict[str, Any], changed: bool, where: str) -> list[float]:
+        bbox = entry.get("bbox")
+        if bbox is None or changed:
+            return rle_boxes([rle])[0].tolist()
+        if not isinstance(bbox, list) or len(bbox) != 4:
+            raise DataError(f"'bbox' must be [x, y, width, height], got {bbox!r:.60}", file=self.path, row=where)
+        return [finite_number(value, "'bbox'", self.path, where) for value in bbox]
+
+    def _area(self, entry: dict[str, Any], rle: dict[str, Any], changed: bool, where: str) -> float:
+        if entry.get("area") is None or changed:
+            return float(rle_areas([rle])[0])
+        return finite_number(entry["area"], "'area'", self.path, where)
+
+
+def read_coco(path: str | os.PathLike[str], images: str | os.PathLike[str]) -> InstanceDataset:
+    """Read a COCO instance file.
+
+    Args:
+        path: the JSON file.
+        images: the folder that its file names are relative to. Pictures are not opened.
+
+    Crowds, compressed and uncompressed RLEs, polygons of several parts, sparse ids and pictures without objects are
+    all kept. Polygons are clipped to the picture. Objects without a usable mask (outside of the picture, fewer than
+    three points, coordinates that are not finite, malformed RLE) are left out, listed in `failures`, and warned of
+    once. `bbox` and `area` come from the file; where they are missing, or the mask was clipped, from the mask.
+
+    Raises DataError, naming file and row, for invalid JSON, missing keys, unknown or repeated ids, file names that
+    lead out of `images`, no images, annotations without categories, and when no annotation has a usable mask.
+    """
+    path = os.path.abspath(os.fspath(path))
+    reader = _Reader(read_json(path), path, os.path.abspath(os.fspath(images)))
+    reader.read_images()
+    reader.read_annotations()
+    return InstanceDataset(list(reader.rows.values()), reader.categories, path, reader.failures)
+
+
+def write_coco(dataset: InstanceDataset, path: str | os.PathLike[str]) -> None:
+    """Write rows as a COCO instance file (with a `score` in each annotation), all of it or nothing.
+
+    `read_coco` gives the same rows again, given the folder that the file names are relative to. Raises DataError when
+    an image id occurs twice, ValueError for numbers that JSON cannot hold (nan), OSError when it cannot be written.
+    """
+    path = os.path.abspath(os.fspath(path))
+    images, annotations, seen = [], [], set()
+    for row in dataset.rows:
+        if row["image_id"] in seen:
+            raise DataError(f"image id {row['image_id']!r} occurs twice", file=dataset.name or None)
+        seen.add(row["image_id"])
+        images.append(
+            {"id": row["image_id"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
+        )
+        objects = row["objects"]
+        for k in range(len(objects["category_id"])):
+            values = {key: objects[key][k] for key in objects}
+            annotations.append({"id": len(annotations) + 1, "image_id": row["image_id"], **values})
+    content = {"images": images, "annotations": annotations, "categories": dataset.categories}
+    text = json.dumps(content, allow_nan=False)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

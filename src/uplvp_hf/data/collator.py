@@ -1,0 +1,55 @@
+"""Samples of different sizes into one padded batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+def collate(samples: Sequence[dict[str, Any]], size_divisor: int = 32, pad_to: int | None = None) -> dict[str, Any]:
+    """Pad samples of `TrainingSet` at the right and the bottom, and stack them.
+
+    Args:
+        samples: B samples.
+        size_divisor: the padded height and width are multiples of this many pixels.
+        pad_to: side of a square canvas in pixels (a multiple of `size_divisor`), for batches that all have one shape;
+            None pads to the largest sample.
+
+    Returns:
+        pixel_values (B, 3, H, W) float32, zero where padded; pixel_mask (B, H, W) int64, 1 where the picture is;
+        mask_labels, B tensors (N_b, H, W) bool; class_labels, B tensors (N_b,) int64; prompt_scores, B tensors (N_b,)
+        float32; image_ids, a list of B.
+
+    Raises ValueError for an empty batch and for a sample that does not fit `pad_to`.
+    """
+    if len(samples) == 0:
+        raise ValueError("cannot collate an empty batch")
+    height = max(sample["pixel_values"].shape[-2] for sample in samples)
+    width = max(sample["pixel_values"].shape[-1] for sample in samples)
+    if pad_to is None:
+        height, width = -(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor
+    else:
+        if pad_to % size_divisor:
+            raise ValueError(f"pad_to must be a multiple of size_divisor {size_divisor}, got {pad_to}")
+        if max(height, width) > pad_to:
+            raise ValueError(f"a sample of {height}x{width} pixels does not fit pad_to {pad_to}")
+        height = width = pad_to
+    pixel_values = torch.zeros((len(samples), 3, height, width), dtype=torch.float32)
+    pixel_mask = torch.zeros((len(samples), height, width), dtype=torch.int64)
+    mask_labels = []
+    for index, sample in enumerate(samples):
+        h, w = sample["pixel_values"].shape[-2:]
+        pixel_values[index, :, :h, :w] = sample["pixel_values"]
+        pixel_mask[index, :h, :w] = 1
+        mask_labels.append(functional.pad(sample["mask_labels"], (0, width - w, 0, height - h)))
+    return {
+        "pixel_values": pixel_values,
+        "pixel_mask": pixel_mask,
+        "mask_labels": mask_labels,
+        "class_labels": [sample["class_labels"] for sample in samples],
+        "prompt_scores": [sample["scores"] for sample in samples],
+        "image_ids": [sample["image_id"] for sample in samples],
+    }

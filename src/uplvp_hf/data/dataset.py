@@ -1,0 +1,155 @@
+"""The row schema, and the data set that every stage reads: rows, categories, and what could not be used."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
+from PIL import Image
+
+from .errors import DataError
+from .images import as_rgb, open_image
+from .rle import decode_segmentation, segmentation_to_rle
+
+if TYPE_CHECKING:
+    import datasets
+
+OBJECT_KEYS = ("segmentation", "category_id", "bbox", "area", "iscrowd", "score")
+
+
+class Objects(TypedDict):
+    """The instances of one picture, as parallel lists (COCO conventions, pixels of the picture)."""
+
+    segmentation: list[Any]  # polygons, or an RLE (data/rle.py)
+    category_id: list[int]  # original ids, may be sparse
+    bbox: list[list[float]]  # x, y, width, height
+    area: list[float]
+    iscrowd: list[int]
+    score: list[float]  # 0 to 1; 1 for human labels
+
+
+class Row(TypedDict):
+    """One picture. `image` is an absolute path or a PIL picture; an unlabelled picture has empty lists in `objects`."""
+
+    image: str | Image.Image
+    image_id: int | str
+    file_name: str
+    width: int
+    height: int
+    objects: Objects
+
+
+def empty_objects() -> Objects:
+    """No instances."""
+    return {"segmentation": [], "category_id": [], "bbox": [], "area": [], "iscrowd": [], "score": []}
+
+
+@dataclass
+class InstanceDataset:
+    """Pictures with (or without) instances.
+
+    Args:
+        rows: one `Row` a picture.
+        categories: [{"id": original id, "name": str}, ...]; kept sorted by id.
+        name: for reports.
+        failures: what was left out while reading, [{"file", "row", "reason"}, ...].
+
+    Model classes are 0..K-1 in the order of `categories`; `category_ids` leads back to the original ids.
+    Raises DataError when a category id occurs twice.
+    """
+
+    rows: Sequence[Row]
+    categories: list[dict[str, Any]]
+    name: str = ""
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.categories = sorted(self.categories, key=lambda category: category["id"])
+        ids = self.category_ids
+        for previous, following in itertools.pairwise(ids):
+            if previous == following:
+                raise DataError(f"category id {following} occurs twice", file=self.name or None)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.rows[index]
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """{model class: name}."""
+        return {index: category["name"] for index, category in enumerate(self.categories)}
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Original category id of each model class."""
+        return [category["id"] for category in self.categories]
+
+    def subset(self, indices: Iterable[int]) -> InstanceDataset:
+        """The rows at `indices`, in that order, with the same categories."""
+        return InstanceDataset([self.rows[i] for i in indices], self.categories, self.name, list(self.failures))
+
+    def unlabelled(self) -> InstanceDataset:
+        """The same pictures without their objects; categories stay."""
+        rows = [Row(**{**row, "objects": empty_objects()}) for row in self.rows]
+        return InstanceDataset(rows, self.categories, self.name, list(self.failures))
+
+    def load_image(self, index: int) -> Image.Image:
+        """The picture as RGB, of the row's width and height.
+
+        A picture with an EXIF rotation is turned upright unless the row's size fits only its stored frame (see
+        `open_image`). Raises ImageError when it is missing, cannot be decoded, or has another size than the row says.
+        """
+        row = self.rows[index]
+        size = (row["width"], row["height"])
+        if isinstance(row["image"], Image.Image):
+            return as_rgb(row["image"], size, row["file_name"])
+        return open_image(row["image"], size)
+
+    def mask(self, index: int, k: int) -> np.ndarray:
+        """(height, width) bool mask of object `k` of row `index`. Raises DataError for a malformed segmentation."""
+        row = self.rows[index]
+        try:
+            return decode_segmentation(row["objects"]["segmentation"][k], row["height"], row["width"])
+        except DataError as error:
+            raise DataError(error.reason, file=row["file_name"], row=f"object {k}") from error
+
+    def to_hf_dataset(self) -> datasets.Dataset:
+        """The rows as a `datasets.Dataset`: `image` is a `datasets.Image` (a path, decoded when read), and each object
+        is a struct of the lists above with every segmentation a compressed RLE, so that one schema fits all."""
+        import datasets
+
+        text_ids = any(isinstance(row["image_id"], str) for row in self.rows)
+        number, integer = datasets.Value("float64"), datasets.Value("int64")
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "image_id": datasets.Value("string") if text_ids else integer,
+                "file_name": datasets.Value("string"),
+                "width": integer,
+                "height": integer,
+                "objects": {
+                    "segmentation": datasets.List({"size": datasets.List(integer), "counts": datasets.Value("string")}),
+                    "category_id": datasets.List(integer),
+                    "bbox": datasets.List(datasets.List(number)),
+                    "area": datasets.List(number),
+                    "iscrowd": datasets.List(integer),
+                    "score": datasets.List(number),
+                },
+            }
+        )
+        rows = []
+        for row in self.rows:
+            codes = [segmentation_to_rle(s, row["height"], row["width"]) for s in row["objects"]["segmentation"]]
+            image_id = str(row["image_id"]) if text_ids else row["image_id"]
+            image = os.fspath(row["image"]) if not isinstance(row["image"], Image.Image) else row["image"]
+            rows.append(
+                {**row, "image": image, "image_id": image_id, "objects": {**row["objects"], "segmentation": codes}}
+            )
+        columns = {key: [row[key] for row in rows] for key in features}
+        return datasets.Dataset.from_dict(columns, features=features)

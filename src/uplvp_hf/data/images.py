@@ -1,0 +1,126 @@
+"""Opening pictures: whatever the file holds, an 8-bit RGB picture in the frame of its annotations, or an ImageError."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from .errors import ImageError
+
+# What a folder of pictures is searched for; case does not matter.
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm", ".jp2"})
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image, file: str) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none. Does not decode the picture."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # Pillow would decode the whole picture to look for EXIF behind the pixels
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:  # Pillow lets struct, syntax, key and type errors of broken EXIF blocks through
+        warnings.warn(f"{file}: unreadable EXIF, taken as not rotated ({type(error).__name__}: {error})", stacklevel=3)
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _from_deep(image: Image.Image, file: str) -> Image.Image:
+    """Pictures of 16 bits (all of 0..65535 onto 0..255) or of floats in 0..1, as 8-bit grey."""
+    values = np.asarray(image)
+    low, high = float(values.min()), float(values.max())
+    if image.mode == "F":
+        if not (low >= 0 and high <= 1):
+            raise ImageError(f"float pixels from {low:g} to {high:g}", file=file, remedy="Convert it to 8 or 16 bits.")
+        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+    if low < 0 or high > 65535:
+        raise ImageError(f"pixels from {low:g} to {high:g}", file=file, remedy="Convert it to 8 or 16 bits.")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image, file: str = "picture in memory") -> Image.Image:
+    """Any PIL picture as 8-bit RGB.
+
+    16-bit grey is scaled by 1/257; transparent pixels show white; palettes, CMYK, grey and two-level pictures are
+    converted. Raises ImageError for 32-bit values outside of 0..65535 and for floats outside of 0..1.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return _from_deep(image, file).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _turn(image: Image.Image, orientation: int, size: tuple[int, int] | None, file: str) -> Image.Image:
+    """Turn upright, unless the annotations (`size`) can only mean the picture as it is stored."""
+    stored, swaps = image.size, orientation >= 5
+    upright = stored[::-1] if swaps else stored
+    if size is not None and tuple(size) not in (upright, stored):
+        raise ImageError(
+            f"the picture is {upright[0]}x{upright[1]} (width x height), its row says {size[0]}x{size[1]}",
+            file=file,
+            remedy="Correct the row, or restore the picture that was annotated.",
+        )
+    if orientation == 1 or (size is not None and tuple(size) != upright):
+        return image
+    return image.transpose(_TURNS[orientation])
+
+
+def as_rgb(image: Image.Image, size: tuple[int, int] | None = None, file: str = "picture in memory") -> Image.Image:
+    """A PIL picture as `open_image` would give it; see there for `size` and for what is raised."""
+    orientation = _orientation(image, file)
+    try:
+        image.load()
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})", file=file) from error
+    return _turn(to_rgb(image, file), orientation, size, file)
+
+
+def _open(path: str) -> Image.Image:
+    if not os.path.isfile(path):
+        raise ImageError("no such picture", file=path)
+    try:
+        return Image.open(path)
+    except Exception as error:  # as above; DecompressionBombError too
+        raise ImageError(f"is not a picture ({type(error).__name__}: {error})", file=path) from error
+
+
+def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Image.Image:
+    """Open a picture file as 8-bit RGB, upright.
+
+    Args:
+        path: the file.
+        size: (width, height) in pixels that annotations give, or None. A picture with an EXIF rotation is turned
+            upright, unless only its stored, unturned frame has this size: annotations win, and it stays as stored.
+            Where both frames have the same size (half turns, mirrors, squares) it is turned upright.
+
+    Raises ImageError, naming the file, when it is missing, empty, cut off, no picture, deeper than 16 bits, or when it
+    has `size` in neither frame.
+    """
+    path = os.fspath(path)
+    with _open(path) as image:
+        return as_rgb(image, size, path)
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture, read from the head of the file. Raises ImageError."""
+    path = os.fspath(path)
+    with _open(path) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image, path) >= 5 else (width, height)

@@ -1,0 +1,204 @@
+"""Masks as COCO run-length codes: encoding, decoding, boxes, areas, overlaps.
+
+An RLE is `{"size": [height, width], "counts": str}`, the compressed form of the COCO format
+(https://github.com/cocodataset/cocoapi, common/maskApi.h), with `counts` as text so that it can be written as JSON.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+from .errors import DataError
+
+# A vertex further away than this many picture sides is a typing error; rasterising it takes memory in proportion.
+_FAR = 100
+
+
+def _as_bool(masks: np.ndarray | torch.Tensor) -> np.ndarray:
+    if isinstance(masks, torch.Tensor):
+        masks = masks.detach().cpu().numpy()
+    if masks.dtype != np.bool_:
+        if not np.issubdtype(masks.dtype, np.integer):
+            raise DataError(f"masks must be bool, got {masks.dtype}", remedy="Threshold probabilities first.")
+        masks = masks != 0
+    return masks
+
+
+def encode_masks(masks: np.ndarray | torch.Tensor) -> list[dict[str, Any]]:
+    """Encode (N, H, W) bool masks (array or tensor, any device) into N RLEs.
+
+    Raises DataError for another number of axes or float masks.
+    """
+    masks = _as_bool(masks)
+    if masks.ndim != 3:
+        raise DataError(f"masks must be (N, H, W), got shape {tuple(masks.shape)}")
+    if len(masks) == 0:
+        return []
+    # pycocotools wants column-major (H, W, N), which is the memory of a row-major (N, W, H): one copy, then views.
+    columns = np.ascontiguousarray(masks.view(np.uint8).transpose(0, 2, 1))
+    encoded = coco_mask.encode(columns.transpose(2, 1, 0))
+    return [{"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+
+
+def encode_mask(mask: np.ndarray | torch.Tensor) -> dict[str, Any]:
+    """Encode one (H, W) bool mask into an RLE. Raises DataError for another number of axes or a float mask."""
+    if mask.ndim != 2:
+        raise DataError(f"a mask must be (H, W), got shape {tuple(mask.shape)}")
+    return encode_masks(mask[None])[0]
+
+
+def _polygons_to_rle(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
+    if len(polygons) == 0:
+        raise DataError("the segmentation is empty")
+    for part in polygons:
+        reason = polygon_fault(part, height, width)
+        if reason is not None:
+            raise DataError(reason)
+    parts = coco_mask.frPyObjects([[float(value) for value in part] for part in polygons], height, width)
+    return coco_mask.merge(parts)
+
+
+def polygon_fault(part: Any, height: int, width: int) -> str | None:
+    """Why one polygon [x0, y0, x1, y1, ...] (pixels) cannot be rasterised, or None where it can."""
+    if not isinstance(part, (list, tuple, np.ndarray)):
+        return f"a polygon must be a list of numbers, got {part!r:.60}"
+    if len(part) < 6:
+        return f"a polygon needs at least 3 points (6 numbers), got {len(part)} numbers"
+    if len(part) % 2:
+        return f"a polygon needs pairs of numbers, got {len(part)} numbers"
+    try:
+        finite = all(math.isfinite(value) for value in part)
+    except TypeError:
+        return f"a polygon must be a list of numbers, got {part!r:.60}"
+    if not finite:
+        return "a polygon has a coordinate that is not finite"
+    limit = _FAR * max(height, width)
+    if max(part) > limit or min(part) < -limit:
+        return f"a polygon reaches to {max(part, key=abs):g}, far outside the {width}x{height} picture"
+    return None
+
+
+def _check_counts(counts: Any, height: int, width: int) -> None:
+    """pycocotools reads past the end of a malformed code, so the code is checked before it is handed over."""
+    if isinstance(counts, str):
+        try:
+            counts = counts.encode("ascii")
+        except UnicodeEncodeError as error:
+            raise DataError("the RLE counts hold characters that no RLE has") from error
+    if isinstance(counts, (bytes, bytearray)):
+        codes = np.frombuffer(bytes(counts), dtype=np.uint8)
+        if len(codes) == 0 or codes.min() < 48 or codes.max() > 111 or (int(codes[-1]) - 48) & 0x20:
+            raise DataError("the compressed RLE counts are malformed or cut off")
+        return
+    if not isinstance(counts, (list, tuple, np.ndarray)):
+        raise DataError(f"RLE counts must be text or a list of whole numbers, got {type(counts).__name__}")
+    for run in counts:
+        if isinstance(run, bool) or not isinstance(run, (int, np.integer)) or run < 0:
+            raise DataError(f"RLE counts must be whole numbers >= 0, got {run!r}")
+    total = int(sum(counts))
+    if total != height * width:
+        raise DataError(f"the RLE counts sum to {total}, the picture has {height}x{width} = {height * width} pixels")
+
+
+def _rle_to_rle(segmentation: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    missing = [key for key in ("size", "counts") if key not in segmentation]
+    if missing:
+        raise DataError(f"the RLE has no {missing[0]!r}, only {sorted(segmentation)}")
+    size, counts = list(segmentation["size"]), segmentation["counts"]
+    if size != [height, width]:
+        raise DataError(f"the RLE has size (height, width) {size}, the picture {[height, width]}")
+    _check_counts(counts, height, width)
+    if isinstance(counts, (str, bytes, bytearray)):
+        counts = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
+        return {"size": [height, width], "counts": counts}
+    return coco_mask.frPyObjects({"size": [height, width], "counts": [int(run) for run in counts]}, height, width)
+
+
+def _to_coco(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """RLE with bytes counts, as pycocotools passes them around."""
+    if isinstance(segmentation, dict):
+        return _rle_to_rle(segmentation, height, width)
+    if isinstance(segmentation, (list, tuple)):
+        return _polygons_to_rle(segmentation, height, width)
+    raise DataError(f"a segmentation must be polygons or an RLE, got {type(segmentation).__name__}")
+
+
+def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """A COCO segmentation as a compressed RLE.
+
+    Args:
+        segmentation: polygons ([[x0, y0, x1, y1, ...], ...], pixels; what lies outside of the picture is cut off),
+            a compressed RLE (counts text or bytes), or an uncompressed one (counts a list of run lengths).
+        height, width: of the picture, pixels.
+
+    Raises DataError when polygons have fewer than three points or coordinates that are not finite, and when an RLE is
+    malformed or of another size than the picture.
+    """
+    rle = _to_coco(segmentation, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
+
+
+def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """A COCO segmentation (see `segmentation_to_rle`, which lists what is raised) as a (height, width) bool mask."""
+    rle = _to_coco(segmentation, height, width)
+    try:
+        return coco_mask.decode(rle).astype(bool)
+    except ValueError as error:
+        raise DataError(f"the RLE does not fill {height}x{width} pixels ({error})") from error
+
+
+def _bytes_counts(rles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {
+            "size": rle["size"],
+            "counts": rle["counts"].encode("ascii") if isinstance(rle["counts"], str) else rle["counts"],
+        }
+        for rle in rles
+    ]
+
+
+def rle_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(N,) int64 numbers of pixels of N RLEs."""
+    if len(rles) == 0:
+        return np.zeros(0, dtype=np.int64)
+    return coco_mask.area(_bytes_counts(rles)).astype(np.int64)
+
+
+def rle_boxes(rles: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(N, 4) float64 boxes x, y, width, height (pixels) of N RLEs; zeros for an empty mask."""
+    if len(rles) == 0:
+        return np.zeros((0, 4))
+    return coco_mask.toBbox(_bytes_counts(rles)).reshape(-1, 4)
+
+
+def mask_area(masks: np.ndarray) -> np.ndarray:
+    """(..., H, W) bool masks -> (...) int64 numbers of pixels."""
+    return np.asarray(masks, dtype=bool).sum(axis=(-2, -1), dtype=np.int64)
+
+
+def masks_to_boxes(masks: np.ndarray) -> np.ndarray:
+    """(N, H, W) bool masks -> (N, 4) float32 boxes x1, y1, x2, y2 in pixels, x2 and y2 exclusive; empty mask: zeros."""
+    masks = np.asarray(masks, dtype=bool)
+    boxes = np.zeros((len(masks), 4), dtype=np.float32)
+    if masks.size == 0:
+        return boxes
+    columns, rows = masks.any(axis=1), masks.any(axis=2)  # (N, W), (N, H)
+    boxes[:, 0], boxes[:, 1] = columns.argmax(axis=1), rows.argmax(axis=1)
+    boxes[:, 2] = masks.shape[2] - columns[:, ::-1].argmax(axis=1)
+    boxes[:, 3] = masks.shape[1] - rows[:, ::-1].argmax(axis=1)
+    boxes[~columns.any(axis=1)] = 0
+    return boxes
+
+
+def mask_iou(a_rles: Sequence[dict[str, Any]], b_rles: Sequence[dict[str, Any]]) -> np.ndarray:
+    """(N, M) float64 intersection over union of N with M RLEs of one picture, 0 to 1; two empty masks give 0."""
+    if len(a_rles) == 0 or len(b_rles) == 0:
+        return np.zeros((len(a_rles), len(b_rles)))
+    overlap = coco_mask.iou(_bytes_counts(a_rles), _bytes_counts(b_rles), [False] * len(b_rles))
+    return np.nan_to_num(np.asarray(overlap), nan=0.0)

@@ -1,0 +1,152 @@
+"""One way in for every kind of data: COCO files and folders, pseudo-label stores, plain folders of pictures."""
+
+from __future__ import annotations
+
+import os
+
+from .coco import read_coco, write_coco
+from .dataset import InstanceDataset, Objects, Row, empty_objects
+from .errors import DataError, ImageError
+from .images import IMAGE_SUFFIXES, image_size, open_image
+from .store_reader import read_store
+
+__all__ = [
+    "DataError",
+    "ImageError",
+    "InstanceDataset",
+    "Objects",
+    "Row",
+    "empty_objects",
+    "load_dataset_rows",
+    "open_image",
+    "read_coco",
+    "read_image_folder",
+    "read_store",
+    "write_coco",
+]
+
+
+def _picture_files(folder: str) -> list[str]:
+    """Picture files below `folder`, hidden ones left out, links followed without going round in circles."""
+    found, visited = [], set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                found.append(os.path.join(root, name))
+    return sorted(found)
+
+
+def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
+    """Every picture below a folder as an unlabelled row; `image_id` and `file_name` are the path relative to it.
+
+    Only the heads of the files are read, for the sizes; a file without a readable one is left out and listed in
+    `failures`. Raises DataError when the folder is missing or no picture is left.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not os.path.isdir(path):
+        raise DataError("no such folder", file=path)
+    rows, failures = [], []
+    for index, file in enumerate(_picture_files(path)):
+        name = os.path.relpath(file, path).replace(os.sep, "/")
+        try:
+            width, height = image_size(file)
+        except ImageError as error:
+            failures.append({"file": file, "row": f"picture {index}", "reason": error.reason})
+            continue
+        rows.append(Row(image=file, image_id=name, file_name=name, width=width, height=height, objects=empty_objects()))
+    if not rows:
+        reason = f"none of its {len(failures)} pictures can be read" if failures else "holds no pictures"
+        raise DataError(reason, file=path, remedy=f"Looked for {' '.join(sorted(IMAGE_SUFFIXES))} in it and below.")
+    return InstanceDataset(rows, [], path, failures)
+
+
+def _find_annotations(folder: str, split: str | None) -> str:
+    """The one annotation file of a folder of the shape annotations/*.json."""
+    annotations = os.path.join(folder, "annotations")
+    found = sorted(name for name in os.listdir(annotations) if name.endswith(".json") and not name.startswith("."))
+    if split is not None:
+        if f"{split}.json" not in found:
+            raise DataError(f"has no {split}.json for split {split!r}, only {found}", file=annotations)
+        return os.path.join(annotations, f"{split}.json")
+    if len(found) == 1:
+        return os.path.join(annotations, found[0])
+    if "instances.json" in found:
+        return os.path.join(annotations, "instances.json")
+    if not found:
+        raise DataError("holds no .json file", file=annotations)
+    names = [os.path.splitext(name)[0] for name in found]
+    raise DataError(f"holds {len(found)} files", file=annotations, remedy=f"Choose one by `split`: {', '.join(names)}.")
+
+
+def _find_images(annotations: str) -> str:
+    """The image folder of an annotation file: images/ beside annotations/ or beside the file, a folder named like the
+    split (COCO's own instances_train2017.json and train2017/), or the file's own folder (Roboflow)."""
+    folder, name = os.path.split(annotations)
+    split = os.path.splitext(name)[0].removeprefix("instances_")
+    above = os.path.dirname(folder)
+    bases = [os.path.join(above, "images"), os.path.join(folder, "images"), above]
+    candidates = [os.path.join(base, split) for base in bases] + bases[:2] if split != "images" else bases[:2]
+    for candidate in candidates:
+        if os.path.isdir(candidate):
+            return candidate
+    return folder
+
+
+def _check_images(dataset: InstanceDataset) -> None:
+    for index, row in enumerate(dataset.rows):
+        try:
+            dataset.load_image(index)
+        except ImageError as error:
+            file = row["image"] if isinstance(row["image"], str) else row["file_name"]
+            dataset.failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
+
+
+def load_dataset_rows(
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    check_images: bool = False,
+) -> InstanceDataset:
+    """Load whatever `path` is.
+
+    Args:
+        path: one of
+            a COCO instance file (.json);
+            a folder with `annotations/*.json` and `images/`: its only file, or `instances.json`, or `{split}.json`;
+            a pseudo-label store (a folder with `header.json`);
+            a folder of pictures, searched recursively: unlabelled rows.
+        images: folder that the file names of COCO files and stores are relative to; None: found beside the file.
+        split: which file of `annotations/`.
+        check_images: open every picture now and list those that cannot be opened in `failures`; their rows stay. By
+            default pictures are opened when they are used, and `load_image` raises ImageError then.
+
+    Raises DataError for a path that is none of these, and as `read_coco`, `read_store` and `read_image_folder` do.
+    """
+    path = os.path.abspath(os.fspath(path))
+    if not os.path.exists(path):
+        raise DataError("no such file or folder", file=path)
+    if images is not None and not os.path.isdir(images):
+        raise DataError("no such image folder", file=os.fspath(images))
+    has_annotations = os.path.isdir(os.path.join(path, "annotations"))
+    if split is not None and not has_annotations:
+        raise DataError(f"split {split!r} needs a folder with annotations/{split}.json", file=path)
+    if os.path.isfile(path):
+        if not path.lower().endswith(".json"):
+            raise DataError("is neither a folder nor a .json file", file=path)
+        dataset = read_coco(path, images if images is not None else _find_images(path))
+    elif os.path.isfile(os.path.join(path, "header.json")):
+        dataset = read_store(path, images)
+    elif has_annotations:
+        annotations = _find_annotations(path, split)
+        dataset = read_coco(annotations, images if images is not None else _find_images(annotations))
+    else:
+        dataset = read_image_folder(path)
+    if check_images:
+        _check_images(dataset)
+    return dataset

@@ -1,0 +1,134 @@
+"""Reading a pseudo-label store: `header.json` and shards of one row a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from typing import Any
+
+from .dataset import OBJECT_KEYS, InstanceDataset, Row
+from .errors import DataError
+from .fields import image_identifier, inside, read_categories, read_json, require, require_list, whole_number
+
+SCHEMA_VERSION = 1
+HEADER_KEYS = ("schema_version", "labeler", "settings", "settings_hash", "categories")
+_SHARD = re.compile(r"rows-\d{5}-\d{5}\.jsonl")
+
+
+def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The header of the store in folder `path`. Raises DataError when it is missing, incomplete or of another schema."""
+    file = os.path.join(os.path.abspath(os.fspath(path)), "header.json")
+    header = read_json(file)
+    require(header, HEADER_KEYS, file, None)
+    if header["schema_version"] != SCHEMA_VERSION:
+        raise DataError(
+            f"schema version {header['schema_version']!r}, this release reads {SCHEMA_VERSION}",
+            file=file,
+            remedy="Label the pictures again, or read it with the release that wrote it.",
+        )
+    return header
+
+
+def shard_files(path: str | os.PathLike[str]) -> list[str]:
+    """The finished shards of the store in folder `path`, sorted; temporary files are left out."""
+    path = os.path.abspath(os.fspath(path))
+    return [os.path.join(path, name) for name in sorted(os.listdir(path)) if _SHARD.fullmatch(name)]
+
+
+def _lines(file: str) -> list[tuple[str, Any]]:
+    entries = []
+    try:
+        with open(file, encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    entries.append((f"line {number}", json.loads(line)))
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", file=file) from error
+    except ValueError as error:
+        raise DataError(
+            f"is not valid JSON ({error})",
+            file=file,
+            row=f"line {len(entries) + 1}",
+            remedy="Delete this shard; labelling again makes its rows.",
+        ) from error
+    return entries
+
+
+def _check_objects(objects: Any, known: set[int], size: list[int], file: str, where: str) -> None:
+    require(objects, OBJECT_KEYS, file, where)
+    count = len(require_list(objects, "category_id", file, where))
+    for key in OBJECT_KEYS:
+        if len(require_list(objects, key, file, where)) != count:
+            raise DataError(f"{len(objects[key])} values of {key!r} for {count} objects", file=file, row=where)
+    for category_id in objects["category_id"]:
+        if category_id not in known:
+            raise DataError(f"category id {category_id!r} is not in the header", file=file, row=where)
+    for segmentation in objects["segmentation"]:
+        if isinstance(segmentation, dict) and segmentation.get("size") != size:
+            raise DataError(
+                f"an RLE has size {segmentation.get('size')}, its picture (height, width) {size}", file=file, row=where
+            )
+    for score in objects["score"]:
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise DataError(f"a score must be a finite number, got {score!r}", file=file, row=where)
+
+
+def _read_row(entry: Any, image_root: str | None, known: set[int], file: str, where: str) -> Row:
+    require(entry, ("image", "image_id", "file_name", "width", "height", "objects"), file, where)
+    image_id = image_identifier(entry, "image_id", file, where)
+    where = f"{where} (image id {image_id!r})"
+    image = entry["image"]
+    if not isinstance(image, str) or not os.path.isabs(image):
+        if image_root is None:
+            raise DataError(
+                f"the picture {image!r} is a relative path, and the header has no 'image_root'", file=file, row=where
+            )
+        image = inside(image_root, image, file, where)
+    width = whole_number(entry, "width", file, where, minimum=1)
+    height = whole_number(entry, "height", file, where, minimum=1)
+    _check_objects(entry["objects"], known, [height, width], file, where)
+    objects = {key: entry["objects"][key] for key in OBJECT_KEYS}
+    return Row(
+        image=image, image_id=image_id, file_name=entry["file_name"], width=width, height=height, objects=objects
+    )
+
+
+def read_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> InstanceDataset:
+    """Read a pseudo-label store.
+
+    Args:
+        path: a folder with `header.json` and shards `rows-00000-00000.jsonl`; other files are left alone.
+        images: the folder that relative picture paths start from; None: the header's `image_root`, which, if it is
+            relative itself, starts from `path`.
+
+    The data set has the categories of the header, and the entries of `failures.jsonl`, if there is one, as `failures`.
+    Raises DataError, naming file and line, for a bad header, no rows, lines that are not JSON, missing keys, lists of
+    unequal length, unknown categories, RLEs of another size than the picture, and an image id in two rows.
+    """
+    path = os.path.abspath(os.fspath(path))
+    header = read_header(path)
+    categories = read_categories(header["categories"], os.path.join(path, "header.json"))
+    known = {category["id"] for category in categories}
+    root = os.fspath(images) if images is not None else header.get("image_root")
+    image_root = None if root is None else os.path.join(path, root) if images is None else os.path.abspath(root)
+    rows: list[Row] = []
+    seen: dict[int | str, str] = {}
+    for file in shard_files(path):
+        for where, entry in _lines(file):
+            row = _read_row(entry, image_root, known, file, where)
+            if row["image_id"] in seen:
+                raise DataError(
+                    f"image id {row['image_id']!r} is also in {seen[row['image_id']]}",
+                    file=file,
+                    row=where,
+                    remedy="Two runs wrote into one store; keep one of the two shards.",
+                )
+            seen[row["image_id"]] = f"{os.path.basename(file)}, {where}"
+            rows.append(row)
+    if not rows:
+        raise DataError("holds no finished rows", file=path, remedy="Let the labelling run to its end.")
+    failures_file = os.path.join(path, "failures.jsonl")
+    failures = [entry for _, entry in _lines(failures_file)] if os.path.isfile(failures_file) else []
+    return InstanceDataset(rows, categories, path, failures)

@@ -1,0 +1,166 @@
+"""Rows in, training samples out: one augmented picture with its masks, the same for a given (seed, epoch, index)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .dataset import InstanceDataset, Row
+from .errors import DataError, ImageError
+from .transforms import TrainTransform
+
+logger = logging.getLogger(__name__)
+
+_MAX_CONSECUTIVE_FAILURES = 10
+
+
+class TrainingSet(torch.utils.data.Dataset):
+    """Map-style data set of augmented samples.
+
+    Args:
+        dataset: the rows.
+        transform: called as `TrainTransform` is.
+        label_map: {original category id: class 0..K-1}, or None: every instance gets class 0 (class-agnostic).
+        image_mean, image_std: three numbers each, for pixels scaled to 0..1.
+        seed: >= 0. A sample depends on (seed, epoch, index) only, never on the worker that makes it.
+        max_instances: the best by score are kept, ties in the order of the row.
+        skip_crowd: leave out instances with iscrowd = 1, whose masks cover several objects.
+
+    Raises DataError when there are no rows, or when a category in use is not in `label_map`.
+    """
+
+    def __init__(
+        self,
+        dataset: InstanceDataset,
+        transform: TrainTransform,
+        label_map: dict[int, int] | None,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        seed: int,
+        max_instances: int = 100,
+        skip_crowd: bool = True,
+    ) -> None:
+        if len(dataset) == 0:
+            raise DataError("there are no pictures to train on", file=dataset.name or None)
+        if seed < 0:
+            raise ValueError(f"seed must be >= 0, got {seed}")
+        if max_instances < 1:
+            raise ValueError(f"max_instances must be >= 1, got {max_instances}")
+        if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+            raise ValueError(f"image_mean and image_std must be 3 numbers, std positive; got {image_mean}, {image_std}")
+        self.dataset = dataset
+        self.transform = transform
+        self.label_map = label_map
+        self.mean = torch.tensor(image_mean, dtype=torch.float32).view(3, 1, 1)
+        self.std = torch.tensor(image_std, dtype=torch.float32).view(3, 1, 1)
+        self.seed = seed
+        self.max_instances = max_instances
+        self.skip_crowd = skip_crowd
+        # Shared memory: worker processes that persist over epochs see `set_epoch`, and their failures come back.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._failed = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+        self._reasons: dict[int, str] = {}
+        self._check_label_map()
+
+    def _check_label_map(self) -> None:
+        if self.label_map is None:
+            return
+        for index, row in enumerate(self.dataset.rows):
+            for category_id in row["objects"]["category_id"]:
+                if category_id not in self.label_map:
+                    raise DataError(
+                        f"category id {category_id} has no class in the label map {self.label_map}",
+                        file=self.dataset.name or None,
+                        row=f"row {index} ({row['file_name']})",
+                        remedy="Give the model every category of the data, or leave these objects out.",
+                    )
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the augmentations of this epoch (>= 0); also reaches worker processes that are already running."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be >= 0, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    @property
+    def failures(self) -> list[dict[str, str]]:
+        """[{"file", "row", "reason"}, ...] of the pictures met so far, in any worker, that could not be opened."""
+        failures = []
+        for index in torch.nonzero(self._failed).flatten().tolist():
+            if index not in self._reasons:  # it failed in a worker, which kept the reason; ask again
+                try:
+                    self.dataset.load_image(index)
+                except ImageError as error:
+                    self._reasons[index] = error.reason
+                else:
+                    self._reasons[index] = "could not be opened during training, can be opened now"
+            row = self.dataset[index]
+            file = row["image"] if isinstance(row["image"], str) else row["file_name"]
+            failures.append({"file": file, "row": f"row {index}", "reason": self._reasons[index]})
+        return failures
+
+    def _generator(self, index: int) -> torch.Generator:
+        state = np.random.SeedSequence([self.seed, int(self._epoch), index]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+    def _open(self, index: int) -> tuple[int, Image.Image]:
+        """The picture at `index`, or the next one that can be opened."""
+        for step in range(min(_MAX_CONSECUTIVE_FAILURES + 1, len(self))):
+            position = (index + step) % len(self)
+            try:
+                return position, self.dataset.load_image(position)
+            except ImageError as error:
+                if not self._failed[position]:
+                    logger.warning("skipped: %s", error)
+                self._failed[position] = True
+                self._reasons[position] = error.reason
+                last = error
+        raise DataError(
+            f"no picture of rows {index} to {position} can be opened; the last: {last}",
+            file=self.dataset.name or None,
+            remedy="Check the image folder.",
+        ) from last
+
+    def _choose(self, row: Row) -> list[int]:
+        objects = row["objects"]
+        chosen = [k for k, crowd in enumerate(objects["iscrowd"]) if not (crowd and self.skip_crowd)]
+        best = sorted(chosen, key=lambda k: -objects["score"][k])[: self.max_instances]
+        return sorted(best)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample, h and w at most the transform's size:
+
+        pixel_values (3, h, w) float32 normalised; mask_labels (N, h, w) bool; class_labels (N,) int64; scores (N,)
+        float32, 0 to 1; image_id; index of the row used, which is a later one than asked for when pictures cannot be
+        opened. Raises DataError when more than 10 pictures in a row cannot, IndexError beyond the end.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} pictures")
+        index %= len(self)
+        generator = self._generator(index)
+        position, image = self._open(index)
+        row = self.dataset[position]
+        chosen = self._choose(row)
+        segmentations = [row["objects"]["segmentation"][k] for k in chosen]
+        try:
+            pixels, masks, kept = self.transform(image, segmentations, row["height"], row["width"], generator)
+        except DataError as error:
+            raise DataError(error.reason, file=row["file_name"], row=f"row {position}") from error
+        kept = [chosen[k] for k in kept]
+        category_ids = [row["objects"]["category_id"][k] for k in kept]
+        classes = [0 if self.label_map is None else self.label_map[category_id] for category_id in category_ids]
+        return {
+            "pixel_values": (pixels.to(torch.float32) / 255 - self.mean) / self.std,
+            "mask_labels": masks,
+            "class_labels": torch.tensor(classes, dtype=torch.int64),
+            "scores": torch.tensor([row["objects"]["score"][k] for k in kept], dtype=torch.float32),
+            "image_id": row["image_id"],
+            "index": position,
+        }
