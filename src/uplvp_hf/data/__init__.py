@@ -18,7 +18,7 @@ from .rle import (
 )
 from .rows import load_dataset_rows, read_image_folder
 from .splits import sample_labels_per_class
-from .store_reader import read_store
+from .store_reader import read_header, read_store, shard_files
 from .training_set import TrainingSet
 from .transforms import TrainTransform
 
@@ -42,12 +42,14 @@ __all__ = [
     "masks_to_boxes",
     "open_image",
     "read_coco",
+    "read_header",
     "read_image_folder",
     "read_store",
     "rle_areas",
     "rle_boxes",
     "sample_labels_per_class",
     "segmentation_to_rle",
+    "shard_files",
     "to_rgb",
     "write_coco",
 ]

@@ -67,7 +67,7 @@ def finite_number(value: Any, what: str, file: str, row: str) -> float:
 
 
 def inside(root: str, name: Any, file: str, row: str) -> str:
-    """The absolute path of `name` below `root`. Raises DataError when it climbs out; symbolic links are not followed."""
+    """The absolute path of `name` below `root`. Raises DataError when it climbs out; links are not followed."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise DataError(f"a file name must be text, got {name!r}", file=file, row=row)
     root = os.path.abspath(root)

@@ -18,7 +18,7 @@ _SHARD = re.compile(r"rows-\d{5}-\d{5}\.jsonl")
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The header of the store in folder `path`. Raises DataError when it is missing, incomplete or of another schema."""
+    """The header of the store in folder `path`. Raises DataError when it is missing, incomplete, of another schema."""
     file = os.path.join(os.path.abspath(os.fspath(path)), "header.json")
     header = read_json(file)
     require(header, HEADER_KEYS, file, None)
