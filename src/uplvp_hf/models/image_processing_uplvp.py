@@ -28,12 +28,14 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .postprocessing_uplvp import MASK_STRIDE, best_instances, collect_instances, require_pycocotools, upsampled_masks
-
-try:  # only COCO annotations and RLE results need it; plain inference from the Hub does not
-    from pycocotools import mask as coco_mask
-except ImportError:
-    coco_mask = None
+from .postprocessing_uplvp import (
+    MASK_STRIDE,
+    best_instances,
+    coco_mask,
+    collect_instances,
+    require_pycocotools,
+    upsampled_masks,
+)
 
 
 class UplvpImageProcessorKwargs(ImagesKwargs, total=False):
@@ -208,8 +210,8 @@ class UplvpImageProcessor(TorchvisionBackend):
     ) -> list[dict[str, Any]]:
         r"""
         Instances of every picture, best first. The `top_k` best pairs of query and class are kept (softmax, the
-        no-object class left out). Score = class probability x mean mask probability inside the mask (Mask2Former,
-        section 4.1), taken on the stride-4 grid of the un-padded picture.
+        no-object class left out). Score = class probability x mean mask probability inside the mask (Mask2Former's
+        rule), taken on the stride-4 grid of the un-padded picture.
 
         Args:
             outputs (`ModelOutput`):
@@ -332,7 +334,7 @@ def _annotation_targets(
             )
         mask = tvF.resize(mask[None], list(resized), interpolation=tvF.InterpolationMode.NEAREST_EXACT)[0] > 0
         if mask.any():
-            masks.append(tvF.pad(mask, [0, 0, canvas[1] - resized[1], canvas[0] - resized[0]]))
+            masks.append(torch.nn.functional.pad(mask, [0, canvas[1] - resized[1], 0, canvas[0] - resized[0]]))
             classes.append(int(category if label_map is None else label_map[category]))
     stack = torch.stack(masks) if masks else torch.zeros((0, *canvas), dtype=torch.bool)
     return stack, torch.tensor(classes, dtype=torch.int64)

@@ -14,7 +14,7 @@ try:  # only COCO annotations and RLE results need it; plain inference from the 
 except ImportError:
     coco_mask = None
 
-# Masks leave the model at a quarter of the padded input's resolution (Mask2Former, section 3.2.1).
+# Masks leave the model at a quarter of the padded input's resolution (as in Mask2Former).
 MASK_STRIDE = 4
 # Masks upsampled at once: 16 float masks of 1333 x 800 pixels take 68 MB.
 MASKS_PER_CHUNK = 16
