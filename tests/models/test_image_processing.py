@@ -166,7 +166,8 @@ def test_rle_equals_masks_and_boxes():
     processor = UplvpImageProcessor(size={"longest_edge": 128})
     batch = processor([picture(*size) for size in SIZES], return_tensors="pt")
     outputs = random_outputs(batch["pixel_values"], queries=40)
-    arguments = dict(threshold=0.0, target_sizes=SIZES, input_sizes=processor.get_input_sizes(batch["pixel_mask"]))
+    sizes = processor.get_input_sizes(batch["pixel_mask"])
+    arguments = {"threshold": 0.0, "target_sizes": SIZES, "input_sizes": sizes}
     dense = processor.post_process_instance_segmentation(outputs, **arguments)
     coded = processor.post_process_instance_segmentation(outputs, return_rle=True, **arguments)
     for a, b, size in zip(dense, coded, SIZES):
