@@ -1,0 +1,255 @@
+"""A model over a whole data set: results picture by picture as run lengths, and their mask AP."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, segmentation_to_rle
+
+from .coco_map import CocoMaskMap
+
+METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
+
+
+def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -> tuple[Any, Any]:
+    """The model, in evaluation mode, and its image processor, from a folder or a Hub repository.
+
+    Args:
+        name_or_dir: a folder written by `save_pretrained`, or a repository such as `user/name`.
+        device: default: the first GPU if there is one, else the CPU.
+
+    Raises:
+        FileNotFoundError: if it is neither, or the folder has no `config.json` or `preprocessor_config.json`.
+    """
+    from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+    from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
+
+    if os.path.isdir(name_or_dir):
+        for needed in ("config.json", "preprocessor_config.json"):
+            if not os.path.isfile(os.path.join(name_or_dir, needed)):
+                raise FileNotFoundError(f"{name_or_dir}: no {needed}; not the folder of a trained model.")
+    elif name_or_dir.count("/") != 1 or name_or_dir.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name_or_dir}: no such folder. Pass a model folder or a Hub repository USER/NAME.")
+    model = UplvpForInstanceSegmentation.from_pretrained(name_or_dir)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(device).eval(), UplvpImageProcessor.from_pretrained(name_or_dir)
+
+
+def predict_dataset(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: InstanceDataset,
+    batch_size: int = 8,
+    threshold: float = 0.0,
+    top_k: int = 100,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+    failures: list[dict[str, Any]] | None = None,
+) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """Instances of every picture, in the order of the data set, with overlaps, masks as run lengths.
+
+    Pictures are decoded a batch ahead in a thread. The masks of a picture are encoded before those of the next one are
+    upsampled. The model is put into evaluation mode, and back when the iterator ends.
+
+    Args:
+        model: any model whose outputs have `class_queries_logits` and `masks_queries_logits`.
+        processor: its `UplvpImageProcessor`.
+        dataset: labels are not needed.
+        batch_size: pictures per forward pass.
+        threshold: least score, 0 to 1. Mask AP wants 0.
+        top_k: most instances a picture; COCO looks at 100.
+        device: the model is moved there; default: where it is.
+        progress: whether to show a progress bar.
+        failures: pictures that cannot be decoded are left out and appended here as {"file", "row", "reason"}.
+
+    Yields:
+        (row, {"scores": (N,) float32, "labels": (N,) int64 class indices, "boxes": (N, 4) float32 x1, y1, x2, y2 in
+        pixels of the original picture, "rle": N COCO run lengths}), best first, on the CPU.
+    """
+    if device is not None:
+        model.to(device)
+    parameter = next(model.parameters())
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=len(dataset), desc="predict", unit="img", disable=not progress)
+    failures = failures if failures is not None else []
+    try:
+        for rows, sizes, inputs, attempted in _ahead(_batches(processor, dataset, batch_size, failures)):
+            if rows:
+                input_sizes = processor.get_input_sizes(inputs["pixel_mask"])
+                with torch.inference_mode():
+                    outputs = model(
+                        pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
+                        pixel_mask=inputs["pixel_mask"].to(parameter.device),
+                    )
+                results = processor.post_process_instance_segmentation(
+                    outputs,
+                    threshold=threshold,
+                    target_sizes=sizes,
+                    input_sizes=input_sizes,
+                    top_k=top_k,
+                    return_rle=True,
+                    return_segmentation=False,
+                )
+                for row, result in zip(rows, results):
+                    yield row, {key: value.cpu() if key != "rle" else value for key, value in result.items()}
+            bar.update(attempted)
+    finally:
+        bar.close()
+        model.train(was_training)
+
+
+def _batches(
+    processor: Any, dataset: InstanceDataset, batch_size: int, failures: list[dict[str, Any]]
+) -> Iterator[tuple[list[Row], list[tuple[int, int]], Any, int]]:
+    """Rows, (height, width) of their pictures, model inputs, and how many rows were tried."""
+    for start in range(0, len(dataset), batch_size):
+        indices = range(start, min(start + batch_size, len(dataset)))
+        rows, images = [], []
+        for index in indices:
+            row = dataset[index]
+            try:
+                images.append(dataset.load_image(index))
+                rows.append(row)
+            except ImageError as error:
+                failures.append({"file": row["file_name"], "row": index, "reason": str(error)})
+        inputs = processor(images, return_tensors="pt") if images else None
+        yield rows, [(image.height, image.width) for image in images], inputs, len(indices)
+
+
+def _ahead(iterator: Iterator) -> Iterator:
+    """The items of `iterator`, the next one being made in a thread while the caller works on one."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, iterator, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, iterator, None)
+            yield item
+
+
+def match_category_ids(config: Any, dataset: InstanceDataset) -> list[int]:
+    """The data set's category id of every class of the model, matched by name (case does not matter).
+
+    Raises:
+        DataError: if the model and the data set do not have the same class names; both are listed.
+    """
+    model_names = [config.id2label[index] for index in range(len(config.id2label))]
+    data_names = [category["name"] for category in dataset.categories]
+    keys, data_keys = ([name.strip().lower() for name in names] for names in (model_names, data_names))
+    if sorted(keys) != sorted(data_keys):
+        raise DataError(
+            f"the model has {len(model_names)} classes {_some(model_names)}, the data set {len(data_names)} "
+            f"{_some(data_names)}",
+            file=dataset.name or "data set",
+            remedy="Fine-tune on these classes, rename the categories of the annotations, or evaluate class-agnostic.",
+        )
+    if keys == data_keys:
+        return list(dataset.category_ids)
+    by_name = dict(zip(data_keys, dataset.category_ids))
+    return [by_name[key] for key in keys]
+
+
+def _some(names: list[str], limit: int = 12) -> str:
+    return "[" + ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") + "]"
+
+
+def evaluate_model(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: InstanceDataset,
+    batch_size: int = 8,
+    class_agnostic: bool = False,
+    progress: bool = True,
+    device: str | torch.device | None = None,
+    on_result: Callable[[Row, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """COCO mask AP of a model on a labelled data set.
+
+    Args:
+        model, processor, dataset, batch_size, progress, device: as for `predict_dataset`.
+        class_agnostic: compare masks only, as for proposals; the classes need not agree then.
+        on_result: called with every (row, result), for example to keep them.
+
+    Returns:
+        The 12 COCO numbers (0 to 1, None where nothing counts), `per_class` {name: AP or None}, `num_images`,
+        `num_instances` (annotations), `seconds`, and `failures`, the pictures that could not be decoded and are not
+        part of the numbers.
+
+    Raises:
+        DataError: if the classes disagree, nothing is annotated, or no picture can be decoded.
+    """
+    category_ids = list(model.config.category_ids) if class_agnostic else match_category_ids(model.config, dataset)
+    if not any(len(row["objects"]["category_id"]) for row in dataset.rows):
+        raise DataError(
+            f"none of the {len(dataset)} pictures is annotated, so there is nothing to compare with",
+            file=dataset.name or "data set",
+            remedy="Pass annotations, or use predict.",
+        )
+    metric, failures, started, instances = CocoMaskMap(), [], time.perf_counter(), 0
+    for row, result in predict_dataset(
+        model, processor, dataset, batch_size, device=device, progress=progress, failures=failures
+    ):
+        metric.add(prediction=_prediction(row, result, category_ids), reference=_reference(row))
+        instances += len(row["objects"]["category_id"])
+        if on_result is not None:
+            on_result(row, result)
+    if len(failures) == len(dataset):
+        raise DataError(f"none of the {len(dataset)} pictures can be decoded; the first: {failures[0]['reason']}")
+    metrics = metric.compute(class_agnostic=class_agnostic)
+    by_id = metrics.pop("per_class")
+    names = {} if class_agnostic else {category["id"]: category["name"] for category in dataset.categories}
+    return {
+        **metrics,
+        "per_class": {name: by_id.get(category_id) for category_id, name in names.items()},
+        "num_images": len(dataset) - len(failures),
+        "num_instances": instances,
+        "seconds": time.perf_counter() - started,
+        "failures": failures,
+    }
+
+
+def _prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> dict[str, Any]:
+    return {
+        "image_id": row["image_id"],
+        "scores": result["scores"].tolist(),
+        "labels": [category_ids[label] for label in result["labels"].tolist()],
+        "rle": result["rle"],
+    }
+
+
+def _reference(row: Row) -> dict[str, Any]:
+    objects = row["objects"]
+    return {
+        "image_id": row["image_id"],
+        "category_id": objects["category_id"],
+        "segmentation": [segmentation_to_rle(s, row["height"], row["width"]) for s in objects["segmentation"]],
+        "iscrowd": objects["iscrowd"],
+        "area": objects["area"],
+    }
+
+
+def to_coco_results(row: Row, result: dict[str, Any], category_ids: list[int]) -> list[dict[str, Any]]:
+    """One picture's result as entries of a COCO results file, best first.
+
+    Args:
+        row: the picture.
+        result: as `predict_dataset` yields it.
+        category_ids: original category id of every class index.
+    """
+    boxes = result["boxes"].tolist()
+    return [
+        {
+            "image_id": row["image_id"],
+            "category_id": int(category_ids[label]),
+            "segmentation": rle,
+            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+            "score": score,
+        }
+        for score, label, box, rle in zip(result["scores"].tolist(), result["labels"].tolist(), boxes, result["rle"])
+    ]

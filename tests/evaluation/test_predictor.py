@@ -1,0 +1,129 @@
+"""Prediction over a data set, with an oracle in the place of the model."""
+
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from uplvp_hf.data import DataError, load_dataset_rows
+from uplvp_hf.data.synthetic import write_scenes
+from uplvp_hf.evaluation import evaluate_model, match_category_ids, predict_dataset, to_coco_results
+from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+
+
+class Oracle(torch.nn.Module):
+    """Answers with the annotations of the data set, in its order; scores fall with the size of the object."""
+
+    def __init__(self, dataset, category_ids=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.dataset, self.position = dataset, 0
+        self.config = SimpleNamespace(id2label=dataset.id2label, category_ids=category_ids or dataset.category_ids)
+
+    def forward(self, pixel_values, pixel_mask):
+        batch, _, height, width = pixel_values.shape
+        class_logits = torch.zeros(batch, 12, len(self.config.id2label) + 1)
+        class_logits[..., -1] = 20
+        mask_logits = torch.full((batch, 12, height // 4, width // 4), -20.0)
+        for b in range(batch):
+            index, self.position = self.position, self.position + 1
+            h, w = int(pixel_mask[b, :, 0].sum()), int(pixel_mask[b, 0].sum())
+            for k, category in enumerate(self.dataset[index]["objects"]["category_id"]):
+                mask = torch.from_numpy(self.dataset.mask(index, k)).float()[None, None]
+                canvas = torch.zeros(1, 1, height, width)
+                canvas[..., :h, :w] = torch.nn.functional.interpolate(mask, (h, w), mode="bilinear")
+                mask_logits[b, k] = torch.nn.functional.avg_pool2d(canvas * 40 - 20, 4)[0, 0]
+                class_logits[b, k, self.dataset.category_ids.index(category)] = 25 + k
+        return SimpleNamespace(class_queries_logits=class_logits, masks_queries_logits=mask_logits)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = write_scenes(tmp_path_factory.mktemp("scenes"), count=7, seed=0, size=96)
+    return load_dataset_rows(folder)
+
+
+@pytest.fixture
+def processor():
+    return UplvpImageProcessor(size={"longest_edge": 192})
+
+
+def truncated(dataset, index, folder):
+    """The data set with one picture cut off in the middle."""
+    rows = [copy.copy(row) for row in dataset.rows]
+    content = Path(rows[index]["image"]).read_bytes()
+    file = folder / "cut.png"
+    file.write_bytes(content[: len(content) // 2])
+    rows[index] |= {"image": str(file), "file_name": "cut.png"}
+    result = dataset.subset(range(len(dataset)))
+    result.rows = rows
+    return result
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 50])
+def test_oracle_has_almost_perfect_ap(dataset, processor, batch_size):
+    model = Oracle(dataset).train()
+    metrics = evaluate_model(model, processor, dataset, batch_size=batch_size, progress=False)
+    assert metrics["AP50"] > 0.99 and metrics["AP"] > 0.9
+    assert metrics["num_images"] == 7 and metrics["failures"] == []
+    assert metrics["num_instances"] == sum(len(row["objects"]["category_id"]) for row in dataset.rows)
+    present = {c for row in dataset.rows for c in row["objects"]["category_id"]}
+    names = {category["name"]: category["id"] for category in dataset.categories}
+    assert set(metrics["per_class"]) == set(names)
+    assert all((ap is not None) == (names[name] in present) for name, ap in metrics["per_class"].items())
+    assert model.training
+
+
+def test_results_come_in_order_in_original_pixels(dataset, processor):
+    pairs = list(predict_dataset(Oracle(dataset), processor, dataset, batch_size=2, threshold=0.5, progress=False))
+    assert [row["image_id"] for row, _ in pairs] == [row["image_id"] for row in dataset.rows]
+    for row, result in pairs:
+        assert all(rle["size"] == [row["height"], row["width"]] for rle in result["rle"])
+        assert len(result["rle"]) == len(row["objects"]["category_id"])
+        for entry in to_coco_results(row, result, dataset.category_ids):
+            assert entry["category_id"] in row["objects"]["category_id"]
+            np.testing.assert_allclose(entry["bbox"], coco_mask.toBbox(entry["segmentation"]))
+            assert entry["image_id"] == row["image_id"] and isinstance(entry["score"], float)
+
+
+def test_undecodable_picture_is_left_out_and_listed(dataset, processor, tmp_path):
+    broken = truncated(dataset, 2, tmp_path)
+    failures = []
+    whole = broken.subset([i for i in range(len(broken)) if i != 2])
+    pairs = list(predict_dataset(Oracle(whole), processor, broken, 3, progress=False, failures=failures))
+    assert [row["image_id"] for row, _ in pairs] == [row["image_id"] for row in whole.rows]
+    assert [(entry["file"], entry["row"]) for entry in failures] == [("cut.png", 2)]
+    metrics = evaluate_model(Oracle(whole), processor, broken, progress=False)
+    assert metrics["num_images"] == 6 and metrics["AP50"] > 0.99 and len(metrics["failures"]) == 1
+    only = broken.subset([2])
+    with pytest.raises(DataError, match="none of the 1 pictures can be decoded"):
+        evaluate_model(Oracle(only), processor, only, progress=False)
+
+
+def test_classes_are_matched_by_name(dataset):
+    names = [category["name"] for category in dataset.categories]
+    config = SimpleNamespace(id2label={i: name.upper() for i, name in enumerate(reversed(names))})
+    assert match_category_ids(config, dataset) == list(reversed(dataset.category_ids))
+    config = SimpleNamespace(id2label={0: "unicorn", 1: "griffin"})
+    with pytest.raises(DataError) as error:
+        match_category_ids(config, dataset)
+    assert "2 classes [unicorn, griffin]" in str(error.value)
+    assert f"{len(names)} [{names[0]}" in str(error.value)
+
+
+def test_class_agnostic_ignores_the_classes(dataset, processor):
+    model = Oracle(dataset)
+    model.config.id2label = {index: f"thing {index}" for index in range(len(dataset.categories))}
+    with pytest.raises(DataError, match="thing 0"):
+        evaluate_model(model, processor, dataset, progress=False)
+    metrics = evaluate_model(model, processor, dataset, class_agnostic=True, progress=False)
+    assert metrics["AP50"] > 0.99 and metrics["per_class"] == {}
+
+
+def test_nothing_annotated(dataset, processor):
+    with pytest.raises(DataError, match="none of the 7 pictures is annotated"):
+        evaluate_model(Oracle(dataset), processor, dataset.unlabelled(), progress=False)
