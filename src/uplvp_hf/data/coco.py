@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from .dataset import InstanceDataset, Row, empty_objects
@@ -24,7 +25,7 @@ from .rle import polygon_fault, rle_areas, rle_boxes, segmentation_to_rle
 
 
 def _clean_segmentation(
-    segmentation: Any, height: int, width: int, complain
+    segmentation: Any, height: int, width: int, complain: Callable[[str], None]
 ) -> tuple[Any, dict[str, Any], bool] | None:
     """(segmentation to keep, its RLE, whether it was changed), or None when no pixel is left.
 
@@ -48,11 +49,10 @@ def _clean_segmentation(
         segmentation = parts
     try:
         rle = segmentation_to_rle(segmentation, height, width)
-        area = rle_areas([rle])[0]
-    except ValueError as error:  # DataError, and what pycocotools says of codes that do not fill the picture
-        complain(str(error))
+    except DataError as error:
+        complain(error.reason)
         return None
-    if area == 0:
+    if rle_areas([rle])[0] == 0:
         complain("no pixel of the object is inside of the picture")
         return None
     if isinstance(segmentation, dict):

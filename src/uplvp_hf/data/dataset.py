@@ -121,7 +121,11 @@ class InstanceDataset:
 
     def to_hf_dataset(self) -> datasets.Dataset:
         """The rows as a `datasets.Dataset`: `image` is a `datasets.Image` (a path, decoded when read), and each object
-        is a struct of the lists above with every segmentation a compressed RLE, so that one schema fits all."""
+        is a struct of the lists above with every segmentation a compressed RLE, so that one schema fits all.
+
+        `datasets` always turns pictures upright, also those that `load_image` leaves as stored for their annotations.
+        Raises DataError for a malformed segmentation.
+        """
         import datasets
 
         text_ids = any(isinstance(row["image_id"], str) for row in self.rows)

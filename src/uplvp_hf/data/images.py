@@ -89,7 +89,11 @@ def as_rgb(image: Image.Image, size: tuple[int, int] | None = None, file: str = 
         image.load()
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})", file=file) from error
-    return _turn(to_rgb(image, file), orientation, size, file)
+    result = _turn(to_rgb(image, file), orientation, size, file)
+    if result is image:
+        result = image.copy()
+    result.info = {}  # with its EXIF left in, the next reader would turn the picture once more
+    return result
 
 
 def _open(path: str) -> Image.Image:

@@ -84,8 +84,22 @@ def polygon_fault(part: Any, height: int, width: int) -> str | None:
     return None
 
 
+def _unpack_counts(codes: np.ndarray) -> np.ndarray:
+    """Run lengths of a compressed RLE: little-endian groups of 5 bits with a sign and a continuation bit, each run from
+    the fourth on as the difference to the one two before (rleFrString in maskApi.c)."""
+    bits, last = (codes & 0x1F).astype(np.int64), (codes & 0x20) == 0
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
+    runs = np.add.reduceat(bits << np.minimum(5 * places, 55), starts)
+    runs -= np.where(codes[ends] & 0x10, np.int64(1) << np.minimum(5 * (ends - starts + 1), 55), 0)
+    runs[1::2], runs[2::2] = runs[1::2].cumsum(), runs[2::2].cumsum()
+    return runs
+
+
 def _check_counts(counts: Any, height: int, width: int) -> None:
-    """pycocotools reads past the end of a malformed code, so the code is checked before it is handed over."""
+    """pycocotools reads past the end of a malformed code, and returns memory it never wrote for one that is too short,
+    so codes are checked before they are handed over."""
     if isinstance(counts, str):
         try:
             counts = counts.encode("ascii")
@@ -95,6 +109,12 @@ def _check_counts(counts: Any, height: int, width: int) -> None:
         codes = np.frombuffer(bytes(counts), dtype=np.uint8)
         if len(codes) == 0 or codes.min() < 48 or codes.max() > 111 or (int(codes[-1]) - 48) & 0x20:
             raise DataError("the compressed RLE counts are malformed or cut off")
+        runs = _unpack_counts(codes.astype(np.int64) - 48)
+        if runs.min() < 0 or runs.sum() != height * width:
+            raise DataError(
+                f"the compressed RLE counts are malformed: {len(runs)} runs sum to {runs.sum()}, "
+                f"the picture has {height}x{width} = {height * width} pixels"
+            )
         return
     if not isinstance(counts, (list, tuple, np.ndarray)):
         raise DataError(f"RLE counts must be text or a list of whole numbers, got {type(counts).__name__}")
@@ -146,11 +166,7 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """A COCO segmentation (see `segmentation_to_rle`, which lists what is raised) as a (height, width) bool mask."""
-    rle = _to_coco(segmentation, height, width)
-    try:
-        return coco_mask.decode(rle).astype(bool)
-    except ValueError as error:
-        raise DataError(f"the RLE does not fill {height}x{width} pixels ({error})") from error
+    return coco_mask.decode(_to_coco(segmentation, height, width)).astype(bool)
 
 
 def _bytes_counts(rles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -197,8 +213,14 @@ def masks_to_boxes(masks: np.ndarray) -> np.ndarray:
 
 
 def mask_iou(a_rles: Sequence[dict[str, Any]], b_rles: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(N, M) float64 intersection over union of N with M RLEs of one picture, 0 to 1; two empty masks give 0."""
+    """(N, M) float64 intersection over union of N with M RLEs of one picture, 0 to 1; two empty masks give 0.
+
+    Raises DataError when the masks are not all of one size.
+    """
     if len(a_rles) == 0 or len(b_rles) == 0:
         return np.zeros((len(a_rles), len(b_rles)))
     overlap = coco_mask.iou(_bytes_counts(a_rles), _bytes_counts(b_rles), [False] * len(b_rles))
-    return np.nan_to_num(np.asarray(overlap), nan=0.0)
+    overlap = np.nan_to_num(np.asarray(overlap), nan=0.0)
+    if (overlap < 0).any():  # pycocotools' mark for masks of different sizes
+        raise DataError("masks of different sizes have no overlap")
+    return overlap

@@ -24,7 +24,8 @@ def sample_labels_per_class(
         allow_fewer: take all pictures of a class that has fewer, instead of raising; a class may then have none.
 
     Returns: sorted indices into `dataset`.
-    Raises DataError when a class has fewer than `per_class` pictures (see `allow_fewer`), ValueError for `per_class` below 1.
+    Raises DataError when a class has fewer than `per_class` pictures and `allow_fewer` is off; ValueError when
+    `per_class` is below 1.
     """
     if per_class < 1:
         raise ValueError(f"per_class must be at least 1, got {per_class}")

@@ -1,0 +1,185 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uplvp_hf.data import ImageError, InstanceDataset, Row, empty_objects, image_size, load_dataset_rows, open_image
+
+
+@pytest.fixture
+def pixels():
+    """40 x 30 px; smooth, so that JPEG keeps it, and different in its four corners."""
+    y, x = np.mgrid[0:30, 0:40]
+    return np.stack([x * 6, y * 8, (x + y) * 3], axis=-1).astype(np.uint8)
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+def test_16_bit_grey_is_scaled_to_8_bits(tmp_path):
+    values = np.array([[0, 128, 129, 257], [32768, 32896, 65407, 65535]], dtype=np.uint16)
+    for name in ("deep.png", "deep.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        opened = np.asarray(open_image(tmp_path / name))
+        assert opened.shape == (2, 4, 3) and opened.dtype == np.uint8
+        for channel in range(3):
+            np.testing.assert_array_equal(opened[..., channel], np.rint(values / 65535 * 255))
+
+
+def test_float_pixels(tmp_path):
+    Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)).save(tmp_path / "unit.tif")
+    assert np.asarray(open_image(tmp_path / "unit.tif"))[0, :, 0].tolist() == [0, 128, 255]
+    Image.fromarray(np.array([[0.0, 300.0]], dtype=np.float32)).save(tmp_path / "wide.tif")
+    with pytest.raises(ImageError, match=r"wide\.tif.*300"):
+        open_image(tmp_path / "wide.tif")
+
+
+def test_cmyk_jpeg(tmp_path, pixels):
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "c.jpg", quality=100)
+    assert Image.open(tmp_path / "c.jpg").mode == "CMYK"
+    assert np.abs(np.asarray(open_image(tmp_path / "c.jpg")).astype(int) - pixels).max() < 12
+
+
+def test_palette_with_transparency_shows_white(tmp_path):
+    picture = Image.new("P", (4, 2))
+    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    picture.putdata([0, 1, 2, 0, 1, 2, 0, 1])
+    picture.save(tmp_path / "p.png", transparency=1)
+    opened = np.asarray(open_image(tmp_path / "p.png"))
+    colours = np.array([[255, 0, 0], [255, 255, 255], [0, 0, 255]])
+    np.testing.assert_array_equal(opened, colours[[[0, 1, 2, 0], [1, 2, 0, 1]]])
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA"])
+def test_alpha_is_laid_on_white(tmp_path, mode):
+    grey, alpha = np.array([[0, 100, 200, 50]], dtype=np.uint8), np.array([[255, 0, 255, 51]], dtype=np.uint8)
+    channels = [grey] * (len(mode) - 1) + [alpha]
+    Image.fromarray(np.stack(channels, axis=-1), mode=mode).save(tmp_path / "alpha.png")
+    opened = np.asarray(open_image(tmp_path / "alpha.png"))[0, :, 0].astype(int)
+    assert opened[:3].tolist() == [0, 255, 200]
+    assert abs(opened[3] - (50 * 0.2 + 255 * 0.8)) <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey_and_two_level(tmp_path, pixels, mode):
+    picture = Image.fromarray(pixels).convert(mode)
+    picture.save(tmp_path / "grey.png")
+    opened = np.asarray(open_image(tmp_path / "grey.png"))
+    expected = np.asarray(picture).astype(np.uint8) * (255 if mode == "1" else 1)
+    np.testing.assert_array_equal(opened, np.repeat(expected[..., None], 3, axis=2))
+
+
+TURNS = {  # what has to be done to the stored pixels, written down from the EXIF standard
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a.transpose(1, 0, 2)[::-1, ::-1],
+    8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("orientation", list(TURNS))
+def test_exif_rotation(tmp_path, pixels, orientation):
+    file = tmp_path / "turned.jpg"
+    Image.fromarray(pixels).save(file, quality=100, exif=exif(orientation))
+    stored = np.asarray(Image.open(file))
+    upright = open_image(file)
+    np.testing.assert_array_equal(np.asarray(upright), TURNS[orientation](stored))
+    assert upright.size == image_size(file) == ((30, 40) if orientation >= 5 else (40, 30))
+    assert upright.getexif().get(0x0112, 1) == 1, "a second reader would turn it again"
+
+
+def test_annotations_decide_the_frame_of_a_rotated_picture(tmp_path, pixels):
+    file = tmp_path / "turned.jpg"
+    Image.fromarray(pixels).save(file, quality=100, exif=exif(6))
+    stored = np.asarray(Image.open(file))
+
+    def row(width, height):
+        return Row(
+            image=str(file), image_id=1, file_name="turned.jpg", width=width, height=height, objects=empty_objects()
+        )
+
+    dataset = InstanceDataset([row(30, 40), row(40, 30), row(20, 15)], [])
+    np.testing.assert_array_equal(np.asarray(dataset.load_image(0)), np.rot90(stored, -1))
+    kept = dataset.load_image(1)
+    np.testing.assert_array_equal(np.asarray(kept), stored)
+    assert kept.getexif().get(0x0112, 1) == 1
+    with pytest.raises(ImageError, match=r"turned\.jpg.*30x40.*20x15"):
+        dataset.load_image(2)
+    in_memory = InstanceDataset([{**row(40, 30), "image": Image.open(file)}], [])
+    np.testing.assert_array_equal(np.asarray(in_memory.load_image(0)), stored)
+
+
+def test_unreadable_exif_is_warned_of(tmp_path, pixels, monkeypatch):
+    """Pillow 12 and later read around most damage; earlier ones raise such errors."""
+
+    def fail(self):
+        raise SyntaxError("not a TIFF file")
+
+    Image.fromarray(pixels).save(tmp_path / "e.jpg")
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    with pytest.warns(UserWarning, match=r"e\.jpg.*not a TIFF file"):
+        assert open_image(tmp_path / "e.jpg").size == (40, 30)
+
+
+def broken_pictures(pixels):
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, pixels.shape, dtype=np.uint8))
+    noise.save(jpeg, "JPEG", quality=95)
+    noise.save(png, "PNG")
+    return {
+        "cut.jpg": jpeg.getvalue()[: len(jpeg.getvalue()) * 2 // 3],
+        "cut.png": png.getvalue()[: len(png.getvalue()) // 2],
+        "empty.jpg": b"",
+        "text.jpg": b"this is not a picture",
+        "flipped.png": png.getvalue()[:20] + b"\xff\xff" + png.getvalue()[22:],
+    }
+
+
+@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "empty.jpg", "text.jpg", "flipped.png"])
+def test_broken_pictures_raise_and_name_the_file(tmp_path, pixels, name):
+    (tmp_path / name).write_bytes(broken_pictures(pixels)[name])
+    with pytest.raises(ImageError, match=name) as caught:
+        open_image(tmp_path / name)
+    assert caught.value.file == str(tmp_path / name)
+
+
+def test_missing_picture_and_folder_in_place_of_one(tmp_path):
+    for path in (tmp_path / "none.jpg", tmp_path):
+        with pytest.raises(ImageError, match="no such picture"):
+            open_image(path)
+
+
+def test_folder_of_pictures(tmp_path, pixels):
+    """Good ones become rows, those without a readable head failures; cut off ones are found by check_images."""
+    for name in ("b.png", "deep/er/a.JPG", ".hidden/x.png", "._ghost.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif(6))
+    for name, content in broken_pictures(pixels).items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    dataset = load_dataset_rows(tmp_path)
+    assert [row["file_name"] for row in dataset.rows] == ["b.png", "cut.jpg", "cut.png", "deep/er/a.JPG"]
+    assert [row["image_id"] for row in dataset.rows] == [row["file_name"] for row in dataset.rows]
+    assert (dataset[0]["width"], dataset[0]["height"]) == (30, 40) == dataset.load_image(0).size
+    assert {failure["file"].split("/")[-1] for failure in dataset.failures} == {"empty.jpg", "text.jpg", "flipped.png"}
+    checked = load_dataset_rows(tmp_path, check_images=True)
+    assert len(checked) == 4 and len(checked.failures) == 5
+    assert {f["file"].split("/")[-1] for f in checked.failures[3:]} == {"cut.jpg", "cut.png"}
+
+
+def test_errors_survive_pickling(tmp_path):
+    import pickle
+
+    with pytest.raises(ImageError) as caught:
+        open_image(tmp_path / "none.jpg")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is ImageError and str(again) == str(caught.value) and again.file == caught.value.file
