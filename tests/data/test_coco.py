@@ -99,12 +99,18 @@ def test_box_and_area_come_from_the_mask_where_missing(load, annotation):
     assert objects["bbox"] == [[5, 5, 10, 10]] and objects["area"] == [100] and objects["iscrowd"] == [0]
 
 
-def test_polygon_reaching_out_is_clipped(load, annotation):
-    dataset = load([annotation(segmentation=[[30, 20, 60, 20, 60, 50, 30, 50]], bbox=[30, 20, 30, 30], area=900)])
+@pytest.mark.parametrize(
+    ("x", "y", "clipped"),
+    [(-4, 5, [0, 5, 16, 20]), (35, 5, [35, 5, 5, 20]), (5, -6, [5, 0, 20, 14]), (5, 22, [5, 22, 20, 8])],
+)
+def test_polygon_reaching_out_is_clipped(load, annotation, x, y, clipped):
+    square = [[x, y, x + 20, y, x + 20, y + 20, x, y + 20]]
+    dataset = load([annotation(segmentation=square, bbox=[x, y, 20, 20], area=400)])
     objects = dataset[0]["objects"]
-    assert objects["bbox"] == [[30, 20, 10, 10]] and objects["area"] == [100]
+    left, top, width, height = clipped
+    assert objects["bbox"] == [clipped] and objects["area"] == [width * height]
     mask = np.zeros((30, 40), dtype=bool)
-    mask[20:, 30:] = True
+    mask[top : top + height, left : left + width] = True
     assert objects["segmentation"] == [encode_mask(mask)]
 
 

@@ -49,7 +49,7 @@ def test_masks_follow_their_pixels(size, seed):
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_masks_are_not_shifted_against_their_pixels(size):
-    """Over many draws the centres agree to a twentieth of a pixel (measured: 0.016); half a pixel of shift would show."""
+    """Over many draws the centres agree to a twentieth of a pixel (measured: 0.016)."""
     shifts = []
     for seed in range(40):
         image, masks, colours = scene(seed)
