@@ -1,3 +1,39 @@
-"""uplvp_hf: instance segmentation from many pictures and few labels."""
+"""uplvp_hf: instance segmentation from many pictures and few labels.
+
+Importing this package is quick: nothing heavy is loaded until a name is used. The auto classes of transformers
+(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP models from the
+moment that both packages are imported, in any order.
+"""
+
+import importlib
+
+from ._register import register_when_needed
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "UplvpConfig": "models.configuration_uplvp",
+    "UplvpForInstanceSegmentation": "models.modeling_uplvp",
+    "UplvpForPreTraining": "models.modeling_uplvp",
+    "UplvpImageProcessor": "models.image_processing_uplvp",
+    "InstanceDataset": "data",
+    "load_dataset_rows": "data",
+    "label_images": "labeling.pipeline",
+    "evaluate_model": "evaluation.predictor",
+    "predict_dataset": "evaluation.predictor",
+    "train": "training.loop",
+}
+__all__ = [*_NAMES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name not in _NAMES:
+        raise AttributeError(f"module 'uplvp_hf' has no attribute '{name}'")
+    return getattr(importlib.import_module(f".{_NAMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_when_needed()

@@ -106,8 +106,8 @@ class TrainingSet(torch.utils.data.Dataset):
             failures.append({"file": file, "row": f"row {index}", "reason": self._reasons[index]})
         return failures
 
-    def _generator(self, index: int) -> torch.Generator:
-        state = np.random.SeedSequence([self.seed, int(self._epoch), index]).generate_state(1, np.uint64)
+    def _generator(self, index: int, epoch: int) -> torch.Generator:
+        state = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
     def _open(self, index: int) -> tuple[int, Image.Image]:
@@ -135,7 +135,11 @@ class TrainingSet(torch.utils.data.Dataset):
         return sorted(best)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One sample, h and w at most the transform's size:
+        """The sample at `index` in the epoch chosen by `set_epoch`. See `sample`."""
+        return self.sample(index, int(self._epoch))
+
+    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+        """One sample as augmented in `epoch`, h and w at most the transform's size:
 
         pixel_values (3, h, w) float32 normalised; mask_labels (N, h, w) bool; class_labels (N,) int64; scores (N,)
         float32, 0 to 1; image_id; index of the row used, which is a later one than asked for when pictures cannot be
@@ -144,7 +148,7 @@ class TrainingSet(torch.utils.data.Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} pictures")
         index %= len(self)
-        generator = self._generator(index)
+        generator = self._generator(index, epoch)
         position, image = self._open(index)
         row = self.dataset[position]
         chosen = self._choose(row)

@@ -19,6 +19,21 @@ Draw = Callable[[int, str, int, tuple[int, ...]], Tensor]
 
 
 @dataclass
+class Normalizers:
+    """Divisors of the loss terms; None means those of the batch at hand.
+
+    The training loop passes the values of the whole effective batch (all accumulated batches, averaged over
+    processes), so that accumulated gradients equal those of one large batch.
+    masks: number of true masks; class_weight: sum of the cross-entropy weights over all queries; pairs: number of
+    supervised pairs (query, prompt) over all layers.
+    """
+
+    masks: Tensor | float | None = None
+    class_weight: Tensor | float | None = None
+    pairs: Tensor | float | None = None
+
+
+@dataclass
 class LayerOutput:
     """Predictions after one decoder layer.
 
@@ -95,14 +110,13 @@ class MaskClassificationLoss:
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
         pixel_mask: Tensor | None = None,
-        num_masks: Tensor | float | None = None,
+        normalizers: Normalizers | None = None,
         draw: Draw | None = None,
     ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Loss terms, weighted, by name (`class_0`, `mask_0`, `dice_0`, ... last layer last) and the assignments.
 
         mask_labels: per picture (G_i, H, W) bool at the padded input size; class_labels: per picture (G_i,) int.
-        pixel_mask (B, H, W), 1 on the picture: points are drawn there only. num_masks: divisor of the mask terms, by
-        default the number of masks in the batch, at least 1 (the training loop passes the mean over processes).
+        pixel_mask (B, H, W), 1 on the picture: points are drawn there only.
         """
         device = layers[0].mask_logits.device
         draw = draw or (lambda layer, kind, picture, shape: torch.rand(shape, device=device))
@@ -110,14 +124,16 @@ class MaskClassificationLoss:
         class_labels = [labels.to(device).long() for labels in class_labels]
         mask_labels = [masks.to(device).bool() for masks in mask_labels]
         extent = picture_extent(pixel_mask, len(mask_labels), device)
-        if num_masks is None:
-            num_masks = max(sum(len(labels) for labels in class_labels), 1)
+        normalizers = normalizers or Normalizers()
+        num_masks = normalizers.masks or max(sum(len(labels) for labels in class_labels), 1)
         matches = hungarian(self._costs(layers, mask_labels, class_labels, extent, draw))
         masks, offsets = stack_masks(mask_labels)
         losses = {}
         for index, (layer, match) in enumerate(zip(layers, matches, strict=True)):
             terms = self._mask_terms(index, layer, masks, offsets, match, extent, num_masks, draw)
-            losses[f"class_{index}"] = self.class_weight * self._class_term(layer, class_labels, match)
+            losses[f"class_{index}"] = self.class_weight * self._class_term(
+                layer, class_labels, match, normalizers.class_weight
+            )
             losses[f"mask_{index}"], losses[f"dice_{index}"] = terms
         return losses, matches
 
@@ -144,7 +160,7 @@ class MaskClassificationLoss:
             costs.append(torch.stack(rows) - self.class_weight * probability[..., labels])
         return costs
 
-    def _class_term(self, layer: LayerOutput, class_labels: list[Tensor], match) -> Tensor:
+    def _class_term(self, layer: LayerOutput, class_labels: list[Tensor], match, divisor) -> Tensor:
         logits = layer.class_logits.float()
         background = logits.shape[-1] - 1
         target = torch.full(logits.shape[:2], background, dtype=torch.int64, device=logits.device)
@@ -152,7 +168,13 @@ class MaskClassificationLoss:
             target[i, query.to(logits.device)] = class_labels[i][label.to(logits.device)]
         weight = logits.new_ones(background + 1)
         weight[background] = self.no_object_weight
-        return F.cross_entropy(logits.transpose(1, 2), target, weight=weight)
+        total = F.cross_entropy(logits.transpose(1, 2), target, weight=weight, reduction="sum")
+        return total / (divisor if divisor is not None else weight[target].sum())
+
+    def class_weight_sum(self, num_queries: int, counts: list[int]) -> float:
+        """Sum of the cross-entropy weights of pictures with `counts` true masks each: known before matching."""
+        matched = sum(min(count, num_queries) for count in counts)
+        return matched + self.no_object_weight * (num_queries * len(counts) - matched)
 
     def _mask_terms(self, index, layer, masks, offsets, match, extent, num_masks, draw) -> tuple[Tensor, Tensor]:
         """Point-sampled cross-entropy and dice of the matched masks of one layer, summed and divided."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackbone
 
-from .losses import Draw, LayerOutput, MaskClassificationLoss
+from .losses import Draw, LayerOutput, MaskClassificationLoss, Normalizers
 
 
 @dataclass
@@ -136,18 +136,26 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         blocked = blocked | outside
         return torch.where(blocked.all(-1, keepdim=True), outside, blocked)
 
+    def normalizers(self, counts: list[int], num_prompts: int) -> Normalizers:
+        """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass."""
+        queries, layers = self.config.num_queries, self.config.decoder_layers
+        pairs = sum(min(count, queries, num_prompts) for count in counts) * (layers - 1)
+        return Normalizers(
+            masks=sum(counts), class_weight=self.loss_function.class_weight_sum(queries, counts), pairs=pairs
+        )
+
     def loss(
         self,
         layers: list[LayerOutput],
         features: SegmenterFeatures,
         mask_labels: list[Tensor],
         class_labels: list[Tensor],
-        num_masks: Tensor | float | None = None,
+        normalizers: Normalizers | None = None,
         draw: Draw | None = None,
     ):
         """Weighted loss terms by name, and the assignments of every layer. See `MaskClassificationLoss`."""
         layers = layers if self.config.use_auxiliary_loss else layers[-1:]
-        return self.loss_function(layers, mask_labels, class_labels, features.pixel_mask, num_masks, draw)
+        return self.loss_function(layers, mask_labels, class_labels, features.pixel_mask, normalizers, draw)
 
 
 def _padding_at(pixel_mask: Tensor, size: torch.Size) -> Tensor:

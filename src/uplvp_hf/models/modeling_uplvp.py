@@ -21,7 +21,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_uplvp import UplvpConfig
-from .losses import Draw, LayerOutput, kernel_supervision
+from .losses import Draw, LayerOutput, Normalizers, kernel_supervision
 from .matching import match_prompts
 from .modeling_mask2former import Mask2FormerSegmenter, SegmenterFeatures
 from .prompts import Prompts, inject_prompts, pool_prompts
@@ -102,11 +102,13 @@ class UplvpPreTrainedModel(PreTrainedModel):
 
         Tensors of equal shape are kept. Class-sized tensors get the row of the class of the same name where the
         checkpoint knows it (`class_head="remap"`) and are re-initialised otherwise, or always (`"new"`). What happened
-        is in `model.transfer_report`; print it.
+        is in `model.transfer_report`; print it. `kwargs` that are settings of `UplvpConfig` replace those of the
+        checkpoint, the others go to `from_pretrained`.
         """
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in UplvpConfig.__dataclass_fields__}
         config = UplvpConfig.from_pretrained(name_or_dir)
         source = cls._source_class(config).from_pretrained(name_or_dir, config=config, **kwargs)
-        config = UplvpConfig.from_dict({**source.config.to_dict(), "class_agnostic": False})
+        config = UplvpConfig.from_dict({**source.config.to_dict(), "class_agnostic": False, **settings})
         config.sync_classes(id2label, category_ids)
         model = cls(config)
         model.transfer_report = transfer_weights(source, model, class_head)
@@ -147,22 +149,22 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         pixel_mask: Tensor | None = None,
         mask_labels: list[Tensor] | None = None,
         class_labels: list[Tensor] | None = None,
-        num_masks: Tensor | float | None = None,
+        normalizers: Normalizers | None = None,
         draw: Draw | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> UplvpOutput | tuple:
         """
         pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the picture, 0 on padding;
-        mask_labels: per picture (G, H, W) bool; class_labels: per picture (G,) int in 0..K-1. `num_masks` and `draw`
-        are for the training loop and for tests: see `MaskClassificationLoss`.
+        mask_labels: per picture (G, H, W) bool; class_labels: per picture (G,) int in 0..K-1. `normalizers` and
+        `draw` are for the training loop and for tests: see `MaskClassificationLoss`.
         """
         features = self.segmenter.encode(pixel_values, pixel_mask)
         layers = self.segmenter.decode(features, self.segmenter.initial_queries(features))
         losses = None
         if mask_labels is not None:
             labels = self._labels(class_labels)
-            losses, _ = self.segmenter.loss(layers, features, mask_labels, labels, num_masks, draw)
+            losses, _ = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw)
         output = self._output(layers, losses)
         return output if return_dict is not False else output.to_tuple()
 
@@ -220,16 +222,14 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         mask_labels: list[Tensor] | None = None,
         class_labels: list[Tensor] | None = None,
         prompt_scores: list[Tensor] | None = None,
-        num_masks: Tensor | float | None = None,
-        num_pairs: Tensor | float | None = None,
+        normalizers: Normalizers | None = None,
         draw: Draw | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> UplvpOutput | tuple:
         """As `UplvpForInstanceSegmentation.forward`, with pseudo masks as labels and their `prompt_scores` (G,) each.
 
-        Without `mask_labels` no prompt is made: the output is that of the plain model. `num_pairs` divides the kernel
-        supervision, for means over processes.
+        Without `mask_labels` no prompt is made: the output is that of the plain model.
         """
         features = self.segmenter.encode(pixel_values, pixel_mask)
         queries = self.segmenter.initial_queries(features)
@@ -240,10 +240,11 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         prompts = self.make_prompts(features, mask_labels, prompt_scores)
         layers = self.segmenter.decode(features, self.prompt_queries(queries, prompts))
         labels = self._labels(class_labels)
-        losses, matches = self.segmenter.loss(layers, features, mask_labels, labels, num_masks, draw)
+        losses, matches = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw)
         if prompts is not None and self.config.kernel_supervision_weight > 0:
             # The first output comes before any update of the queries, so it is not supervised (SP: every stage).
-            supervised = kernel_supervision(layers[1:], matches[1:], prompts.vectors, prompts.source, num_pairs)
+            pairs = None if normalizers is None else normalizers.pairs
+            supervised = kernel_supervision(layers[1:], matches[1:], prompts.vectors, prompts.source, pairs)
             # The projection gets no gradient from the loss above when nothing is injected: keep it in the graph.
             touched = prompts.vectors.sum() * 0
             losses["kernel"] = self.config.kernel_supervision_weight * supervised + touched

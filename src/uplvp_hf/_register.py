@@ -1,0 +1,87 @@
+"""Registers UPLVP models with transformers' auto classes, without importing transformers before the user does.
+
+The registration needs the model classes, whose import takes seconds (torch, transformers). So it waits until an auto
+module of transformers has been imported and no module of transformers, and no model file of ours, is half executed.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+
+_AUTO = tuple(f"transformers.models.auto.{name}_auto" for name in ("configuration", "modeling", "image_processing"))
+_registered = False
+
+
+def register_auto_classes() -> None:
+    """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and `pipeline("image-segmentation")` know UPLVP."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForImageSegmentation,
+        AutoModelForInstanceSegmentation,
+        AutoModelForPreTraining,
+        AutoModelForUniversalSegmentation,
+    )
+    from transformers.models.auto import modeling_auto
+
+    from .models.configuration_uplvp import UplvpConfig
+    from .models.image_processing_uplvp import UplvpImageProcessor
+    from .models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
+
+    AutoConfig.register("uplvp", UplvpConfig)
+    AutoModelForPreTraining.register(UplvpConfig, UplvpForPreTraining)
+    # The stock pipeline tries only AutoModelForImageSegmentation and AutoModelForSemanticSegmentation.
+    for auto in (
+        AutoModelForImageSegmentation,
+        AutoModelForInstanceSegmentation,
+        AutoModelForUniversalSegmentation,
+    ):
+        auto.register(UplvpConfig, UplvpForInstanceSegmentation)
+    # Without this entry the pipeline works but logs that the model is not supported.
+    modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["uplvp"] = "UplvpForInstanceSegmentation"
+    AutoImageProcessor.register(UplvpConfig, image_processor_classes={"torchvision": UplvpImageProcessor})
+
+
+def register_when_needed() -> None:
+    """Registers now if an auto module is already imported, otherwise right after the first import of one."""
+    if any(name in sys.modules for name in _AUTO):
+        register_auto_classes()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Counts the modules in execution of transformers and of our models; registers when the count returns to zero."""
+
+    def __init__(self) -> None:
+        self.running = 0
+
+    def find_spec(self, fullname, path=None, target=None):
+        if _registered or not (fullname.split(".")[0] == "transformers" or fullname.startswith("uplvp_hf.models.")):
+            return None
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            if spec is not None and spec.loader is not None:
+                self._watch(spec.loader)
+                return spec
+        return None
+
+    def _watch(self, loader) -> None:
+        execute = loader.exec_module
+
+        def exec_module(module):
+            self.running += 1
+            try:
+                execute(module)
+            finally:
+                self.running -= 1
+            if self.running == 0 and any(name in sys.modules for name in _AUTO):
+                register_auto_classes()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+
+        loader.exec_module = exec_module

@@ -1,0 +1,68 @@
+"""The `uplvp` command: one verb a stage. Dispatches, no logic; each verb also is a script for `accelerate launch`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import subprocess
+import sys
+
+VERBS = {
+    "label": "pictures and class names -> pseudo labels",
+    "pretrain": "pseudo labels -> pre-trained segmenter",
+    "finetune": "a few labels -> fine-tuned segmenter",
+    "evaluate": "model and labelled pictures -> COCO mask AP",
+    "predict": "model and pictures -> COCO results and overlays",
+    "push": "model -> Hub",
+    "demo": "all of it on generated scenes, without data or network",
+}
+
+
+def _usage() -> str:
+    lines = [f"  {verb:10} {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: uplvp VERB [--processes N] [arguments]",
+            "",
+            *lines,
+            "",
+            "`uplvp VERB --help` shows the arguments of a verb. --processes N runs it under `accelerate launch`.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a verb and returns its exit code: 0, or 2 for wrong arguments or unusable input."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        from uplvp_hf import __version__
+
+        print(__version__)
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        print(f"uplvp: no verb `{verb}`." + (f" Did you mean `{near[0]}`?" if near else ""), file=sys.stderr)
+        print(_usage(), file=sys.stderr)
+        return 2
+    if "--processes" in rest:
+        return _launch(verb, rest)
+    return importlib.import_module(f"uplvp_hf.commands.{verb}").main(rest)
+
+
+def _launch(verb: str, rest: list[str]) -> int:
+    """The verb in several processes."""
+    place = rest.index("--processes")
+    count = rest[place + 1] if place + 1 < len(rest) else ""
+    if not count.isdigit() or int(count) < 1:
+        print("uplvp: --processes needs a number, such as --processes 8.", file=sys.stderr)
+        return 2
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", count]
+    return subprocess.call([*command, "-m", "uplvp_hf.cli", verb, *rest[:place], *rest[place + 2 :]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

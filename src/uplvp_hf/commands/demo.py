@@ -1,0 +1,28 @@
+"""`uplvp demo`: the whole path on generated scenes, without data, weights or network."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="uplvp demo",
+        description="Label generated scenes with the small CLIP of the package, pre-train, fine-tune on 20 labelled "
+        "pictures, and compare with training from scratch. Needs no data, weights or network; about 8 minutes on 2 "
+        "cores.",
+    )
+    parser.add_argument("--output", default="runs/demo", help="folder for everything (default: runs/demo)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on pictures and steps, for a quick look")
+    arguments = parser.parse_args(argv)
+
+    from uplvp_hf.demo.pipeline import run_demo
+
+    try:
+        run_demo(arguments.output, arguments.seed, arguments.scale)
+    except (ValueError, OSError) as error:
+        print(f"uplvp demo: {error}", file=sys.stderr)
+        return 2
+    return 0

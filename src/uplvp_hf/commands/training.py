@@ -1,0 +1,51 @@
+"""What `uplvp pretrain` and `uplvp finetune` have in common: arguments, errors, the closing lines."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+_EPILOG = """settings:
+  Any setting of a recipe can be overridden by section.key=value, for example
+    data.train=runs/labels  data.val=photos/val.json  optim.steps=500  optim.lr=1e-3  model.init=runs/pretrain
+  Sections: data, model, optim, evaluation, checkpoint (see uplvp_hf/training/config.py). Without a recipe the
+  defaults of that file hold; shipped recipes are in uplvp_hf/training/recipes.
+"""
+
+
+def run_training(stage: str, description: str, argv: list[str] | None) -> int:
+    """Parses, trains, prints where the result is. Returns 0, or 2 with one line about what is wrong."""
+    parser = argparse.ArgumentParser(
+        prog=f"uplvp {stage}",
+        description=description,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, see below")
+    parser.add_argument("--recipe", help="YAML file, or the name of a shipped recipe")
+    parser.add_argument("--output", help="folder for checkpoints and the model (default: runs/<stage>)")
+    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+
+    from uplvp_hf.training.config import load_settings
+
+    words = [*arguments.settings]
+    words += [f"output={arguments.output}"] if arguments.output else []
+    words += [f"seed={arguments.seed}"] if arguments.seed is not None else []
+    try:
+        settings = load_settings(arguments.recipe, [*words, f"stage={stage}"], output=f"runs/{stage}")
+
+        from uplvp_hf.training.loop import train
+
+        result = train(settings, resume=arguments.resume, progress=not arguments.quiet)
+    except (ValueError, OSError) as error:
+        print(f"uplvp {stage}: {error}", file=sys.stderr)
+        return 2
+    for step, metrics in sorted(result.evaluations.items()):
+        print(f"step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
+    print(f"{settings.optim.steps} steps in {result.seconds:.0f} s. Model: {settings.output}")
+    return 0

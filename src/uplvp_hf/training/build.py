@@ -1,0 +1,132 @@
+"""From settings to what a run needs: data, model, image processor."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from safetensors import safe_open
+from torch import nn
+
+from ..data import InstanceDataset, load_dataset_rows
+from ..data.splits import sample_labels_per_class
+from ..models.configuration_uplvp import UplvpConfig
+from ..models.image_processing_uplvp import UplvpImageProcessor
+from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
+from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+def build_data(settings: DataSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
+    """Training rows (cut to the low-data split) and validation rows, or None."""
+    if settings.train is None:
+        raise ConfigError("`data.train` is not set: give a COCO JSON, a folder or a pseudo-label store.")
+    train = load_dataset_rows(settings.train, split=settings.train_split)
+    if not train.categories:
+        raise ConfigError(f"{settings.train} holds pictures without classes: label it first (`uplvp label`).")
+    if settings.labels_per_class is not None:
+        train = train.subset(sample_labels_per_class(train, settings.labels_per_class, settings.split_seed))
+    val = load_dataset_rows(settings.val, split=settings.val_split) if settings.val else None
+    return train, val
+
+
+def build_model(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
+    """The model of the run, with the classes of the data, weights loaded and parts frozen."""
+    model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
+    if settings.model.backbone_weights:
+        load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
+    if settings.model.freeze_backbone:
+        model.segmenter.backbone.requires_grad_(False)
+    return model
+
+
+def build_processor(data: DataSettings) -> UplvpImageProcessor:
+    """Fits the longer side to `data.size` and pads to one square canvas: no picture sees its batch mates' shapes."""
+    return UplvpImageProcessor(
+        size={"longest_edge": data.size},
+        pad_size={"height": data.size, "width": data.size},
+        image_mean=list(data.image_mean),
+        image_std=list(data.image_std),
+    )
+
+
+def classes_of(settings: TrainSettings, train: InstanceDataset) -> tuple[dict[int, str], list[int]]:
+    """Class names by index and original category ids; one class "object" for class-agnostic runs."""
+    if settings.model.class_agnostic:
+        return {0: "object"}, [1]
+    return train.id2label, train.category_ids
+
+
+def _model_class(settings: TrainSettings) -> type[UplvpPreTrainedModel]:
+    return UplvpForPreTraining if settings.stage == "pretrain" else UplvpForInstanceSegmentation
+
+
+def _method(model: ModelSettings) -> dict:
+    names = ("num_prompts", "prompt_matching", "prompt_pooling", "prompt_drop", "kernel_supervision_weight")
+    return {name: getattr(model, name) for name in (*names, "class_agnostic")}
+
+
+def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
+    if settings.model.segmenter is None:
+        raise ConfigError("Set `model.init` (a checkpoint) or `model.segmenter` (settings of a new segmenter).")
+    id2label, category_ids = classes_of(settings, train)
+    config = UplvpConfig(
+        segmenter_config=dict(settings.model.segmenter),
+        id2label=id2label,
+        category_ids=category_ids,
+        **_method(settings.model),
+    )
+    return _model_class(settings)(config)
+
+
+def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
+    """From one of our checkpoints, or from a segmenter's. Prints what was kept."""
+    from transformers import AutoConfig
+
+    id2label, category_ids = classes_of(settings, train)
+    cls, init = _model_class(settings), settings.model.init
+    found = AutoConfig.from_pretrained(init)
+    if found.model_type != "uplvp":
+        draft = cls.from_segmenter_pretrained(init)
+        model = cls(_with_classes(draft.config, id2label, category_ids, _method(settings.model)))
+        from ..models.transfer import transfer_weights
+
+        model.transfer_report = transfer_weights(draft, model, settings.model.class_head)
+    else:
+        method = _method(settings.model)
+        model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
+    logger.info("From %s: %s", init, model.transfer_report)
+    return model
+
+
+def _with_classes(config: UplvpConfig, id2label: dict, category_ids: list[int], method: dict) -> UplvpConfig:
+    config = UplvpConfig.from_dict({**config.to_dict(), **method})
+    config.sync_classes(id2label, category_ids)
+    return config
+
+
+def load_backbone_weights(backbone: nn.Module, path: str) -> list[str]:
+    """Loads a safetensors file into a backbone. Returns the names in the file that the backbone has no use for.
+
+    Names may carry a prefix such as `backbone.`; every tensor of the backbone must be found, else ValueError.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"`model.backbone_weights`: no file {path}.")
+    target = getattr(backbone, "_backbone", backbone)  # timm models are wrapped
+    wanted = target.state_dict()
+    with safe_open(file, "pt") as archive:
+        names = list(archive.keys())
+        prefix = next((p for p in ("", "backbone.", "model.", "_backbone.") if p + next(iter(wanted)) in names), "")
+        missing = [
+            name for name in wanted if prefix + name not in names and not name.endswith("num_batches_tracked")
+        ]
+        if missing:
+            raise ValueError(f"{path} lacks {len(missing)} tensors of the backbone, for example `{missing[0]}`.")
+        target.load_state_dict(
+            {name: archive.get_tensor(prefix + name) for name in wanted if prefix + name in names}, strict=False
+        )
+    unused = sorted(set(names) - {prefix + name for name in wanted})
+    logger.info("Backbone weights from %s; unused there: %s", path, ", ".join(unused) or "none")
+    return unused

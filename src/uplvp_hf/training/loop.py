@@ -1,0 +1,330 @@
+"""The training loop of both stages, on Accelerate: pre-training with prompts, fine-tuning on labels.
+
+    accelerate launch scripts/pretrain.py data.train=runs/labels model.init=...      (see scripts/)
+
+What a run writes to its output folder: `settings.json`, `log.jsonl` (every loss term, learning rate, validation
+numbers), `checkpoint-<step>/`, and at the end the model, its image processor and `training_summary.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from ..data import DataError, InstanceDataset
+from ..data.training_set import TrainingSet
+from ..data.transforms import TrainTransform
+from ..evaluation.predictor import evaluate_model
+from ..models.image_processing_uplvp import UplvpImageProcessor
+from ..models.losses import Normalizers
+from ..models.modeling_uplvp import UplvpPreTrainedModel
+from .build import build_data, build_model, build_processor
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
+from .config import ConfigError, TrainSettings
+from .optim import learning_rate_factor, make_optimizer
+from .stream import make_loader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainResult:
+    """What a run ends with. evaluations: step -> the numbers of `evaluate_model`; seconds: training steps only."""
+
+    model: UplvpPreTrainedModel
+    processor: UplvpImageProcessor
+    evaluations: dict[int, dict] = field(default_factory=dict)
+    seconds: float = 0.0
+    skipped: int = 0
+
+
+def train(settings: TrainSettings, resume: bool = False, progress: bool = True) -> TrainResult:
+    """Runs the training that `settings` describe and writes the result to `settings.output`.
+
+    With `resume` it continues from the newest complete checkpoint there, if any. Raises ConfigError when the output
+    folder holds another run, DataError for unusable data, and RuntimeError after `optim.max_skipped` non-finite steps.
+    """
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        log_with=settings.tracker,
+        project_dir=settings.output,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    set_seed(settings.seed)
+    _claim_output(settings, resume, accelerator)
+    train_rows, val_rows = build_data(settings.data)
+    model = build_model(settings, train_rows)
+    run = _Run(settings, accelerator, model, _samples(settings, train_rows), val_rows, progress)
+    return run.go(resume)
+
+
+def _samples(settings: TrainSettings, rows: InstanceDataset) -> TrainingSet:
+    data = settings.data
+    label_map = {category: index for index, category in enumerate(rows.category_ids)}
+    return TrainingSet(
+        rows,
+        TrainTransform(data.size, tuple(data.scale_range), data.flip, data.color_jitter),
+        None if settings.model.class_agnostic else label_map,
+        data.image_mean,
+        data.image_std,
+        settings.seed,
+        data.max_instances,
+    )
+
+
+class _Run:
+    def __init__(self, settings, accelerator, model, samples, val_rows, progress):
+        self.settings, self.accelerator, self.samples, self.val_rows = settings, accelerator, samples, val_rows
+        self.output = Path(settings.output)
+        self.progress = progress and accelerator.is_main_process
+        self.processor = build_processor(settings.data)
+        model.to(accelerator.device)
+        self.optimizer = make_optimizer(model, settings.optim)
+        self.model = accelerator.prepare_model(model)
+        self.plain = accelerator.unwrap_model(self.model)
+        self.result = TrainResult(self.plain, self.processor)
+        self.scaler = getattr(accelerator, "scaler", None)
+        if settings.tracker:
+            accelerator.init_trackers("uplvp_hf", config={"settings": json.dumps(settings.to_dict())})
+
+    def go(self, resume: bool) -> TrainResult:
+        start = self._restore() if resume else 0
+        accelerator, optim = self.accelerator, self.settings.optim
+        loader = make_loader(
+            self.samples, self.settings, start, accelerator.process_index, accelerator.num_processes
+        )
+        batches = iter(loader)
+        terms: dict[str, float] = {}
+        bar = tqdm(
+            total=optim.steps, initial=start, desc=self.settings.stage, unit="step", disable=not self.progress
+        )
+        for step in range(start, optim.steps):
+            began = time.perf_counter()
+            self._training_mode()
+            micro_batches = [next(batches) for _ in range(optim.accumulation)]
+            losses = self._update(step, micro_batches)
+            self.result.seconds += time.perf_counter() - began
+            for name, value in losses.items():
+                terms[name] = terms.get(name, 0.0) + value
+            done = step + 1
+            if done % self.settings.log_every == 0 or done == optim.steps:
+                since = done % self.settings.log_every or self.settings.log_every
+                means = {name: (value / min(since, done - start)).item() for name, value in terms.items()}
+                self._log(done, {"loss": sum(means.values()), "lr": self.optimizer.param_groups[0]["lr"], **means})
+                bar.set_postfix(loss=f"{sum(means.values()):.2f}")
+                terms = {}
+            bar.update()
+            if self.val_rows is not None and (done in self.settings.evaluation.at or done == optim.steps):
+                self._evaluate(done)
+            if self.settings.checkpoint.every and done % self.settings.checkpoint.every == 0 and done < optim.steps:
+                self._checkpoint(done)
+        bar.close()
+        self._finish()
+        return self.result
+
+    def _training_mode(self) -> None:
+        """Train mode, but frozen backbones keep their statistics."""
+        self.model.train()
+        backbone = self.plain.segmenter.backbone
+        if not any(parameter.requires_grad for parameter in backbone.parameters()):
+            backbone.eval()
+
+    def _update(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
+        """One optimiser step over the accumulated micro-batches. Returns the loss terms, detached."""
+        normalizers = self._normalizers(micro_batches)
+        totals: dict[str, torch.Tensor] = {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * learning_rate_factor(step, self.settings.optim)
+        self.optimizer.zero_grad(set_to_none=True)
+        ids = [identity for batch in micro_batches for identity in batch["image_ids"]]
+        finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with _sync(self.accelerator, self.model, last), self.accelerator.autocast():
+                output = self.model(**self._inputs(batch), normalizers=normalizers)
+                finite &= torch.isfinite(output.loss.detach())
+                self.accelerator.backward(output.loss)
+            for name, value in output.losses.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().float()
+        # All processes must agree, or their weights would part.
+        if bool(self.accelerator.reduce(finite.float(), "sum") < self.accelerator.num_processes):
+            self._skip(step, ids)
+            return {}
+        if self.settings.optim.clip > 0:
+            if self.scaler is not None:
+                self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.plain.parameters(), self.settings.optim.clip)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        return totals
+
+    def _inputs(self, batch: dict) -> dict:
+        device = self.accelerator.device
+        inputs = {key: batch[key].to(device, non_blocking=True) for key in ("pixel_values", "pixel_mask")}
+        for key in ("mask_labels", "class_labels", "prompt_scores"):
+            inputs[key] = [item.to(device, non_blocking=True) for item in batch[key]]
+        if self.settings.stage != "pretrain":
+            del inputs["prompt_scores"]
+        return inputs
+
+    def _normalizers(self, micro_batches: list[dict]) -> Normalizers:
+        """Divisors over the whole effective batch, so that accumulated gradients equal those of one large batch."""
+        counts = [len(labels) for batch in micro_batches for labels in batch["class_labels"]]
+        own = self.plain.segmenter.normalizers(counts, self.plain.config.num_prompts)
+        values = torch.tensor([own.masks, own.class_weight, own.pairs], dtype=torch.float32)
+        if self.accelerator.num_processes > 1:
+            # Gradients are averaged over processes, so the divisors are too.
+            values = self.accelerator.reduce(values.to(self.accelerator.device), "mean")
+        masks, class_weight, pairs = values.clamp(min=1e-6).tolist()
+        return Normalizers(max(masks, 1.0), class_weight, max(pairs, 1.0))
+
+    def _skip(self, step: int, ids: list) -> None:
+        self.result.skipped += 1
+        if self.result.skipped == 1:
+            logger.warning("Step %d skipped: its loss is not finite. Pictures: %s.", step + 1, ids)
+        if self.result.skipped >= self.settings.optim.max_skipped:
+            raise RuntimeError(
+                f"{self.result.skipped} steps had a non-finite loss, the last one on pictures {ids}. "
+                "Lower optim.lr, set optim.clip, or check these pictures."
+            )
+
+    def _evaluate(self, step: int) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            metrics = evaluate_model(
+                self.plain,
+                self.processor,
+                self.val_rows,
+                batch_size=self.settings.evaluation.batch_size,
+                class_agnostic=self.settings.evaluation.class_agnostic or self.settings.model.class_agnostic,
+                progress=self.progress,
+            )
+            self.result.evaluations[step] = metrics
+            self._log(step, {f"val_{key}": metrics[key] for key in ("AP", "AP50", "AP75")})
+            tqdm.write(f"step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
+        self.accelerator.wait_for_everyone()
+
+    def _log(self, step: int, values: dict) -> None:
+        if self.settings.tracker:
+            self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with open(self.output / "log.jsonl", "a") as log:
+                log.write(json.dumps({"step": step, **values}) + "\n")
+
+    def _checkpoint(self, step: int) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {
+                "seconds": self.result.seconds,
+                "skipped": self.result.skipped,
+                "evaluations": {str(key): value for key, value in self.result.evaluations.items()},
+            }
+            keep = self.settings.checkpoint.keep
+            save_checkpoint(self.output, step, self.plain, self.optimizer, state, keep)
+
+    def _restore(self) -> int:
+        found = list_checkpoints(self.output)
+        if not found:
+            logger.warning("Nothing to resume in %s: starting from step 0.", self.output)
+            return 0
+        state = load_checkpoint(found[-1], self.plain, self.optimizer)
+        self.result.seconds, self.result.skipped = state["seconds"], state["skipped"]
+        self.result.evaluations = {int(key): value for key, value in state["evaluations"].items()}
+        _cut_log(self.output / "log.jsonl", state["step"])
+        logger.info("Resumed from %s.", found[-1])
+        return state["step"]
+
+    def _finish(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.plain.eval()
+            self.plain.save_pretrained(self.output)
+            self.processor.save_pretrained(self.output)
+            write_json(self.output / "training_summary.json", self._summary())
+            if self.samples.failures:
+                lines = [json.dumps(failure) + "\n" for failure in self.samples.failures]
+                (self.output / "failures.jsonl").write_text("".join(lines))
+                logger.warning("%d pictures could not be read: see failures.jsonl.", len(lines))
+        if self.settings.tracker:
+            self.accelerator.end_training()
+
+    def _summary(self) -> dict:
+        evaluations = self.result.evaluations
+        return {
+            "stage": self.settings.stage,
+            "settings": self.settings.to_dict(),
+            "pictures": len(self.samples),
+            "seconds": round(self.result.seconds, 1),
+            "hardware": f"{self.accelerator.num_processes} x {_device_name(self.accelerator.device)}",
+            "skipped_steps": self.result.skipped,
+            "transfer": str(self.plain.transfer_report) if self.plain.transfer_report else None,
+            "metrics": evaluations[max(evaluations)] if evaluations else None,
+            "evaluations": {str(step): metrics for step, metrics in evaluations.items()},
+        }
+
+
+def _claim_output(settings: TrainSettings, resume: bool, accelerator: Accelerator) -> None:
+    """Makes the output folder this run's own, without ever mixing two runs."""
+    output = Path(settings.output)
+    record = output / "settings.json"
+    current = {key: value for key, value in settings.to_dict().items() if key != "output"}
+    if record.is_file():
+        before = json.loads(record.read_text())
+        changed = sorted(_differences(before, current))
+        if not resume:
+            raise ConfigError(
+                f"{output} already holds a run. Continue it with --resume, or choose another output or remove it."
+            )
+        if changed:
+            raise ConfigError(f"{output} was started with other settings: {'; '.join(changed)}.")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(record, current)
+    accelerator.wait_for_everyone()
+
+
+def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
+    found = []
+    for key in {**before, **after}:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r}, now {new!r}")
+    return found
+
+
+def _cut_log(path: Path, step: int) -> None:
+    """Drops what was logged after the checkpoint, so that a resumed log has every step once."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+
+
+def _sync(accelerator: Accelerator, model, last: bool):
+    """Gradients are exchanged with the last micro-batch only."""
+    from contextlib import nullcontext
+
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+__all__ = ["DataError", "TrainResult", "train"]
