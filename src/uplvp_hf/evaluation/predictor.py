@@ -55,14 +55,14 @@ def predict_dataset(
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Instances of every picture, in the order of the data set, with overlaps, masks as run lengths.
 
-    Pictures are decoded a batch ahead in a thread. The masks of a picture are encoded before those of the next one are
-    upsampled. The model is put into evaluation mode, and back when the iterator ends.
+    Pictures are decoded ahead in a thread. The masks of a picture are encoded before those of the next are upsampled.
+    The model is put into evaluation mode, and back when the iterator ends.
 
     Args:
         model: any model whose outputs have `class_queries_logits` and `masks_queries_logits`.
         processor: its `UplvpImageProcessor`.
         dataset: labels are not needed.
-        batch_size: pictures per forward pass.
+        batch_size: most pictures per forward pass; only pictures of equal padded size go together.
         threshold: least score, 0 to 1. Mask AP wants 0.
         top_k: most instances a picture; COCO looks at 100.
         device: the model is moved there; default: where it is.
@@ -81,9 +81,9 @@ def predict_dataset(
     bar = tqdm(total=len(dataset), desc="predict", unit="img", disable=not progress)
     failures = failures if failures is not None else []
     try:
-        for rows, sizes, inputs, attempted in _ahead(_batches(processor, dataset, batch_size, failures)):
-            if rows:
-                input_sizes = processor.get_input_sizes(inputs["pixel_mask"])
+        for groups, attempted in _ahead(_windows(processor, dataset, batch_size, failures)):
+            found = {}
+            for indices, sizes, inputs in groups:
                 with torch.inference_mode():
                     outputs = model(
                         pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
@@ -93,35 +93,58 @@ def predict_dataset(
                     outputs,
                     threshold=threshold,
                     target_sizes=sizes,
-                    input_sizes=input_sizes,
+                    input_sizes=processor.get_input_sizes(inputs["pixel_mask"]),
                     top_k=top_k,
                     return_rle=True,
                     return_segmentation=False,
                 )
-                for row, result in zip(rows, results):
-                    yield row, {key: value.cpu() if key != "rle" else value for key, value in result.items()}
+                found.update(zip(indices, results))
+            for index in sorted(found):
+                result = {key: value.cpu() if key != "rle" else value for key, value in found.pop(index).items()}
+                yield dataset[index], result
             bar.update(attempted)
     finally:
         bar.close()
         model.train(was_training)
 
 
-def _batches(
+_Group = tuple[list[int], list[tuple[int, int]], dict[str, torch.Tensor]]
+
+
+def _windows(
     processor: Any, dataset: InstanceDataset, batch_size: int, failures: list[dict[str, Any]]
-) -> Iterator[tuple[list[Row], list[tuple[int, int]], Any, int]]:
-    """Rows, (height, width) of their pictures, model inputs, and how many rows were tried."""
-    for start in range(0, len(dataset), batch_size):
-        indices = range(start, min(start + batch_size, len(dataset)))
-        rows, images = [], []
+) -> Iterator[tuple[list[_Group], int]]:
+    """Batches (row indices, (height, width) of the pictures, model inputs), and how many rows they came from.
+
+    Every picture is padded by itself, and only pictures of equal padded size share a batch. So a result does not depend
+    on the other pictures: convolutions and window attention see padding, whatever is masked later.
+    """
+    window = 2 * batch_size  # wide enough to fill batches with pictures of both orientations
+    for start in range(0, len(dataset), window):
+        indices = range(start, min(start + window, len(dataset)))
+        alike: dict[tuple[int, ...], list[tuple[int, tuple[int, int], Any]]] = {}
         for index in indices:
-            row = dataset[index]
             try:
-                images.append(dataset.load_image(index))
-                rows.append(row)
+                image = dataset.load_image(index)
             except ImageError as error:
-                failures.append({"file": row["file_name"], "row": index, "reason": str(error)})
-        inputs = processor(images, return_tensors="pt") if images else None
-        yield rows, [(image.height, image.width) for image in images], inputs, len(indices)
+                failures.append({"file": dataset[index]["file_name"], "row": index, "reason": str(error)})
+                continue
+            inputs = processor(image, return_tensors="pt")
+            shape = tuple(inputs["pixel_values"].shape)
+            alike.setdefault(shape, []).append((index, (image.height, image.width), inputs))
+        yield (
+            [
+                _merge(group[at : at + batch_size])
+                for group in alike.values()
+                for at in range(0, len(group), batch_size)
+            ],
+            len(indices),
+        )
+
+
+def _merge(pictures: list[tuple[int, tuple[int, int], Any]]) -> _Group:
+    indices, sizes, inputs = zip(*pictures)
+    return list(indices), list(sizes), {key: torch.cat([one[key] for one in inputs]) for key in inputs[0]}
 
 
 def _ahead(iterator: Iterator) -> Iterator:

@@ -1,0 +1,12 @@
+"""Instances in pictures, as COCO JSON and as overlays.
+
+python scripts/predict.py runs/finetune pictures/ --output predictions --threshold 0.5
+python scripts/predict.py runs/finetune one.jpg two.png --output predictions --device cpu
+"""
+
+import sys
+
+from uplvp_hf.commands.predict import main
+
+if __name__ == "__main__":
+    sys.exit(main())

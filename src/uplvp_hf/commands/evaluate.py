@@ -1,0 +1,91 @@
+"""`uplvp evaluate`: COCO mask AP of a model on a labelled data set."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._files import fail, write_json
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="uplvp evaluate", description="COCO mask AP of a model on a labelled data set."
+    )
+    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
+    parser.add_argument("data", metavar="DATA", help="COCO JSON file, or folder with annotations/*.json and images/")
+    parser.add_argument("--images", metavar="DIR", help="folder that the file names of the JSON are relative to")
+    parser.add_argument("--split", help="picks annotations/SPLIT.json of the folder")
+    parser.add_argument("--output", metavar="DIR", help="write metrics.json and results.json (COCO results) there")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward pass (default: 8)")
+    parser.add_argument("--class-agnostic", action="store_true", help="compare masks only, whatever their classes")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
+    arguments = make_parser().parse_args(argv)
+
+    from uplvp_hf.data import DataError, load_dataset_rows
+    from uplvp_hf.evaluation import evaluate_model, load_segmenter, match_category_ids, to_coco_results
+
+    results: list[dict[str, Any]] = []
+    try:
+        dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split)
+        model, processor = load_segmenter(arguments.model, arguments.device)
+        agnostic = arguments.class_agnostic
+        ids = list(model.config.category_ids) if agnostic else match_category_ids(model.config, dataset)
+        metrics = evaluate_model(
+            model,
+            processor,
+            dataset,
+            batch_size=arguments.batch_size,
+            class_agnostic=agnostic,
+            progress=not arguments.quiet,
+            on_result=lambda row, result: results.extend(to_coco_results(row, result, ids)),
+        )
+    except (DataError, OSError) as error:
+        return fail("evaluate", error)
+    print(format_metrics(metrics))
+    if arguments.output:
+        output = Path(arguments.output)
+        command = shlex.join(["uplvp", "evaluate", *_words(arguments)])
+        run = {"command": command, "data": str(arguments.data), "split": arguments.split}
+        record = {**run, "model": arguments.model, "class_agnostic": arguments.class_agnostic, **metrics}
+        write_json(output / "results.json", results, indent=None)
+        write_json(output / "metrics.json", record)
+        print(f"Written: {output / 'metrics.json'}, {output / 'results.json'}")
+    return 0
+
+
+def _words(arguments: argparse.Namespace) -> list[str]:
+    words = [arguments.model, arguments.data]
+    words += ["--split", arguments.split] if arguments.split else []
+    words += ["--images", arguments.images] if arguments.images else []
+    return words + (["--class-agnostic"] if arguments.class_agnostic else [])
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """A table of the 12 numbers and of AP by class, in per cent."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    names = ["AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L"]
+    lines = ["".join(f"{name:>7}" for name in names), "".join(f"{percent(metrics[name]):>7}" for name in names)]
+    if metrics["per_class"]:
+        width = max(len(name) for name in metrics["per_class"])
+        lines += ["", f"{'class':<{width}}     AP"]
+        lines += [f"{name:<{width}} {percent(value):>6}" for name, value in metrics["per_class"].items()]
+    lines += [
+        "",
+        f"{metrics['num_images']} pictures, {metrics['num_instances']} instances, {metrics['seconds']:.1f} s.",
+    ]
+    for failure in metrics["failures"]:
+        lines.append(f"Left out: {failure['reason']}")
+    return "\n".join(lines)

@@ -1,0 +1,179 @@
+"""A trained model as a Hub repository: weights, settings, code and card in one folder, and that folder uploaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi
+from PIL import Image
+
+from .card import build_card
+
+_MODEL = "modeling_uplvp.UplvpForInstanceSegmentation"
+# The stock pipeline asks for AutoModelForImageSegmentation only; the others are what users look for.
+_AUTO_MODELS = (
+    "AutoModelForImageSegmentation",
+    "AutoModelForInstanceSegmentation",
+    "AutoModelForUniversalSegmentation",
+)
+
+
+def prepare_folder(
+    model_dir: str | os.PathLike,
+    output: str | os.PathLike,
+    repo_id: str,
+    license: str = "apache-2.0",
+    metrics_file: str | os.PathLike | None = None,
+    examples: Sequence[str | os.PathLike] = (),
+    remote_code: bool = True,
+) -> Path:
+    """Writes everything that a repository of the model holds, and nothing else of the run.
+
+    Args:
+        model_dir: folder with `config.json`, `preprocessor_config.json` and safetensors.
+        output: folder to write; must not exist or be empty. It appears complete or not at all.
+        repo_id: USER/NAME.
+        license, metrics_file: see `build_card`.
+        examples: pictures for the widget; the model is run on them.
+        remote_code: add the model's source files, so that the repository loads with `trust_remote_code=True` where
+            this library is not installed.
+
+    Returns:
+        `output`.
+
+    Raises:
+        FileNotFoundError: if the model folder lacks a file. FileExistsError: if `output` holds something.
+        ValueError: for a `repo_id` that is not USER/NAME.
+    """
+    model_dir, output = Path(model_dir), Path(output)
+    check_repo_id(repo_id)
+    weights = _weights(model_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} already exists and is not an empty folder; choose another or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as draft:
+        folder = Path(draft) / "repository"
+        folder.mkdir()
+        for file in (*weights, model_dir / "config.json", model_dir / "preprocessor_config.json"):
+            shutil.copyfile(file, folder / file.name)
+        if remote_code:
+            _add_code(folder)
+        shown = _add_examples(model_dir, folder, examples)
+        card = build_card(model_dir, repo_id, license, metrics_file, shown, remote_code)
+        card.save(folder / "README.md")
+        if output.exists():
+            output.rmdir()
+        os.replace(folder, output)
+    return output
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload model",
+) -> str:
+    """Creates the repository if it does not exist and uploads the folder in one commit; returns the commit's address.
+
+    `revision` is a branch, made if missing. Errors of the Hub come through as `huggingface_hub` raises them.
+    """
+    check_repo_id(repo_id)
+    api = HfApi()
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+    return str(commit.commit_url)
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises ValueError unless it has the form USER/NAME."""
+    user, _, name = repo_id.partition("/")
+    if not user or not name or "/" in name or any(character.isspace() for character in repo_id):
+        raise ValueError(f"repo id {repo_id!r} is not of the form USER/NAME.")
+
+
+def _weights(model_dir: Path) -> list[Path]:
+    if not model_dir.is_dir():
+        raise FileNotFoundError(f"{model_dir}: no such folder.")
+    for needed in ("config.json", "preprocessor_config.json"):
+        if not (model_dir / needed).is_file():
+            raise FileNotFoundError(f"{model_dir}: no {needed}; not the folder of a trained model.")
+    index = model_dir / "model.safetensors.index.json"
+    if index.is_file():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [index, *(model_dir / name for name in shards)]
+    else:
+        files = [model_dir / "model.safetensors"]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(f"{model_dir}: no {', '.join(missing)}. Only safetensors are pushed.")
+    return files
+
+
+def _add_code(folder: Path) -> None:
+    """Copies the model's source files, and names the classes in the two settings files (`auto_map`)."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    import uplvp_hf.models
+
+    source = Path(uplvp_hf.models.__path__[0])
+    files: set[str] = set()
+    for name in ("configuration_uplvp.py", "modeling_uplvp.py", "image_processing_uplvp.py"):
+        files |= {str(source / name), *get_relative_import_files(source / name)}
+    for file in sorted(files):
+        shutil.copyfile(file, folder / Path(file).name)
+    config = {"AutoConfig": "configuration_uplvp.UplvpConfig", **dict.fromkeys(_AUTO_MODELS, _MODEL)}
+    config["AutoModelForPreTraining"] = "modeling_uplvp.UplvpForPreTraining"
+    _set_auto_map(folder / "config.json", config)
+    processor = {"AutoImageProcessor": "image_processing_uplvp.UplvpImageProcessor"}
+    _set_auto_map(folder / "preprocessor_config.json", processor)
+
+
+def _set_auto_map(path: Path, auto_map: dict[str, Any]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["auto_map"] = auto_map
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.PathLike]) -> list[tuple[str, str]]:
+    """Example pictures of at most 1024 pixels and what the model finds in them, for the widget."""
+    if not examples:
+        return []
+    from uplvp_hf.data import InstanceDataset, Row, empty_objects, open_image
+    from uplvp_hf.evaluation import load_segmenter, predict_dataset
+    from uplvp_hf.evaluation.visualize import draw_instances
+
+    rows = []
+    for number, path in enumerate(examples, start=1):
+        image = open_image(path)
+        image.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
+        name = f"assets/example_{number}.jpg"
+        rows.append(
+            Row(
+                image=image,
+                image_id=number,
+                file_name=name,
+                width=image.width,
+                height=image.height,
+                objects=empty_objects(),
+            )
+        )
+    model, processor = load_segmenter(str(model_dir))
+    (folder / "assets").mkdir()
+    shown = []
+    dataset = InstanceDataset(rows, [])
+    for row, result in predict_dataset(model, processor, dataset, threshold=0.5, progress=False):
+        masks = row["file_name"].replace(".jpg", "_masks.png")
+        row["image"].save(folder / row["file_name"], quality=90)
+        drawn = draw_instances(row["image"], result["rle"], result["labels"], result["scores"], model.config.id2label)
+        drawn.save(folder / masks)
+        shown.append((row["file_name"], masks))
+    return shown

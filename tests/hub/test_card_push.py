@@ -1,0 +1,159 @@
+"""The card says what the files say, and the folder that would be pushed works by itself."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from uplvp_hf.commands import push
+from uplvp_hf.hub import build_card, prepare_folder, push_folder
+
+SUMMARY = {
+    "stage": "finetune",
+    "settings": {
+        "seed": 3,
+        "mixed_precision": "no",
+        "data": {"train": "/somebody/home/animals7", "val": "/somebody/home/animals7", "val_split": "val",
+                 "labels_per_class": 10, "split_seed": 1},
+        "model": {"init": "/somebody/home/runs/pretrain", "prompt_matching": "cosine"},
+        "optim": {"steps": 500, "batch_size": 8, "accumulation": 2, "lr": 1e-4},
+    },
+    "pictures": 70,
+    "seconds": 812.4,
+    "hardware": "1 x CPU (x86_64, 2 threads)",
+    "metrics": {"AP": 0.31234, "AP50": 0.5, "AP75": None, "AP_S": None, "AP_M": 0.2, "AP_L": 0.4, "AR100": 0.45,
+                "per_class": {"cat": 0.4, "dog": None}, "num_images": 140, "failures": []},
+}  # fmt: skip
+
+
+@pytest.fixture
+def model_dir(tiny_model_dir, tmp_path):
+    """A copy of the model's folder to write into."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in tiny_model_dir.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_card_with_metrics(model_dir):
+    (model_dir / "training_summary.json").write_text(json.dumps(SUMMARY))
+    text = str(build_card(model_dir, "user/animals"))
+    card = ModelCard(text)
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-segmentation"
+    assert card.data.license == "apache-2.0" and {"instance-segmentation", "mask2former"} <= set(card.data.tags)
+    name, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert name == "animals"
+    values = {result.metric_type: result.metric_value for result in results}
+    assert values == {"mask_ap": 0.3123, "mask_ap50": 0.5, "mask_ap_m": 0.2, "mask_ap_l": 0.4, "mask_ar100": 0.45}
+    assert {(result.dataset_name, result.dataset_split) for result in results} == {("animals7 (val)", "val")}
+    assert "| 31.2 | 50.0 | - | - | 20.0 | 40.0 | 45.0 |" in text
+    assert "uplvp evaluate user/animals animals7 --split val" in text
+    assert "10 (seed 1)" in text and "| Batch | 16 |" in text and "| dog | - |" in text
+    assert "/somebody" not in text and "2405.13388" in text and "2302.01171" in text
+
+
+def test_card_without_metrics_has_no_model_index(model_dir):
+    text = str(build_card(model_dir, "user/animals"))
+    assert "model-index" not in ModelCard(text).data.to_dict() and "Not evaluated" in text
+    assert "No record of the training" in text and "None" not in text
+
+
+def test_measured_metrics_replace_those_of_the_training(model_dir, tmp_path):
+    (model_dir / "training_summary.json").write_text(json.dumps(SUMMARY))
+    measured = {**SUMMARY["metrics"], "AP": 0.5, "data": "/somebody/test7", "split": None, "class_agnostic": True}
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps(measured))
+    card = ModelCard(str(build_card(model_dir, "user/animals", metrics_file=file)))
+    _, results = model_index_to_eval_results(card.data.to_dict()["model-index"])
+    assert results[0].metric_value == 0.5 and results[0].dataset_name == "test7"
+    assert "uplvp evaluate user/animals test7 --class-agnostic" in card.text
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match="JSON object"):
+        build_card(model_dir, "user/animals", metrics_file=file)
+
+
+def test_dry_run_folder_is_complete(model_dir, scenes_dir, tmp_path, capsys):
+    (model_dir / "training_summary.json").write_text(json.dumps(SUMMARY))
+    (model_dir / "log.jsonl").write_text("{}")
+    example = sorted((scenes_dir / "images").iterdir())[0]
+    output = tmp_path / "repository"
+    arguments = [str(model_dir), "--repo-id", "user/animals", "--dry-run", "--output", str(output)]
+    assert push.main([*arguments, "--example", str(example)]) == 0
+    assert "Nothing was pushed" in capsys.readouterr().out
+    files = {str(file.relative_to(output)) for file in output.rglob("*") if file.is_file()}
+    assert {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"} <= files
+    assert {"assets/example_1.jpg", "assets/example_1_masks.png", "modeling_uplvp.py"} <= files
+    assert not files & {"log.jsonl", "training_summary.json"}
+    card = ModelCard.load(output / "README.md")
+    assert card.data.widget[0]["src"] in files and card.data.widget[0]["output"]["url"] in files
+    assert push.main(arguments) == 2 and "not an empty folder" in capsys.readouterr().err
+
+
+REMOTE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "uplvp_hf":
+            raise ImportError("hidden")
+
+sys.meta_path.insert(0, Hidden())
+from PIL import Image
+from transformers import pipeline
+
+segmenter = pipeline("image-segmentation", sys.argv[1], trust_remote_code=True)
+found = segmenter(Image.new("RGB", (90, 50), (90, 120, 30)), threshold=0.0, overlap_mask_area_threshold=0.0)
+assert type(segmenter.model).__name__ == "UplvpForInstanceSegmentation", type(segmenter.model)
+assert type(segmenter.image_processor).__name__ == "UplvpImageProcessor", type(segmenter.image_processor)
+assert found and all(entry["mask"].size == (90, 50) for entry in found), found
+"""
+
+
+def test_folder_works_without_the_library(model_dir, tmp_path):
+    folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    subprocess.run([sys.executable, "-c", REMOTE, str(folder)], check=True, env=environment, timeout=300)
+
+
+def test_wrong_input_fails_in_one_line(model_dir, tmp_path, capsys):
+    output = ["--dry-run", "--output", str(tmp_path / "repository")]
+    assert push.main([str(tmp_path / "none"), "--repo-id", "user/animals", *output]) == 2
+    assert push.main([str(model_dir), "--repo-id", "animals", *output]) == 2
+    (model_dir / "model.safetensors").unlink()
+    assert push.main([str(model_dir), "--repo-id", "user/animals", *output]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "no such folder" in lines[0] and "USER/NAME" in lines[1] and "model.safetensors" in lines[2]
+    assert not (tmp_path / "repository").exists()
+    with pytest.raises(SystemExit):
+        push.main([str(model_dir), "--repo-id", "user/animals", "--dry-run"])
+
+
+def test_push_creates_and_uploads(monkeypatch, tmp_path):
+    calls = []
+
+    class Api:
+        def __getattr__(self, name):
+            def record(*arguments, **keywords):
+                calls.append((name, arguments, keywords))
+                return type("Commit", (), {"commit_url": "https://hub/commit/1"})
+
+            return record
+
+    monkeypatch.setattr("uplvp_hf.hub.push.HfApi", Api)
+    assert push_folder(tmp_path, "user/animals", private=True, revision="v1") == "https://hub/commit/1"
+    assert [name for name, *_ in calls] == ["create_repo", "create_branch", "upload_folder"]
+    assert calls[0][2] == {"private": True, "exist_ok": True}
+    assert calls[2][2]["folder_path"] == tmp_path and calls[2][2]["revision"] == "v1"
+
+
+def test_model_card_sources_parse():
+    for file in (Path(__file__).parents[2] / "model_cards").glob("*.md"):
+        card = ModelCard.load(file)
+        assert card.data.pipeline_tag == "image-segmentation" and card.data.license == "apache-2.0", file
