@@ -197,14 +197,16 @@ tags: [clip, synthetic, uplvp_hf]
 # A small CLIP for synthetic scenes
 
 A `CLIPModel` of {parameters:,} parameters ({image_size} px pictures, patches of 8 px, whole-word tokenizer). It knows
-the {classes} classes of `uplvp_hf.data.synthetic` and nothing else: {names}, and "background". It lets the
-language-vision labeler run offline in seconds, in tests and in the quick start.
+"background", the {classes} classes of `uplvp_hf.data.synthetic`, and nothing else. It lets the language-vision labeler
+run offline in seconds, in tests and in the quick start. The classes:
+
+{names}.
 
 Trained from scratch on synthetic crops, no other data or weights, with
 
     {command}
 
-({seconds:.0f} s on {threads} CPU threads). Zero-shot accuracy printed by that script, on crops and scenes that training
+({seconds:.0f} s, CPU threads: {threads}). Zero-shot accuracy printed by that script, on crops and scenes that training
 never saw, prompt "{template}":
 
 | pictures | accuracy |
