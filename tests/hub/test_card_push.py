@@ -54,7 +54,7 @@ def test_card_with_metrics(model_dir):
     assert {(result.dataset_name, result.dataset_split) for result in results} == {("animals7 (val)", "val")}
     assert "| 31.2 | 50.0 | - | - | 20.0 | 40.0 | 45.0 |" in text
     assert "uplvp evaluate user/animals animals7 --split val" in text
-    assert "10 (seed 1)" in text and "| Batch | 16 |" in text and "| dog | - |" in text
+    assert "10 (seed 1)" in text and "| Batch per process | 16 |" in text and "| dog | - |" in text
     assert "/somebody" not in text and "2405.13388" in text and "2302.01171" in text
 
 
@@ -153,7 +153,10 @@ def test_push_creates_and_uploads(monkeypatch, tmp_path):
     assert calls[2][2]["folder_path"] == tmp_path and calls[2][2]["revision"] == "v1"
 
 
-def test_model_card_sources_parse():
-    for file in (Path(__file__).parents[2] / "model_cards").glob("*.md"):
+def test_model_card_sources_parse_and_claim_nothing():
+    files = sorted((Path(__file__).parents[2] / "model_cards").glob("*.md"))
+    assert files
+    for file in files:
         card = ModelCard.load(file)
         assert card.data.pipeline_tag == "image-segmentation" and card.data.license == "apache-2.0", file
+        assert "model-index" not in card.data.to_dict() and "No weights are published yet" in card.text, file

@@ -80,7 +80,7 @@ def build_card(
         remote_code=remote_code,
         training=_training(summary),
         results=results,
-        num_queries=segmenter.get("num_queries", "as many as it has queries"),
+        num_queries=segmenter.get("num_queries", "A fixed number of"),
         size=_size_text(processor.get("size") or {}),
     )
 
@@ -144,7 +144,10 @@ def _training(summary: dict[str, Any]) -> list[tuple[str, Any]]:
         ("Started from", None if model.get("init") is None else _public(model["init"])),
         ("Prompts", f"{model['prompt_matching']} matching" if model.get("prompt_matching") else None),
         ("Steps", optim.get("steps")),
-        ("Batch", None if "batch_size" not in optim else optim["batch_size"] * (optim.get("accumulation") or 1)),
+        (
+            "Batch per process",
+            None if "batch_size" not in optim else optim["batch_size"] * (optim.get("accumulation") or 1),
+        ),
         ("Learning rate", optim.get("lr")),
         ("Precision", settings.get("mixed_precision")),
         ("Seed", settings.get("seed")),
