@@ -96,22 +96,23 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         keys, positions, sizes = self._memory(features)
         query_positions = module.queries_embedder.weight[:, None].expand(-1, queries.shape[0], -1)
         hidden = queries.transpose(0, 1)  # (N, B, D)
-        outputs = []
-        for index in range(len(module.decoder.layers) + 1):
-            if index > 0:
-                level = (index - 1) % module.num_feature_levels
-                layer = module.decoder.layers[index - 1]
-                blocked = self._blocked(blocked, features, level)
-                hidden = layer(
-                    hidden, level, None, positions, query_positions, keys, encoder_attention_mask=blocked
-                )[0]
-            normed = module.decoder.layernorm(hidden)
-            masks, blocked = module.decoder.mask_predictor(
-                normed, features.mask_features, sizes[index % module.num_feature_levels]
-            )
-            content = normed.transpose(0, 1)  # (B, N, D)
-            outputs.append(LayerOutput(self.class_predictor(content), masks, content))
+        output, blocked = self._predict(hidden, features, sizes[0])
+        outputs = [output]
+        for index, layer in enumerate(module.decoder.layers):
+            level = index % len(sizes)
+            blocked = self._blocked(blocked, features, level)
+            hidden = layer(hidden, level, None, positions, query_positions, keys, encoder_attention_mask=blocked)[0]
+            output, blocked = self._predict(hidden, features, sizes[(index + 1) % len(sizes)])
+            outputs.append(output)
         return outputs
+
+    def _predict(self, hidden: Tensor, features: SegmenterFeatures, size: torch.Size) -> tuple[LayerOutput, Tensor]:
+        """Classes and masks of queries (N, B, D), and where their masks are not, (B * heads, N, hw) at `size`."""
+        decoder = self.model.transformer_module.decoder
+        normed = decoder.layernorm(hidden)
+        masks, blocked = decoder.mask_predictor(normed, features.mask_features, size)
+        content = normed.transpose(0, 1)  # (B, N, D)
+        return LayerOutput(self.class_predictor(content), masks, content), blocked
 
     def _memory(self, features: SegmenterFeatures) -> tuple[list[Tensor], list[Tensor], list[torch.Size]]:
         """Keys and their positions, (hw, B, D) a level, and the level sizes."""

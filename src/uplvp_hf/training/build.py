@@ -119,9 +119,7 @@ def load_backbone_weights(backbone: nn.Module, path: str) -> list[str]:
     with safe_open(file, "pt") as archive:
         names = list(archive.keys())
         prefix = next((p for p in ("", "backbone.", "model.", "_backbone.") if p + next(iter(wanted)) in names), "")
-        missing = [
-            name for name in wanted if prefix + name not in names and not name.endswith("num_batches_tracked")
-        ]
+        missing = [name for name in wanted if prefix + name not in names and not name.endswith("num_batches_tracked")]
         if missing:
             raise ValueError(f"{path} lacks {len(missing)} tensors of the backbone, for example `{missing[0]}`.")
         target.load_state_dict(

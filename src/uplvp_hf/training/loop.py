@@ -99,14 +99,10 @@ class _Run:
     def go(self, resume: bool) -> TrainResult:
         start = self._restore() if resume else 0
         accelerator, optim = self.accelerator, self.settings.optim
-        loader = make_loader(
-            self.samples, self.settings, start, accelerator.process_index, accelerator.num_processes
-        )
+        loader = make_loader(self.samples, self.settings, start, accelerator.process_index, accelerator.num_processes)
         batches = iter(loader)
         terms: dict[str, float] = {}
-        bar = tqdm(
-            total=optim.steps, initial=start, desc=self.settings.stage, unit="step", disable=not self.progress
-        )
+        bar = tqdm(total=optim.steps, initial=start, desc=self.settings.stage, unit="step", disable=not self.progress)
         for step in range(start, optim.steps):
             began = time.perf_counter()
             self._training_mode()
