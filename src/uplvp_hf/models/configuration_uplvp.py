@@ -10,7 +10,28 @@ MATCHING = ("cosine", "sequential", "random", "none")
 POOLING = ("mask", "box")
 # Keyword arguments that transformers itself hands to a configuration, beside the declared fields.
 _COMMON_KEYS = frozenset(
-    ["model_type", "label2id", "num_labels", "name_or_path", "auto_map", "attn_implementation", "torch_dtype", "custom_pipelines", "output_attentions", "finetuning_task", "task_specific_params", "revision", "is_decoder", "tie_encoder_decoder", "add_cross_attention", "pruned_heads", "torchscript", "use_bfloat16", "experts_implementation", "quantization_config"]
+    {
+        "model_type",
+        "label2id",
+        "num_labels",
+        "name_or_path",
+        "auto_map",
+        "attn_implementation",
+        "torch_dtype",
+        "custom_pipelines",
+        "output_attentions",
+        "finetuning_task",
+        "task_specific_params",
+        "revision",
+        "experts_implementation",
+        "quantization_config",
+        "is_decoder",
+        "tie_encoder_decoder",
+        "add_cross_attention",
+        "pruned_heads",
+        "torchscript",
+        "use_bfloat16",
+    }
 )
 
 
