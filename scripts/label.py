@@ -1,0 +1,17 @@
+"""Turn unlabelled pictures and class names into pseudo instance masks.
+
+    python scripts/label.py pictures/ --output labels/ --vocabulary bear,deer,otter --clip openai/clip-vit-base-patch16
+    python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \
+        --backbone-weights mobilenetv2_100.safetensors --pad-type same
+    python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \
+        --backbone-weights mobilenetv2_100.safetensors --pad-type same --namer classifier \
+        --class-map examples/animals7_classes.yaml
+    accelerate launch scripts/label.py pictures/ --output labels/ ...     # each process takes its share
+"""
+
+import sys
+
+from uplvp_hf.commands.label import main
+
+if __name__ == "__main__":
+    sys.exit(main())

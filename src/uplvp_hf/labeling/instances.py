@@ -1,0 +1,174 @@
+"""From soft maps to instances: thresholds, connected components, filters and non-maximum suppression.
+
+Masks are numpy bool arrays (N, H, W) in picture pixels unless a function says that it works on a feature grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Instances proposed for one picture.
+
+    masks: (N, H, W) bool at the picture's size. scores: (N,) float32, higher is better.
+    labels: (N,) int64 index into the vocabulary, or None while class-agnostic.
+    confidences: (N,) float32 in [0, 1], how sure the namer was of `labels`, or None.
+    """
+
+    masks: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray | None = None
+    confidences: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Proposals:
+        """The proposals at `indices` (integers or a bool mask), in that order."""
+        indices = np.asarray(indices)
+        if indices.dtype != bool:
+            indices = indices.astype(np.int64)
+        kept = {name: getattr(self, name) for name in ("masks", "scores", "labels", "confidences")}
+        return replace(self, **{name: None if value is None else value[indices] for name, value in kept.items()})
+
+    @classmethod
+    def build(
+        cls, masks: Sequence[np.ndarray], scores: Sequence[float], size: tuple[int, int], labels=None
+    ) -> Proposals:
+        """Stack lists; `size` (height, width) gives the shape of an empty result."""
+        stacked = np.stack(masks).astype(bool) if len(masks) else np.zeros((0, *size), dtype=bool)
+        names = None if labels is None else np.asarray(labels, dtype=np.int64)
+        return cls(stacked, np.asarray(scores, dtype=np.float32), names)
+
+
+def upsample_grid(
+    grid: torch.Tensor, size: tuple[int, int], cell_offset: tuple[float, float] | float = 0.0
+) -> torch.Tensor:
+    """Bilinear resize of maps that respects where the cells of the grid lie in the picture.
+
+    grid: (N, h, w) float; size: (H, W). Cell (i, j) is taken to be centred at (i + .5 + dy, j + .5 + dx) cells from the
+    picture's top-left corner, with `cell_offset` = (dy, dx). With offset 0 this equals `F.interpolate(mode="bilinear",
+    align_corners=False)` when enlarging; strided convolutions with one-sided padding shift the grid by up to half
+    a cell.
+    Returns (N, H, W).
+    """
+    dy, dx = (cell_offset, cell_offset) if isinstance(cell_offset, (int, float)) else cell_offset
+    (h, w), (height, width) = grid.shape[-2:], size
+    # grid_sample coordinates (align_corners=False): -1 and 1 are the outer edges of the first and the last cell.
+    y = ((torch.arange(height, device=grid.device) + 0.5) / height - dy / h) * 2 - 1
+    x = ((torch.arange(width, device=grid.device) + 0.5) / width - dx / w) * 2 - 1
+    yy, xx = torch.meshgrid(y, x, indexing="ij")
+    points = torch.stack([xx, yy], dim=-1)[None].to(grid.dtype)  # (1, H, W, 2)
+    return F.grid_sample(grid[None], points, mode="bilinear", padding_mode="border", align_corners=False)[0]
+
+
+def otsu_threshold(values: np.ndarray, bins: int = 64) -> float:
+    """Otsu's threshold: the histogram edge that maximises the variance between the two sides. values: any shape."""
+    if float(values.max()) == float(values.min()):
+        return float(values.max())
+    counts, edges = np.histogram(values, bins)
+    centres = (edges[1:] + edges[:-1]) / 2
+    weight = np.cumsum(counts) / counts.sum()  # share of the values at or below each bin
+    mean = np.cumsum(counts * centres) / counts.sum()
+    between = np.zeros(bins)
+    inner = (weight > 0) & (weight < 1)
+    between[inner] = (mean[-1] * weight[inner] - mean[inner]) ** 2 / (weight[inner] * (1 - weight[inner]))
+    return float(edges[1:][between.argmax()])
+
+
+def connected_components(mask: np.ndarray, min_area: int = 1, fill_holes: bool = False) -> list[np.ndarray]:
+    """The 4-connected components of a (H, W) bool mask with at least `min_area` pixels, largest first."""
+    if fill_holes:
+        mask = ndimage.binary_fill_holes(mask)
+    labelled, count = ndimage.label(mask)
+    areas = np.bincount(labelled.ravel(), minlength=count + 1)[1:]
+    order = np.argsort(-areas, kind="stable")
+    return [labelled == k + 1 for k in order if areas[k] >= min_area]
+
+
+def border_fraction(masks: np.ndarray) -> np.ndarray:
+    """Share of the picture's outermost pixels that each mask covers: (N, H, W) bool -> (N,) in [0, 1]."""
+    height, width = masks.shape[1:]
+    edge = np.ones((height, width), dtype=bool)
+    edge[1:-1, 1:-1] = False
+    return masks[:, edge].mean(axis=1) if len(masks) else np.zeros(0)
+
+
+def filter_proposals(
+    proposals: Proposals,
+    min_area: float = 0.0,
+    max_area: float = 1.0,
+    max_border: float = 1.0,
+    min_score: float = -np.inf,
+) -> Proposals:
+    """Drop proposals outside the given shares of the picture's area, of its border, or below a score."""
+    if not len(proposals):
+        return proposals
+    share = proposals.masks.reshape(len(proposals), -1).mean(axis=1)
+    keep = (share >= min_area) & (share <= max_area) & (proposals.scores >= min_score)
+    keep &= border_fraction(proposals.masks) <= max_border
+    return proposals.take(keep)
+
+
+def mask_iou_matrix(masks: torch.Tensor) -> torch.Tensor:
+    """Pairwise IoU of (N, H, W) bool masks -> (N, N) float32. Two empty masks have IoU 0."""
+    flat = masks.flatten(1).float()
+    inter = flat @ flat.T
+    area = flat.sum(dim=1)
+    return inter / (area[:, None] + area[None] - inter).clamp_min(1)
+
+
+def mask_nms(proposals: Proposals, iou: float = 0.5) -> Proposals:
+    """Greedy suppression on mask IoU, per label (over all when class-agnostic); best score first."""
+    if len(proposals) < 2:
+        return proposals
+    overlap = mask_iou_matrix(torch.from_numpy(proposals.masks)).numpy()
+    if proposals.labels is not None:
+        overlap = overlap * (proposals.labels[:, None] == proposals.labels[None])
+    kept: list[int] = []
+    for index in np.argsort(-proposals.scores, kind="stable"):
+        if not kept or overlap[index, kept].max() <= iou:
+            kept.append(int(index))
+    return proposals.take(kept)
+
+
+def matrix_nms(
+    masks: torch.Tensor,
+    scores: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    kernel: str = "gaussian",
+    sigma: float = 2.0,
+) -> torch.Tensor:
+    """Matrix NMS (SOLOv2): decayed scores instead of a hard decision; spec of SP uses gaussian, sigma 2, one class.
+
+    masks: (N, h, w) bool, sorted by descending score; scores: (N,). labels: (N,) or None for class-agnostic.
+    decay_j = min_i f(iou_ij) / f(comp_i), comp_i the largest IoU of i with a better mask, f = exp(-sigma iou^2) or
+    1 - iou.
+    Returns (N,) scores * decay. Raises ValueError for an unknown kernel.
+    """
+    if not len(masks):
+        return scores
+    overlap = mask_iou_matrix(masks).triu(diagonal=1)
+    if labels is not None:
+        overlap = overlap * (labels[:, None] == labels[None]).triu(diagonal=1)
+    compensation = overlap.max(dim=0).values[:, None]  # (N, 1), for the better mask i of each pair (i, j)
+    if kernel == "gaussian":
+        decay = torch.exp(-sigma * overlap**2) / torch.exp(-sigma * compensation**2)
+    elif kernel == "linear":
+        decay = (1 - overlap) / (1 - compensation)
+    else:
+        raise ValueError(f"matrix_nms kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
+    return scores * decay.min(dim=0).values
+
+
+def top_k(proposals: Proposals, k: int = 20) -> Proposals:
+    """The `k` best scores, best first (20 pseudo masks a picture is the papers' number)."""
+    return proposals.take(np.argsort(-proposals.scores, kind="stable")[:k])
