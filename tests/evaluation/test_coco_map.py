@@ -131,6 +131,13 @@ def test_perfect_and_missing():
     assert result["AP"] is None and result["AR1"] is None and result["per_class"] == {}
 
 
+def test_more_than_255_masks():
+    rle, _ = random_rle(np.random.default_rng(0), 20, 20)
+    many = {"image_id": 1, "scores": [0.5] * 300, "labels": [1] * 300, "rle": [rle] * 300}
+    reference = {"image_id": 1, "category_id": [1] * 280, "segmentation": [rle] * 280}
+    assert CocoMaskMap().compute(predictions=[many], references=[reference])["AR100"] == pytest.approx(100 / 280)
+
+
 def test_masks_are_not_kept():
     metric = CocoMaskMap()
     for prediction, reference in random_data(1, pictures=3):

@@ -199,9 +199,9 @@ def _compare(prediction: dict, reference: dict) -> _Picture:
     return _Picture(
         scores=np.asarray(prediction["scores"], dtype=np.float64),
         labels=np.asarray(prediction["labels"]),
-        areas=np.asarray(coco_mask.area(found), dtype=np.float64),
+        areas=_areas(found),
         gt_labels=np.asarray(reference["category_id"]),
-        gt_areas=np.asarray(coco_mask.area(truth) if areas is None else areas, dtype=np.float64),
+        gt_areas=_areas(truth) if areas is None else np.asarray(areas, dtype=np.float64),
         gt_crowd=crowd,
         ious=ious.reshape(len(found), len(truth)),
     )
@@ -213,6 +213,11 @@ def _compressed(rle: Any, image_id: Any) -> dict:
     if isinstance(rle["counts"], (str, bytes)):
         return rle
     return coco_mask.frPyObjects({"size": list(rle["size"]), "counts": list(rle["counts"])}, *rle["size"])
+
+
+def _areas(rles: list[dict]) -> np.ndarray:
+    # One by one: pycocotools 2.0.11 with numpy 2 raises OverflowError for a list of more than 255.
+    return np.array([coco_mask.area(rle) for rle in rles], dtype=np.float64)
 
 
 def _select(picture: _Picture, category: Any) -> _Picture:
