@@ -73,11 +73,11 @@ class UplvpImageProcessor(TorchvisionBackend):
     """
 
     valid_kwargs = UplvpImageProcessorKwargs
-    model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 (a transformers convention)
+    model_input_names = ["pixel_values", "pixel_mask"]
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
-    size = {"longest_edge": 1024}  # noqa: RUF012
+    size = {"longest_edge": 1024}
     default_to_square = False
     size_divisor = 32
     do_convert_rgb = True
