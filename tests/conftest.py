@@ -1,6 +1,61 @@
 """What tests of several rooms need."""
 
+import json
+import os
+from pathlib import Path
+
 import pytest
+
+# Before transformers is imported: no test may reach for the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads():
+    """Tests compare bits between runs, and several workers may share the cores."""
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Reads a recorded fixture: `golden("mask2former")` -> (tensors by name, description)."""
+    from safetensors.torch import load_file
+
+    folder = Path(os.environ.get("UPLVP_GOLDEN", Path(__file__).resolve().parents[2] / "shared" / "golden"))
+
+    def read(name: str):
+        if not (folder / f"{name}.safetensors").is_file():
+            pytest.skip(f"no recorded tensors at {folder} (set UPLVP_GOLDEN to their folder)")
+        return load_file(folder / f"{name}.safetensors"), json.loads((folder / f"{name}.json").read_text())
+
+    return read
+
+
+SWIN = {
+    "model_type": "swin", "image_size": 64, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1],
+    "window_size": 4, "drop_path_rate": 0.0, "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
+RESNET = {
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+    "layer_type": "basic", "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_segmenter():
+    """Settings of a Mask2Former of a few 10k weights; keywords replace some. `backbone`: "resnet" or "swin"."""
+
+    def make(backbone: str = "resnet", **changes) -> dict:
+        return {
+            "model_type": "mask2former", "backbone_config": dict({"resnet": RESNET, "swin": SWIN}[backbone]),
+            "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 48,
+            "dim_feedforward": 48, "encoder_layers": 1, "decoder_layers": 4, "num_attention_heads": 4,
+            "num_queries": 12, "train_num_points": 96, **changes,
+        }  # fmt: skip
+
+    return make
 
 
 @pytest.fixture(scope="session")

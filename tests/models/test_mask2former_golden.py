@@ -1,0 +1,144 @@
+"""Mask2Former against tensors recorded from mmdetection: same weights and pictures, every intermediate result."""
+
+import pytest
+import torch
+
+from uplvp_hf.conversion import config_from_mmdet, convert_mmdet_mask2former
+from uplvp_hf.models.configuration_uplvp import UplvpConfig
+from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
+
+pytestmark = pytest.mark.golden
+
+# Tolerances of the recording: 1e-5 relative on features and losses, 1e-4 absolute on mask logits.
+RELATIVE, LOGITS = 1e-5, 1e-4
+
+
+class RecordedDraw:
+    """The recorded torch.rand calls: for each layer B matching draws, then one oversampled and one uniform draw."""
+
+    per_layer = True
+
+    def __init__(self, tensors, batch):
+        self.tensors, self.batch, self.used = tensors, batch, set()
+
+    def __call__(self, layer, kind, picture, shape):
+        place = {"match": picture, "oversample": self.batch, "uniform": self.batch + 1}[kind]
+        name = f"rand.{layer * (self.batch + 2) + place}"
+        self.used.add(name)
+        assert tuple(self.tensors[name].shape) == tuple(shape), (name, kind)
+        return self.tensors[name]
+
+
+@pytest.fixture(scope="module")
+def run(golden):
+    tensors, info = golden("mask2former")
+    settings = config_from_mmdet(info["config"])
+    config = UplvpConfig(
+        segmenter_config={"model_type": "mask2former", **settings},
+        id2label={i: f"class {i}" for i in range(settings.pop("num_labels"))},
+    )
+    model = UplvpForInstanceSegmentation(config).eval()  # batch norms of the recording are in eval mode
+    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+    missing, unexpected = model.segmenter.load_state_dict(convert_mmdet_mask2former(state), strict=False)
+    assert not unexpected
+    assert {name for name in missing if not name.endswith("num_batches_tracked")} == {"criterion.empty_weight"}
+    batch = len(info["img_metas"])
+    labels = {
+        "mask_labels": [tensors[f"input.gt_masks.{i}"].bool() for i in range(batch)],
+        "class_labels": [tensors[f"input.gt_labels.{i}"] for i in range(batch)],
+    }
+    # mmdetection does not mask padding, hence no pixel_mask.
+    features = model.segmenter.encode(tensors["input.img"])
+    layers = model.segmenter.decode(features, model.segmenter.initial_queries(features))
+    return {"tensors": tensors, "info": info, "model": model, "labels": labels, "features": features, "layers": layers}
+
+
+def test_backbone_and_pixel_decoder(run):
+    tensors, features = run["tensors"], run["features"]
+    for index, map_ in enumerate(run["model"].segmenter.backbone(tensors["input.img"]).feature_maps):
+        torch.testing.assert_close(map_, tensors[f"backbone.{index}"], rtol=RELATIVE, atol=1e-5)
+    torch.testing.assert_close(features.prompt_map, tensors["backbone.3"], rtol=RELATIVE, atol=1e-5)
+    torch.testing.assert_close(features.mask_features, tensors["pixel_decoder.mask_features"], rtol=RELATIVE, atol=2e-5)
+    for index, level in enumerate(features.levels):
+        torch.testing.assert_close(
+            level, tensors[f"pixel_decoder.multi_scale_memorys.{index}"], rtol=RELATIVE, atol=1e-5
+        )
+
+
+def test_logits_of_all_layers(run):
+    for index, layer in enumerate(run["layers"]):
+        torch.testing.assert_close(layer.class_logits, run["tensors"][f"layer{index}.cls_pred"], rtol=0, atol=2e-5)
+        torch.testing.assert_close(layer.mask_logits, run["tensors"][f"layer{index}.mask_pred"], rtol=0, atol=LOGITS)
+    assert f"layer{len(run['layers'])}.cls_pred" not in run["tensors"]
+
+
+def test_matching_costs_and_assignments(run):
+    tensors, labels, model = run["tensors"], run["labels"], run["model"]
+    batch = len(labels["mask_labels"])
+    extent = torch.ones(batch, 2)
+    costs = model.segmenter.loss_function._costs(
+        run["layers"], labels["mask_labels"], labels["class_labels"], extent, RecordedDraw(tensors, batch)
+    )
+    _, matches = model.segmenter.loss(run["layers"], run["features"], **labels, draw=RecordedDraw(tensors, batch))
+    for layer in range(len(run["layers"])):
+        for i in range(batch):
+            torch.testing.assert_close(
+                costs[i][layer], tensors[f"layer{layer}.assign_cost.{i}"], rtol=RELATIVE, atol=1e-4
+            )
+            query, target = matches[layer][i]
+            expected = zip(
+                tensors[f"layer{layer}.assign_query.{i}"].tolist(),
+                tensors[f"layer{layer}.assign_gt.{i}"].tolist(),
+                strict=True,
+            )
+            assert set(zip(query.tolist(), target.tolist(), strict=True)) == set(expected)
+
+
+def test_losses_and_gradients(run):
+    tensors, info, model = run["tensors"], run["info"], run["model"]
+    draw = RecordedDraw(tensors, len(info["img_metas"]))
+    model.zero_grad()
+    output = model(tensors["input.img"], **run["labels"], draw=draw)
+    assert draw.used == {name for name in tensors if name.startswith("rand.")}
+    last = len(run["layers"]) - 1
+    names = {"class": "loss_cls", "mask": "loss_mask", "dice": "loss_dice"}
+    assert len(output.losses) == len(names) * (last + 1)
+    for ours, value in output.losses.items():
+        kind, layer = ours.split("_")
+        theirs = names[kind] if int(layer) == last else f"d{layer}.{names[kind]}"
+        torch.testing.assert_close(value.detach(), tensors[f"loss.{theirs}"], rtol=RELATIVE, atol=1e-6)
+    torch.testing.assert_close(output.loss.detach(), tensors["loss_total"], rtol=RELATIVE, atol=0)
+
+    output.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.segmenter.named_parameters()}
+    state = {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+    assert len(info["grad_norm"]) > 100
+    places = _places(state)
+    for name, norm in info["grad_norm"].items():
+        total = torch.stack([gradients[n].double().square().sum() for n in places[name]]).sum().sqrt().item()
+        assert total == pytest.approx(norm, rel=1e-4, abs=1e-5), name
+    covered = {ours for name in info["grad_norm"] for ours in places[name]}
+    assert covered == {name for name, gradient in gradients.items() if gradient is not None}
+    for name in (name.removeprefix("grad.") for name in tensors if name.startswith("grad.")):
+        (ours,) = convert_mmdet_mask2former({name: state[name]})
+        torch.testing.assert_close(gradients[ours], tensors[f"grad.{name}"], rtol=1e-4, atol=1e-5)
+
+
+def _places(state):
+    """Recorded name -> our names (several for packed projections), found by marking every tensor with its number."""
+    numbered = {name: torch.full_like(value, index) for index, (name, value) in enumerate(state.items())}
+    names, places = list(state), {}
+    for ours, value in convert_mmdet_mask2former(numbered).items():
+        places.setdefault(names[int(value.flatten()[0])], []).append(ours)
+    return places
+
+
+def test_unknown_tensors_and_settings_are_refused(run):
+    with pytest.raises(ValueError, match=r"backbone\.patch_embed"):
+        convert_mmdet_mask2former({"backbone.patch_embed.projection.weight": torch.zeros(1)})
+    config = run["info"]["config"]
+    with pytest.raises(ValueError, match="ResNet"):
+        config_from_mmdet({**config, "backbone": {"type": "SwinTransformer"}})
+    train = {**config["train_cfg"], "assigner": {**config["train_cfg"]["assigner"], "dice_cost": {"weight": 1.0}}}
+    with pytest.raises(ValueError, match="matching costs"):
+        config_from_mmdet({**config, "train_cfg": train})
