@@ -183,7 +183,8 @@ def rle_areas(rles: Sequence[dict[str, Any]]) -> np.ndarray:
     """(N,) int64 numbers of pixels of N RLEs."""
     if len(rles) == 0:
         return np.zeros(0, dtype=np.int64)
-    return coco_mask.area(_bytes_counts(rles)).astype(np.int64)
+    # One at a time: with numpy 2, pycocotools 2.0.11 overflows on a list of more than 255.
+    return np.array([int(coco_mask.area(rle)) for rle in _bytes_counts(rles)], dtype=np.int64)
 
 
 def rle_boxes(rles: Sequence[dict[str, Any]]) -> np.ndarray:

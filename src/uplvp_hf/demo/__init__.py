@@ -1,0 +1,1 @@
+"""The whole path on generated scenes: no data, weights or network needed."""

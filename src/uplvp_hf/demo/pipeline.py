@@ -1,0 +1,196 @@
+"""`uplvp demo`: label unlabelled scenes with the small CLIP, pre-train, fine-tune on 20 labels, compare four arms.
+
+scratch              fine-tuning steps only, from random weights
+scratch_equal_total  from random weights, as many steps as pre-training and fine-tuning together
+pseudo_only          pre-trained on pseudo labels, no human label at all
+pretrained           pre-trained, then fine-tuned on the 20 labelled pictures
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..data import InstanceDataset, load_dataset_rows
+from ..data.synthetic import CLASSES, write_scenes
+from ..evaluation.predictor import evaluate_model, predict_dataset
+from ..labeling import ClipLabeler, ClipZeroShotNamer, label_images, proposal_quality
+from ..models.modeling_uplvp import UplvpForInstanceSegmentation
+from ..training.checkpoint import write_json
+from ..training.config import TrainSettings, load_settings
+from ..training.loop import TrainResult, train
+from .report import write_report
+
+ARMS = {
+    "scratch": "from scratch, equal fine-tuning steps",
+    "scratch_equal_total": "from scratch, equal total steps",
+    "pseudo_only": "pseudo labels only, no human label",
+    "pretrained": "pre-trained + 20 labels",
+}
+
+
+@dataclass
+class DemoSizes:
+    """How much the demo does. Pictures and optimiser steps; `scaled` shrinks them for a quick look."""
+
+    unlabelled: int = 500
+    labelled: int = 20
+    test: int = 100
+    pretrain_steps: int = 400
+    finetune_steps: int = 200
+
+    def scaled(self, factor: float) -> DemoSizes:
+        if not 0 < factor <= 10:
+            raise ValueError(f"--scale must be above 0 and at most 10, got {factor}.")
+        return DemoSizes(**{name: max(4, round(value * factor)) for name, value in vars(self).items()})
+
+
+def synthetic_clip_path() -> str:
+    """Folder of the small CLIP that ships with the package (see its README for how it was trained)."""
+    return str(resources.files("uplvp_hf") / "assets" / "synthetic_clip")
+
+
+def write_demo_scenes(folder: Path, sizes: DemoSizes, seed: int) -> dict[str, str]:
+    """Three disjoint sets of scenes: unlabelled (truth kept aside, to measure the proposals), labelled, test."""
+    counts = {"unlabelled": sizes.unlabelled, "labelled": sizes.labelled, "test": sizes.test}
+    return {
+        name: str(write_scenes(folder / name, count, seed=10 * seed + index))
+        for index, (name, count) in enumerate(counts.items())
+    }
+
+
+def label_scenes(pictures: str, output: Path) -> dict[str, Any]:
+    """Pseudo labels for a folder of scenes, by the small CLIP; returns counts and their quality."""
+    clip = synthetic_clip_path()
+    labeler = ClipLabeler(clip, CLASSES)
+    truth = load_dataset_rows(pictures)
+    summary = label_images(truth.unlabelled(), labeler, ClipZeroShotNamer(clip, CLASSES), output)
+    quality = {key: round(value, 4) for key, value in proposal_quality(load_dataset_rows(output), truth).items()}
+    return {"masks": summary.instances, "pictures": summary.done, "seconds": round(summary.seconds, 1), **quality}
+
+
+def run_demo(output: str = "runs/demo", seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
+    """Runs everything, prints the table, and writes `results.json`, `report.html` and `model/` to `output`."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    started = time.perf_counter()
+    folder, sizes = Path(output), DemoSizes().scaled(scale)
+    if folder.exists():
+        if not (folder / "scenes").is_dir():
+            raise ValueError(f"{folder} exists and is not the output of a demo: choose another --output.")
+        shutil.rmtree(folder)
+    print(f"Scenes: {sizes.unlabelled} unlabelled, {sizes.labelled} labelled, {sizes.test} to test on.", flush=True)
+    scenes = write_demo_scenes(folder / "scenes", sizes, seed)
+    proposals = label_scenes(scenes["unlabelled"], folder / "labels")
+    print(
+        f"Pseudo labels: {proposals['masks']} masks on {proposals['pictures']} pictures, recall@.5 "
+        f"{proposals['recall']:.2f}, precision@.5 {proposals['precision']:.2f} (against the hidden truth).",
+        flush=True,
+    )
+    test = load_dataset_rows(scenes["test"])
+    results = _run_arms(folder, scenes, sizes, seed, test)
+    seconds = time.perf_counter() - started
+    arms = {name: {key: results[name][key] for key in ("AP", "AP50", "seconds")} for name in ARMS}
+    summary = {"arms": arms, "seconds": round(seconds, 1), "seed": seed, "sizes": vars(sizes), "proposals": proposals}
+    write_json(folder / "results.json", summary)
+    samples = _samples(folder, scenes, test, results["pretrained"]["result"])
+    write_report(folder / "report.html", summary, ARMS, {n: results[n]["curve"] for n in ARMS}, samples)
+    print_table(arms)
+    print(f"\n{seconds:.0f} s in all. Report: {folder}/report.html  Model: {folder}/model")
+    return summary
+
+
+def _run_arms(
+    folder: Path, scenes: dict[str, str], sizes: DemoSizes, seed: int, test: InstanceDataset
+) -> dict[str, dict]:
+    """name -> {"AP", "AP50", "seconds", "curve": {steps: AP}, "result"}."""
+    before, after = sizes.pretrain_steps, sizes.finetune_steps
+    finetune = {"data.train": scenes["labelled"], "data.val": scenes["test"]}
+
+    print("Pre-training on the pseudo labels ...", flush=True)
+    pretrained = train(
+        _settings("scenes_pretrain", folder / "pretrain", before, seed, {"data.train": folder / "labels"})
+    )
+    plain = UplvpForInstanceSegmentation.from_pretrained(folder / "pretrain")
+    metrics = evaluate_model(plain, pretrained.processor, test)
+    outcomes = {"pseudo_only": _outcome(metrics, pretrained.seconds, {before: metrics["AP"]}, pretrained)}
+
+    print(f"Fine-tuning on {sizes.labelled} labelled pictures, from the pre-trained model ...", flush=True)
+    start = {"model.init": folder / "pretrain"}
+    result = train(_settings("scenes_finetune", folder / "model", after, seed, {**finetune, **start}))
+    curve = {before: metrics["AP"]} | {before + step: value["AP"] for step, value in result.evaluations.items()}
+    outcomes["pretrained"] = _outcome(result.evaluations[after], pretrained.seconds + result.seconds, curve, result)
+
+    for name, steps in (("scratch", after), ("scratch_equal_total", before + after)):
+        print(f"{ARMS[name].capitalize()}: {steps} steps on {sizes.labelled} labelled pictures ...", flush=True)
+        result = train(_settings("scenes_finetune", folder / name, steps, seed, finetune))
+        curve = {step: value["AP"] for step, value in result.evaluations.items()}
+        outcomes[name] = _outcome(result.evaluations[steps], result.seconds, curve, result)
+    return outcomes
+
+
+def _outcome(metrics: dict, seconds: float, curve: dict[int, float], result: TrainResult) -> dict[str, Any]:
+    return {
+        "AP": metrics["AP"],
+        "AP50": metrics["AP50"],
+        "seconds": round(seconds, 1),
+        "curve": curve,
+        "result": result,
+    }
+
+
+def _settings(recipe: str, output: Path, steps: int, seed: int, values: dict[str, Any]) -> TrainSettings:
+    at = sorted({round(steps * share) for share in (0.25, 0.5, 0.75)} - {0})
+    words = [f"{key}={value}" for key, value in values.items()]
+    words += [f"optim.steps={steps}", f"optim.warmup={min(20, steps // 4)}", f"seed={seed}", "checkpoint.every=0"]
+    words += [f"evaluation.at={at}"] if "data.val" in values else []
+    return load_settings(recipe, words, output=str(output))
+
+
+def _samples(folder: Path, scenes: dict[str, str], test: InstanceDataset, result: TrainResult) -> dict[str, Any]:
+    """Rows for the report: pseudo-labelled pictures with their truth, test pictures with predictions and truth."""
+    count = 8
+    pseudo, truth = load_dataset_rows(folder / "labels"), load_dataset_rows(scenes["unlabelled"])
+    shown = test.subset(range(min(count, len(test))))
+    predictions = predict_dataset(result.model, result.processor, shown, threshold=0.5, progress=False)
+    return {
+        "pseudo": pseudo.subset(range(min(count, len(pseudo)))),
+        "pseudo_truth": {row["file_name"].split("/")[-1]: row for row in truth.rows},
+        "test": shown,
+        "predictions": [prediction for _, prediction in predictions],
+        "id2label": result.model.config.id2label,
+    }
+
+
+def print_table(arms: dict[str, dict]) -> None:
+    """The closing table: mask AP and AP50 in percent, seconds of training."""
+    width = max(len(text) for text in ARMS.values())
+    print(f"\n{'':{width}}  {'AP':>5}  {'AP50':>5}  {'seconds':>7}")
+    for name, text in ARMS.items():
+        row = arms[name]
+        print(f"{text:{width}}  {100 * row['AP']:5.1f}  {100 * row['AP50']:5.1f}  {row['seconds']:7.0f}")
+
+
+def pretrain_default(output: str = "runs/pretrain_default") -> int:
+    """What `scripts/pretrain.py` does without arguments: pseudo-label generated scenes and pre-train on them."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from accelerate import PartialState
+
+    state, folder, sizes = PartialState(), Path(output), DemoSizes()
+    print("No settings given: running the embedded default, pre-training on generated scenes labelled by the small")
+    print(f"CLIP of the package. Output: {folder}. For your own pictures see `uplvp pretrain --help`.", flush=True)
+    if state.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        scenes = str(write_scenes(folder / "scenes", sizes.unlabelled, seed=0))
+        label_scenes(scenes, folder / "labels")
+    state.wait_for_everyone()
+    settings = _settings(
+        "scenes_pretrain", folder / "model", sizes.pretrain_steps, 0, {"data.train": folder / "labels"}
+    )
+    result = train(settings)
+    print(f"{settings.optim.steps} steps in {result.seconds:.0f} s. Model: {settings.output}")
+    return 0
