@@ -1,5 +1,7 @@
 """The whole path on generated scenes, without data, weights or network.
 
+Commands:
+
     python scripts/demo.py --output runs/demo
 """
 

@@ -1,6 +1,8 @@
 """Fine-tune a segmenter on labelled pictures.
 
-    accelerate launch scripts/finetune.py --recipe animals7_finetune data.train=photos/train.json \\
+Commands:
+
+    accelerate launch scripts/finetune.py --recipe small_finetune data.train=photos/train.json \\
         data.val=photos/val.json data.labels_per_class=10 model.init=runs/pretrain --output runs/finetune
     accelerate launch scripts/finetune.py --recipe my_recipe.yaml --resume
 """
