@@ -1,32 +1,23 @@
 """The saliency steps against tensors recorded from the original script."""
 
-import os
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from uplvp_hf.labeling import saliency
 from uplvp_hf.labeling.instances import matrix_nms
 
-FOLDER = Path(os.environ.get("UPLVP_GOLDEN", Path(__file__).parents[2] / "../shared/golden"))
-FILE = FOLDER / "sp_freemask.safetensors"
-pytestmark = [
-    pytest.mark.golden,
-    pytest.mark.skipif(not FILE.is_file(), reason=f"no recorded tensors at {FILE}; set UPLVP_GOLDEN"),
-]
+pytestmark = pytest.mark.golden
 close = {"atol": 1e-5, "rtol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def golden():
-    return load_file(FILE)
+def recorded(golden):
+    return golden("sp_freemask")[0]
 
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
-def test_steps_equal_the_recorded_ones(golden, case):
-    want = {key.removeprefix(f"{case}."): value for key, value in golden.items() if key.startswith(case)}
+def test_steps_equal_the_recorded_ones(recorded, case):
+    want = {key.removeprefix(f"{case}."): value for key, value in recorded.items() if key.startswith(case)}
     queries = saliency.make_queries(want["feat"])
     torch.testing.assert_close(queries, want["queries_raw"], **close)
     soft = saliency.similarity_maps(want["feat"], queries)
@@ -45,30 +36,30 @@ def test_steps_equal_the_recorded_ones(golden, case):
 
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
-def test_proposals_boxes_and_filters_equal_the_recorded_ones(golden, case):
-    soft, scores = saliency.propose(golden[f"{case}.feat"])
+def test_proposals_boxes_and_filters_equal_the_recorded_ones(recorded, case):
+    soft, scores = saliency.propose(recorded[f"{case}.feat"])
     masks = (soft >= 0.5).float()
-    torch.testing.assert_close(scores, golden[f"{case}.topk_maskness"], **close)
-    assert torch.equal(masks, (golden[f"{case}.topk_masks"] >= 0.5).float())
-    torch.testing.assert_close(saliency.mass_boxes(masks), golden[f"{case}.topk_boxes"], **close)
+    torch.testing.assert_close(scores, recorded[f"{case}.topk_maskness"], **close)
+    assert torch.equal(masks, (recorded[f"{case}.topk_masks"] >= 0.5).float())
+    torch.testing.assert_close(saliency.mass_boxes(masks), recorded[f"{case}.topk_boxes"], **close)
     keep = saliency.keep_plausible(masks, scores)
-    assert torch.equal(keep, golden[f"{case}.keep_final"].bool())
-    torch.testing.assert_close(scores[keep], golden[f"{case}.final_maskness"], **close)
-    torch.testing.assert_close(saliency.mass_boxes(masks[keep]), golden[f"{case}.final_boxes"], **close)
-    assert torch.equal(masks[keep], (golden[f"{case}.final_masks"] >= 0.5).float())
+    assert torch.equal(keep, recorded[f"{case}.keep_final"].bool())
+    torch.testing.assert_close(scores[keep], recorded[f"{case}.final_maskness"], **close)
+    torch.testing.assert_close(saliency.mass_boxes(masks[keep]), recorded[f"{case}.final_boxes"], **close)
+    assert torch.equal(masks[keep], (recorded[f"{case}.final_masks"] >= 0.5).float())
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
 @pytest.mark.parametrize("kernel, sigma", [("gaussian", 2.0), ("gaussian", 0.5), ("linear", 2.0)])
-def test_matrix_nms(golden, kernel, sigma, agnostic):
-    masks, scores = golden["nms.masks"].bool(), golden["nms.scores_desc"]
-    labels = None if agnostic else golden["nms.labels"]
+def test_matrix_nms(recorded, kernel, sigma, agnostic):
+    masks, scores = recorded["nms.masks"].bool(), recorded["nms.scores_desc"]
+    labels = None if agnostic else recorded["nms.labels"]
     name = f"nms.matrix_nms{'_agnostic' if agnostic else ''}.{kernel}.sigma{sigma}"
-    torch.testing.assert_close(matrix_nms(masks, scores, labels, kernel, sigma), golden[name], **close)
+    torch.testing.assert_close(matrix_nms(masks, scores, labels, kernel, sigma), recorded[name], **close)
 
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
-def test_centre_of_mass(golden, case):
-    x, y, _, _ = saliency.mass_geometry((saliency.propose(golden[f"{case}.feat"])[0] >= 0.5).float())
-    torch.testing.assert_close(x, golden[f"{case}.center_ws"], **close)
-    torch.testing.assert_close(y, golden[f"{case}.center_hs"], **close)
+def test_centre_of_mass(recorded, case):
+    x, y, _, _ = saliency.mass_geometry((saliency.propose(recorded[f"{case}.feat"])[0] >= 0.5).float())
+    torch.testing.assert_close(x, recorded[f"{case}.center_ws"], **close)
+    torch.testing.assert_close(y, recorded[f"{case}.center_hs"], **close)

@@ -116,7 +116,7 @@ def _build(args: argparse.Namespace):
 def _build_labeler(args: argparse.Namespace, clip, encoder, entries: list[str]):
     options = _given(args, *OPTIONS[args.labeler])
     if args.labeler == "clip":
-        from ..labeling.dense_clip import DenseClipLabeler
+        from ..labeling.language_vision import DenseClipLabeler
         from ..labeling.text import split_synonyms
 
         if args.calibration is not None:

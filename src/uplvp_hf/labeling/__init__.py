@@ -1,14 +1,23 @@
 """Labeling: which pixels become pseudo instances, and what they are called."""
 
+from .dense_clip import Clip, dense_features, load_clip
 from .encoders import Encoder, load_encoder
 from .foreground import ForegroundLabeler
 from .instances import Proposals
+from .language_vision import DenseClipLabeler
+from .namers import AgnosticNamer, ClassifierNamer, ClipZeroShotNamer
 from .pipeline import LabelSummary, label_images
 from .quality import proposal_quality
 from .saliency import SaliencyLabeler
 from .store import StoreError, StoreWriter
+from .text import read_class_map, read_vocabulary
 
 __all__ = [
+    "AgnosticNamer",
+    "ClassifierNamer",
+    "Clip",
+    "ClipZeroShotNamer",
+    "DenseClipLabeler",
     "Encoder",
     "ForegroundLabeler",
     "LabelSummary",
@@ -16,7 +25,11 @@ __all__ = [
     "SaliencyLabeler",
     "StoreError",
     "StoreWriter",
+    "dense_features",
     "label_images",
+    "load_clip",
     "load_encoder",
     "proposal_quality",
+    "read_class_map",
+    "read_vocabulary",
 ]

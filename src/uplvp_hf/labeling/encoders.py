@@ -184,20 +184,23 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> bool:
 
 
 def _load_backbone(path: str, allow_random: bool, device) -> Encoder:
-    from transformers import AutoBackbone, AutoConfig, AutoImageProcessor
+    from transformers import AutoConfig, AutoImageProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
     config = AutoConfig.from_pretrained(path)
     stages = getattr(config, "stage_names", None)
-    if not stages:
+    if not stages or type(config) not in MODEL_FOR_BACKBONE_MAPPING:
         raise ValueError(f"backbone {path}: a {config.model_type} model has no feature stages for AutoBackbone")
     config.out_features = list(stages[1:])
+    # Not AutoBackbone.from_pretrained: transformers 5.23 takes every local folder for the name of a timm model.
+    backbone = MODEL_FOR_BACKBONE_MAPPING[type(config)]
     try:
-        model, info = AutoBackbone.from_pretrained(path, config=config, output_loading_info=True)
+        model, info = backbone.from_pretrained(path, config=config, output_loading_info=True)
         missing = sorted(info["missing_keys"])
     except OSError:
         if not allow_random:
             raise
-        model, missing = AutoBackbone.from_config(config), []
+        model, missing = backbone(config), []
     # Norms of the outputs (`hidden_states_norms`) do not exist in classification checkpoints: identity at the start.
     missing = [key for key in missing if not key.startswith("hidden_states_norms")]
     if missing and not allow_random:

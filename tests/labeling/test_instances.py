@@ -1,0 +1,132 @@
+"""Maps to masks: each helper against a plain version."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from labeling_helpers import FixedEncoder, blob_picture, tiny_encoder
+
+from uplvp_hf.labeling import instances, saliency
+from uplvp_hf.labeling.foreground import ForegroundLabeler, Ridge
+from uplvp_hf.labeling.instances import Proposals
+
+
+def test_upsample_grid_without_offset_is_interpolate():
+    grid = torch.randn(3, 4, 6)
+    want = F.interpolate(grid[None], (30, 50), mode="bilinear", align_corners=False)[0]
+    torch.testing.assert_close(instances.upsample_grid(grid, (30, 50)), want, atol=1e-5, rtol=1e-4)
+
+
+def test_upsample_grid_moves_a_cell_by_its_offset():
+    """A map whose value is the cell's own position must read back the position of the pixels."""
+    rows = (torch.arange(8) + 0.5 + 0.25)[:, None].expand(8, 5)  # cells lie a quarter of a cell lower
+    columns = (torch.arange(5) + 0.5 - 0.5)[None].expand(8, 5)  # and half a cell further left
+    large = instances.upsample_grid(torch.stack([rows, columns]).float(), (80, 50), (0.25, -0.5))
+    y = (torch.arange(80) + 0.5) / 10
+    inner = slice(10, 70)
+    torch.testing.assert_close(large[0, inner, 25], y[inner], atol=1e-4, rtol=0)
+    torch.testing.assert_close(large[1, 40, 5:40], ((torch.arange(50) + 0.5) / 10)[5:40], atol=1e-4, rtol=0)
+
+
+def test_otsu_separates_two_heaps():
+    rng = np.random.default_rng(0)
+    values = np.concatenate([rng.normal(0, 1, 500), rng.normal(10, 1, 100)])
+    assert 3 < instances.otsu_threshold(values) < 8
+    assert instances.otsu_threshold(np.full(9, 2.0)) == 2.0
+
+
+def test_connected_components():
+    mask = np.zeros((8, 10), bool)
+    mask[1:4, 1:4] = True
+    mask[2, 2] = False
+    mask[4, 4] = True  # touches the ring at a corner only
+    mask[6:8, 5:10] = True
+    parts = instances.connected_components(mask)
+    assert [part.sum() for part in parts] == [10, 8, 1]
+    assert (np.sum(parts, axis=0) == mask).all()
+    assert [part.sum() for part in instances.connected_components(mask, min_area=9, fill_holes=True)] == [10, 9]
+
+
+def test_filters():
+    masks = np.zeros((3, 10, 10), bool)
+    masks[0, :, :5] = True  # half of the picture, 18 of 36 border pixels
+    masks[1, 4:6, 4:6] = True
+    masks[2] = True
+    proposals = Proposals(masks, np.array([0.5, 0.9, 0.8]))
+    assert instances.border_fraction(masks).tolist() == [0.5, 0.0, 1.0]
+    for options, kept in [
+        ({"min_area": 0.05}, [0, 2]),
+        ({"max_area": 0.9}, [0, 1]),
+        ({"max_border": 0.4}, [1]),
+        ({"min_score": 0.8}, [1, 2]),
+    ]:
+        got = instances.filter_proposals(proposals, **options)
+        assert (got.masks == masks[kept]).all()
+
+
+def test_mask_nms_per_class():
+    masks = np.zeros((4, 10, 10), bool)
+    masks[0, :5], masks[1, :6], masks[2, :5], masks[3, 7:] = True, True, True, True
+    proposals = Proposals(masks, np.array([0.6, 0.9, 0.8, 0.1]), np.array([0, 0, 1, 0]))
+    kept = instances.mask_nms(proposals)
+    assert kept.scores.tolist() == [0.9, 0.8, 0.1]
+    agnostic = instances.mask_nms(Proposals(masks, proposals.scores))
+    assert agnostic.scores.tolist() == [0.9, 0.1]
+
+
+def test_matrix_nms_by_loops():
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(6, 9, 9, generator=generator) > 0.5
+    scores = torch.rand(6, generator=generator).sort(descending=True).values
+    iou = [[((a & b).sum() / (a | b).sum()).item() for b in masks] for a in masks]
+    got = instances.matrix_nms(masks, scores, sigma=3.0)
+    for j in range(6):
+        decays = [1.0]
+        for i in range(j):
+            worst = max([iou[k][i] for k in range(i)], default=0.0)
+            decays.append(np.exp(-3 * iou[i][j] ** 2) / np.exp(-3 * worst**2))
+        assert got[j].item() == pytest.approx(scores[j].item() * min(decays), abs=1e-6)
+    with pytest.raises(ValueError, match="'cubic' is unknown"):
+        instances.matrix_nms(masks, scores, kernel="cubic")
+
+
+def test_a_flat_map_gives_no_mask():
+    labeler = saliency.SaliencyLabeler(FixedEncoder(torch.ones(4, 3, 3)), image_size=96)
+    (found,) = labeler([blob_picture(0)])
+    assert found.masks.shape == (0, 64, 96)
+
+
+def test_saliency_finds_the_odd_cells():
+    feature = torch.zeros(2, 6, 9)
+    feature[0] = 1
+    feature[:, 3:5, 4:7] = torch.tensor([0.0, 1.0])[:, None, None]
+    labeler = saliency.SaliencyLabeler(
+        FixedEncoder(feature), image_size=288, min_centre=0.0, max_width=1.01, min_score=0
+    )
+    (found,) = labeler([blob_picture(0, 90, 60)])
+    object_mask = min(found.masks, key=lambda mask: mask.sum())
+    want = np.zeros((60, 90), bool)
+    want[30:50, 40:70] = True
+    assert (object_mask & want).sum() / (object_mask | want).sum() > 0.8
+
+
+def test_ridge_is_the_normal_equation():
+    torch.manual_seed(0)
+    inputs, target = torch.randn(60, 5), torch.randn(6, 10)
+    stacked = torch.cat([inputs, (0.3 * 60) ** 0.5 * torch.eye(5)])  # ridge as least squares with extra rows
+    weights = torch.linalg.lstsq(stacked, torch.cat([target.flatten(), torch.zeros(5)])[:, None]).solution
+    want = (inputs @ weights).view(6, 10)
+    want = (want - want.mean()) / want.std()
+    torch.testing.assert_close(Ridge(inputs, 0.3).fit_predict(target), want, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_foreground_batches_equal_single_pictures(refine):
+    labeler = ForegroundLabeler(tiny_encoder(), (64, 96), (96,), refine=refine, grid=48)
+    images = [blob_picture(0), blob_picture(1, 64, 80), blob_picture(2)]
+    for image, together in zip(images, labeler(images)):
+        (alone,) = labeler([image])
+        assert together.masks.shape[1:] == image.size[::-1]
+        assert (together.masks == alone.masks).all()
+        assert together.scores == pytest.approx(alone.scores, abs=1e-5)
+        assert ((together.scores >= 0.5) & (together.scores <= 1)).all()
