@@ -28,7 +28,7 @@ def run_training(stage: str, description: str, argv: list[str] | None) -> int:
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # settings and options in any order
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     from uplvp_hf.training.config import load_settings
