@@ -98,6 +98,7 @@ class UplvpConfig(PreTrainedConfig):
             self.id2label = dict(names) if names else None
         super().__post_init__(**kwargs)
         self.sync_classes(self.id2label, self.category_ids)
+        self._check_settings()
 
     def sync_classes(self, id2label: dict[int, str], category_ids: list[int] | None = None) -> None:
         """Sets the classes here and in the segmenter. `id2label` maps 0..K-1 to names; `category_ids` has K ids."""
@@ -113,8 +114,7 @@ class UplvpConfig(PreTrainedConfig):
             self.segmenter_config.id2label = dict(self.id2label)
             self.segmenter_config.label2id = dict(self.label2id)
 
-    def validate_architecture(self):
-        super().validate_architecture()
+    def _check_settings(self) -> None:
         if self.prompt_matching not in MATCHING:
             raise ValueError(f"prompt_matching must be one of {', '.join(MATCHING)}, got `{self.prompt_matching}`.")
         if self.prompt_pooling not in POOLING:

@@ -118,6 +118,10 @@ class MaskClassificationLoss:
         mask_labels: per picture (G_i, H, W) bool at the padded input size; class_labels: per picture (G_i,) int.
         pixel_mask (B, H, W), 1 on the picture: points are drawn there only.
         """
+        with torch.autocast(layers[0].mask_logits.device.type, enabled=False):  # it would multiply in half precision
+            return self._losses(layers, mask_labels, class_labels, pixel_mask, normalizers, draw)
+
+    def _losses(self, layers, mask_labels, class_labels, pixel_mask, normalizers, draw):
         device = layers[0].mask_logits.device
         draw = draw or (lambda layer, kind, picture, shape: torch.rand(shape, device=device))
         _check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1] - 1)
@@ -169,7 +173,7 @@ class MaskClassificationLoss:
         weight = logits.new_ones(background + 1)
         weight[background] = self.no_object_weight
         total = F.cross_entropy(logits.transpose(1, 2), target, weight=weight, reduction="sum")
-        return total / (divisor if divisor is not None else weight[target].sum())
+        return total / (divisor if divisor is not None else weight[target].sum().clamp(min=1e-6))
 
     def class_weight_sum(self, num_queries: int, counts: list[int]) -> float:
         """Sum of the cross-entropy weights of pictures with `counts` true masks each: known before matching."""
@@ -245,6 +249,8 @@ def kernel_supervision(
     the result is a zero that still touches the queries. Source: SP eq. 3, pairs and detachment as in design: the
     authors' code pairs by position (defect 12) and trains the target (defect 13).
     """
+    if not layers:
+        return vectors.float().sum() * 0
     total, pairs = layers[0].queries.float().sum() * 0, 0
     vectors = F.normalize(vectors.detach().float(), dim=-1)
     position = _prompt_of_mask(source)

@@ -21,12 +21,12 @@ def match_prompts(queries: Tensor, vectors: Tensor, valid: Tensor, how: str = "c
     if how == "none" or vectors.shape[1] == 0:
         return torch.full((batch, queries_count), -1, dtype=torch.int64, device=queries.device)
     if how == "cosine":
-        likeness = F.normalize(queries.float(), dim=-1) @ F.normalize(vectors.float(), dim=-1).transpose(1, 2)
+        with torch.autocast(queries.device.type, enabled=False):  # it would multiply in half precision
+            likeness = F.normalize(queries.float(), dim=-1) @ F.normalize(vectors.float(), dim=-1).transpose(1, 2)
         match = likeness.masked_fill(~valid[:, None], -torch.inf).argmax(-1)
     elif how in ("sequential", "random"):
         if how == "sequential":
-            position = torch.arange(queries_count, device=queries.device) / queries_count
-            rank = (position[None] * count).floor().long()
+            rank = torch.arange(queries_count, device=queries.device)[None] * count // queries_count
         else:
             rank = (torch.rand((batch, queries_count), device=queries.device) * count).floor().long()
         order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid prompts first, in their order

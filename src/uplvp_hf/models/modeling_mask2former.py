@@ -49,6 +49,15 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         if extra:
             self.model.pixel_level_module.encoder = TimmBackbone(config.backbone_config, **extra)
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: all our initialisation goes through `transformers.initialization`.
+
+        For custom code, transformers leaves out the initialisation that a module without weights of its own does for
+        its children, when they are missing from a checkpoint.
+        """
+        return False
+
     @property
     def backbone(self) -> nn.Module:
         return self.model.pixel_level_module.encoder
@@ -140,7 +149,8 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
     def normalizers(self, counts: list[int], num_prompts: int) -> Normalizers:
         """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass."""
         queries, layers = self.config.num_queries, self.config.decoder_layers
-        pairs = sum(min(count, queries, num_prompts) for count in counts) * (layers - 1)
+        supervised = layers - 1 if self.config.use_auxiliary_loss else min(layers - 1, 1)
+        pairs = sum(min(count, queries, num_prompts) for count in counts) * supervised
         return Normalizers(
             masks=sum(counts), class_weight=self.loss_function.class_weight_sum(queries, counts), pairs=pairs
         )

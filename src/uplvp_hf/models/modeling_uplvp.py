@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -28,6 +28,10 @@ from .prompts import Prompts, inject_prompts, pool_prompts
 from .transfer import TransferReport, transfer_weights
 
 SEGMENTERS = {"mask2former": Mask2FormerSegmenter}
+
+# Settings of the method, and what `from_pretrained` needs to find a configuration.
+_SETTINGS = frozenset(UplvpConfig.__dataclass_fields__) - frozenset(PreTrainedConfig.__dataclass_fields__)
+_WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
 @dataclass
@@ -58,6 +62,9 @@ class UplvpPreTrainedModel(PreTrainedModel):
     _no_split_modules = Mask2FormerSegmenter._no_split_modules
 
     def __init__(self, config: UplvpConfig, segmenter: PreTrainedModel | None = None):
+        if config.id2label != config.segmenter_config.id2label:  # replaced by `from_pretrained(..., id2label=...)`
+            same_number = len(config.category_ids) == len(config.id2label)
+            config.sync_classes(config.id2label, config.category_ids if same_number else None)
         super().__init__(config)
         name = config.segmenter_config.model_type
         if name not in SEGMENTERS:
@@ -73,21 +80,32 @@ class UplvpPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
 
     @classmethod
+    def is_custom_code(cls) -> bool:
+        """As for `Mask2FormerSegmenter`."""
+        return False
+
+    @classmethod
     def from_segmenter_pretrained(cls, name_or_dir: str, **kwargs) -> "UplvpPreTrainedModel":
         """Wraps a segmenter checkpoint, such as an official `Mask2FormerForUniversalSegmentation`, in one call.
 
         `kwargs` that are settings of `UplvpConfig` go there, the others to `from_pretrained` of the segmenter (for
         example `revision`). The classes are those of the checkpoint.
         """
-        config = AutoConfig.from_pretrained(name_or_dir)
+        config = AutoConfig.from_pretrained(name_or_dir, **_where(kwargs))
         if config.model_type not in SEGMENTERS:
             raise ValueError(
                 f"{name_or_dir} holds a `{config.model_type}` model; UPLVP works on: {', '.join(SEGMENTERS)}."
             )
-        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in UplvpConfig.__dataclass_fields__}
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
         segmenter = SEGMENTERS[config.model_type].from_pretrained(name_or_dir, **kwargs)
+        parts = [module.config for module in segmenter.modules() if isinstance(module, PreTrainedModel)]
+        attention = [(part, part._attn_implementation) for part in parts]
         config = UplvpConfig(segmenter_config=segmenter.config, id2label=dict(segmenter.config.id2label), **settings)
-        return cls(config, segmenter=segmenter)
+        model = cls(config, segmenter=segmenter).to(segmenter.dtype)
+        # A configuration that takes in another one resets its choice of attention.
+        for part, implementation in attention:
+            part._attn_implementation = implementation
+        return model
 
     @classmethod
     def from_pretraining(
@@ -105,12 +123,12 @@ class UplvpPreTrainedModel(PreTrainedModel):
         is in `model.transfer_report`; print it. `kwargs` that are settings of `UplvpConfig` replace those of the
         checkpoint, the others go to `from_pretrained`.
         """
-        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in UplvpConfig.__dataclass_fields__}
-        config = UplvpConfig.from_pretrained(name_or_dir)
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
+        config = UplvpConfig.from_pretrained(name_or_dir, **_where(kwargs))
         source = cls._source_class(config).from_pretrained(name_or_dir, config=config, **kwargs)
         config = UplvpConfig.from_dict({**source.config.to_dict(), "class_agnostic": False, **settings})
         config.sync_classes(id2label, category_ids)
-        model = cls(config)
+        model = cls(config).to(source.dtype)
         model.transfer_report = transfer_weights(source, model, class_head)
         return model
 
@@ -132,12 +150,22 @@ class UplvpPreTrainedModel(PreTrainedModel):
             queries=layers[-1].queries,
         )
 
-    def _labels(self, class_labels: list[Tensor]) -> list[Tensor]:
-        return [torch.zeros_like(labels) for labels in class_labels] if self.config.class_agnostic else class_labels
+    def _labels(self, mask_labels: list[Tensor], class_labels: list[Tensor] | None) -> list[Tensor]:
+        if self.config.class_agnostic:
+            return [torch.zeros(len(masks), dtype=torch.int64) for masks in mask_labels]
+        if class_labels is None:
+            raise ValueError("mask_labels need class_labels beside them, unless the model is class-agnostic.")
+        return class_labels
+
+
+def _where(kwargs: dict) -> dict:
+    return {key: kwargs[key] for key in _WHERE if key in kwargs}
 
 
 class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
     """The plain segmenter: for fine-tuning on labels, and for inference. Nothing of the prompting path is here."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^prompt_projection\."]  # of pre-training checkpoints
 
     def __init__(self, config: UplvpConfig, segmenter: PreTrainedModel | None = None):
         super().__init__(config, segmenter)
@@ -163,7 +191,7 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         layers = self.segmenter.decode(features, self.segmenter.initial_queries(features))
         losses = None
         if mask_labels is not None:
-            labels = self._labels(class_labels)
+            labels = self._labels(mask_labels, class_labels)
             losses, _ = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw)
         output = self._output(layers, losses)
         return output if return_dict is not False else output.to_tuple()
@@ -239,12 +267,20 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
 
         prompts = self.make_prompts(features, mask_labels, prompt_scores)
         layers = self.segmenter.decode(features, self.prompt_queries(queries, prompts))
-        labels = self._labels(class_labels)
+        labels = self._labels(mask_labels, class_labels)
         losses, matches = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw)
         if prompts is not None and self.config.kernel_supervision_weight > 0:
             # The first output comes before any update of the queries, so it is not supervised (SP: every stage).
+            # Without auxiliary losses only the last layer has a match.
+            updated = list(zip(layers[-len(matches) :], matches, strict=True))[len(matches) == len(layers) :]
             pairs = None if normalizers is None else normalizers.pairs
-            supervised = kernel_supervision(layers[1:], matches[1:], prompts.vectors, prompts.source, pairs)
+            supervised = kernel_supervision(
+                [layer for layer, _ in updated],
+                [match for _, match in updated],
+                prompts.vectors,
+                prompts.source,
+                pairs,
+            )
             # The projection gets no gradient from the loss above when nothing is injected: keep it in the graph.
             touched = prompts.vectors.sum() * 0
             losses["kernel"] = self.config.kernel_supervision_weight * supervised + touched

@@ -66,7 +66,8 @@ def pool_prompts(
         index = index.to(features.device)
         weights = mask_weights(masks[i].to(features.device)[index].bool(), (height, width), pooling).flatten(1)
         area = weights.sum(1, keepdim=True)
-        pooled = weights @ features[i].flatten(1).T / area.clamp(min=1e-6)  # (n, C)
+        with torch.autocast(features.device.type, enabled=False):  # it would multiply in half precision
+            pooled = weights @ features[i].flatten(1).T / area.clamp(min=1e-6)  # (n, C)
         present = area[:, 0] > 0
         vectors[i, : len(index)] = torch.where(present[:, None], pooled, 0.0)
         source[i, : len(index)] = torch.where(present, index, -1)
