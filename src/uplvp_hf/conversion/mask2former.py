@@ -64,15 +64,14 @@ def convert_mmdet_mask2former(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises ValueError naming every tensor that has no place in our model.
     """
-    finest = sum(
-        bool(re.fullmatch(r"panoptic_head\.pixel_decoder\.lateral_convs\.\d+\.conv\.weight", k)) for k in state
-    )
+    lateral = re.compile(r"panoptic_head\.pixel_decoder\.lateral_convs\.\d+\.conv\.weight")
+    laterals = sum(bool(lateral.fullmatch(name)) for name in state)
     converted: dict[str, Tensor] = {}
     unknown = []
     for name, tensor in state.items():
         if name.endswith("num_batches_tracked") or name == "panoptic_head.loss_cls.class_weight":
             continue
-        found = _convert(name, tensor, finest)
+        found = _convert(name, tensor, laterals)
         converted.update(found)
         if not found:
             unknown.append(name)

@@ -1,0 +1,260 @@
+"""Saving, loading, wrapping, transferring and exporting models; what transformers' auto classes find."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+
+from uplvp_hf.models.configuration_uplvp import UplvpConfig
+from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
+
+BOTH = pytest.mark.parametrize("cls", [UplvpForInstanceSegmentation, UplvpForPreTraining])
+
+
+def equal_states(one, other):
+    one, other = one.state_dict(), other.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@BOTH
+def test_round_trip(make_config, make_batch, tmp_path, cls):
+    torch.manual_seed(0)
+    model = cls(make_config(category_ids=[7, 3, 90], prompt_drop=0.2, prompt_matching="sequential")).eval()
+    model.save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path).eval()
+    assert equal_states(model, loaded)
+    ours, theirs = model.config.to_dict(), loaded.config.to_dict()
+    assert {k for k in ours if ours[k] != theirs[k]} <= {"architectures", "dtype", "segmenter_config", "_name_or_path"}
+    assert loaded.config.category_ids == [7, 3, 90] and loaded.config.id2label == {0: "cat", 1: "dog", 2: "horse"}
+    assert loaded.config.segmenter_config.num_labels == 3 and loaded.config.prompt_drop == 0.2
+    pixels = make_batch()["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(model(pixels).masks_queries_logits, loaded(pixels).masks_queries_logits)
+    half = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_timm_backbone_with_arguments_of_timm_round_trip(make_config, make_batch, tmp_path):
+    backbone = {
+        "model_type": "timm_backbone", "backbone": "mobilenetv2_035", "out_indices": [1, 2, 3, 4],
+        "timm_kwargs": {"pad_type": "same"},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = UplvpForInstanceSegmentation(make_config(segmenter={"backbone_config": backbone})).eval()
+    with torch.no_grad():
+        for name, buffer in model.segmenter.backbone.named_buffers():
+            if "running_var" in name:
+                buffer.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path)
+    loaded = UplvpForInstanceSegmentation.from_pretrained(tmp_path).eval()
+    assert equal_states(model, loaded)
+    pixels = make_batch()["pixel_values"]
+    with torch.no_grad():
+        prediction = model(pixels).class_queries_logits
+        assert torch.equal(loaded(pixels).class_queries_logits, prediction)
+        # Without the arguments the same weights give something else: they do reach timm.
+        config = UplvpConfig.from_pretrained(tmp_path)
+        config.segmenter_config.backbone_config.timm_kwargs = None
+        other = UplvpForInstanceSegmentation.from_pretrained(tmp_path, config=config).eval()
+        assert not torch.allclose(other(pixels).class_queries_logits, prediction, atol=1e-4)
+    with pytest.raises(ValueError, match="timm_kwargs"):
+        model.to_mask2former(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "swin"])
+def test_missing_tensors_are_initialised_as_in_a_new_model(make_config, tmp_path, backbone):
+    torch.manual_seed(0)
+    config = make_config(backbone)
+    fresh = UplvpForPreTraining(config)
+    fresh.save_pretrained(tmp_path)
+    kept = "segmenter.class_predictor.bias"
+    save_file({kept: torch.full((4,), 5.0)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for seed in range(2):
+        torch.manual_seed(seed)
+        loaded = UplvpForPreTraining.from_pretrained(tmp_path).state_dict()
+        assert (loaded.pop(kept) == 5).all()
+        for name, expected in fresh.state_dict().items():
+            if name == kept or not expected.is_floating_point():
+                continue
+            value = loaded[name]
+            if expected.numel() == 1 or expected.std() == 0:
+                assert torch.equal(value, expected), name
+            else:
+                assert torch.isfinite(value).all() and value.std() == pytest.approx(expected.std().item(), rel=0.6), (
+                    name
+                )
+                assert abs(value.mean()) <= abs(expected.mean()) + 4 * expected.std() / expected.numel() ** 0.5, name
+
+
+def test_pretraining_from_a_plain_checkpoint_starts_with_an_orthogonal_projection(plain, tmp_path):
+    plain.save_pretrained(tmp_path)
+    model = UplvpForPreTraining.from_pretrained(tmp_path)
+    weight = model.prompt_projection.weight
+    torch.testing.assert_close(weight @ weight.T, torch.eye(len(weight)), rtol=0, atol=1e-5)
+    assert (model.prompt_projection.bias == 0).all()
+    assert all(torch.equal(v, model.segmenter.state_dict()[k]) for k, v in plain.segmenter.state_dict().items())
+
+
+@pytest.fixture
+def official_dir(tiny_segmenter, tmp_path):
+    torch.manual_seed(0)
+    settings = tiny_segmenter("swin")
+    settings.pop("model_type")
+    config = Mask2FormerConfig(**settings, id2label={0: "cat", 1: "dog"})
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path / "official")
+    return tmp_path / "official"
+
+
+@BOTH
+def test_wrapping_an_official_checkpoint_and_exporting_it_back(official_dir, make_batch, tmp_path, cls):
+    official = Mask2FormerForUniversalSegmentation.from_pretrained(official_dir).eval()
+    model = cls.from_segmenter_pretrained(str(official_dir), prompt_drop=0.5).eval()
+    assert model.config.id2label == {0: "cat", 1: "dog"} and model.config.prompt_drop == 0.5
+    pixels = make_batch()["pixel_values"]
+    with torch.no_grad():
+        theirs = official(pixels)
+        assert torch.equal(model(pixels).masks_queries_logits, theirs.masks_queries_logits)
+        assert torch.equal(model(pixels).class_queries_logits, theirs.class_queries_logits)
+    if cls is UplvpForInstanceSegmentation:
+        model.to_mask2former(tmp_path / "plain")
+        written, read = (
+            load_file(tmp_path / "plain" / "model.safetensors"),
+            load_file(official_dir / "model.safetensors"),
+        )
+        assert written.keys() == read.keys() and all(torch.equal(written[name], read[name]) for name in read)
+        exported = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "plain").eval()
+        with torch.no_grad():
+            assert torch.equal(exported(pixels).masks_queries_logits, theirs.masks_queries_logits)
+        config = json.loads((tmp_path / "plain" / "config.json").read_text())
+        assert config["model_type"] == "mask2former" and "auto_map" not in config
+    half = cls.from_segmenter_pretrained(str(official_dir), dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="`uplvp` model"):
+        cls.from_segmenter_pretrained(str(tmp_path / "ours"))
+
+
+def test_transfer_to_other_classes(make_config, make_batch, tmp_path):
+    torch.manual_seed(0)
+    source = UplvpForPreTraining(make_config(prompt_drop=0.3, category_ids=[1, 5, 9]))
+    source.save_pretrained(tmp_path)
+    new = {0: "zebra", 1: "Horse", 2: "cow", 3: "cat"}
+    model = UplvpForInstanceSegmentation.from_pretraining(str(tmp_path), new, [11, 22, 33, 44])
+    assert model.config.id2label == new and model.config.category_ids == [11, 22, 33, 44]
+    assert model.config.prompt_drop == 0.3
+    old, weights = source.state_dict(), model.state_dict()
+    head = [f"segmenter.{n}" for n in ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight")]
+    for name in head[:2]:
+        assert torch.equal(weights[name][[1, 3, 4]], old[name][[2, 0, 3]])  # horse, cat, no object
+        assert len(weights[name]) == 5
+    rows = weights[head[0]]
+    assert torch.isfinite(rows).all() and not any(torch.equal(rows[k], row) for k in (0, 2) for row in old[head[0]])
+    assert rows[[0, 2]].abs().sum() > 0 and weights[head[2]].tolist() == pytest.approx([1, 1, 1, 1, 0.1])
+    for name, value in weights.items():
+        assert name in head or torch.equal(value, old[name]), name
+    report = model.transfer_report
+    assert sorted(report.remapped) == sorted(head) and report.reinitialised == []
+    assert report.ignored == ["prompt_projection.weight", "prompt_projection.bias"]
+    assert set(report.kept) == set(weights) - set(head) and report.classes == ["Horse", "cat"]
+    assert f"kept {len(weights) - 3} tensors" in str(report) and "Horse, cat" in str(report)
+    assert torch.isfinite(model(**{**make_batch(), "class_labels": [torch.tensor([3, 0, 2])] * 3, "mask_labels": [make_batch()["mask_labels"][0]] * 3}).loss)  # fmt: skip
+
+    afresh = UplvpForInstanceSegmentation.from_pretraining(str(tmp_path), new, class_head="new")
+    assert sorted(afresh.transfer_report.reinitialised) == sorted(head) and afresh.transfer_report.remapped == []
+    assert not torch.equal(afresh.state_dict()[head[0]][[1, 3]], old[head[0]][[2, 0]])
+    assert afresh.config.category_ids == [1, 2, 3, 4]
+    unknown = UplvpForInstanceSegmentation.from_pretraining(str(tmp_path), {0: "car"})
+    assert sorted(unknown.transfer_report.reinitialised) == sorted(head)
+    with pytest.raises(ValueError, match="class_head"):
+        UplvpForInstanceSegmentation.from_pretraining(str(tmp_path), new, class_head="keep")
+    same = UplvpForPreTraining.from_pretraining(str(tmp_path), dict(source.config.id2label), prompt_drop=0.0)
+    assert equal_states(same, source) and same.config.prompt_drop == 0.0
+
+
+def test_classes_given_to_from_pretrained_reach_the_head(plain, tmp_path):
+    plain.save_pretrained(tmp_path)
+    names = {0: "a", 1: "b", 2: "c", 3: "d"}
+    model = UplvpForInstanceSegmentation.from_pretrained(tmp_path, id2label=names, ignore_mismatched_sizes=True)
+    assert model.segmenter.class_predictor.out_features == 5 and len(model.segmenter.criterion.empty_weight) == 5
+    assert model.config.segmenter_config.id2label == names and model.config.category_ids == [1, 2, 3, 4]
+
+
+def test_configuration_refuses_what_it_does_not_know(tiny_segmenter):
+    with pytest.raises(ValueError, match=r"no setting `promt_drop`. Did you mean `prompt_drop`"):
+        UplvpConfig(promt_drop=0.1)
+    for wrong, message in [
+        ({"prompt_matching": "best"}, "prompt_matching must be one of"),
+        ({"prompt_pooling": "max"}, "prompt_pooling must be one of"),
+        ({"prompt_drop": 1.5}, "probability"),
+        ({"num_prompts": 0}, "at least 1"),
+        ({"kernel_supervision_weight": -1.0}, "not be negative"),
+        ({"id2label": {0: "a", 2: "b"}}, r"must map 0\.\.1"),
+        ({"id2label": {0: "a", 1: "b"}, "category_ids": [1]}, "2 different ids"),
+        ({"id2label": {0: "a", 1: "b"}, "category_ids": [4, 4]}, "2 different ids"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            UplvpConfig(**wrong)
+    assert UplvpConfig(num_labels=3).category_ids == [1, 2, 3]
+    config = UplvpConfig(segmenter_config=tiny_segmenter(), id2label={"0": "a", "1": "b"})
+    assert config.segmenter_config.num_labels == config.num_labels == 2 and config.label2id == {"a": 0, "b": 1}
+    again = UplvpConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert again.to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="works on: mask2former"):
+        UplvpForInstanceSegmentation(UplvpConfig(segmenter_config={"model_type": "detr"}))
+
+
+def fresh_process(code: str, *arguments) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, uplvp_hf; print([n for n in ('torch', 'transformers', 'scipy') if n in sys.modules])"
+    assert fresh_process(code).strip() == "[]"
+
+
+CHECK = """
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageSegmentation, AutoModelForPreTraining
+assert type(AutoConfig.from_pretrained(sys.argv[1])).__name__ == "UplvpConfig"
+assert type(AutoModelForImageSegmentation.from_pretrained(sys.argv[1])).__name__ == "UplvpForInstanceSegmentation"
+assert type(AutoModelForPreTraining.from_pretrained(sys.argv[1])).__name__ == "UplvpForPreTraining"
+assert type(AutoImageProcessor.from_pretrained(sys.argv[1])).__name__ == "UplvpImageProcessor"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import uplvp_hf, transformers",
+        "import transformers; import uplvp_hf",
+        "from transformers import AutoModel; import uplvp_hf",
+        "from uplvp_hf import UplvpForInstanceSegmentation",
+    ],
+)
+def test_auto_classes_know_the_models_in_any_order_of_imports(tiny_model_dir, imports):
+    fresh_process(f"import sys\n{imports}\n{CHECK}", tiny_model_dir)
+
+
+@pytest.mark.slow
+def test_stock_pipeline(tiny_model_dir, tmp_path):
+    Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "picture.png")
+    code = """
+import sys, uplvp_hf
+from transformers import pipeline
+pipe = pipeline("image-segmentation", model=sys.argv[1])
+for result in pipe(sys.argv[2], threshold=0.0, overlap_mask_area_threshold=0.0):
+    print(result["label"], round(result["score"], 3), result["mask"].size)
+"""
+    output = fresh_process(code, tiny_model_dir, tmp_path / "picture.png")
+    assert "(90, 70)" in output and "not supported for" not in output, output
