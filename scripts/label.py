@@ -1,6 +1,7 @@
 """Turn unlabelled pictures and class names into pseudo instance masks.
 
-    python scripts/label.py pictures/ --output labels/ --vocabulary bear,deer,otter --clip openai/clip-vit-base-patch16
+    python scripts/label.py pictures/ --output labels/ --vocabulary bear,deer,otter \
+        --clip openai/clip-vit-base-patch16 --background sky,grass,wall,background --min-confidence 0.5
     python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \
         --backbone-weights mobilenetv2_100.safetensors --pad-type same
     python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \

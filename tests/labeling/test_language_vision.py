@@ -80,6 +80,8 @@ def test_instances_of_a_drawn_evidence_map(clip):
     assert found.masks.sum(axis=(1, 2)).tolist() == [100, 100, 150]
     assert found.masks[0, 5:15, 5:15].all()
     assert len(labeler.instances(torch.zeros(2, 40, 60), (40, 60))) == 0
+    peaked = make(clip, calibration=None, threshold=0.5, min_area=0.02, peak=0.75)
+    assert peaked.instances(evidence, (40, 60)).labels.tolist() == [0, 1]
 
 
 def test_vocabulary(tmp_path):

@@ -212,6 +212,9 @@ def test_clip_namer_probabilities(tmp_path):
     logits = clip.model.logit_scale.exp().item() * np.array([max(cosine[:2]), cosine[2]])
     want = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
     assert got[0].tolist() == pytest.approx(want.tolist(), abs=1e-4)
+    shared = ClipZeroShotNamer(clip, ["bear, grizzly", "deer"], background=["sky"]).probabilities([image])[0]
+    assert shared.shape == (2,) and shared.sum() < 1
+    assert (shared[0] / shared[1]).item() == pytest.approx(want[0] / want[1], rel=1e-3)
 
 
 def test_crop_box_stays_inside():

@@ -19,7 +19,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="folder of the pseudo-label store; an unfinished one is continued")
     add("--split", help="annotations/{SPLIT}.json of a COCO folder")
     add("--labeler", choices=("clip", "saliency", "foreground"), default="clip", help="mask source (default: clip)")
-    add("--namer", choices=("none", "clip", "classifier", "map"), help="default: map for clip, none for the others")
+    add(
+        "--namer",
+        choices=("none", "clip", "classifier", "map"),
+        help="default: clip for the clip labeler, none for the others",
+    )
     add("--vocabulary", help="file with one class a line (synonyms after commas), or bear,deer,otter")
     add("--clip", help="CLIPModel: folder or hub id, for the clip labeler or namer")
     add("--backbone", help="timm:NAME, timm:hf-hub:REPO or a transformers backbone, for saliency and foreground")
@@ -30,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-confidence", type=float, default=0.0, help="drop masks that the namer is less sure of")
     add("--attention", choices=ATTENTIONS, help="last block of the clip labeler")
     add("--calibration", choices=("zscore", "none"), help="of the clip labeler")
-    add("--background", help="background names for the clip labeler: sky,wall,grass")
+    add("--background", help="names of what is no object (sky,wall,grass), for the clip namer and labeler")
     add("--threshold", type=float, help="of the clip or saliency labeler")
     add("--image-size", type=int, help="of the clip or saliency labeler, pixels")
     add("--window", type=int, help="of the clip labeler, pixels")
@@ -59,10 +63,15 @@ OPTIONS = {
 
 
 def _check(args: argparse.Namespace) -> None:
-    read = {*OPTIONS[args.labeler], *(("calibration", "background") if args.labeler == "clip" else ())}
+    read = {*OPTIONS[args.labeler], *(("calibration",) if args.labeler == "clip" else ())}
+    if args.namer == "clip" or (args.labeler == "clip" and args.calibration == "none"):
+        read.add("background")
     for name in sorted({name for names in OPTIONS.values() for name in names} | {"calibration", "background"}):
         if getattr(args, name) is not None and name not in read:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect on --labeler {args.labeler}; leave it out")
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} has no effect with --labeler {args.labeler} --namer {args.namer}; leave it out"
+            )
     uses_clip = "clip" in (args.labeler, args.namer)
     uses_backbone = args.labeler != "clip" or args.namer == "classifier"
     needs = {
@@ -97,6 +106,7 @@ def _build(args: argparse.Namespace):
         if lacking:
             raise ValueError(f"class map {args.class_map} has no entry for {lacking[0]!r} of the vocabulary")
         class_map = {name: class_map[name] for name in names}
+    background = text.split_synonyms(args.background or "")
     clip = encoder = None
     if args.clip is not None:
         from ..labeling.dense_clip import load_clip
@@ -106,7 +116,7 @@ def _build(args: argparse.Namespace):
         encoder = encoders.load_encoder(args.backbone, args.backbone_weights, args.pad_type or None, device=device)
     namer = {
         "none": namers.AgnosticNamer,
-        "clip": lambda: namers.ClipZeroShotNamer(clip, entries),
+        "clip": lambda: namers.ClipZeroShotNamer(clip, entries, background=background),
         "classifier": lambda: namers.ClassifierNamer(encoder, class_map, args.classify),
         "map": lambda: None,
     }[args.namer]()
@@ -121,8 +131,8 @@ def _build_labeler(args: argparse.Namespace, clip, encoder, entries: list[str]):
 
         if args.calibration is not None:
             options["calibration"] = None if args.calibration == "none" else args.calibration
-        if args.background is not None:
-            options |= {"background": split_synonyms(args.background), "calibration": None}
+        if args.background is not None and args.calibration == "none":
+            options["background"] = split_synonyms(args.background)
         return DenseClipLabeler(clip, entries, **options)
     if args.labeler == "saliency":
         from ..labeling.saliency import SaliencyLabeler
@@ -135,7 +145,7 @@ def _build_labeler(args: argparse.Namespace, clip, encoder, entries: list[str]):
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Label; returns the summary. Raises ValueError and OSError for whatever the user can put right."""
-    args.namer = args.namer or ("map" if args.labeler == "clip" else "none")
+    args.namer = args.namer or ("clip" if args.labeler == "clip" else "none")
     _check(args)
     from ..data import load_dataset_rows
     from ..labeling import label_images

@@ -9,8 +9,12 @@ last block, h = LayerNorm1(x), q, k, v its projections, O the output projection,
     naclip     softmax(s k k^T + scale * G), G_ij = exp(-|p_i - p_j|^2 / (2 sigma^2)) among patches; no residual, no FFN
     identity   O(v), no residual, no FFN
 
-Then post_layernorm, visual_projection and normalisation for every patch. On a small CLIP trained on synthetic scenes,
-`identity` gave the best masks, `naclip` with scale 5, sigma 1.5 came close, and vanilla was far behind.
+Then post_layernorm, visual_projection and normalisation for every patch.
+
+On a small CLIP trained on synthetic scenes (sliding windows, z-score calibration, threshold 1, area above .002), mean
+best IoU / recall@.5 of 60 scenes: identity .56 / .66, naclip with scale 5 and sigma 1.5 .53 / .60, maskclip .51 / .53,
+naclip with sigma 2 .39 / .43, vanilla .38 / .34, clearclip .38 / .39. Naming each mask by zero-shot on its crop took
+the recall that counts names from .35 to .62 (`namers`).
 """
 
 from __future__ import annotations

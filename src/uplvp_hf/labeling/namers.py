@@ -67,6 +67,8 @@ class ClipZeroShotNamer:
 
     Args:
         clip: see `dense_clip.load_clip`. entries: vocabulary entries, synonyms separated by commas.
+        background: names of what is no object. They take their share of the probability: a crop of background keeps
+            its best class at a low confidence, for `min_confidence` to drop.
         context: share of the box's longer side added on every side of the crop.
         temperature: divides the logits, which CLIP's own logit scale multiplies; 1 gives CLIP's probabilities.
     """
@@ -78,29 +80,35 @@ class ClipZeroShotNamer:
         clip: Clip,
         entries: Sequence[str],
         templates: Sequence[str] = TEMPLATES,
+        background: Sequence[str] = (),
         context: float = 0.1,
         temperature: float = 1.0,
         batch_size: int = 64,
     ) -> None:
         self.clip, self.context, self.temperature, self.batch_size = clip, context, temperature, batch_size
-        self.entries, self.templates = list(entries), list(templates)
+        self.entries, self.templates, self.background = list(entries), list(templates), list(background)
         self.names = [split_synonyms(entry)[0] for entry in entries]
-        self.text = embed_classes(clip.model, clip.tokenizer, entries, templates)
+        self.text = embed_classes(clip.model, clip.tokenizer, [*self.entries, *self.background], templates)
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header."""
-        values = {"clip": self.clip.name, "entries": self.entries, "templates": self.templates}
+        values = {
+            "clip": self.clip.name,
+            "entries": self.entries,
+            "templates": self.templates,
+            "background": self.background,
+        }
         return values | {"context": self.context, "temperature": self.temperature}
 
     @torch.inference_mode()
     def probabilities(self, crops: Sequence[Image.Image]) -> torch.Tensor:
-        """(N, K) softmax over the classes."""
+        """(N, K) softmax over the classes and the background names, without the latter."""
         size = (self.clip.image_size, self.clip.image_size)
         features = self.clip.model.get_image_features(pixel_values=self.clip.pixels(crops, size)).pooler_output.float()
         cosine = torch.nn.functional.normalize(features, dim=-1) @ self.text.vectors.T
         scale = self.clip.model.logit_scale.float().exp() / self.temperature
-        return (self.text.per_class(cosine) * scale).softmax(dim=-1)
+        return (self.text.per_class(cosine) * scale).softmax(dim=-1)[:, : len(self.entries)]
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
         """Name the masks; the labeler's own labels are replaced."""
@@ -113,7 +121,8 @@ class ClassifierNamer:
     Args:
         encoder: with a classifier head. class_map: {class name: [indices of the classifier's classes]}.
         mode: "picture" gives all masks of a picture its best class; "crop" classifies each mask's crop.
-        image_size: longer side in pixels of what the classifier sees. context: as in `ClipZeroShotNamer`.
+        image_size: longer side in pixels of what the classifier sees; a MobileNetV2 names 94.0, 94.4 and 96.9 % of the
+            training pictures of animals7 rightly at 224, 256 and 320. context: as in `ClipZeroShotNamer`.
 
     Raises ValueError for an encoder without classifier, an unknown mode, or an index beyond its classes.
     """
@@ -125,7 +134,7 @@ class ClassifierNamer:
         encoder: Encoder,
         class_map: Mapping[str, Sequence[int]],
         mode: str = "picture",
-        image_size: int = 256,
+        image_size: int = 320,
         context: float = 0.1,
         batch_size: int = 32,
     ) -> None:
