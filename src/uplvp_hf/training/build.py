@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import nn
 
@@ -38,7 +39,27 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
         load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
     if settings.model.freeze_backbone:
         model.segmenter.backbone.requires_grad_(False)
+    else:
+        freeze_unused(model.segmenter.backbone, settings.data.size)
     return model
+
+
+def freeze_unused(backbone: nn.Module, size: int) -> list[str]:
+    """Freezes what no feature map depends on, such as the closing norm of Swin, and returns its names.
+
+    Training on several processes waits for the gradient of every parameter that is not frozen.
+    """
+    parameters = {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    was_training = backbone.training
+    maps = backbone.eval()(torch.zeros(1, 3, size, size)).feature_maps
+    backbone.train(was_training)
+    gradients = torch.autograd.grad(
+        torch.stack([map_.sum() for map_ in maps]).sum(), list(parameters.values()), allow_unused=True
+    )
+    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    return unused
 
 
 def build_processor(data: DataSettings) -> UplvpImageProcessor:

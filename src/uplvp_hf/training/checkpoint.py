@@ -22,7 +22,8 @@ def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer, state:
     """Writes `folder/checkpoint-<step>` atomically and removes all but the `keep` newest. Returns the folder."""
     final = folder / f"checkpoint-{step}"
     draft = folder / f".checkpoint-{step}.tmp"
-    shutil.rmtree(draft, ignore_errors=True)
+    for torn in folder.glob(".checkpoint-*.tmp"):  # left by a run that was killed here
+        shutil.rmtree(torn)
     draft.mkdir(parents=True)
     model.save_pretrained(draft)
     save_file(_optimizer_tensors(model, optimizer), draft / "optimizer.safetensors")
@@ -43,13 +44,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer) -> dict:
     """Restores model, optimiser and random state in place; returns the state that was saved with them."""
-    weights = load_file(path / "model.safetensors")
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    if missing or unexpected:
+    # `from_pretrained` knows the names under which transformers saves some backbones.
+    saved, info = type(model).from_pretrained(path, output_loading_info=True)
+    fault = {key: sorted(map(str, info[key]))[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(fault.values()) or saved.state_dict().keys() != model.state_dict().keys():
         raise ValueError(
-            f"{path} does not fit the model of this run (missing {missing[:3]}, unexpected {unexpected[:3]}): "
-            "resume with the settings that the run was started with."
+            f"{path} does not fit the model of this run ({fault}): resume with the settings that it was started with."
         )
+    model.load_state_dict(saved.state_dict())
     _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
     _restore_random_state(load_file(path / "random_state.safetensors"))
     return json.loads((path / _STATE).read_text())

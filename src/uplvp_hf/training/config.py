@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -130,8 +131,15 @@ class TrainSettings:
         _at_least("optim.batch_size", self.optim.batch_size, 1)
         _at_least("optim.accumulation", self.optim.accumulation, 1)
         _at_least("optim.lr", self.optim.lr, 0)
+        _at_least("optim.clip", self.optim.clip, 0)
+        _at_least("optim.weight_decay", self.optim.weight_decay, 0)
+        _at_least("optim.max_skipped", self.optim.max_skipped, 1)
         _at_least("optim.warmup", self.optim.warmup, 0)
+        _at_least("seed", self.seed, 0)
+        _at_least("log_every", self.log_every, 1)
         _at_least("data.workers", self.data.workers, 0)
+        _at_least("data.max_instances", self.data.max_instances, 1)
+        _at_least("evaluation.batch_size", self.evaluation.batch_size, 1)
         _at_least("checkpoint.every", self.checkpoint.every, 0)
         _at_least("checkpoint.keep", self.checkpoint.keep, 1)
         if self.data.size < 32 or self.data.size % 32:
@@ -149,13 +157,17 @@ def load_settings(recipe: str | None = None, overrides: list[str] | None = None,
     values: dict[str, Any] = dict(defaults)
     if recipe is not None:
         for key, value in read_recipe(recipe).items():
-            merged = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-            values[key] = merged
+            before = values.get(key)
+            values[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
     for word in overrides or []:
         key, equals, text = word.partition("=")
         if not equals:
             raise ConfigError(f"`{word}` is not of the form section.key=value.")
-        _set(values, key.lstrip("-").split("."), yaml.safe_load(text) if text else None)
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"`{word}`: the value is not valid YAML: {error}") from error
+        _set(values, key.lstrip("-").split("."), value)
     return _build(TrainSettings, values, "")
 
 
@@ -191,6 +203,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     arguments = {}
     for key, value in values.items():
         if key not in known:
+            key = str(key)
             raise ConfigError(f"Unknown setting `{prefix}{key}`. {_suggestion(key, prefix, list(known))}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
@@ -233,9 +246,11 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
         origin = typing.get_origin(option) or option
         if origin is float and not isinstance(value, bool):
             try:
-                return float(value)
+                number = float(value)
             except (TypeError, ValueError):
                 continue
+            if math.isfinite(number):
+                return number
         if origin is list and isinstance(value, (list, tuple)):
             return [_coerce(f"{key}[{i}]", item, typing.get_args(option)[0]) for i, item in enumerate(value)]
         if origin is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import platform
 import time
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
 from ..data import DataError, InstanceDataset
@@ -53,6 +55,7 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
     With `resume` it continues from the newest complete checkpoint there, if any. Raises ConfigError when the output
     folder holds another run, DataError for unusable data, and RuntimeError after `optim.max_skipped` non-finite steps.
     """
+    AcceleratorState._reset_state()  # another run of this Python process may have had another precision
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         log_with=settings.tracker,
@@ -93,6 +96,9 @@ class _Run:
         self.plain = accelerator.unwrap_model(self.model)
         self.result = TrainResult(self.plain, self.processor)
         self.scaler = getattr(accelerator, "scaler", None)
+        # Sums of the loss terms since the last line of the log, over `counted` steps.
+        self.terms: dict[str, torch.Tensor] = {}
+        self.counted = 0
         if settings.tracker:
             accelerator.init_trackers("uplvp_hf", config={"settings": json.dumps(settings.to_dict())})
 
@@ -101,23 +107,25 @@ class _Run:
         accelerator, optim = self.accelerator, self.settings.optim
         loader = make_loader(self.samples, self.settings, start, accelerator.process_index, accelerator.num_processes)
         batches = iter(loader)
-        terms: dict[str, float] = {}
-        bar = tqdm(total=optim.steps, initial=start, desc=self.settings.stage, unit="step", disable=not self.progress)
+        bar = tqdm(
+            total=optim.steps,
+            initial=start,
+            desc=self.settings.stage,
+            unit="step",
+            disable=None if self.progress else True,
+        )
         for step in range(start, optim.steps):
             began = time.perf_counter()
             self._training_mode()
             micro_batches = [next(batches) for _ in range(optim.accumulation)]
             losses = self._update(step, micro_batches)
             self.result.seconds += time.perf_counter() - began
+            self.counted += bool(losses)
             for name, value in losses.items():
-                terms[name] = terms.get(name, 0.0) + value
+                self.terms[name] = self.terms.get(name, 0.0) + value
             done = step + 1
             if done % self.settings.log_every == 0 or done == optim.steps:
-                since = done % self.settings.log_every or self.settings.log_every
-                means = {name: (value / min(since, done - start)).item() for name, value in terms.items()}
-                self._log(done, {"loss": sum(means.values()), "lr": self.optimizer.param_groups[0]["lr"], **means})
-                bar.set_postfix(loss=f"{sum(means.values()):.2f}")
-                terms = {}
+                self._log_terms(done, bar)
             bar.update()
             if self.val_rows is not None and (done in self.settings.evaluation.at or done == optim.steps):
                 self._evaluate(done)
@@ -151,20 +159,24 @@ class _Run:
                 self.accelerator.backward(output.loss)
             for name, value in output.losses.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().float()
+        if self.scaler is None:
+            finite &= torch.isfinite(self._clip())
         # All processes must agree, or their weights would part.
         if bool(self.accelerator.reduce(finite.float(), "sum") < self.accelerator.num_processes):
             self._skip(step, ids)
             return {}
-        if self.settings.optim.clip > 0:
-            if self.scaler is not None:
-                self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.plain.parameters(), self.settings.optim.clip)
-        if self.scaler is not None:
+        if self.scaler is not None:  # it leaves out steps whose gradients are not finite, and lowers its scale
+            self.scaler.unscale_(self.optimizer)
+            self._clip()
             self.scaler.step(self.optimizer)
             self.scaler.update()
         else:
             self.optimizer.step()
         return totals
+
+    def _clip(self) -> torch.Tensor:
+        """Clips the gradients; returns their norm before that."""
+        return torch.nn.utils.clip_grad_norm_(self.plain.parameters(), self.settings.optim.clip or float("inf"))
 
     def _inputs(self, batch: dict) -> dict:
         device = self.accelerator.device
@@ -189,10 +201,10 @@ class _Run:
     def _skip(self, step: int, ids: list) -> None:
         self.result.skipped += 1
         if self.result.skipped == 1:
-            logger.warning("Step %d skipped: its loss is not finite. Pictures: %s.", step + 1, ids)
+            logger.warning("Step %d skipped: its loss or gradient is not finite. Pictures: %s.", step + 1, ids)
         if self.result.skipped >= self.settings.optim.max_skipped:
             raise RuntimeError(
-                f"{self.result.skipped} steps had a non-finite loss, the last one on pictures {ids}. "
+                f"{self.result.skipped} steps had a non-finite loss or gradient, the last one on pictures {ids}. "
                 "Lower optim.lr, set optim.clip, or check these pictures."
             )
 
@@ -212,6 +224,22 @@ class _Run:
             tqdm.write(f"step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
         self.accelerator.wait_for_everyone()
 
+    def _log_terms(self, step: int, bar: tqdm) -> None:
+        """Means over the steps since the last line that were not skipped."""
+        means = {name: (value / self.counted).item() for name, value in self._over_processes(self.terms).items()}
+        loss = {"loss": sum(means.values())} if means else {}
+        self._log(step, {**loss, "lr": self.optimizer.param_groups[0]["lr"], **means})
+        if loss:
+            bar.set_postfix(loss=f"{loss['loss']:.2f}")
+        self.terms, self.counted = {}, 0
+
+    def _over_processes(self, terms: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Divisors are averaged over processes, so the mean over processes is the loss of the effective batch."""
+        if self.accelerator.num_processes == 1 or not terms:
+            return terms
+        values = self.accelerator.reduce(torch.stack(list(terms.values())), "mean")
+        return dict(zip(terms, values, strict=True))
+
     def _log(self, step: int, values: dict) -> None:
         if self.settings.tracker:
             self.accelerator.log(values, step=step)
@@ -221,11 +249,15 @@ class _Run:
 
     def _checkpoint(self, step: int) -> None:
         self.accelerator.wait_for_everyone()
+        self.terms = self._over_processes(self.terms)
         if self.accelerator.is_main_process:
             state = {
                 "seconds": self.result.seconds,
                 "skipped": self.result.skipped,
                 "evaluations": {str(key): value for key, value in self.result.evaluations.items()},
+                "terms": {name: value.item() for name, value in self.terms.items()},
+                "counted": self.counted,
+                "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             }
             keep = self.settings.checkpoint.keep
             save_checkpoint(self.output, step, self.plain, self.optimizer, state, keep)
@@ -234,25 +266,41 @@ class _Run:
         found = list_checkpoints(self.output)
         if not found:
             logger.warning("Nothing to resume in %s: starting from step 0.", self.output)
+            self._cut_log(0)
             return 0
         state = load_checkpoint(found[-1], self.plain, self.optimizer)
         self.result.seconds, self.result.skipped = state["seconds"], state["skipped"]
         self.result.evaluations = {int(key): value for key, value in state["evaluations"].items()}
-        _cut_log(self.output / "log.jsonl", state["step"])
+        device = self.accelerator.device
+        self.terms = {name: torch.tensor(value, device=device) for name, value in state["terms"].items()}
+        self.counted = state["counted"]
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self._cut_log(state["step"])
         logger.info("Resumed from %s.", found[-1])
         return state["step"]
 
+    def _cut_log(self, step: int) -> None:
+        """Drops what was logged after the checkpoint, so that a resumed log has every step once."""
+        path = self.output / "log.jsonl"
+        if self.accelerator.is_main_process and path.is_file():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            draft = path.with_name(".log.jsonl.tmp")
+            draft.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+            os.replace(draft, path)
+
     def _finish(self) -> None:
         self.accelerator.wait_for_everyone()
+        # Processes see different pictures, so each may have met others that cannot be read.
+        failures = sorted({json.dumps(failure) for failure in gather_object(self.samples.failures)})
         if self.accelerator.is_main_process:
             self.plain.eval()
             self.plain.save_pretrained(self.output)
             self.processor.save_pretrained(self.output)
             write_json(self.output / "training_summary.json", self._summary())
-            if self.samples.failures:
-                lines = [json.dumps(failure) + "\n" for failure in self.samples.failures]
-                (self.output / "failures.jsonl").write_text("".join(lines))
-                logger.warning("%d pictures could not be read: see failures.jsonl.", len(lines))
+            if failures:
+                (self.output / "failures.jsonl").write_text("".join(line + "\n" for line in failures))
+                logger.warning("%d pictures could not be read: see failures.jsonl.", len(failures))
         if self.settings.tracker:
             self.accelerator.end_training()
 
@@ -301,13 +349,6 @@ def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
         elif old != new:
             found.append(f"{prefix}{key} was {old!r}, now {new!r}")
     return found
-
-
-def _cut_log(path: Path, step: int) -> None:
-    """Drops what was logged after the checkpoint, so that a resumed log has every step once."""
-    if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        path.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
 
 def _sync(accelerator: Accelerator, model, last: bool):
