@@ -1,0 +1,157 @@
+"""Settings: recipes, overrides, errors that say what was meant; optimiser groups, schedule, order of samples."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import yaml
+
+from uplvp_hf.models.configuration_uplvp import UplvpConfig
+from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
+from uplvp_hf.training.config import ConfigError, OptimSettings, TrainSettings, load_settings, read_recipe
+from uplvp_hf.training.optim import learning_rate_factor, make_optimizer, parameter_groups
+from uplvp_hf.training.stream import SampleKeys
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+def test_recipe_over_defaults_and_words_over_both(tmp_path):
+    recipe = write(
+        tmp_path / "r.yaml",
+        {"output": "from/recipe", "optim": {"lr": "1e-3", "steps": 7}, "model": {"segmenter": {"num_queries": 9}}},
+    )
+    words = ["optim.lr=2e-3", "--model.segmenter.num_queries=11", "data.scale_range=[1, 2]", "data.val="]
+    settings = load_settings(
+        recipe, words, output="default", seed=4, optim={"steps": 1, "clip": 2}, data={"val": "somewhere"}
+    )
+    assert settings.output == "from/recipe" and settings.seed == 4 and settings.data.val is None
+    assert settings.optim.lr == 0.002 and settings.optim.steps == 7 and settings.optim.clip == 2.0
+    assert isinstance(settings.optim.clip, float) and settings.data.scale_range == [1.0, 2.0]
+    assert settings.model.segmenter == {"num_queries": 11}
+    assert settings.optim.batch_size == OptimSettings().batch_size
+    again = load_settings(write(tmp_path / "again.yaml", settings.to_dict()))
+    assert again == settings
+    assert load_settings() == TrainSettings()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lrr=1"], r"Unknown setting `optim.lrr`. Did you mean `optim.lr`\?"),
+        (["lr=1"], r"Unknown setting `lr`. Did you mean `optim.lr`\?"),
+        (["model.labels_per_class=3"], r"Did you mean `data.labels_per_class`\?"),
+        (["dataa.size=64"], r"Unknown setting `dataa`. Did you mean `data`\?"),
+        (["checkpoint.zzz=1"], "Known here: checkpoint.every, checkpoint.keep"),
+        (["{1: 2}=3"], "Unknown setting"),
+        (["optim.steps"], "not of the form section.key=value"),
+        (["optim=3"], "`optim` is a section"),
+        (["optim=3", "optim.lr=1"], "`optim` is a value, not a section"),
+        (["optim.lr=[1"], r"`optim.lr=\[1`: the value is not valid YAML"),
+        (["optim.steps=2.5"], "`optim.steps` must be of type int, got 2.5"),
+        (["optim.steps=true"], "`optim.steps` must be of type int"),
+        (["optim.lr=true"], "`optim.lr` must be of type float"),
+        (["optim.lr=nan"], "`optim.lr` must be of type float"),
+        (["optim.lr=fast"], "`optim.lr` must be of type float, got 'fast'"),
+        (["optim.lr="], "`optim.lr` needs a value"),
+        (["data.flip=[1]"], "`data.flip` must be of type float"),
+        (["data.scale_range=[1, a]"], r"`data.scale_range\[1\]` must be of type float"),
+        (["model.freeze_backbone=1"], "`model.freeze_backbone` must be of type bool"),
+        (["stage=train"], "`stage` must be one of pretrain, finetune, got `train`"),
+        (["mixed_precision=int8"], "`mixed_precision` must be one of"),
+        (["optim.schedule=poly"], "`optim.schedule` must be one of"),
+        (["model.class_head=drop"], "`model.class_head` must be one of"),
+        (["optim.steps=0"], "`optim.steps` must be at least 1, got 0"),
+        (["log_every=0"], "`log_every` must be at least 1"),
+        (["optim.clip=-1"], "`optim.clip` must be at least 0"),
+        (["data.size=100"], "data.size must be a positive multiple of 32 pixels, got 100"),
+    ],
+)
+def test_wrong_words_are_explained(words, message):
+    with pytest.raises(ConfigError, match=message):
+        load_settings(None, words)
+
+
+def test_wrong_recipes_are_explained(tmp_path):
+    with pytest.raises(ConfigError, match=r"No recipe file `nothing`. Shipped recipes: .*small_finetune"):
+        load_settings("nothing")
+    with pytest.raises(ConfigError, match=r"bad.yaml is not valid YAML"):
+        load_settings(write(tmp_path / "bad.yaml", "optim: [1"))
+    with pytest.raises(ConfigError, match=r"list.yaml must hold settings"):
+        load_settings(write(tmp_path / "list.yaml", "[1, 2]"))
+    with pytest.raises(ConfigError, match="`optim` is a section"):
+        load_settings(write(tmp_path / "empty.yaml", "optim:\n"))
+    with pytest.raises(ConfigError, match="`output` must be of type str"):
+        load_settings(write(tmp_path / "map.yaml", {"output": {"a": 1}}), output="runs")
+    with pytest.raises(ConfigError, match="Unknown setting `1`"):
+        load_settings(write(tmp_path / "key.yaml", "1: 2"))
+
+
+def test_shipped_recipes_are_valid():
+    with pytest.raises(ConfigError) as error:
+        read_recipe("?")
+    names = str(error.value).split("Shipped recipes: ")[1].rstrip(".").split(", ")
+    assert len(names) >= 3
+    for name in names:
+        settings = load_settings(name)
+        assert settings.stage in name
+        UplvpConfig(segmenter_config=settings.model.segmenter)
+
+
+def test_schedules():
+    def factors(**settings):
+        optim = OptimSettings(steps=100, warmup=9, **settings)
+        return [learning_rate_factor(step, optim) for step in range(100)]
+
+    for schedule in ("constant", "linear", "cosine", "step"):
+        rates = factors(schedule=schedule)
+        assert rates[:9] == pytest.approx([(k + 1) / 10 for k in range(9)]) and rates[9] == 1
+        assert all(a >= b > 0 for a, b in itertools.pairwise(rates[9:]))
+    assert set(factors(schedule="constant")[9:]) == {1.0}
+    assert factors(schedule="linear")[54] == pytest.approx(1 - 45 / 91)
+    assert factors(schedule="cosine")[54] == pytest.approx((1 + math.cos(math.pi * 45 / 91)) / 2)
+    stepped = factors(schedule="step", milestones=[0.5, 0.9])
+    assert [stepped[k] for k in (49, 50, 89, 90)] == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "swin"])
+def test_parameter_groups(tiny_segmenter, backbone):
+    model = UplvpForPreTraining(UplvpConfig(segmenter_config=tiny_segmenter(backbone), id2label={0: "a"}))
+    model.segmenter.class_predictor.requires_grad_(False)
+    groups = parameter_groups(model, OptimSettings(lr=1.0, backbone_multiplier=0.25, weight_decay=0.5))
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(found)
+    expected = {}
+    for name, parameter in model.named_parameters():
+        if "class_predictor" in name:
+            continue
+        rate = 0.25 if "pixel_level_module.encoder." in name else 1.0
+        embedding = "queries_" in name or name.endswith("transformer_module.level_embed.weight")
+        expected[id(parameter)] = (rate, 0.0 if parameter.dim() == 1 or embedding else 0.5)
+    assert found == expected
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no parameter to train"):
+        make_optimizer(model, OptimSettings())
+
+
+def test_every_epoch_shows_every_picture_once_whatever_the_processes():
+    optim = {"steps": 15, "batch_size": 2, "accumulation": 2}
+    settings = load_settings(None, [], seed=3, optim=optim)
+    one = [key for batch in SampleKeys(10, settings, 0) for key in batch]
+    assert len(one) == 60 and len(SampleKeys(10, settings, 0)) == 30
+    epochs = [[index for epoch, index in one if epoch == e] for e in range(6)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert [key for batch in SampleKeys(10, settings, 9) for key in batch] == one[36:]
+    other = load_settings(None, [], seed=4, optim=optim)
+    assert [key for batch in SampleKeys(10, other, 0) for key in batch] != one
+    # Two processes of batch 1 see, at every micro-batch, what one process of batch 2 sees.
+    halved = load_settings(None, ["optim.batch_size=1"], seed=3, optim=optim)
+    ranks = [list(SampleKeys(10, halved, 0, rank, 2)) for rank in range(2)]
+    assert [key for pair in zip(*ranks, strict=True) for batch in pair for key in batch] == one
+    state = torch.get_rng_state()
+    list(SampleKeys(10, settings, 0))
+    assert torch.equal(state, torch.get_rng_state())

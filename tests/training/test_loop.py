@@ -1,0 +1,424 @@
+"""The loop: stopped and resumed, accumulated and distributed runs end where the plain run ends; failures are met."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from uplvp_hf.data import load_dataset_rows
+from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
+from uplvp_hf.training import loop
+from uplvp_hf.training.build import build_model, freeze_unused, load_backbone_weights
+from uplvp_hf.training.checkpoint import list_checkpoints
+from uplvp_hf.training.config import ConfigError, load_settings
+from uplvp_hf.training.loop import train
+
+
+@pytest.fixture
+def recipe(tmp_path, scenes_dir, tiny_segmenter):
+    """A recipe file: six updates on six scenes of 64 px."""
+    content = {
+        "stage": "pretrain",
+        "log_every": 4,
+        "data": {"train": str(scenes_dir), "size": 64},
+        "model": {"segmenter": tiny_segmenter("swin")},
+        "optim": {"steps": 6, "batch_size": 2, "lr": 1e-3, "warmup": 1},
+        "checkpoint": {"every": 2, "keep": 9},
+    }
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+@pytest.fixture
+def run(recipe, tmp_path):
+    """run(name, *words) trains into tmp_path/name."""
+
+    def go(name="run", *words, resume=False):
+        settings = load_settings(str(recipe), [*words, f"output={tmp_path / name}"])
+        return train(settings, resume=resume, progress=False)
+
+    return go
+
+
+def stop_at(monkeypatch, step, error=KeyboardInterrupt):
+    """Makes the update number `step` (0-based) of any run raise, once."""
+    update = loop._Run._update
+
+    def interrupted(self, current, batches):
+        if current == step:
+            monkeypatch.setattr(loop._Run, "_update", update)
+            raise error
+        return update(self, current, batches)
+
+    monkeypatch.setattr(loop._Run, "_update", interrupted)
+
+
+def assert_same_run(one: Path, other: Path):
+    """Final weights, log and every checkpoint (weights, optimiser moments, random state) have the same bytes."""
+    files = ["model.safetensors", "log.jsonl"]
+    common = {path.name for path in list_checkpoints(one)} & {path.name for path in list_checkpoints(other)}
+    assert len(common) >= 2
+    for name in common:
+        files += [f"{name}/{part}.safetensors" for part in ("model", "optimizer", "random_state")]
+    for name in files:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, scenes_dir):
+    val = [f"data.val={scenes_dir}", "evaluation.at=[2]"]
+    whole = run("whole", *val)
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", *val)
+    assert [path.name for path in list_checkpoints(tmp_path / "parts")] == ["checkpoint-2"]
+    with open(tmp_path / "parts" / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "loss": 1.0}\n{"step": 3, "lo')  # logged after the checkpoint, the last line torn
+    parts = run("parts", *val, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    moments = load_file(tmp_path / "parts" / "checkpoint-4" / "optimizer.safetensors")
+    assert len(moments) > 300 and all(v == 4 for name, v in moments.items() if name.endswith("|step"))
+    assert list(parts.evaluations) == [2, 6]
+    for step, metrics in whole.evaluations.items():
+        same = {key for key, value in metrics.items() if parts.evaluations[step][key] == value}
+        assert same >= {"AP", "AP50", "AR100", "per_class", "num_images"}
+    assert [line["step"] for line in log_of(tmp_path / "parts")] == [2, 4, 6, 6]
+    summary = json.loads((tmp_path / "parts" / "training_summary.json").read_text())
+    assert summary["stage"] == "pretrain" and summary["pictures"] == 6 and summary["skipped_steps"] == 0
+
+
+def test_stopped_before_the_first_checkpoint(run, tmp_path, monkeypatch):
+    run("whole", "log_every=1")
+    stop_at(monkeypatch, 1)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", "log_every=1")
+    run("parts", "log_every=1", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    final = (tmp_path / "parts" / "model.safetensors").read_bytes()
+    run("parts", "log_every=1", resume=True)  # of a finished run: the end is done again
+    assert (tmp_path / "parts" / "model.safetensors").read_bytes() == final
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_evaluation_leaves_the_training_alone(run, tmp_path, scenes_dir):
+    run("without")
+    run("with", f"data.val={scenes_dir}", "evaluation.at=[1, 3]")
+    assert (tmp_path / "with" / "model.safetensors").read_bytes() == (
+        tmp_path / "without" / "model.safetensors"
+    ).read_bytes()
+
+
+PROCESS = textwrap.dedent(
+    """
+    import os, signal, sys
+    import torch
+    from uplvp_hf.training import checkpoint, loop
+    from uplvp_hf.training.config import load_settings
+    torch.set_num_threads(1)
+    recipe, output, *words = sys.argv[1:]
+    """
+)
+TRAIN = 'loop.train(load_settings(recipe, [*words, f"output={output}"]), progress=False)\n'
+
+
+def in_new_process(code, *arguments, launcher=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *launcher, code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+@pytest.mark.slow
+def test_killed_while_writing_a_checkpoint(run, recipe, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(
+        PROCESS
+        + textwrap.dedent(
+            """
+            replace = os.replace
+            def kill(source, target):
+                if str(target).endswith("checkpoint-4"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                replace(source, target)
+            checkpoint.os.replace = kill
+            """
+        )
+        + TRAIN
+    )
+    done = in_new_process(script, recipe, tmp_path / "parts")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    parts = tmp_path / "parts"
+    assert (parts / ".checkpoint-4.tmp" / "state.json").is_file() and not (parts / "checkpoint-4").exists()
+    run("parts", resume=True)
+    run("whole")
+    assert_same_run(tmp_path / "whole", parts)
+    assert not list(parts.glob(".*tmp"))
+
+
+def test_torn_checkpoints_are_never_chosen(run, tmp_path, monkeypatch):
+    run("whole")
+    stop_at(monkeypatch, 5)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    parts = tmp_path / "parts"
+    assert [path.name for path in list_checkpoints(parts)] == ["checkpoint-2", "checkpoint-4"]
+    (parts / "checkpoint-4" / "state.json").unlink()
+    (parts / "checkpoint-4" / "model.safetensors").write_bytes(b"torn")
+    shutil.copytree(parts / "checkpoint-4", parts / "checkpoint-5")
+    assert [path.name for path in list_checkpoints(parts)] == ["checkpoint-2"]
+    run("parts", resume=True)
+    shutil.rmtree(parts / "checkpoint-5")
+    assert_same_run(tmp_path / "whole", parts)
+
+
+def test_only_the_newest_checkpoints_are_kept(run, tmp_path):
+    run("run", "checkpoint.every=1", "checkpoint.keep=2")
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-5"]
+    assert isinstance(UplvpForPreTraining.from_pretrained(tmp_path / "run" / "checkpoint-5"), UplvpForPreTraining)
+
+
+def test_an_output_folder_belongs_to_one_run(run, monkeypatch):
+    stop_at(monkeypatch, 0)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run()
+    with pytest.raises(ConfigError, match=r"other settings: .*optim.lr was 0.001, now 0.002"):
+        run("run", "optim.lr=2e-3", resume=True)
+
+
+# Gradients are compared through plain gradient descent: Adam would blow up the noise of gradients near zero. Random
+# points are the same for every mask and prompts are kept for the same queries, however the batch is cut.
+DETERMINISTIC = textwrap.dedent(
+    """
+    rand = torch.rand
+
+    def even(*shape, generator=None, device=None, **options):
+        if generator is not None:
+            return rand(*shape, generator=generator, **options)
+        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        count = shape[-2] if shape[-1] == 2 else shape[-1]
+        steps = torch.arange(1, count + 1, dtype=torch.float64)
+        columns = [steps * 0.7548776662466927 % 1, steps * 0.5698402909980532 % 1]
+        values = torch.stack(columns, -1) if shape[-1] == 2 else columns[0]
+        return values.float().expand(shape).clone()
+
+    def plain_descent(model, settings):
+        groups = loop_groups(model, settings)
+        for group in groups:
+            group["base_lr"] = group["lr"]
+            group["weight_decay"] = 0.0
+        return torch.optim.SGD(groups, lr=settings.lr)
+
+    from uplvp_hf.training.optim import parameter_groups as loop_groups
+    torch.rand = even
+    loop.make_optimizer = plain_descent
+    """
+)
+DESCENT = ["optim.lr=0.05", "optim.steps=3", "checkpoint.every=0", "log_every=1", "model.prompt_drop=0.3"]
+
+
+@pytest.fixture
+def deterministic(monkeypatch):
+    monkeypatch.setattr(torch, "rand", torch.rand)
+    monkeypatch.setattr(loop, "make_optimizer", loop.make_optimizer)
+    exec(DETERMINISTIC, {"torch": torch, "loop": loop})
+
+
+def largest_difference(one: Path, other: Path) -> float:
+    one, other = (load_file(path / "model.safetensors") for path in (one, other))
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_accumulation_equals_a_larger_batch(run, deterministic, tmp_path):
+    run("large", *DESCENT, "optim.batch_size=4")
+    run("small", *DESCENT, "optim.batch_size=2", "optim.accumulation=2")
+    run("start", *DESCENT, "optim.lr=0")
+    assert largest_difference(tmp_path / "large", tmp_path / "start") > 1e-3  # there is something to compare
+    assert largest_difference(tmp_path / "large", tmp_path / "small") < 1e-5
+    large, small = log_of(tmp_path / "large"), log_of(tmp_path / "small")
+    assert len(large) == 3
+    for one, other in zip(large, small, strict=True):
+        assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, deterministic, tmp_path):
+    """DistributedDataParallel raises at the second update if a parameter got no gradient."""
+    run("one", *DESCENT, "optim.batch_size=4")
+    script = tmp_path / "distributed.py"
+    script.write_text(PROCESS + DETERMINISTIC + TRAIN)
+    # `accelerate launch --cpu --num_processes 2` starts a single process unless it is given an MPI.
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*DESCENT, "optim.batch_size=2", "log_every=2"]
+    done = in_new_process(script, recipe, tmp_path / "two", *words, launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "two" / "training_summary.json").read_text())
+    assert summary["hardware"].startswith("2 x CPU")
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-4
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    assert two[0]["loss"] == pytest.approx((one[0]["loss"] + one[1]["loss"]) / 2, rel=1e-4)
+    assert two[1]["loss"] == pytest.approx(one[2]["loss"], rel=1e-4)
+
+
+def poison(monkeypatch, steps, what):
+    """At these updates, pictures or gradients are not a number. Returns the weights before and after every update."""
+    update, history = loop._Run._update, []
+
+    def poisoned(self, step, batches):
+        before = {name: value.clone() for name, value in self.plain.state_dict().items()}
+        hook = None
+        if step in steps and what == "pictures":
+            batches[0]["pixel_values"][0, 0, 0, 0] = float("nan")
+        elif step in steps:
+            hook = self.plain.segmenter.class_predictor.weight.register_hook(lambda gradient: gradient * float("nan"))
+        losses = update(self, step, batches)
+        if hook is not None:
+            hook.remove()
+        history.append((step, before, {name: value.clone() for name, value in self.plain.state_dict().items()}, losses))
+        return losses
+
+    monkeypatch.setattr(loop._Run, "_update", poisoned)
+    return history
+
+
+@pytest.mark.parametrize("what", ["pictures", "gradients"])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.filterwarnings("ignore:Non-finite matching costs")
+def test_steps_that_are_not_finite_are_skipped(run, monkeypatch, tmp_path, what, clip):
+    history = poison(monkeypatch, {1, 2, 3}, what)
+    result = run("run", f"optim.clip={clip}", "log_every=2", "checkpoint.every=0")
+    assert result.skipped == 3
+    for step, before, after, losses in history:
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        assert same is (step in {1, 2, 3}) and bool(losses) is not same
+    assert all(torch.isfinite(value).all() for value in result.model.state_dict().values())
+    log = log_of(tmp_path / "run")
+    assert log[0]["loss"] == pytest.approx(sum(v.item() for v in history[0][3].values()), rel=1e-5)
+    assert "loss" not in log[1] and log[2]["loss"] > 0  # all of steps 3 and 4 skipped
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    assert summary["skipped_steps"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:Non-finite matching costs")
+def test_too_many_skipped_steps_end_the_run(run, monkeypatch):
+    history = poison(monkeypatch, {1, 3}, "pictures")
+    with pytest.raises(RuntimeError, match=r"2 steps had a non-finite loss.* pictures \["):
+        run("run", "optim.max_skipped=2")
+    assert [step for step, *_ in history] == [0, 1, 2]
+
+
+def test_a_precision_does_not_stick_to_the_process(run):
+    assert run("half", "mixed_precision=bf16", "optim.steps=1").skipped == 0
+    assert run("full", "optim.steps=1").skipped == 0
+
+
+def test_unreadable_pictures_are_listed(run, scenes_dir, tmp_path):
+    shutil.copytree(scenes_dir, tmp_path / "data")
+    bad = sorted((tmp_path / "data" / "images").iterdir())[2]
+    bad.write_bytes(bad.read_bytes()[:200])
+    run("run", f"data.train={tmp_path / 'data'}")
+    failures = [json.loads(line) for line in (tmp_path / "run" / "failures.jsonl").read_text().splitlines()]
+    assert [Path(failure["file"]).name for failure in failures] == [bad.name]
+    assert "row 2" in failures[0]["row"] and failures[0]["reason"]
+
+
+def test_data_without_classes_and_models_without_source_are_refused(run, scenes_dir, tmp_path):
+    with pytest.raises(ConfigError, match="without classes"):
+        run("a", f"data.train={scenes_dir / 'images'}")
+    with pytest.raises(ConfigError, match=r"`data\.train` is not set"):
+        run("b", "data.train=")
+    with pytest.raises(ConfigError, match=r"`model\.init`"):
+        run("c", "model.segmenter=")
+    with pytest.raises(ConfigError, match=r"`model\.backbone_weights`: no file"):
+        run("d", "model.backbone_weights=nowhere.safetensors")
+    with pytest.raises(ValueError, match="prompt_matching must be one of"):
+        run("e", "model.prompt_matching=best")
+    annotations = json.loads((scenes_dir / "annotations" / "instances.json").read_text())
+    annotations["annotations"][0]["category_id"] = 77
+    (tmp_path / "wrong.json").write_text(json.dumps(annotations))
+    with pytest.raises(ValueError, match="77"):
+        run("f", f"data.train={tmp_path / 'wrong.json'}")
+
+
+def test_from_pretraining_to_finetuning(run, scenes_dir, tmp_path):
+    data = load_dataset_rows(scenes_dir)
+    first = run("pretrain").model
+    assert isinstance(first, UplvpForPreTraining)
+    assert first.config.id2label == data.id2label and first.config.category_ids == list(data.category_ids)
+    words = ["stage=finetune", "model.segmenter=", f"model.init={tmp_path / 'pretrain'}", "optim.lr=0"]
+    second = run("finetune", *words).model
+    assert isinstance(second, UplvpForInstanceSegmentation)
+    weights = first.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in second.state_dict().items())
+    summary = json.loads((tmp_path / "finetune" / "training_summary.json").read_text())
+    assert "prompt_projection" in summary["transfer"] and "remapped" in summary["transfer"]
+    fresh = run("fresh", *words, "model.class_head=new").model
+    assert not torch.equal(fresh.segmenter.class_predictor.weight, first.segmenter.class_predictor.weight)
+    agnostic = run("agnostic", "model.class_agnostic=true", "optim.steps=2").model
+    assert agnostic.config.id2label == {0: "object"} and agnostic.config.class_agnostic
+
+
+def test_frozen_backbones_do_not_move(run, recipe, tiny_segmenter):
+    settings = yaml.safe_load(recipe.read_text())
+    settings["model"]["segmenter"] = tiny_segmenter("resnet")
+    recipe.write_text(yaml.safe_dump(settings))
+    loaded = load_settings(str(recipe))
+    loop.set_seed(0)
+    start = build_model(loaded, load_dataset_rows(loaded.data.train)).state_dict()
+    state = run("run", "model.freeze_backbone=true", "optim.steps=2").model.state_dict()
+    moved = {name for name in start if not torch.equal(start[name], state[name])}
+    assert moved and not any("pixel_level_module.encoder." in name for name in moved)
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "swin"])
+def test_what_no_map_needs_is_frozen(run, recipe, tiny_segmenter, backbone):
+    settings = yaml.safe_load(recipe.read_text())
+    settings["model"]["segmenter"] = tiny_segmenter(backbone)
+    recipe.write_text(yaml.safe_dump(settings))
+    loaded = load_settings(str(recipe))
+    model = build_model(loaded, load_dataset_rows(loaded.data.train))
+    frozen = [name for name, p in model.segmenter.backbone.named_parameters() if not p.requires_grad]
+    assert frozen == (["swin.layernorm.weight", "swin.layernorm.bias"] if backbone == "swin" else [])
+    assert freeze_unused(model.segmenter.backbone, 64) == [] and model.training is True
+
+
+def test_backbone_weights_from_a_file(recipe, tmp_path):
+    from safetensors.torch import save_file
+
+    loaded = load_settings(str(recipe))
+    rows = load_dataset_rows(loaded.data.train)
+    source, target = (build_model(loaded, rows).segmenter.backbone for _ in range(2))
+    state = {f"backbone.{name}": value for name, value in source.state_dict().items()}
+    save_file({**state, "head.weight": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    assert load_backbone_weights(target, str(tmp_path / "weights.safetensors")) == ["head.weight"]
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+    save_file(dict(list(state.items())[:-1]), tmp_path / "short.safetensors")
+    with pytest.raises(ValueError, match="lacks 1 tensors of the backbone"):
+        load_backbone_weights(target, str(tmp_path / "short.safetensors"))
+
+
+def test_result_is_a_model_that_predicts(run, tmp_path):
+    """What a run writes is enough for `from_pretrained` and the image processor."""
+    from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+
+    run("run", "optim.steps=1", "stage=finetune")
+    processor = UplvpImageProcessor.from_pretrained(tmp_path / "run")
+    model = UplvpForInstanceSegmentation.from_pretrained(tmp_path / "run").eval()
+    inputs = processor(Image.new("RGB", (90, 40)), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64)  # the canvas of the training
+    with torch.no_grad():
+        assert model(**inputs).masks_queries_logits.shape[-2:] == (16, 16)
