@@ -52,7 +52,7 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
     if "clip" in (labeler, namer):
         call += ["--clip", str(folder / "clip"), "--vocabulary", "bear,deer"]
     if labeler == "clip":
-        call += ["--image-size", "48"]
+        call += ["--image-size", "48", "--template", "a photo of a {}"]
     if namer is not None:
         call += ["--namer", namer]
     if namer == "classifier":
@@ -61,6 +61,9 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["done"], summary["failed"]) == (3, 0)
     stored = read_store(tmp_path / "labels")
+    if labeler == "clip":
+        settings = json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]
+        assert settings["templates"] == ["a photo of a {}"]
     assert [category["name"] for category in stored.categories] == names and len(stored) == 3
     assert main(call) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["skipped"] == 3
@@ -74,6 +77,7 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
         (["--labeler", "clip"], "needs --clip"),
         (["--labeler", "clip", "--clip", "CLIP", "--vocabulary", ""], "names no class"),
         (["--labeler", "foreground", "--attention", "naclip"], "--attention has no effect"),
+        (["--labeler", "foreground", "--template", "a {}"], "--template has no effect"),
         (["--labeler", "clip", "--clip", "CLIP", "--vocabulary", "bear", "--namer", "classifier"], "needs --backbone"),
         (["--labeler", "saliency", "--namer", "map", "--backbone", "x"], "no classes of its own"),
         (["--labeler", "clip", "--clip", "/nowhere/clip", "--vocabulary", "bear"], "/nowhere/clip"),

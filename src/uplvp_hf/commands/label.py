@@ -34,6 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--min-confidence", type=float, default=0.0, help="drop masks that the namer is less sure of")
     add("--attention", choices=ATTENTIONS, help="last block of the clip labeler")
     add("--calibration", choices=("zscore", "none"), help="of the clip labeler")
+    add(
+        "--template",
+        action="append",
+        help="CLIP prompt such as 'a photo of a {}'; repeatable. Default: seven of CLIP's",
+    )
     add("--background", help="names of what is no object (sky,wall,grass), for the clip namer and labeler")
     add("--threshold", type=float, help="of the clip or saliency labeler")
     add("--image-size", type=int, help="of the clip or saliency labeler, pixels")
@@ -64,9 +69,13 @@ OPTIONS = {
 
 def _check(args: argparse.Namespace) -> None:
     read = {*OPTIONS[args.labeler], *(("calibration",) if args.labeler == "clip" else ())}
+    if "clip" in (args.labeler, args.namer):
+        read.add("template")
     if args.namer == "clip" or (args.labeler == "clip" and args.calibration == "none"):
         read.add("background")
-    for name in sorted({name for names in OPTIONS.values() for name in names} | {"calibration", "background"}):
+    for name in sorted(
+        {name for names in OPTIONS.values() for name in names} | {"calibration", "background", "template"}
+    ):
         if getattr(args, name) is not None and name not in read:
             option = name.replace("_", "-")
             raise ValueError(
@@ -116,11 +125,15 @@ def _build(args: argparse.Namespace):
         encoder = encoders.load_encoder(args.backbone, args.backbone_weights, args.pad_type or None, device=device)
     namer = {
         "none": namers.AgnosticNamer,
-        "clip": lambda: namers.ClipZeroShotNamer(clip, entries, background=background),
+        "clip": lambda: namers.ClipZeroShotNamer(clip, entries, background=background, **_templates(args)),
         "classifier": lambda: namers.ClassifierNamer(encoder, class_map, args.classify),
         "map": lambda: None,
     }[args.namer]()
     return _build_labeler(args, clip, encoder, entries), namer
+
+
+def _templates(args: argparse.Namespace) -> dict[str, Any]:
+    return {} if args.template is None else {"templates": args.template}
 
 
 def _build_labeler(args: argparse.Namespace, clip, encoder, entries: list[str]):
@@ -133,7 +146,7 @@ def _build_labeler(args: argparse.Namespace, clip, encoder, entries: list[str]):
             options["calibration"] = None if args.calibration == "none" else args.calibration
         if args.background is not None and args.calibration == "none":
             options["background"] = split_synonyms(args.background)
-        return DenseClipLabeler(clip, entries, **options)
+        return DenseClipLabeler(clip, entries, **options, **_templates(args))
     if args.labeler == "saliency":
         from ..labeling.saliency import SaliencyLabeler
 
