@@ -8,6 +8,7 @@ from torch import nn
 from transformers import Mask2FormerForUniversalSegmentation
 
 from uplvp_hf.models.losses import Normalizers
+from uplvp_hf.models.modeling_mask2former import SegmenterFeatures
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
 BOTH = pytest.mark.parametrize("cls", [UplvpForInstanceSegmentation, UplvpForPreTraining])
@@ -326,6 +327,31 @@ def test_queries_do_not_attend_to_padding(make_config):
         after = model.segmenter.decode(features, queries)
     for one, other in zip(before, after, strict=True):
         assert torch.equal(one.class_logits, other.class_logits) and torch.equal(one.mask_logits, other.mask_logits)
+
+
+def test_decoding_does_not_depend_on_the_canvas(make_config):
+    """From the same features, whatever stands on the padding: attention, positions and mask size all follow."""
+    torch.manual_seed(0)
+    model = UplvpForInstanceSegmentation(make_config("swin")).eval()
+
+    def on_canvas(feature, rows, columns, value):
+        height, width = feature.shape[-2:]
+        return nn.functional.pad(feature, (0, width * columns - width, 0, height * rows - height), value=value)
+
+    with torch.no_grad():
+        small = model.segmenter.encode(torch.randn(1, 3, 64, 128), torch.ones(1, 64, 128))
+        large = SegmenterFeatures(
+            mask_features=on_canvas(small.mask_features, 2, 3, 7.0),
+            levels=tuple(on_canvas(level, 2, 3, -50.0) for level in small.levels),
+            padding=[on_canvas(padding, 2, 3, True) for padding in small.padding],
+            prompt_map=small.prompt_map,
+            pixel_mask=on_canvas(small.pixel_mask, 2, 3, 0.0),
+        )
+        queries = model.segmenter.initial_queries(small)
+        one, other = model.segmenter.decode(small, queries), model.segmenter.decode(large, queries)
+    for layer, padded in zip(one, other, strict=True):
+        torch.testing.assert_close(padded.queries, layer.queries, rtol=0, atol=1e-4)
+        torch.testing.assert_close(padded.mask_logits[..., :16, :32], layer.mask_logits, rtol=0, atol=1e-4)
 
 
 def test_loss_points_lie_on_the_picture(plain, make_batch):
