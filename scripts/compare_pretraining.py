@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--labels-per-class", type=int, default=10)
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 250, 500], help="fine-tuning steps to report")
     parser.add_argument("--pretrain-steps", type=int, default=500)
+    parser.add_argument("--pretrain-seed", type=int, help="one pre-training for all seeds (default: one a seed)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     arguments = parser.parse_args(argv)
@@ -48,9 +49,10 @@ def run_arm(arm: str, seed: int, arguments: argparse.Namespace, output: Path) ->
     weights = {"model.backbone_weights": arguments.backbone_weights}
     start = {}
     if arm != "scratch":
-        folder = output / f"pretrain_{arm}_seed{seed}"
+        pretrain_seed = seed if arguments.pretrain_seed is None else arguments.pretrain_seed
+        folder = output / f"pretrain_{arm}_seed{pretrain_seed}"
         settings = {"data.train": arguments.labels, "model.class_agnostic": arm == "agnostic", **weights}
-        run("small_pretrain", folder, seed, settings | {"optim.steps": arguments.pretrain_steps})
+        run("small_pretrain", folder, pretrain_seed, settings | {"optim.steps": arguments.pretrain_steps})
         start = {"model.init": folder}
     data = {"data.train": arguments.data, "data.train_split": "train", "data.val": arguments.data}
     split = {"data.val_split": "val", "data.labels_per_class": arguments.labels_per_class, "data.split_seed": seed}

@@ -39,8 +39,11 @@ def run_training(stage: str, description: str, argv: list[str] | None) -> int:
     try:
         settings = load_settings(arguments.recipe, [*words, f"stage={stage}"], output=f"runs/{stage}")
 
+        from transformers.utils import logging as transformers_logging
+
         from uplvp_hf.training.loop import train
 
+        transformers_logging.disable_progress_bar()  # for single files, beside our own bar
         result = train(settings, resume=arguments.resume, progress=not arguments.quiet)
     except (ValueError, OSError) as error:
         print(f"uplvp {stage}: {error}", file=sys.stderr)

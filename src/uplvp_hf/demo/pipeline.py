@@ -16,10 +16,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.synthetic import CLASSES, write_scenes
 from ..evaluation.predictor import evaluate_model, predict_dataset
-from ..labeling import ClipLabeler, ClipZeroShotNamer, label_images, proposal_quality
+from ..labeling import ClipZeroShotNamer, DenseClipLabeler, label_images, load_clip, proposal_quality
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation
 from ..training.checkpoint import write_json
 from ..training.config import TrainSettings, load_settings
@@ -66,8 +68,8 @@ def write_demo_scenes(folder: Path, sizes: DemoSizes, seed: int) -> dict[str, st
 
 def label_scenes(pictures: str, output: Path) -> dict[str, Any]:
     """Pseudo labels for a folder of scenes, by the small CLIP; returns counts and their quality."""
-    clip = synthetic_clip_path()
-    labeler = ClipLabeler(clip, CLASSES)
+    clip = load_clip(synthetic_clip_path())
+    labeler = DenseClipLabeler(clip, CLASSES)
     truth = load_dataset_rows(pictures)
     summary = label_images(truth.unlabelled(), labeler, ClipZeroShotNamer(clip, CLASSES), output)
     quality = {key: round(value, 4) for key, value in proposal_quality(load_dataset_rows(output), truth).items()}
@@ -76,7 +78,7 @@ def label_scenes(pictures: str, output: Path) -> dict[str, Any]:
 
 def run_demo(output: str = "runs/demo", seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """Runs everything, prints the table, and writes `results.json`, `report.html` and `model/` to `output`."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    _quiet()
     started = time.perf_counter()
     folder, sizes = Path(output), DemoSizes().scaled(scale)
     if folder.exists():
@@ -94,12 +96,13 @@ def run_demo(output: str = "runs/demo", seed: int = 0, scale: float = 1.0) -> di
     test = load_dataset_rows(scenes["test"])
     results = _run_arms(folder, scenes, sizes, seed, test)
     seconds = time.perf_counter() - started
+    names = {**ARMS, "pretrained": f"pre-trained + {sizes.labelled} labels"}
     arms = {name: {key: results[name][key] for key in ("AP", "AP50", "seconds")} for name in ARMS}
     summary = {"arms": arms, "seconds": round(seconds, 1), "seed": seed, "sizes": vars(sizes), "proposals": proposals}
     write_json(folder / "results.json", summary)
     samples = _samples(folder, scenes, test, results["pretrained"]["result"])
-    write_report(folder / "report.html", summary, ARMS, {n: results[n]["curve"] for n in ARMS}, samples)
-    print_table(arms)
+    write_report(folder / "report.html", summary, names, {n: results[n]["curve"] for n in ARMS}, samples)
+    print_table(arms, names)
     print(f"\n{seconds:.0f} s in all. Report: {folder}/report.html  Model: {folder}/model")
     return summary
 
@@ -166,18 +169,25 @@ def _samples(folder: Path, scenes: dict[str, str], test: InstanceDataset, result
     }
 
 
-def print_table(arms: dict[str, dict]) -> None:
+def _quiet() -> None:
+    """Our own lines and bars only."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def print_table(arms: dict[str, dict], names: dict[str, str]) -> None:
     """The closing table: mask AP and AP50 in percent, seconds of training."""
-    width = max(len(text) for text in ARMS.values())
+    width = max(len(text) for text in names.values())
     print(f"\n{'':{width}}  {'AP':>5}  {'AP50':>5}  {'seconds':>7}")
-    for name, text in ARMS.items():
+    for name, text in names.items():
         row = arms[name]
         print(f"{text:{width}}  {100 * row['AP']:5.1f}  {100 * row['AP50']:5.1f}  {row['seconds']:7.0f}")
 
 
 def pretrain_default(output: str = "runs/pretrain_default") -> int:
     """What `scripts/pretrain.py` does without arguments: pseudo-label generated scenes and pre-train on them."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    _quiet()
     from accelerate import PartialState
 
     state, folder, sizes = PartialState(), Path(output), DemoSizes()

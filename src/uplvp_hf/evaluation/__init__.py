@@ -1,5 +1,6 @@
 """Evaluation: streaming COCO mask AP, prediction over data sets, pictures of results."""
 
+from . import _namesake  # noqa: F401 (must come before the import of `evaluate` in coco_map)
 from .coco_map import CocoMaskMap
 from .predictor import (
     METRICS,

@@ -78,7 +78,7 @@ def predict_dataset(
     parameter = next(model.parameters())
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(dataset), desc="predict", unit="img", disable=not progress)
+    bar = tqdm(total=len(dataset), desc="predict", unit="img", disable=None if progress else True)
     failures = failures if failures is not None else []
     try:
         for groups, attempted in _ahead(_windows(processor, dataset, batch_size, failures)):

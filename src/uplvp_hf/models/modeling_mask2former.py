@@ -179,16 +179,12 @@ def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], padding: list[Te
 
     Returns mask features (B, C, H/4, W/4) and the levels from low to high resolution.
     """
-    embeds, positions, ratios = [], [], []
+    embeds, positions = [], []
     for level, feature in enumerate(maps[::-1][: decoder.num_feature_levels]):
         embeds.append(decoder.input_projections[level](feature))
         real = None if padding is None else ~padding[level]
         position = decoder.position_embedding(feature.shape, feature.device, feature.dtype, real)
         positions.append(position.flatten(2).transpose(1, 2) + decoder.level_embed[level].view(1, 1, -1))
-        if padding is None:
-            ratios.append(feature.new_ones((feature.shape[0], 2)))
-        else:
-            ratios.append(decoder.get_valid_ratio(padding[level], dtype=feature.dtype))
     sizes = [tuple(embed.shape[-2:]) for embed in embeds]
     blocked = None if padding is None else torch.cat([mask.flatten(1) for mask in padding], 1)
     hidden = decoder.encoder(
@@ -196,7 +192,9 @@ def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], padding: list[Te
         attention_mask=blocked,
         position_embeddings=torch.cat(positions, 1),
         spatial_shapes_list=sizes,
-        valid_ratios=torch.stack(ratios, 1),
+        # Ones: all levels share the canvas, so a point has the same relative place on each. Valid ratios, which are
+        # rounded to whole cells level by level, would shift the levels against each other by up to a cell.
+        valid_ratios=maps[-1].new_ones((maps[-1].shape[0], len(embeds), 2)),
         return_dict=True,
     ).last_hidden_state
     pieces = hidden.split([height * width for height, width in sizes], dim=1)
