@@ -184,7 +184,7 @@ def label_images(
         todo = [index for index in mine if dataset[index]["image_id"] not in store.finished]
         summary.skipped = len(mine) - len(todo)
         category_ids = [category["id"] for category in categories]
-        with tqdm(total=len(todo), unit="picture", desc="labelling", disable=not progress) as bar:
+        with tqdm(total=len(todo), unit="picture", desc="labelling", disable=None if progress else True) as bar:
             for start in range(0, len(todo), batch_size):
                 batch = todo[start : start + batch_size]
                 _label_batch(dataset, batch, labeler, namer, store, category_ids, min_confidence, root, summary)

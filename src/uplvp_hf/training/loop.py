@@ -221,7 +221,7 @@ class _Run:
             )
             self.result.evaluations[step] = metrics
             self._log(step, {f"val_{key}": metrics[key] for key in ("AP", "AP50", "AP75")})
-            tqdm.write(f"step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
+            tqdm.write(f"{self.output.name}, step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
         self.accelerator.wait_for_everyone()
 
     def _log_terms(self, step: int, bar: tqdm) -> None:
