@@ -1,0 +1,150 @@
+"""What both UPLVP models share beside the method: output, loading, wrapping and transfer of checkpoints."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_uplvp import UplvpConfig
+from .losses import LayerOutput
+from .modeling_mask2former import Mask2FormerSegmenter
+from .transfer import TransferReport, transfer_weights
+
+SEGMENTERS = {"mask2former": Mask2FormerSegmenter}
+
+# Settings of the method, and what `from_pretrained` needs to find a configuration.
+_SETTINGS = frozenset(UplvpConfig.__dataclass_fields__) - frozenset(PreTrainedConfig.__dataclass_fields__)
+_WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
+
+
+@dataclass
+class UplvpOutput(ModelOutput):
+    """Output of both models.
+
+    loss: scalar, the sum of `losses`, with labels only. losses: weighted terms by name. class_queries_logits
+    (B, N, K + 1), the last class is "no object"; masks_queries_logits (B, N, H/4, W/4) on the padded input: of the
+    last layer. auxiliary_logits: the same two of the earlier layers. queries (B, N, D): updated queries, last layer.
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+    auxiliary_logits: list[dict[str, Tensor]] | None = None
+    queries: Tensor | None = None
+
+
+class UplvpPreTrainedModel(PreTrainedModel):
+    """Weights, loading and transfer, common to both models."""
+
+    config: UplvpConfig
+    base_model_prefix = "uplvp"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = Mask2FormerSegmenter._no_split_modules
+
+    def __init__(self, config: UplvpConfig, segmenter: PreTrainedModel | None = None):
+        if config.id2label != config.segmenter_config.id2label:  # replaced by `from_pretrained(..., id2label=...)`
+            same_number = len(config.category_ids) == len(config.id2label)
+            config.sync_classes(config.id2label, config.category_ids if same_number else None)
+        super().__init__(config)
+        name = config.segmenter_config.model_type
+        if name not in SEGMENTERS:
+            raise ValueError(f"segmenter_config is a `{name}`; UPLVP works on: {', '.join(SEGMENTERS)}.")
+        self.segmenter = segmenter if segmenter is not None else SEGMENTERS[name](config.segmenter_config)
+        self.transfer_report: TransferReport | None = None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Linear) and module is getattr(self, "prompt_projection", None):
+            # Orthogonal: prompts keep their angles, so cosine matching means something from the first step.
+            init.orthogonal_(module.weight)
+            init.zeros_(module.bias)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """As for `Mask2FormerSegmenter`."""
+        return False
+
+    @classmethod
+    def from_segmenter_pretrained(cls, name_or_dir: str, **kwargs) -> "UplvpPreTrainedModel":
+        """Wraps a segmenter checkpoint, such as an official `Mask2FormerForUniversalSegmentation`, in one call.
+
+        `kwargs` that are settings of `UplvpConfig` go there, the others to `from_pretrained` of the segmenter (for
+        example `revision`). The classes are those of the checkpoint.
+        """
+        config = AutoConfig.from_pretrained(name_or_dir, **_where(kwargs))
+        if config.model_type not in SEGMENTERS:
+            raise ValueError(
+                f"{name_or_dir} holds a `{config.model_type}` model; UPLVP works on: {', '.join(SEGMENTERS)}."
+            )
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
+        segmenter = SEGMENTERS[config.model_type].from_pretrained(name_or_dir, **kwargs)
+        parts = [module.config for module in segmenter.modules() if isinstance(module, PreTrainedModel)]
+        attention = [(part, part._attn_implementation) for part in parts]
+        config = UplvpConfig(segmenter_config=segmenter.config, id2label=dict(segmenter.config.id2label), **settings)
+        model = cls(config, segmenter=segmenter).to(segmenter.dtype)
+        # A configuration that takes in another one resets its choice of attention.
+        for part, implementation in attention:
+            part._attn_implementation = implementation
+        return model
+
+    @classmethod
+    def from_pretraining(
+        cls,
+        name_or_dir: str,
+        id2label: dict[int, str],
+        category_ids: list[int] | None = None,
+        class_head: str = "remap",
+        **kwargs,
+    ) -> "UplvpPreTrainedModel":
+        """Loads a checkpoint of either model for another set of classes, in one call.
+
+        Tensors of equal shape are kept. Class-sized tensors get the row of the class of the same name where the
+        checkpoint knows it (`class_head="remap"`) and are re-initialised otherwise, or always (`"new"`). What happened
+        is in `model.transfer_report`; print it. `kwargs` that are settings of `UplvpConfig` replace those of the
+        checkpoint, the others go to `from_pretrained`.
+        """
+        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
+        config = UplvpConfig.from_pretrained(name_or_dir, **_where(kwargs))
+        source = cls._source_class(config).from_pretrained(name_or_dir, config=config, **kwargs)
+        config = UplvpConfig.from_dict({**source.config.to_dict(), "class_agnostic": False, **settings})
+        config.sync_classes(id2label, category_ids)
+        model = cls(config).to(source.dtype)
+        model.transfer_report = transfer_weights(source, model, class_head)
+        return model
+
+    @staticmethod
+    def _source_class(config: UplvpConfig) -> type["UplvpPreTrainedModel"]:
+        """The model that a checkpoint was saved from; the plain one when it does not say."""
+        models = {model.__name__: model for model in UplvpPreTrainedModel.__subclasses__()}
+        names = [name for name in config.architectures or [] if name in models]
+        return models[names[0] if names else "UplvpForInstanceSegmentation"]
+
+    def _output(self, layers: list[LayerOutput], losses: dict[str, Tensor] | None = None) -> UplvpOutput:
+        return UplvpOutput(
+            loss=None if losses is None else torch.stack(list(losses.values())).sum(),
+            losses=losses,
+            class_queries_logits=layers[-1].class_logits,
+            masks_queries_logits=layers[-1].mask_logits,
+            auxiliary_logits=[
+                {"class_queries_logits": layer.class_logits, "masks_queries_logits": layer.mask_logits}
+                for layer in layers[:-1]
+            ],
+            queries=layers[-1].queries,
+        )
+
+    def _labels(self, mask_labels: list[Tensor], class_labels: list[Tensor] | None) -> list[Tensor]:
+        if self.config.class_agnostic:
+            return [torch.zeros(len(masks), dtype=torch.int64) for masks in mask_labels]
+        if class_labels is None:
+            raise ValueError("mask_labels need class_labels beside them, unless the model is class-agnostic.")
+        return class_labels
+
+
+def _where(kwargs: dict) -> dict:
+    return {key: kwargs[key] for key in _WHERE if key in kwargs}
