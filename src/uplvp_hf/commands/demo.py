@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
+
+from ._terminal import run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,13 +17,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", default="runs/demo", help="folder for everything (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on pictures and steps, for a quick look")
+    parser.add_argument("--verbose", action="store_true", help="also where in the code an error arose")
     arguments = parser.parse_args(argv)
 
-    from uplvp_hf.demo.pipeline import run_demo
+    def demo() -> None:
+        from uplvp_hf.demo.pipeline import run_demo
 
-    try:
         run_demo(arguments.output, arguments.seed, arguments.scale)
-    except (ValueError, OSError) as error:
-        print(f"uplvp demo: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run("demo", demo, arguments.verbose)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._files import fail, write_json
+from ._terminal import add_verbosity, run
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -23,44 +23,52 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward pass (default: 8)")
     parser.add_argument("--class-agnostic", action="store_true", help="compare masks only, whatever their classes")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_verbosity(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
     arguments = make_parser().parse_args(argv)
+    return run("evaluate", lambda: _evaluate(arguments), arguments.verbose)
 
-    from uplvp_hf.data import DataError, load_dataset_rows
-    from uplvp_hf.evaluation import evaluate_model, load_segmenter, match_category_ids, to_coco_results
 
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from uplvp_hf.data import load_dataset_rows
+    from uplvp_hf.evaluation import evaluate_model, evaluated_classes, load_segmenter, to_coco_results
+
+    if arguments.batch_size < 1:
+        raise ValueError("--batch-size must be at least 1")
     results: list[dict[str, Any]] = []
-    try:
-        dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split)
-        model, processor = load_segmenter(arguments.model, arguments.device)
-        agnostic = arguments.class_agnostic
-        ids = list(model.config.category_ids) if agnostic else match_category_ids(model.config, dataset)
-        metrics = evaluate_model(
-            model,
-            processor,
-            dataset,
-            batch_size=arguments.batch_size,
-            class_agnostic=agnostic,
-            progress=not arguments.quiet,
-            on_result=lambda row, result: results.extend(to_coco_results(row, result, ids)),
-        )
-    except (DataError, OSError) as error:
-        return fail("evaluate", error)
+    dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split)
+    model, processor = load_segmenter(arguments.model, arguments.device)
+    ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
+    metrics = evaluate_model(
+        model,
+        processor,
+        dataset,
+        batch_size=arguments.batch_size,
+        class_agnostic=arguments.class_agnostic,
+        progress=not arguments.quiet,
+        on_result=lambda row, result: results.extend(to_coco_results(row, result, ids)),
+    )
+    metrics["failures"] = [*dataset.failures, *metrics["failures"]]
     print(format_metrics(metrics))
     if arguments.output:
-        output = Path(arguments.output)
-        command = shlex.join(["uplvp", "evaluate", *_words(arguments)])
-        run = {"command": command, "data": str(arguments.data), "split": arguments.split}
-        record = {**run, "model": arguments.model, "class_agnostic": arguments.class_agnostic, **metrics}
-        write_json(output / "results.json", results, indent=None)
-        write_json(output / "metrics.json", record)
-        print(f"Written: {output / 'metrics.json'}, {output / 'results.json'}")
-    return 0
+        _write(Path(arguments.output), arguments, metrics, results)
+
+
+def _write(output: Path, arguments: argparse.Namespace, metrics: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    from uplvp_hf.files import write_json, write_json_lines
+
+    command = shlex.join(["uplvp", "evaluate", *_words(arguments)])
+    source = {"command": command, "data": str(arguments.data), "split": arguments.split}
+    record = {**source, "model": arguments.model, "class_agnostic": arguments.class_agnostic, **metrics}
+    write_json(output / "results.json", results, indent=None)
+    write_json(output / "metrics.json", record)
+    if metrics["failures"]:
+        write_json_lines(output / "failures.jsonl", metrics["failures"])
+    print(f"Written: {output / 'metrics.json'}, {output / 'results.json'}")
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:
@@ -86,6 +94,9 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         "",
         f"{metrics['num_images']} pictures, {metrics['num_instances']} instances, {metrics['seconds']:.1f} s.",
     ]
-    for failure in metrics["failures"]:
-        lines.append(f"Left out: {failure['reason']}")
+    shown = 10
+    for failure in metrics["failures"][:shown]:
+        lines.append(f"Left out: {failure['file']}, {failure['row']}: {failure['reason']}")
+    if len(metrics["failures"]) > shown:
+        lines.append(f"... and {len(metrics['failures']) - shown} more; --output DIR lists them all.")
     return "\n".join(lines)

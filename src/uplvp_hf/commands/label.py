@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from typing import Any
+
+from ._terminal import add_verbosity
+from ._terminal import run as run_command
 
 ATTENTIONS = ("vanilla", "maskclip", "clearclip", "naclip", "identity")
 
@@ -51,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="default: cuda where there is one, else cpu")
     add("--image-root", help="write picture paths relative to this folder")
     add("--no-resume", action="store_true", help="refuse an output folder that holds labels already")
-    add("--quiet", action="store_true", help="no progress bar")
+    add_verbosity(parser)
     return parser
 
 
@@ -185,10 +187,5 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point. 0: done; 2: the arguments or files are at fault, said in one line."""
     args = build_parser().parse_args(argv)
-    try:
-        summary = run(args)
-    except (ValueError, OSError) as error:
-        print(f"uplvp label: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    print(json.dumps(summary))
-    return 0
+    again = "run the same command again to go on"
+    return run_command("label", lambda: print(json.dumps(run(args))), args.verbose, again)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._files import fail, write_json, write_json_lines
+from ._terminal import add_verbosity, run
 
 if TYPE_CHECKING:
     from uplvp_hf.data import InstanceDataset
@@ -27,39 +27,42 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward pass (default: 8)")
     parser.add_argument("--no-overlays", action="store_true", help="write the JSON only")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_verbosity(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
     arguments = make_parser().parse_args(argv)
+    return run("predict", lambda: _predict(arguments), arguments.verbose)
 
+
+def _predict(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data import DataError
     from uplvp_hf.evaluation import load_segmenter, predict_dataset
+    from uplvp_hf.files import write_json, write_json_lines
 
+    if arguments.batch_size < 1 or not 0 <= arguments.threshold <= 1:
+        raise ValueError("--batch-size must be at least 1, and --threshold from 0 to 1")
     output = Path(arguments.output)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    try:
-        dataset = find_pictures(arguments.paths)
-        model, processor = load_segmenter(arguments.model, arguments.device)
-        failures = list(dataset.failures)
-        for row, result in predict_dataset(
-            model,
-            processor,
-            dataset,
-            batch_size=arguments.batch_size,
-            threshold=arguments.threshold,
-            progress=not arguments.quiet,
-            failures=failures,
-        ):
-            images.append({"id": row["image_id"], **{key: row[key] for key in ("file_name", "width", "height")}})
-            annotations += _annotations(row, result, model.config.category_ids, len(annotations) + 1)
-            if not arguments.no_overlays:
-                _draw(row, result, model.config.id2label, output / "overlays")
-    except (DataError, OSError) as error:
-        return fail("predict", error)
+    dataset = find_pictures(arguments.paths)
+    model, processor = load_segmenter(arguments.model, arguments.device)
+    failures = list(dataset.failures)
+    for row, result in predict_dataset(
+        model,
+        processor,
+        dataset,
+        batch_size=arguments.batch_size,
+        threshold=arguments.threshold,
+        progress=not arguments.quiet,
+        failures=failures,
+    ):
+        images.append({"id": row["image_id"], **{key: row[key] for key in ("file_name", "width", "height")}})
+        annotations += _annotations(row, result, model.config.category_ids, len(annotations) + 1)
+        if not arguments.no_overlays:
+            _draw(row, result, model.config.id2label, output / "overlays")
     names = model.config.id2label
     categories = [{"id": int(number), "name": names[k]} for k, number in enumerate(model.config.category_ids)]
     content = {"images": images, "categories": categories, "annotations": annotations}
@@ -69,8 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failures:
         print(f"{len(failures)} pictures could not be read: {output / 'failures.jsonl'}")
     if not images:
-        return fail("predict", DataError(f"none of the {len(failures)} pictures could be read"))
-    return 0
+        raise DataError(f"none of the {len(failures)} pictures could be read; see {output / 'failures.jsonl'}")
 
 
 def find_pictures(paths: Sequence[str]) -> InstanceDataset:
@@ -118,10 +120,12 @@ def _annotations(row: Any, result: dict[str, Any], category_ids: Sequence[int], 
 def _draw(row: Any, result: dict[str, Any], id2label: dict[int, str], folder: Path) -> None:
     from uplvp_hf.data import open_image
     from uplvp_hf.evaluation.visualize import draw_instances
+    from uplvp_hf.files import writing
 
     image = open_image(row["image"], (row["width"], row["height"]))
     drawn = draw_instances(image, result["rle"], result["labels"].tolist(), result["scores"].tolist(), id2label)
     # Numbered, because pictures of different folders and formats may share a name.
     name = f"{row['image_id']:06d}_{Path(row['file_name']).stem}.png"
     folder.mkdir(parents=True, exist_ok=True)
-    drawn.save(folder / name)
+    with writing(folder / name):
+        drawn.save(folder / name)

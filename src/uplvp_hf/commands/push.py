@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ._files import fail
+from ._terminal import run
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -25,6 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--message", default="Upload model", help="commit message")
     parser.add_argument("--dry-run", action="store_true", help="write the folder and push nothing")
     parser.add_argument("--output", metavar="DIR", help="where to write the folder, with --dry-run")
+    parser.add_argument("--verbose", action="store_true", help="also where in the code an error arose")
     return parser
 
 
@@ -34,32 +35,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.dry_run != bool(arguments.output):
         parser.error("--dry-run and --output DIR go together")
+    return run("push", lambda: _push(arguments), arguments.verbose)
 
-    from uplvp_hf.hub import prepare_folder, push_folder
 
-    def prepare(folder: Path) -> Path:
-        return prepare_folder(
-            arguments.model,
-            folder,
-            arguments.repo_id,
-            license=arguments.license,
-            metrics_file=arguments.metrics,
-            examples=arguments.example,
-            remote_code=not arguments.no_code,
-        )
+def _push(arguments: argparse.Namespace) -> None:
+    if arguments.dry_run:
+        folder = _prepare(arguments, Path(arguments.output))
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        print("\n".join(f"{file.stat().st_size:>12,}  {file.relative_to(folder)}" for file in files))
+        print(f"Nothing was pushed; {folder} holds what would be.")
+        return
+    from uplvp_hf.hub import push_folder
 
-    try:
-        if arguments.dry_run:
-            folder = prepare(Path(arguments.output))
-            files = sorted(file for file in folder.rglob("*") if file.is_file())
-            print("\n".join(f"{file.stat().st_size:>12,}  {file.relative_to(folder)}" for file in files))
-            print(f"Nothing was pushed; {folder} holds what would be.")
-            return 0
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = prepare(Path(temporary) / "repository")
-            print(
-                push_folder(folder, arguments.repo_id, arguments.private, arguments.revision, message=arguments.message)
-            )
-    except (ValueError, OSError) as error:  # of the Hub too: its errors are OSErrors
-        return fail("push", error)
-    return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = _prepare(arguments, Path(temporary) / "repository")
+        # Errors of the Hub are OSErrors, so they are one line too.
+        print(push_folder(folder, arguments.repo_id, arguments.private, arguments.revision, message=arguments.message))
+
+
+def _prepare(arguments: argparse.Namespace, folder: Path) -> Path:
+    from uplvp_hf.hub import prepare_folder
+
+    return prepare_folder(
+        arguments.model,
+        folder,
+        arguments.repo_id,
+        license=arguments.license,
+        metrics_file=arguments.metrics,
+        examples=arguments.example,
+        remote_code=not arguments.no_code,
+    )

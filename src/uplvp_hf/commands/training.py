@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
+
+from ._terminal import add_verbosity, is_main_process, run
 
 _EPILOG = """settings:
   Any setting of a recipe can be overridden by section.key=value, for example
@@ -27,28 +27,25 @@ def run_training(stage: str, description: str, argv: list[str] | None) -> int:
     parser.add_argument("--output", help="folder for checkpoints and the model (default: runs/<stage>)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_verbosity(parser)
     arguments = parser.parse_intermixed_args(argv)  # settings and options in any order
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    again = f"run the same command again{'' if arguments.resume else ' with --resume'} to go on"
+    return run(stage, lambda: _train(stage, arguments), arguments.verbose, again)
 
+
+def _train(stage: str, arguments: argparse.Namespace) -> None:
     from uplvp_hf.training.config import load_settings
 
     words = [*arguments.settings]
     words += [f"output={arguments.output}"] if arguments.output else []
     words += [f"seed={arguments.seed}"] if arguments.seed is not None else []
-    try:
-        settings = load_settings(arguments.recipe, [*words, f"stage={stage}"], output=f"runs/{stage}")
+    settings = load_settings(arguments.recipe, [*words, f"stage={stage}"], output=f"runs/{stage}")
 
-        from transformers.utils import logging as transformers_logging
+    from uplvp_hf.training.loop import train
 
-        from uplvp_hf.training.loop import train
-
-        transformers_logging.disable_progress_bar()  # for single files, beside our own bar
-        result = train(settings, resume=arguments.resume, progress=not arguments.quiet)
-    except (ValueError, OSError) as error:
-        print(f"uplvp {stage}: {error}", file=sys.stderr)
-        return 2
+    result = train(settings, resume=arguments.resume, progress=not arguments.quiet)
+    if not is_main_process():
+        return
     for step, metrics in sorted(result.evaluations.items()):
         print(f"step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
     print(f"{settings.optim.steps} steps in {result.seconds:.0f} s. Model: {settings.output}")
-    return 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+from ..files import write_json
 from .dataset import InstanceDataset, Row, empty_objects
 from .errors import DataError
 from .fields import (
@@ -194,15 +193,4 @@ def write_coco(dataset: InstanceDataset, path: str | os.PathLike[str]) -> None:
             values = {key: objects[key][k] for key in objects}
             annotations.append({"id": len(annotations) + 1, "image_id": row["image_id"], **values})
     content = {"images": images, "annotations": annotations, "categories": dataset.categories}
-    text = json.dumps(content, allow_nan=False)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_json(path, content, indent=None)

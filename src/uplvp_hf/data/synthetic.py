@@ -10,7 +10,6 @@ in 400 steps; two classes that share a hue are, but their patches are mixed up, 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from uplvp_hf.data import drawing
+from uplvp_hf.files import write_json
 
 BACKGROUND = "background"
 """Caption of a picture without an object."""
@@ -209,9 +209,7 @@ def write_scenes(folder: str | os.PathLike, count: int, seed: int, size: int = 1
         "annotations": annotations,
         "categories": [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)],
     }
-    temporary = target.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, target)
+    write_json(target, content, indent=None)
     return folder
 
 

@@ -24,9 +24,9 @@ from transformers.utils import logging as transformers_logging
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.synthetic import BACKGROUND, CLASSES, write_scenes
 from ..evaluation.predictor import evaluate_model, predict_dataset
+from ..files import write_json
 from ..labeling import ClipZeroShotNamer, DenseClipLabeler, label_images, load_clip, proposal_quality
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation
-from ..training.checkpoint import write_json
 from ..training.config import TrainSettings, load_settings
 from ..training.loop import train
 from .report import write_report
@@ -209,15 +209,15 @@ def print_table(arms: dict[str, dict], names: dict[str, str]) -> None:
         print(f"{text:{width}}  {100 * row['AP']:5.1f}  {100 * row['AP50']:5.1f}  {row['seconds']:7.0f}")
 
 
-def pretrain_default(output: str = "runs/pretrain_default") -> int:
+def pretrain_default(output: str = "runs/pretrain_default", sizes: DemoSizes | None = None) -> None:
     """What `scripts/pretrain.py` does without arguments: pseudo-label generated scenes and pre-train on them."""
     _quiet()
     from accelerate import PartialState
 
-    state, folder, sizes = PartialState(), Path(output), DemoSizes()
-    print("No settings given: running the embedded default, pre-training on generated scenes labelled by the small")
-    print(f"CLIP of the package. Output: {folder}. For your own pictures see `uplvp pretrain --help`.", flush=True)
+    state, folder, sizes = PartialState(), Path(output), sizes or DemoSizes()
     if state.is_main_process:
+        print("No settings given: running the embedded default, pre-training on generated scenes labelled by the small")
+        print(f"CLIP of the package. Output: {folder}. For your own pictures see `uplvp pretrain --help`.", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         scenes = str(write_scenes(folder / "scenes", sizes.unlabelled, seed=0))
         label_scenes(scenes, folder / "labels")
@@ -226,5 +226,5 @@ def pretrain_default(output: str = "runs/pretrain_default") -> int:
         "scenes_pretrain", folder / "model", sizes.pretrain_steps, 0, {"data.train": folder / "labels"}
     )
     result = train(settings)
-    print(f"{settings.optim.steps} steps in {result.seconds:.0f} s. Model: {settings.output}")
-    return 0
+    if state.is_main_process:
+        print(f"{settings.optim.steps} steps in {result.seconds:.0f} s. Model: {settings.output}")

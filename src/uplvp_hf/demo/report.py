@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 
 from ..data import InstanceDataset, decode_segmentation
 from ..evaluation.visualize import draw_instances
+from ..files import write_text
 
 CELL = 288  # px, displayed width of a picture
 
@@ -35,9 +35,7 @@ def write_report(
             cell=CELL,
         )
     )
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(page)
-    os.replace(draft, path)
+    write_text(path, page)
 
 
 def _curves(curves: dict[str, dict[int, float]], names: dict[str, str]) -> str:

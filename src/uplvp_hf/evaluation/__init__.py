@@ -5,6 +5,7 @@ from .coco_map import CocoMaskMap
 from .predictor import (
     METRICS,
     evaluate_model,
+    evaluated_classes,
     load_segmenter,
     match_category_ids,
     predict_dataset,
@@ -15,6 +16,7 @@ __all__ = [
     "METRICS",
     "CocoMaskMap",
     "evaluate_model",
+    "evaluated_classes",
     "load_segmenter",
     "match_category_ids",
     "predict_dataset",

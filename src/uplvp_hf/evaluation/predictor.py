@@ -27,7 +27,9 @@ def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -
 
     Raises:
         FileNotFoundError: if it is neither, or the folder has no `config.json` or `preprocessor_config.json`.
+        DataError: if it holds another kind of model, or weights that lack tensors or do not fit `config.json`.
     """
+    from uplvp_hf.models.configuration_uplvp import UplvpConfig
     from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
     from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
@@ -37,7 +39,28 @@ def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -
                 raise FileNotFoundError(f"{name_or_dir}: no {needed}; not the folder of a trained model.")
     elif name_or_dir.count("/") != 1 or name_or_dir.startswith((".", "/", "~")):
         raise FileNotFoundError(f"{name_or_dir}: no such folder. Pass a model folder or a Hub repository USER/NAME.")
-    model = UplvpForInstanceSegmentation.from_pretrained(name_or_dir)
+    try:
+        kind = UplvpConfig.get_config_dict(name_or_dir)[0].get("model_type")
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{name_or_dir}: no such folder, and no model of the Hub: {reason}") from error
+    if kind != UplvpConfig.model_type:
+        raise DataError(
+            f"holds a `{kind}` model",
+            file=name_or_dir,
+            remedy="Models of `uplvp pretrain` and `uplvp finetune` are read here; others are a start (`model.init`).",
+        )
+    model, info = UplvpForInstanceSegmentation.from_pretrained(
+        name_or_dir, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    # Left alone, such tensors would keep random values and the results would be noise.
+    faults = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
+    if faults:
+        raise DataError(
+            f"{len(faults)} tensors are missing or do not fit config.json, such as {faults[0]}",
+            file=name_or_dir,
+            remedy="Is the folder complete, and its number of classes the one that was trained?",
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval(), UplvpImageProcessor.from_pretrained(name_or_dir)
 
@@ -182,6 +205,21 @@ def _some(names: list[str], limit: int = 12) -> str:
     return "[" + ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") + "]"
 
 
+def evaluated_classes(config: Any, dataset: InstanceDataset, class_agnostic: bool = False) -> list[int]:
+    """Category id of every class of the model, for `evaluate_model`, which calls this first.
+
+    Raises:
+        DataError: if the classes disagree (unless `class_agnostic`), or nothing is annotated.
+    """
+    if not any(len(row["objects"]["category_id"]) for row in dataset.rows):
+        raise DataError(
+            f"none of the {len(dataset)} pictures is annotated, so there is nothing to compare with",
+            file=dataset.name or "data set",
+            remedy="Pass annotations, or use predict.",
+        )
+    return list(config.category_ids) if class_agnostic else match_category_ids(config, dataset)
+
+
 def evaluate_model(
     model: torch.nn.Module,
     processor: Any,
@@ -207,13 +245,7 @@ def evaluate_model(
     Raises:
         DataError: if the classes disagree, nothing is annotated, or no picture can be decoded.
     """
-    category_ids = list(model.config.category_ids) if class_agnostic else match_category_ids(model.config, dataset)
-    if not any(len(row["objects"]["category_id"]) for row in dataset.rows):
-        raise DataError(
-            f"none of the {len(dataset)} pictures is annotated, so there is nothing to compare with",
-            file=dataset.name or "data set",
-            remedy="Pass annotations, or use predict.",
-        )
+    category_ids = evaluated_classes(model.config, dataset, class_agnostic)
     metric, failures, started, instances = CocoMaskMap(), [], time.perf_counter(), 0
     for row, result in predict_dataset(
         model, processor, dataset, batch_size, device=device, progress=progress, failures=failures

@@ -21,6 +21,7 @@ from typing import Any
 
 from ..data.errors import DataError
 from ..data.store_reader import SCHEMA_VERSION, read_header, shard_files
+from ..files import write_json, write_text
 
 
 class StoreError(ValueError):
@@ -54,20 +55,6 @@ def make_header(
         "state": {},
         "image_root": image_root,
     }
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` beside `path`, sync, rename. A failed write leaves `path` as it was and no temporary file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -178,7 +165,7 @@ class StoreWriter:
         if not self.resumed:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.header["state"] = dict(state)
-            write_atomic(self.folder / "header.json", json.dumps(self.header, indent=1) + "\n")
+            write_json(self.folder / "header.json", self.header, indent=1)
 
     def add(self, row: Mapping[str, Any], file: str) -> None:
         """Append a row (JSON values only). Clears an earlier failure of the picture `file`."""
@@ -195,11 +182,11 @@ class StoreWriter:
         """Write the waiting rows as a shard, and the failures."""
         if self._rows:
             name = f"rows-{self.rank:05d}-{self._next_shard:05d}.jsonl"
-            write_atomic(self.folder / name, "\n".join(self._rows) + "\n")
+            write_text(self.folder / name, "\n".join(self._rows) + "\n")
             self._rows, self._next_shard = [], self._next_shard + 1
         if self._failures or self._failures_file.exists():
             lines = [json.dumps(entry) + "\n" for entry in self._failures.values()]
-            write_atomic(self._failures_file, "".join(lines))
+            write_text(self._failures_file, "".join(lines))
 
     def __enter__(self) -> StoreWriter:
         return self

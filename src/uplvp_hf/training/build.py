@@ -107,7 +107,11 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
 
     id2label, category_ids = classes_of(settings, train)
     cls, init = _model_class(settings), settings.model.init
-    found = AutoConfig.from_pretrained(init)
+    try:
+        found = AutoConfig.from_pretrained(init)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`model.init`: {init} is no model folder, and no model of the Hub: {reason}") from error
     if found.model_type != "uplvp":
         draft = cls.from_segmenter_pretrained(init)
         model = cls(_with_classes(draft.config, id2label, category_ids, _method(settings.model)))

@@ -15,22 +15,32 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..files import write_json, writing
+
 _STATE = "state.json"
 
 
 def save_checkpoint(folder: Path, step: int, model: nn.Module, optimizer, state: dict, keep: int) -> Path:
-    """Writes `folder/checkpoint-<step>` atomically and removes all but the `keep` newest. Returns the folder."""
+    """Writes `folder/checkpoint-<step>` atomically and removes all but the `keep` newest. Returns the folder.
+
+    Raises OSError naming the folder when it cannot be written; earlier checkpoints stay.
+    """
     final = folder / f"checkpoint-{step}"
     draft = folder / f".checkpoint-{step}.tmp"
     for torn in folder.glob(".checkpoint-*.tmp"):  # left by a run that was killed here
         shutil.rmtree(torn)
-    draft.mkdir(parents=True)
-    model.save_pretrained(draft)
-    save_file(_optimizer_tensors(model, optimizer), draft / "optimizer.safetensors")
-    save_file(_random_state(), draft / "random_state.safetensors")
-    write_json(draft / _STATE, {**state, "step": step})
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(draft, final)
+    try:
+        with writing(final):
+            draft.mkdir(parents=True)
+            model.save_pretrained(draft)
+            save_file(_optimizer_tensors(model, optimizer), draft / "optimizer.safetensors")
+            save_file(_random_state(), draft / "random_state.safetensors")
+            write_json(draft / _STATE, {**state, "step": step})
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(draft, final)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -55,13 +65,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer) -> dict:
     _restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"))
     _restore_random_state(load_file(path / "random_state.safetensors"))
     return json.loads((path / _STATE).read_text())
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes JSON under a temporary name, then renames it."""
-    draft = path.with_name(f".{path.name}.tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(draft, path)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:

@@ -19,6 +19,10 @@ class ConfigError(ValueError):
     """A setting that does not exist or has a wrong type or value."""
 
 
+class TrainingAborted(RuntimeError):
+    """A run that was stopped because going on would not help; the message says why and what to change."""
+
+
 @dataclass
 class DataSettings:
     """Where the pictures are and how they are cut.

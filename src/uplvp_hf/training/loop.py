@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 import time
 from dataclasses import dataclass, field
@@ -25,13 +24,14 @@ from tqdm.auto import tqdm
 from ..data import DataError, InstanceDataset
 from ..data.training_set import TrainingSet
 from ..data.transforms import TrainTransform
-from ..evaluation.predictor import evaluate_model
+from ..evaluation.predictor import evaluate_model, evaluated_classes
+from ..files import write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.losses import Normalizers
 from ..models.modeling_uplvp import UplvpPreTrainedModel
 from .build import build_data, build_model, build_processor
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint, write_json
-from .config import ConfigError, TrainSettings
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from .config import ConfigError, TrainingAborted, TrainSettings
 from .optim import learning_rate_factor, make_optimizer
 from .stream import make_loader
 
@@ -53,7 +53,8 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
     """Runs the training that `settings` describe and writes the result to `settings.output`.
 
     With `resume` it continues from the newest complete checkpoint there, if any. Raises ConfigError when the output
-    folder holds another run, DataError for unusable data, and RuntimeError after `optim.max_skipped` non-finite steps.
+    folder holds another run or a model, DataError for unusable data (all before anything is written),
+    TrainingAborted after `optim.max_skipped` non-finite steps, and OSError naming the file on a full disk.
     """
     AcceleratorState._reset_state()  # another run of this Python process may have had another precision
     accelerator = Accelerator(
@@ -63,9 +64,12 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     set_seed(settings.seed)
-    _claim_output(settings, resume, accelerator)
+    _check_output(settings, resume)
     train_rows, val_rows = build_data(settings.data)
     model = build_model(settings, train_rows)
+    if val_rows is not None:
+        evaluated_classes(model.config, val_rows, _evaluates_agnostic(settings))  # now, not after hours of training
+    _claim_output(settings, accelerator)
     run = _Run(settings, accelerator, model, _samples(settings, train_rows), val_rows, progress)
     return run.go(resume)
 
@@ -203,7 +207,7 @@ class _Run:
         if self.result.skipped == 1:
             logger.warning("Step %d skipped: its loss or gradient is not finite. Pictures: %s.", step + 1, ids)
         if self.result.skipped >= self.settings.optim.max_skipped:
-            raise RuntimeError(
+            raise TrainingAborted(
                 f"{self.result.skipped} steps had a non-finite loss or gradient, the last one on pictures {ids}. "
                 "Lower optim.lr, set optim.clip, or check these pictures."
             )
@@ -216,12 +220,14 @@ class _Run:
                 self.processor,
                 self.val_rows,
                 batch_size=self.settings.evaluation.batch_size,
-                class_agnostic=self.settings.evaluation.class_agnostic or self.settings.model.class_agnostic,
+                class_agnostic=_evaluates_agnostic(self.settings),
                 progress=self.progress,
             )
             self.result.evaluations[step] = metrics
             self._log(step, {f"val_{key}": metrics[key] for key in ("AP", "AP50", "AP75")})
-            tqdm.write(f"{self.output.name}, step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
+            tqdm.write(
+                f"{self.output.name}, step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}"
+            )
         self.accelerator.wait_for_everyone()
 
     def _log_terms(self, step: int, bar: tqdm) -> None:
@@ -244,7 +250,8 @@ class _Run:
         if self.settings.tracker:
             self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with open(self.output / "log.jsonl", "a") as log:
+            path = self.output / "log.jsonl"
+            with writing(path), open(path, "a") as log:
                 log.write(json.dumps({"step": step, **values}) + "\n")
 
     def _checkpoint(self, step: int) -> None:
@@ -285,22 +292,23 @@ class _Run:
         path = self.output / "log.jsonl"
         if self.accelerator.is_main_process and path.is_file():
             lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            draft = path.with_name(".log.jsonl.tmp")
-            draft.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-            os.replace(draft, path)
+            write_text(path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
 
     def _finish(self) -> None:
         self.accelerator.wait_for_everyone()
         # Processes see different pictures, so each may have met others that cannot be read.
-        failures = sorted({json.dumps(failure) for failure in gather_object(self.samples.failures)})
+        failures = [*self.samples.dataset.failures, *(self.val_rows.failures if self.val_rows else ())]
+        failures = sorted({json.dumps(failure) for failure in gather_object(failures + self.samples.failures)})
         if self.accelerator.is_main_process:
             self.plain.eval()
-            self.plain.save_pretrained(self.output)
-            self.processor.save_pretrained(self.output)
+            with writing(self.output / "model.safetensors"):
+                self.plain.save_pretrained(self.output)
+                self.processor.save_pretrained(self.output)
             write_json(self.output / "training_summary.json", self._summary())
             if failures:
-                (self.output / "failures.jsonl").write_text("".join(line + "\n" for line in failures))
-                logger.warning("%d pictures could not be read: see failures.jsonl.", len(failures))
+                path = self.output / "failures.jsonl"
+                write_text(path, "".join(line + "\n" for line in failures))
+                logger.warning("%d pictures or objects could not be used: see %s.", len(failures), path)
         if self.settings.tracker:
             self.accelerator.end_training()
 
@@ -319,25 +327,37 @@ class _Run:
         }
 
 
-def _claim_output(settings: TrainSettings, resume: bool, accelerator: Accelerator) -> None:
-    """Makes the output folder this run's own, without ever mixing two runs."""
+def _evaluates_agnostic(settings: TrainSettings) -> bool:
+    return settings.evaluation.class_agnostic or settings.model.class_agnostic
+
+
+def _check_output(settings: TrainSettings, resume: bool) -> None:
+    """Raises ConfigError unless the output folder is free, or holds this very run and `resume` is on."""
     output = Path(settings.output)
     record = output / "settings.json"
-    current = {key: value for key, value in settings.to_dict().items() if key != "output"}
-    if record.is_file():
-        before = json.loads(record.read_text())
-        changed = sorted(_differences(before, current))
-        if not resume:
-            raise ConfigError(
-                f"{output} already holds a run. Continue it with --resume, or choose another output or remove it."
-            )
-        if changed:
-            raise ConfigError(f"{output} was started with other settings: {'; '.join(changed)}.")
-    accelerator.wait_for_everyone()
+    if not record.is_file():
+        if (output / "config.json").is_file():
+            raise ConfigError(f"{output} holds a model that no run of ours wrote: choose another output.")
+        return
+    if not resume:
+        raise ConfigError(
+            f"{output} already holds a run. Continue it with --resume, or choose another output or remove it."
+        )
+    changed = sorted(_differences(json.loads(record.read_text()), _record(settings)))
+    if changed:
+        raise ConfigError(f"{output} was started with other settings: {'; '.join(changed)}.")
+
+
+def _claim_output(settings: TrainSettings, accelerator: Accelerator) -> None:
+    """Makes the output folder this run's own."""
+    accelerator.wait_for_everyone()  # until all have checked it
     if accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(record, current)
+        write_json(Path(settings.output) / "settings.json", _record(settings))
     accelerator.wait_for_everyone()
+
+
+def _record(settings: TrainSettings) -> dict:
+    return {key: value for key, value in settings.to_dict().items() if key != "output"}
 
 
 def _differences(before: dict, after: dict, prefix: str = "") -> list[str]:
