@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from typing import Any
 
 from ._terminal import add_verbosity
@@ -184,8 +185,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return summary.as_dict()
 
 
+def _label(args: argparse.Namespace) -> None:
+    summary = run(args)
+    if summary["failed"]:
+        # On stderr, because the last line of stdout is for programs.
+        where = os.path.join(args.output, "failures*.jsonl" if "RANK" in os.environ else "failures.jsonl")
+        print(f"{summary['failed']} pictures could not be labelled: {where}", file=sys.stderr)
+    print(json.dumps(summary))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point. 0: done; 2: the arguments or files are at fault, said in one line."""
     args = build_parser().parse_args(argv)
     again = "run the same command again to go on"
-    return run_command("label", lambda: print(json.dumps(run(args))), args.verbose, again)
+    return run_command("label", lambda: _label(args), args.verbose, again)

@@ -150,7 +150,8 @@ def _windows(
             try:
                 image = dataset.load_image(index)
             except ImageError as error:
-                failures.append({"file": dataset[index]["file_name"], "row": index, "reason": str(error)})
+                file = error.file or dataset[index]["file_name"]
+                failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
                 continue
             inputs = processor(image, return_tensors="pt")
             shape = tuple(inputs["pixel_values"].shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from ..data.errors import DataError, ImageError
 from ..data.rle import encode_masks, mask_area, masks_to_boxes
 from .instances import Proposals
 from .store import StoreWriter, make_header
+
+logger = logging.getLogger(__name__)
 
 AGNOSTIC_NAME = "object"
 
@@ -120,14 +123,26 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [int(k * count / min(wanted, count)) for k in range(min(wanted, count))] if count else []
 
 
-def _readable(dataset: InstanceDataset, indices: Iterable[int]) -> Iterator[Image.Image]:
+def _readable(dataset: InstanceDataset, indices: Sequence[int], progress: bool) -> Iterator[Image.Image]:
     """Pictures for calibration; those that cannot be read are reported when their turn to be labelled comes."""
-    for index in indices:
+    for index in tqdm(indices, unit="picture", desc="calibrating", leave=False, disable=None if progress else True):
         try:
             image = dataset.load_image(index)
         except ImageError:
             continue
         yield image
+
+
+def _check_calibration(store: StoreWriter, possible: int) -> None:
+    """A store that was begun on a few pictures, with `limit`, keeps its calibration: say so."""
+    pictures = store.header.get("state", {}).get("calibration", {}).get("pictures", possible)
+    if 2 * pictures < possible:
+        logger.warning(
+            "%s was calibrated on %d pictures, a new store would be on %d: labels get better in a new folder.",
+            store.folder,
+            pictures,
+            possible,
+        )
 
 
 def label_images(
@@ -173,9 +188,10 @@ def label_images(
     with StoreWriter(output_dir, header, resume, rank, shard_size) as store:
         if store.resumed:
             labeler.restore(store.header.get("state", {}))
+            _check_calibration(store, min(calibration_pictures, len(everything)))
         else:
-            picked = (everything[k] for k in _spread(len(everything), calibration_pictures))
-            store.start(labeler.prepare(_readable(dataset, picked)))
+            picked = [everything[k] for k in _spread(len(everything), calibration_pictures)]
+            store.start(labeler.prepare(_readable(dataset, picked, progress)))
         if rank == 0:
             # Failures that an annotation file is named for are about objects, which nobody looks at here.
             unread = [failure for failure in dataset.failures if failure["file"] != dataset.name]
