@@ -1,7 +1,9 @@
 """COCO mask AP of a model on a labelled data set.
 
-python scripts/evaluate.py runs/finetune data/animals --split val --output runs/finetune/evaluation
-python scripts/evaluate.py runs/finetune annotations.json --images pictures --class-agnostic
+Commands:
+
+    python scripts/evaluate.py runs/finetune data/animals --split val --output runs/finetune/evaluation
+    python scripts/evaluate.py runs/finetune annotations.json --images pictures --class-agnostic
 """
 
 import sys

@@ -1,13 +1,16 @@
 """Turn unlabelled pictures and class names into pseudo instance masks.
 
-    python scripts/label.py pictures/ --output labels/ --vocabulary bear,deer,otter \
+Commands:
+
+    python scripts/label.py pictures/ --output labels/ --vocabulary bear,deer,otter \\
         --clip openai/clip-vit-base-patch16 --background sky,grass,wall,background --min-confidence 0.5
-    python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \
+    python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
         --backbone-weights mobilenetv2_100.safetensors --pad-type same
-    python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \
-        --backbone-weights mobilenetv2_100.safetensors --pad-type same --namer classifier \
+    python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
+        --backbone-weights mobilenetv2_100.safetensors --pad-type same --namer classifier \\
         --class-map examples/animals7_classes.yaml
-    accelerate launch scripts/label.py pictures/ --output labels/ ...     # each process takes its share
+    accelerate launch --num_processes 8 scripts/label.py pictures/ --output labels/ --vocabulary names.txt \\
+        --clip openai/clip-vit-base-patch16         # each process takes its share
 """
 
 import sys

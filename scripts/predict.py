@@ -1,7 +1,9 @@
 """Instances in pictures, as COCO JSON and as overlays.
 
-python scripts/predict.py runs/finetune pictures/ --output predictions --threshold 0.5
-python scripts/predict.py runs/finetune one.jpg two.png --output predictions --device cpu
+Commands:
+
+    python scripts/predict.py runs/finetune pictures/ --output predictions --threshold 0.5
+    python scripts/predict.py runs/finetune one.jpg two.png --output predictions --device cpu
 """
 
 import sys

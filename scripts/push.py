@@ -1,7 +1,9 @@
 """Push a trained model with its card to the Hub, or write the folder that would be pushed.
 
-python scripts/push.py runs/finetune --repo-id USER/NAME --dry-run --output repository
-python scripts/push.py runs/finetune --repo-id USER/NAME --private
+Commands:
+
+    python scripts/push.py runs/finetune --repo-id USER/NAME --dry-run --output repository
+    python scripts/push.py runs/finetune --repo-id USER/NAME --private
 """
 
 import sys

@@ -1,5 +1,7 @@
 """Train the small CLIP that ships with the package, from scratch, on synthetic crops only.
 
+Commands:
+
     python scripts/train_synthetic_clip.py --output src/uplvp_hf/assets/synthetic_clip
     python scripts/train_synthetic_clip.py --output /tmp/clip --steps 50        # a quick try
 
