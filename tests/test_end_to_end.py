@@ -199,6 +199,20 @@ def clean_environment() -> dict:
 
 
 @pytest.mark.slow
+def test_labelling_is_shared_among_processes(path, tmp_path):
+    clip = ["--clip", CLIP, "--vocabulary", ",".join(CLASSES), "--template", "a photo of a {}", "--processes", "2"]
+    sizes = ["--image-size", "64", "--window", "64", "--stride", "32", "--quiet", "--device", "cpu"]
+    words = ["label", path.scenes / "images", "--output", "labels", *clip, *sizes]
+    command = [sys.executable, "-m", "uplvp_hf.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean_environment())
+    assert done.returncode == 0, done.stderr
+    shards = sorted(file.name for file in (tmp_path / "labels").glob("rows-*"))
+    assert shards == ["rows-00000-00000.jsonl", "rows-00001-00000.jsonl"]
+    shared, alone = (load_dataset_rows(folder).rows for folder in (tmp_path / "labels", path.base / "labels"))
+    assert sorted(shared, key=lambda row: row["image_id"]) == list(alone)
+
+
+@pytest.mark.slow
 def test_accelerate_launch_from_another_folder(path, tmp_path):
     shutil.copy(path.recipe, tmp_path / "mine.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]

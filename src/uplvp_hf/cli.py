@@ -16,6 +16,7 @@ VERBS = {
     "push": "model -> Hub",
     "demo": "all of it on generated scenes, without data or network",
 }
+SHARED = ("label", "pretrain", "finetune")
 
 
 def _usage() -> str:
@@ -26,7 +27,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`uplvp VERB --help` shows the arguments of a verb. --processes N runs it under `accelerate launch`.",
+            "`uplvp VERB --help` shows the arguments of a verb. With --processes N, label, pretrain and finetune share",
+            "the work among N processes, one a GPU.",
         ]
     )
 
@@ -54,14 +56,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(verb: str, rest: list[str]) -> int:
-    """The verb in several processes."""
+    """The verb in several processes.
+
+    On GPUs by `accelerate launch`, which starts a single process on a CPU whatever the number; there by torchrun.
+    """
+    if verb not in SHARED:
+        print(f"uplvp: {verb} runs in one process; --processes is for {', '.join(SHARED)}.", file=sys.stderr)
+        return 2
     place = rest.index("--processes")
     count = rest[place + 1] if place + 1 < len(rest) else ""
     if not count.isdigit() or int(count) < 1:
         print("uplvp: --processes needs a number, such as --processes 8.", file=sys.stderr)
         return 2
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", count]
-    return subprocess.call([*command, "-m", "uplvp_hf.cli", verb, *rest[:place], *rest[place + 2 :]])
+    import torch
+
+    if torch.cuda.is_available():
+        launcher = ["accelerate.commands.launch", "--num_processes", count]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
+    command = [sys.executable, "-m", *launcher, "-m", "uplvp_hf.cli", verb]
+    return subprocess.call([*command, *rest[:place], *rest[place + 2 :]])
 
 
 if __name__ == "__main__":

@@ -258,6 +258,44 @@ def test_training_that_diverges_is_stopped_in_one_line(recipe, scenes_dir, tmp_p
     assert skipped.startswith("Step 1 skipped") and error.startswith("uplvp finetune: error: 2 steps had a non-finite")
 
 
+def test_ctrl_c_says_how_to_go_on(recipe, scenes_dir, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop._Run, "_update", interrupt)
+    words = ["finetune", "--recipe", recipe, "--output", tmp_path / "run", "--quiet", f"data.train={scenes_dir}"]
+    assert main([*map(str, words)]) == 130
+    message = "uplvp finetune: interrupted; run the same command again with --resume to go on\n"
+    assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("device", ["floppy", "cuda:99"])
+def test_devices_that_are_not_there(device, fails, label, scenes_dir, tiny_model_dir, tmp_path):
+    fails(["predict", tiny_model_dir, scenes_dir, "--output", tmp_path / "out", "--device", device], device)
+    fails(["evaluate", tiny_model_dir, scenes_dir, "--device", device], device)
+    fails([*label(scenes_dir / "images", tmp_path / "labels"), "--device", device], device)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["evaluate", "model", "data", "--processes", "2"], "evaluate runs in one process"),
+        (["label", "pictures", "--processes", "many"], "--processes needs a number"),
+        (["lable"], "Did you mean `label`?"),
+    ],
+)
+def test_the_front_door(words, message, capsys):
+    assert main(words) == 2
+    assert message in capsys.readouterr().err.splitlines()[0]
+
+
+def test_outputs_that_cannot_be_written_are_found_first(fails, scenes_dir, tiny_model_dir, tmp_path):
+    (tmp_path / "file").touch()
+    line = fails(["evaluate", tiny_model_dir, scenes_dir, "--output", tmp_path / "file"], tmp_path / "file")
+    assert "exists" in line
+    fails(["predict", tiny_model_dir, scenes_dir, "--output", tmp_path / "file"], tmp_path / "file")
+
+
 def test_worker_processes_report_in_one_line(fails, recipe, scenes_dir, tmp_path):
     shutil.copytree(scenes_dir, tmp_path / "scenes")
     for picture in (tmp_path / "scenes" / "images").iterdir():

@@ -44,6 +44,18 @@ def run(command: str, work: Callable[[], None], verbose: bool = False, again: st
             return 2
 
 
+def check_device(name: str | None) -> None:
+    """Raises ValueError, now rather than after everything was loaded, when torch cannot compute on this device."""
+    if name is None:
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
+
 def is_main_process() -> bool:
     """Whether this process speaks for all that `accelerate launch` started."""
     return os.environ.get("RANK", "0") == "0"

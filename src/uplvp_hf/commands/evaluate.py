@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ._terminal import add_verbosity, run
+from ._terminal import add_verbosity, check_device, run
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -39,10 +39,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.batch_size < 1:
         raise ValueError("--batch-size must be at least 1")
+    check_device(arguments.device)
     results: list[dict[str, Any]] = []
     dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split)
     model, processor = load_segmenter(arguments.model, arguments.device)
     ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
+    if arguments.output:
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
     metrics = evaluate_model(
         model,
         processor,

@@ -8,7 +8,7 @@ import os
 import sys
 from typing import Any
 
-from ._terminal import add_verbosity
+from ._terminal import add_verbosity, check_device
 from ._terminal import run as run_command
 
 ATTENTIONS = ("vanilla", "maskclip", "clearclip", "naclip", "identity")
@@ -163,6 +163,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Label; returns the summary. Raises ValueError and OSError for whatever the user can put right."""
     args.namer = args.namer or ("clip" if args.labeler == "clip" else "none")
     _check(args)
+    check_device(args.device)
     from ..data import load_dataset_rows
     from ..labeling import label_images
 

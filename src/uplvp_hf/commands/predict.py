@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._terminal import add_verbosity, run
+from ._terminal import add_verbosity, check_device, run
 
 if TYPE_CHECKING:
     from uplvp_hf.data import InstanceDataset
@@ -44,12 +44,14 @@ def _predict(arguments: argparse.Namespace) -> None:
 
     if arguments.batch_size < 1 or not 0 <= arguments.threshold <= 1:
         raise ValueError("--batch-size must be at least 1, and --threshold from 0 to 1")
+    check_device(arguments.device)
     output = Path(arguments.output)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     dataset = find_pictures(arguments.paths)
     model, processor = load_segmenter(arguments.model, arguments.device)
     failures = list(dataset.failures)
+    output.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
     for row, result in predict_dataset(
         model,
         processor,
