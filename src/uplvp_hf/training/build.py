@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.splits import sample_labels_per_class
@@ -23,17 +26,67 @@ def build_data(settings: DataSettings) -> tuple[InstanceDataset, InstanceDataset
     """Training rows (cut to the low-data split) and validation rows, or None."""
     if settings.train is None:
         raise ConfigError("`data.train` is not set: give a COCO JSON, a folder or a pseudo-label store.")
-    train = load_dataset_rows(settings.train, split=settings.train_split)
+    train = load_dataset_rows(settings.train, images=settings.train_images, split=settings.train_split)
     if not train.categories:
         raise ConfigError(f"{settings.train} holds pictures without classes: label it first (`uplvp label`).")
     if settings.labels_per_class is not None:
         train = train.subset(sample_labels_per_class(train, settings.labels_per_class, settings.split_seed))
-    val = load_dataset_rows(settings.val, split=settings.val_split) if settings.val else None
+    val = None
+    if settings.val is not None:
+        val = load_dataset_rows(settings.val, images=settings.val_images, split=settings.val_split)
+        _check_pictures(val, "val")
+    _check_pictures(train, "train")
     return train, val
 
 
+def _check_pictures(dataset: InstanceDataset, which: str) -> None:
+    """Raises ConfigError when none of the first pictures is where the annotations say."""
+    files = [row["image"] for row in dataset.rows[:20] if isinstance(row["image"], str)]
+    if files and not any(Path(file).is_file() for file in files):
+        raise ConfigError(
+            f"No picture of `data.{which}` is there, for example {files[0]}: set `data.{which}_images` to their folder."
+        )
+
+
+def with_picture_settings(settings: TrainSettings) -> TrainSettings:
+    """`data.size`, `image_mean` and `image_std` filled in: from the processor of `model.init`, else 512 and ImageNet's.
+
+    Raises ConfigError when the mean or deviation given is not the one that the checkpoint was trained with.
+    """
+    data, found = settings.data, _processor_settings(settings.model.init)
+    chosen = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
+    for key, standard in chosen.items():
+        given, trained = getattr(data, key), found.get(key)
+        if given and trained and max(abs(a - b) for a, b in zip(given, trained, strict=True)) > 1e-3:
+            raise ConfigError(
+                f"`data.{key}` is {given}, but {settings.model.init} was trained with {trained}: leave the setting out."
+            )
+        chosen[key] = list(given or trained or standard)
+    side = found.get("size", {}).get("longest_edge") if "pad_size" in found else None
+    size = data.size or (side if side and side % 32 == 0 else 512)
+    return dataclasses.replace(settings, data=dataclasses.replace(data, size=size, **chosen))
+
+
+def _processor_settings(init: str | None) -> dict:
+    """What `preprocessor_config.json` of a checkpoint holds; nothing where there is none."""
+    if init is None:
+        return {}
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(init)[0]
+    except (OSError, ValueError):
+        return {}
+
+
 def build_model(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
-    """The model of the run, with the classes of the data, weights loaded and parts frozen."""
+    """The model of the run, with the classes of the data, weights loaded and parts frozen.
+
+    Raises ConfigError for a frozen backbone that would be random, and for an `init` that is not the `segmenter` given.
+    """
+    if settings.model.freeze_backbone and not (settings.model.init or settings.model.backbone_weights):
+        raise ConfigError(
+            "`model.freeze_backbone` would freeze a randomly initialised backbone: set `model.backbone_weights` (a "
+            "safetensors file) or `model.init` (a checkpoint), or `model.freeze_backbone=false`."
+        )
     model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
     if settings.model.backbone_weights:
         load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
@@ -84,8 +137,10 @@ def _model_class(settings: TrainSettings) -> type[UplvpPreTrainedModel]:
 
 
 def _method(model: ModelSettings) -> dict:
+    """Settings of the method that were given."""
     names = ("num_prompts", "prompt_matching", "prompt_pooling", "prompt_drop", "kernel_supervision_weight")
-    return {name: getattr(model, name) for name in (*names, "class_agnostic")}
+    given = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
+    return {**given, "class_agnostic": model.class_agnostic}
 
 
 def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
@@ -112,6 +167,13 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"`model.init`: {init} is no model folder, and no model of the Hub: {reason}") from error
+    segmenter = found.segmenter_config if found.model_type == "uplvp" else found
+    unlike = _differences(settings.model.segmenter or {}, segmenter.to_dict(), "model.segmenter.")
+    if unlike:
+        raise ConfigError(
+            f"{init} does not hold the segmenter that the settings describe ({'; '.join(unlike)}). Start from another "
+            "checkpoint, or give settings without `model.segmenter`."
+        )
     if found.model_type != "uplvp":
         draft = cls.from_segmenter_pretrained(init)
         model = cls(_with_classes(draft.config, id2label, category_ids, _method(settings.model)))
@@ -123,6 +185,17 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
         model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
     logger.info("From %s: %s", init, model.transfer_report)
     return model
+
+
+def _differences(wanted: dict, found: dict, prefix: str) -> list[str]:
+    """Settings of `wanted` that `found` has otherwise."""
+    unlike = []
+    for key, value in wanted.items():
+        if isinstance(value, dict) and isinstance(found.get(key), dict):
+            unlike += _differences(value, found[key], f"{prefix}{key}.")
+        elif key in found and found[key] != (list(value) if isinstance(value, tuple) else value):
+            unlike.append(f"{prefix}{key} is {value!r}, there {found[key]!r}")
+    return unlike
 
 
 def _with_classes(config: UplvpConfig, id2label: dict, category_ids: list[int], method: dict) -> UplvpConfig:

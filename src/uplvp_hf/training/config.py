@@ -28,24 +28,28 @@ class DataSettings:
     """Where the pictures are and how they are cut.
 
     train, val: anything `load_dataset_rows` reads (COCO JSON, folder, pseudo-label store); val may be absent.
-    train_split, val_split: picks `annotations/<split>.json` of a folder. labels_per_class: so many labelled pictures
-    of every class, drawn with split_seed; None takes all. size: side of the square training canvas and longer side at
-    inference, pixels, a multiple of 32. scale_range: large-scale jitter, as factors of the fitting scale.
+    train_split, val_split: picks `annotations/<split>.json` of a folder. train_images, val_images: folder of the
+    pictures, where they do not lie beside the JSON or in `images/`. labels_per_class: so many labelled pictures of
+    every class, drawn with split_seed; None takes all. size: side of the square training canvas and longer side at
+    inference, pixels, a multiple of 32; image_mean, image_std: of pixels scaled to 0..1. These three default to those
+    of `model.init`, without one to 512 and ImageNet's. scale_range: large-scale jitter, as factors of the fitting scale.
     """
 
     train: str | None = None
     train_split: str | None = None
+    train_images: str | None = None
     val: str | None = None
     val_split: str | None = None
+    val_images: str | None = None
     labels_per_class: int | None = None
     split_seed: int = 0
-    size: int = 256
+    size: int | None = None
     scale_range: list[float] = field(default_factory=lambda: [0.5, 1.5])
     flip: float = 0.5
     color_jitter: float = 0.2
     max_instances: int = 100
-    image_mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
-    image_std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
     workers: int = 0
 
 
@@ -57,7 +61,7 @@ class ModelSettings:
     `segmenter` (settings of the segmenter's configuration, with `model_type` and `backbone_config`).
     backbone_weights: safetensors with the backbone's weights. freeze_backbone: no gradients, norms in eval mode.
     class_head: "remap" keeps rows of classes that the checkpoint knows by name, "new" starts afresh.
-    class_agnostic: pre-train with one class, "object". The others: see `UplvpConfig`.
+    class_agnostic: pre-train with one class, "object". The others: see `UplvpConfig`; None keeps those of `init`.
     """
 
     init: str | None = None
@@ -66,11 +70,11 @@ class ModelSettings:
     freeze_backbone: bool = False
     class_head: str = "remap"
     class_agnostic: bool = False
-    num_prompts: int = 20
-    prompt_matching: str = "cosine"
-    prompt_pooling: str = "mask"
-    prompt_drop: float = 0.05
-    kernel_supervision_weight: float = 1.0
+    num_prompts: int | None = None
+    prompt_matching: str | None = None
+    prompt_pooling: str | None = None
+    prompt_drop: float | None = None
+    kernel_supervision_weight: float | None = None
 
 
 @dataclass
@@ -146,7 +150,7 @@ class TrainSettings:
         _at_least("evaluation.batch_size", self.evaluation.batch_size, 1)
         _at_least("checkpoint.every", self.checkpoint.every, 0)
         _at_least("checkpoint.keep", self.checkpoint.keep, 1)
-        if self.data.size < 32 or self.data.size % 32:
+        if self.data.size is not None and (self.data.size < 32 or self.data.size % 32):
             raise ConfigError(f"data.size must be a positive multiple of 32 pixels, got {self.data.size}.")
 
     def to_dict(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from ..files import write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.losses import Normalizers
 from ..models.modeling_uplvp import UplvpPreTrainedModel
-from .build import build_data, build_model, build_processor
+from .build import build_data, build_model, build_processor, with_picture_settings
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainingAborted, TrainSettings
 from .optim import learning_rate_factor, make_optimizer
@@ -64,6 +64,7 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     set_seed(settings.seed)
+    settings = with_picture_settings(settings)
     _check_output(settings, resume)
     train_rows, val_rows = build_data(settings.data)
     model = build_model(settings, train_rows)
