@@ -211,7 +211,7 @@ def test_folders_that_are_no_model(fails, tiny_model_dir, scenes_dir, recipe, tm
     clip = sys.modules["uplvp_hf"].__path__[0] + "/assets/synthetic_clip"
     fails(["predict", clip, pictures, *predict], clip, "`clip` model")
     train = ["finetune", "--recipe", recipe, f"data.train={scenes_dir}", "--output", out]
-    fails([*train, f"model.init={clip}"], clip, "`clip` model")
+    fails([*train, "model.segmenter=", f"model.init={clip}"], clip, "`clip` model")
     fails([*train, "model.init=runs/none"], "`model.init`: runs/none")
 
     broken = tmp_path / "broken"
@@ -236,6 +236,7 @@ def test_training_without_data_or_with_another_run_in_the_way(fails, recipe, sce
     fails(words, "`data.train` is not set")
     fails([*words, "data.trian=x"], "`data.trian`", "Did you mean `data.train`?")
     words.append(f"data.train={scenes_dir}")
+    fails([*words, "model.segmenter.num_queries=many"], "num_queries", "many")
     assert main([*map(str, words)]) == 0  # the failed attempts did not take the folder
     before = (run / "model.safetensors").read_bytes()
     fails(words, run, "already holds a run", "--resume")
