@@ -9,9 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from transformers import AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, pipeline
 
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
+from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
 BOTH = pytest.mark.parametrize("cls", [UplvpForInstanceSegmentation, UplvpForPreTraining])
@@ -259,3 +260,51 @@ for result in pipe(sys.argv[2], threshold=0.0, overlap_mask_area_threshold=0.0):
 """
     output = fresh_process(code, tiny_model_dir, tmp_path / "picture.png")
     assert "(90, 70)" in output and "not supported for" not in output, output
+
+
+def test_other_number_of_classes_by_keyword(tiny_segmenter, tmp_path):
+    """The standard idiom of transformers works although the stored category ids no longer fit."""
+    model = UplvpForInstanceSegmentation(
+        UplvpConfig(segmenter_config=tiny_segmenter(), id2label={0: "a", 1: "b"}, category_ids=[7, 9])
+    )
+    model.save_pretrained(tmp_path)
+    other = UplvpForInstanceSegmentation.from_pretrained(tmp_path, num_labels=3, ignore_mismatched_sizes=True)
+    assert other.segmenter.class_predictor.out_features == 4
+    assert other.config.category_ids == [1, 2, 3]
+    same = UplvpForInstanceSegmentation.from_pretrained(tmp_path)
+    assert same.config.category_ids == [7, 9]
+
+
+def test_unknown_settings_of_a_file_are_left_out(tiny_segmenter, tmp_path):
+    """A configuration that a later transformers has written still loads; by keyword a misspelt setting is an error."""
+    UplvpConfig(segmenter_config=tiny_segmenter()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "setting_of_the_future": 1}))
+    assert not hasattr(UplvpConfig.from_pretrained(tmp_path), "setting_of_the_future")
+    with pytest.raises(ValueError, match="setting_of_the_future"):
+        UplvpConfig(setting_of_the_future=1)
+
+
+def test_two_classes_of_one_name_are_refused(tiny_segmenter):
+    with pytest.raises(ValueError, match="same name: a"):
+        UplvpConfig(segmenter_config=tiny_segmenter(), id2label={0: "a", 1: "a"})
+
+
+def test_coco_classes_get_their_own_ids(tiny_segmenter, tmp_path):
+    """Of the 80 classes the last is number 90, the thirteenth (parking meter) 14."""
+    names = {index: f"class {index}" for index in range(80)} | {0: "person", 12: "parking meter", 79: "toothbrush"}
+    config = UplvpConfig(segmenter_config=tiny_segmenter(), id2label=names).segmenter_config
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
+    ids = UplvpForInstanceSegmentation.from_segmenter_pretrained(str(tmp_path)).config.category_ids
+    assert (ids[0], ids[12], ids[79], len(set(ids))) == (1, 14, 90, 80)
+
+
+def test_exported_directory_works_in_the_stock_pipeline(tiny_segmenter, tmp_path):
+    model = UplvpForInstanceSegmentation(UplvpConfig(segmenter_config=tiny_segmenter(), id2label={0: "a", 1: "b"}))
+    processor = UplvpImageProcessor(size={"longest_edge": 64}, image_mean=[0.4] * 3)
+    model.to_mask2former(tmp_path, processor)
+    plain = AutoImageProcessor.from_pretrained(tmp_path)
+    inputs = plain(Image.new("RGB", (100, 50)), return_tensors="pt")
+    assert inputs["pixel_values"].shape[-2:] == (32, 64)
+    pipe = pipeline("image-segmentation", model=str(tmp_path), subtask="instance")
+    assert isinstance(pipe(Image.new("RGB", (100, 50)), threshold=0.0), list)

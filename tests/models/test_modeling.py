@@ -411,3 +411,15 @@ def test_matching_costs_are_exact_under_autocast(pretraining, make_batch):
                 torch.manual_seed(1)
                 loss(layers, batch["mask_labels"], batch["class_labels"])
     assert all(torch.equal(one, other) for one, other in zip(*costs, strict=True))
+
+
+def test_kernel_supervision_is_weighted(make_config, make_batch):
+    """Twice the weight gives twice the term; zero leaves it out. Equal weights, prompts and random points."""
+    terms = {}
+    for weight in (0.0, 0.5, 1.0):
+        torch.manual_seed(0)
+        model = UplvpForPreTraining(make_config(kernel_supervision_weight=weight, prompt_drop=0.0)).train()
+        torch.manual_seed(1)
+        terms[weight] = model(**make_batch(scores=True)).losses.get("kernel")
+    assert terms[0.0] is None
+    torch.testing.assert_close(2 * terms[0.5], terms[1.0])

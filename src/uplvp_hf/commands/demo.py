@@ -14,7 +14,9 @@ def main(argv: list[str] | None = None) -> int:
         "pictures, and compare with training from scratch. Needs no data, weights or network; about 6 minutes on 2 "
         "cores.",
     )
-    parser.add_argument("--output", default="runs/demo", help="folder for everything (default: runs/demo)")
+    parser.add_argument(
+        "--output", default="runs/demo", help="folder; an earlier demo there is replaced (default: runs/demo)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on pictures and steps, for a quick look")
     parser.add_argument("--verbose", action="store_true", help="also where in the code an error arose")

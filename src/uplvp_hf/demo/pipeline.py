@@ -92,15 +92,28 @@ def label_scenes(pictures: str, output: Path) -> dict[str, Any]:
     return {"masks": summary.instances, "pictures": summary.done, "seconds": round(summary.seconds, 1), **quality}
 
 
+def claim_folder(folder: Path) -> None:
+    """Makes the folder the demo's own. What an earlier demo wrote there is replaced, nothing else is touched.
+
+    Raises ValueError when it holds something and was not made by a demo.
+    """
+    marker = folder / ".uplvp_demo"
+    if folder.exists() and not marker.is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something that is not a demo's: choose another --output or remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    for name in ("scenes", "labels", "pretrain", "model", "scratch", "scratch_equal_total"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("results.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def run_demo(output: str = "runs/demo", seed: int = 0, scale: float = 1.0) -> dict[str, Any]:
     """Runs everything, prints the table, and writes `results.json`, `report.html` and `model/` to `output`."""
     _quiet()
     started = time.perf_counter()
     folder, sizes = Path(output), DemoSizes().scaled(scale)
-    if folder.exists():
-        if not (folder / "scenes").is_dir():
-            raise ValueError(f"{folder} exists and is not the output of a demo: choose another --output.")
-        shutil.rmtree(folder)
+    claim_folder(folder)
     print(f"Scenes: {sizes.unlabelled} unlabelled, {sizes.labelled} labelled, {sizes.test} to test on.", flush=True)
     scenes = write_demo_scenes(folder / "scenes", sizes, seed)
     proposals = label_scenes(scenes["unlabelled"], folder / "labels")
@@ -218,7 +231,7 @@ def pretrain_default(output: str = "runs/pretrain_default", sizes: DemoSizes | N
     if state.is_main_process:
         print("No settings given: running the embedded default, pre-training on generated scenes labelled by the small")
         print(f"CLIP of the package. Output: {folder}. For your own pictures see `uplvp pretrain --help`.", flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        claim_folder(folder)
         scenes = str(write_scenes(folder / "scenes", sizes.unlabelled, seed=0))
         label_scenes(scenes, folder / "labels")
     state.wait_for_everyone()

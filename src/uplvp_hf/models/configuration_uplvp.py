@@ -5,6 +5,9 @@ import difflib
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MATCHING = ("cosine", "sequential", "random", "none")
 POOLING = ("mask", "box")
@@ -88,7 +91,7 @@ class UplvpConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for key in kwargs:
-            if key not in _COMMON_KEYS and not key.startswith("_"):
+            if not self._is_known(key):
                 near = difflib.get_close_matches(key, [*self.__dataclass_fields__, *_COMMON_KEYS], n=1)
                 hint = f" Did you mean `{near[0]}`?" if near else ""
                 raise ValueError(f"UplvpConfig has no setting `{key}`.{hint}")
@@ -100,12 +103,35 @@ class UplvpConfig(PreTrainedConfig):
         self.sync_classes(self.id2label, self.category_ids)
         self._check_settings()
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As in transformers, for configurations read from a file, with two allowances.
+
+        Other classes given by keyword (`num_labels`, `id2label`) drop the stored `category_ids`, and keys that this
+        version does not know, which a later version of transformers may have written, are left out with a warning.
+        """
+        config_dict = dict(config_dict)
+        if "category_ids" not in kwargs and any(kwargs.get(key) is not None for key in ("num_labels", "id2label")):
+            config_dict.pop("category_ids", None)
+        unknown = [key for key in config_dict if not cls._is_known(key)]
+        if unknown:
+            logger.warning_once(f"Settings of a configuration that UplvpConfig does not know: {', '.join(unknown)}.")
+        return super().from_dict({key: config_dict[key] for key in config_dict if key not in unknown}, **kwargs)
+
+    @classmethod
+    def _is_known(cls, key: str) -> bool:
+        return key in cls.__dataclass_fields__ or key in _COMMON_KEYS or key.startswith("_")
+
     def sync_classes(self, id2label: dict[int, str], category_ids: list[int] | None = None) -> None:
         """Sets the classes here and in the segmenter. `id2label` maps 0..K-1 to names; `category_ids` has K ids."""
         self.id2label = {int(key): str(name) for key, name in id2label.items()}
         self.label2id = {name: key for key, name in self.id2label.items()}
         if sorted(self.id2label) != list(range(len(self.id2label))):
             raise ValueError(f"id2label must map 0..{len(self.id2label) - 1}, got the keys {sorted(self.id2label)}.")
+        if len(self.label2id) != len(self.id2label):
+            names = list(self.id2label.values())
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"Two classes have the same name: {', '.join(twice)}.")
         ids = list(category_ids) if category_ids is not None else [key + 1 for key in self.id2label]
         if len(ids) != len(self.id2label) or len(set(ids)) != len(ids):
             raise ValueError(f"category_ids must hold {len(self.id2label)} different ids, one a class, got {ids}.")

@@ -151,13 +151,12 @@ class MaskClassificationLoss:
             if len(labels) == 0:
                 costs.append(probability[..., :0])
                 continue
-            rows = []
+            rows, ids = [], torch.arange(len(masks), device=masks.device)
             for index, layer in enumerate(layers):
-                points = shared[i] if index == 0 else draw_again(draw, index, i, shared[i])
-                points = points * extent[i]
-                target = sample_binary(
-                    masks, torch.arange(len(masks), device=masks.device), points.expand(len(masks), -1, -1)
-                )
+                drawn = shared[i] if index == 0 else draw_again(draw, index, i, shared[i])
+                if index == 0 or drawn is not shared[i]:
+                    points = drawn * extent[i]
+                    target = sample_binary(masks, ids, points.expand(len(masks), -1, -1))
                 logits = sample_points(layer.mask_logits[i][None], points)[0]  # (N, P)
                 cross_entropy, dice = pairwise_mask_costs(logits, target)
                 rows.append(self.mask_weight * cross_entropy + self.dice_weight * dice)
@@ -246,8 +245,9 @@ def kernel_supervision(
 
     vectors (B, P, D): the prompts; source (B, P): the pseudo mask of each, -1 for none. Pairs whose mask has no
     prompt take no part. `num_pairs` replaces the number of pairs of this batch (mean over processes). Without pairs
-    the result is a zero that still touches the queries. Source: SP eq. 3, pairs and detachment as in design: the
-    authors' code pairs by position (defect 12) and trains the target (defect 13).
+    the result is a zero that still touches the queries. Source: SP eq. 3. Unlike the authors' released code, which
+    pairs queries and masks by their order and trains the targets too, pairs follow the assignment and targets are
+    detached.
     """
     if not layers:
         return vectors.float().sum() * 0

@@ -3,7 +3,6 @@
 import warnings
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +43,8 @@ def hungarian(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
     host, queries ascending, min(N, G_i) pairs. Non-finite costs are replaced by a value above all others and reported.
     """
     layers = costs[0].shape[0]
+    from scipy.optimize import linear_sum_assignment  # here: inference needs no scipy
+
     flat = torch.cat([cost.float().flatten() for cost in costs]).cpu()
     if not torch.isfinite(flat).all():
         warnings.warn("Non-finite matching costs: the model or its targets hold NaN or inf.", stacklevel=2)

@@ -61,7 +61,8 @@ class UplvpPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, nn.Linear) and module is getattr(self, "prompt_projection", None):
-            # Orthogonal: prompts keep their angles, so cosine matching means something from the first step.
+            # Orthogonal rows: cosines of projected prompts stay close to those of the features (equal where the
+            # queries have no fewer channels), so cosine matching means something from the first step.
             init.orthogonal_(module.weight)
             init.zeros_(module.bias)
 
@@ -75,7 +76,7 @@ class UplvpPreTrainedModel(PreTrainedModel):
         """Wraps a segmenter checkpoint, such as an official `Mask2FormerForUniversalSegmentation`, in one call.
 
         `kwargs` that are settings of `UplvpConfig` go there, the others to `from_pretrained` of the segmenter (for
-        example `revision`). The classes are those of the checkpoint.
+        example `revision`). The classes are those of the checkpoint, with COCO's own ids if they are its 80.
         """
         config = AutoConfig.from_pretrained(name_or_dir, **_where(kwargs))
         if config.model_type not in SEGMENTERS:
@@ -86,7 +87,9 @@ class UplvpPreTrainedModel(PreTrainedModel):
         segmenter = SEGMENTERS[config.model_type].from_pretrained(name_or_dir, **kwargs)
         parts = [module.config for module in segmenter.modules() if isinstance(module, PreTrainedModel)]
         attention = [(part, part._attn_implementation) for part in parts]
-        config = UplvpConfig(segmenter_config=segmenter.config, id2label=dict(segmenter.config.id2label), **settings)
+        id2label = dict(segmenter.config.id2label)
+        settings.setdefault("category_ids", coco_category_ids(id2label))
+        config = UplvpConfig(segmenter_config=segmenter.config, id2label=id2label, **settings)
         model = cls(config, segmenter=segmenter).to(segmenter.dtype)
         # A configuration that takes in another one resets its choice of attention.
         for part, implementation in attention:
@@ -144,6 +147,13 @@ class UplvpPreTrainedModel(PreTrainedModel):
         if class_labels is None:
             raise ValueError("mask_labels need class_labels beside them, unless the model is class-agnostic.")
         return class_labels
+
+
+def coco_category_ids(id2label: dict[int, str]) -> list[int] | None:
+    """COCO's ids of its 80 instance classes, 1 to 90 with gaps, if these are they in order; otherwise None."""
+    if len(id2label) != 80 or (id2label[0], id2label[79]) != ("person", "toothbrush"):
+        return None
+    return [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
 
 def _where(kwargs: dict) -> dict:

@@ -13,7 +13,7 @@ Papers: UPLVP (arXiv 2405.13388) and its predecessor Saliency Prompt (arXiv 2302
 """
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from .configuration_uplvp import UplvpConfig
 from .losses import Draw, LayerOutput, Normalizers, kernel_supervision
@@ -57,12 +57,15 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         output = self._output(layers, losses)
         return output if return_dict is not False else output.to_tuple()
 
-    def to_mask2former(self, directory: str) -> None:
+    def to_mask2former(self, directory: str, processor: BaseImageProcessor | None = None) -> None:
         """Writes a plain `Mask2FormerForUniversalSegmentation` directory: no custom code is needed to load it.
 
-        Raises ValueError when the backbone has `timm_kwargs`, which transformers' class does not pass on.
+        With our image `processor` a `Mask2FormerImageProcessor` of the same size, mean and deviation is written beside
+        it. On pictures without padding the plain model gives the same bits; on padded ones it does not, because
+        transformers' class lets the padding take part. Raises ValueError when the backbone has `timm_kwargs`, which
+        that class does not pass on.
         """
-        from transformers import Mask2FormerForUniversalSegmentation
+        from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
         if self.config.segmenter_config.model_type != "mask2former":
             raise ValueError(f"A `{self.config.segmenter_config.model_type}` has no native class in transformers.")
@@ -74,6 +77,14 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         plain = Mask2FormerForUniversalSegmentation(self.config.segmenter_config)
         plain.load_state_dict(self.segmenter.state_dict())
         plain.save_pretrained(directory)
+        if processor is not None:
+            side = processor.size["longest_edge"]
+            Mask2FormerImageProcessor(
+                size={"shortest_edge": side, "longest_edge": side},  # the longer side becomes `side`
+                image_mean=processor.image_mean,
+                image_std=processor.image_std,
+                num_labels=self.config.num_labels,
+            ).save_pretrained(directory)
 
 
 class UplvpForPreTraining(UplvpPreTrainedModel):

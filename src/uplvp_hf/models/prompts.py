@@ -81,7 +81,8 @@ def _best(count: int, scores: Tensor | None, most: int) -> Tensor:
 
 
 def inject_prompts(queries: Tensor, vectors: Tensor, match: Tensor, drop: float, training: bool = True) -> Tensor:
-    """queries + keep * prompt, keep ~ Bernoulli(1 - drop) per query and picture, not rescaled (UPLVP, B.2 eq. 9).
+    """queries + keep * prompt, keep ~ Bernoulli(1 - drop) per query and picture, not rescaled, as in the
+    authors' released code.
 
     queries (B, N, D), vectors (B, P, D), match (B, N) int64 with -1 for "no prompt". Returns (B, N, D).
     """

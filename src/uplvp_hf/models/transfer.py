@@ -8,18 +8,24 @@ from torch import nn
 
 @dataclass
 class TransferReport:
-    """What a transfer did: names of tensors kept, remapped (class rows copied by name), re-initialised, ignored."""
+    """What a transfer did: names of tensors kept, remapped (class rows copied by name), re-initialised, ignored.
+
+    classes: class names whose rows were copied; new_classes: those whose rows are as initialised.
+    """
 
     kept: list[str] = field(default_factory=list)
     remapped: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
+    new_classes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"kept {len(self.kept)} tensors"]
         if self.remapped:
             lines.append(f"remapped by class name ({', '.join(self.classes)}): {', '.join(self.remapped)}")
+            if self.new_classes:
+                lines.append(f"re-initialised rows of these, of classes unknown there: {', '.join(self.new_classes)}")
         if self.reinitialised:
             lines.append(f"re-initialised: {', '.join(self.reinitialised)}")
         if self.ignored:
@@ -54,7 +60,9 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
         else:
             report.reinitialised.append(name)
     report.ignored = [name for name in old if name not in new]
-    report.classes = [target.config.id2label[row] for row in sorted(rows)]
+    copied = rows if report.remapped else {}
+    report.classes = [name for row, name in target.config.id2label.items() if row in copied]
+    report.new_classes = [name for row, name in target.config.id2label.items() if row not in copied]
     return report
 
 

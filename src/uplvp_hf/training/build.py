@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import logging
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -153,7 +155,21 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTr
         category_ids=category_ids,
         **_method(settings.model),
     )
+    _refuse_unknown(settings.model.segmenter, config.segmenter_config)
     return _model_class(settings)(config)
+
+
+def _refuse_unknown(given: dict, config: PreTrainedConfig, prefix: str = "model.segmenter.") -> None:
+    """Raises ConfigError for a misspelt key of a segmenter or backbone: transformers would take it silently."""
+    known = {*type(config).__dataclass_fields__, *config.attribute_map, "model_type", "num_labels"}
+    for key, value in given.items():
+        # Properties of backbone configurations, and our own addition to timm's.
+        if key not in known and key not in ("out_features", "out_indices", "timm_kwargs"):
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean `{prefix}{near[0]}`?" if near else ""
+            raise ConfigError(f"`{prefix}{key}` is no setting of a {config.model_type}.{hint}")
+        if isinstance(value, dict) and isinstance(getattr(config, key, None), PreTrainedConfig):
+            _refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
 
 
 def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:

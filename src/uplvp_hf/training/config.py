@@ -32,7 +32,7 @@ class DataSettings:
     pictures, where they do not lie beside the JSON or in `images/`. labels_per_class: so many labelled pictures of
     every class, drawn with split_seed; None takes all. size: side of the square training canvas and longer side at
     inference, pixels, a multiple of 32; image_mean, image_std: of pixels scaled to 0..1. These three default to those
-    of `model.init`, without one to 512 and ImageNet's. scale_range: large-scale jitter, as factors of the fitting scale.
+    of `model.init`, else to 512 and ImageNet's. scale_range: large-scale jitter, as factors of the fitting scale.
     """
 
     train: str | None = None

@@ -15,7 +15,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
     """Four groups at most: {backbone, rest} x {decay, no decay}. Norms, embeddings and biases are not decayed.
 
-    The Mask2Former and K-Net recipes do so (spec of the authors' settings: reference 8.1).
+    The released Mask2Former recipes do so.
     """
     undecayed = {
         id(parameter)

@@ -1,0 +1,78 @@
+"""From settings to data, model and processor: what is taken over from a checkpoint and what is refused."""
+
+import json
+import shutil
+
+import pytest
+
+from uplvp_hf.data.synthetic import write_scenes
+from uplvp_hf.models.configuration_uplvp import UplvpConfig
+from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
+from uplvp_hf.training.build import build_data, build_model, build_processor, with_picture_settings
+from uplvp_hf.training.config import ConfigError, load_settings
+
+
+@pytest.fixture
+def scenes(tmp_path):
+    return write_scenes(tmp_path / "scenes", count=3, seed=0, size=64)
+
+
+@pytest.fixture
+def checkpoint(tmp_path, tiny_segmenter):
+    """A pre-training checkpoint with its processor, as a run leaves it."""
+    folder = tmp_path / "checkpoint"
+    config = UplvpConfig(segmenter_config=tiny_segmenter(), prompt_drop=0.3, prompt_matching="sequential")
+    UplvpForPreTraining(config).save_pretrained(folder)
+    UplvpImageProcessor(
+        size={"longest_edge": 96}, pad_size={"height": 96, "width": 96}, image_mean=[0.4, 0.5, 0.6]
+    ).save_pretrained(folder)
+    return folder
+
+
+def build(*words, **defaults):
+    settings = with_picture_settings(load_settings(None, [str(word) for word in words], **defaults))
+    train, _ = build_data(settings.data)
+    return settings, build_model(settings, train)
+
+
+def test_a_checkpoint_brings_its_picture_and_prompt_settings(scenes, checkpoint):
+    settings, model = build(f"data.train={scenes}", f"model.init={checkpoint}", "stage=pretrain")
+    assert settings.data.size == 96 and settings.data.image_mean == [0.4, 0.5, 0.6]
+    assert build_processor(settings.data).size["longest_edge"] == 96
+    assert model.config.prompt_drop == 0.3 and model.config.prompt_matching == "sequential"
+    words = ("data.size=64", "model.prompt_drop=0.1", "stage=pretrain")
+    settings, model = build(f"data.train={scenes}", f"model.init={checkpoint}", *words)
+    assert settings.data.size == 64
+    assert model.config.prompt_drop == 0.1 and model.config.prompt_matching == "sequential"
+
+
+def test_other_normalisation_than_the_checkpoint_is_refused(scenes, checkpoint):
+    with pytest.raises(ConfigError, match=r"image_mean.*trained with"):
+        build(f"data.train={scenes}", f"model.init={checkpoint}", "data.image_mean=[0.5, 0.5, 0.5]")
+
+
+def test_another_segmenter_than_the_checkpoint_holds_is_refused(scenes, checkpoint, tiny_segmenter):
+    same = {"segmenter": tiny_segmenter(), "init": str(checkpoint)}
+    build(f"data.train={scenes}", model=same)
+    with pytest.raises(ConfigError, match=r"model\.segmenter\.num_queries is 5, there 12"):
+        build(f"data.train={scenes}", model=same | {"segmenter": tiny_segmenter(num_queries=5)})
+
+
+def test_misspelt_segmenter_settings_are_refused(scenes, tiny_segmenter):
+    with pytest.raises(ConfigError, match=r"num_querys.*Did you mean `model\.segmenter\.num_queries`"):
+        build(f"data.train={scenes}", model={"segmenter": tiny_segmenter(num_querys=5)})
+
+
+def test_a_frozen_random_backbone_is_refused(scenes, tiny_segmenter):
+    with pytest.raises(ConfigError, match="randomly initialised"):
+        build(f"data.train={scenes}", model={"segmenter": tiny_segmenter(), "freeze_backbone": True})
+
+
+def test_pictures_may_lie_elsewhere(scenes, tmp_path, tiny_segmenter):
+    annotations = shutil.copy(scenes / "annotations" / "instances.json", tmp_path / "few.json")
+    assert json.loads((tmp_path / "few.json").read_text())["images"]
+    model = {"segmenter": tiny_segmenter()}
+    with pytest.raises(ConfigError, match=r"data\.train_images"):
+        build(f"data.train={annotations}", model=model)
+    build(f"data.train={annotations}", f"data.train_images={scenes / 'images'}", model=model)
