@@ -52,9 +52,6 @@ class Pyramid(nn.Module):
         )
         self.classifier = nn.Linear(16, classes)
 
-    def get_classifier(self) -> nn.Linear:
-        return self.classifier
-
     def forward_intermediates(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         maps = []
         for step in self.steps:

@@ -65,6 +65,11 @@ def test_recipes_equal_the_reference(clip, pixels, attention):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+def test_default_is_naclip_with_its_own_gaussian(clip, pixels):
+    want = dense_clip.dense_features(clip.model, pixels, "naclip", sigma=5.0, scale=1.0)
+    assert torch.equal(dense_clip.dense_features(clip.model, pixels), want)
+
+
 def test_recipes_differ(clip, pixels):
     maps = [dense_clip.dense_features(clip.model, pixels, attention) for attention in dense_clip.ATTENTIONS]
     for i in range(len(maps)):

@@ -42,9 +42,8 @@ def test_classifier_and_headless(weights):
     whole = load_encoder("timm:mobilenetv2_035", weights / "whole.safetensors")
     pixels = whole.pixels([blob_picture(0), blob_picture(1)], (64, 96))
     encoded = whole(pixels)
-    assert encoded.maps[-1].shape[2:] == (2, 3) and encoded.class_map.shape == (2, 1000, 2, 3)
+    assert encoded.maps[-1].shape[2:] == (2, 3)
     torch.testing.assert_close(encoded.logits, whole.classify(pixels))
-    torch.testing.assert_close(encoded.class_map.mean(dim=(2, 3)), encoded.logits, atol=1e-5, rtol=1e-4)
     headless = load_encoder("timm:mobilenetv2_035", weights / "trunk.safetensors")
     assert headless.num_classes == 0 and headless(pixels).logits is None
     torch.testing.assert_close(headless(pixels).maps[-1], encoded.maps[-1])

@@ -77,6 +77,12 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
         (["--labeler", "clip"], "needs --clip"),
         (["--labeler", "clip", "--clip", "CLIP", "--vocabulary", ""], "names no class"),
         (["--labeler", "foreground", "--attention", "naclip"], "--attention has no effect"),
+        (["--labeler", "saliency", "--sigma", "2"], "--sigma has no effect with --labeler saliency"),
+        (
+            ["--clip", "CLIP", "--vocabulary", "bear", "--attention", "identity", "--scale", "2"],
+            "--scale has no effect with --attention identity",
+        ),
+        (["--clip", "CLIP", "--vocabulary", "bear", "--sigma", "0"], "sigma 0.0 is no width of a gaussian"),
         (["--labeler", "foreground", "--template", "a {}"], "--template has no effect"),
         (["--labeler", "clip", "--clip", "CLIP", "--vocabulary", "bear", "--namer", "classifier"], "needs --backbone"),
         (["--labeler", "saliency", "--namer", "map", "--backbone", "x"], "no classes of its own"),
@@ -88,6 +94,21 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, more, message):
     assert main(arguments(folder, "--output", tmp_path / "labels", *more)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("uplvp label: error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "more, want",
+    [
+        ([], ("naclip", 5.0, 1.0)),
+        (["--attention", "naclip", "--sigma", "1.5", "--scale", "5"], ("naclip", 1.5, 5.0)),
+        (["--scale", "2"], ("naclip", 5.0, 2.0)),
+    ],
+)
+def test_gaussian_of_the_attention(folder, tmp_path, more, want):
+    call = arguments(folder, "--output", tmp_path / "labels", "--clip", folder / "clip", "--vocabulary", "bear,deer")
+    assert main([*call, "--image-size", "48", "--limit", "1", *more]) == 0
+    settings = json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]
+    assert (settings["attention"], settings["sigma"], settings["scale"]) == want
 
 
 def test_empty_and_missing_folders(folder, tmp_path, capsys):

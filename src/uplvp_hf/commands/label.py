@@ -13,10 +13,15 @@ from ._terminal import run as run_command
 
 ATTENTIONS = ("vanilla", "maskclip", "clearclip", "naclip", "identity")
 
+RECOMMENDED = (
+    "Recommended with CLIP: --background sky,grass,wall,background --min-confidence 0.5. Masks of what is no object "
+    "then lose their probability to the background names and are dropped; without, every mask is named after a class."
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments; imports nothing heavy."""
-    parser = argparse.ArgumentParser(prog="uplvp label", description=__doc__)
+    parser = argparse.ArgumentParser(prog="uplvp label", description=__doc__, epilog=RECOMMENDED)
     add = parser.add_argument
     add("images", help="folder of pictures (recursive), COCO json, or folder with annotations/ and images/")
     add("--output", required=True, help="folder of the pseudo-label store; an unfinished one is continued")
@@ -34,8 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pad-type", choices=("same", ""), help="'same' for networks trained with TensorFlow's padding")
     add("--class-map", help="YAML or JSON, {class name: [classifier classes]}, for the classifier namer")
     add("--classify", choices=("picture", "crop"), default="picture", help="what the classifier sees")
-    add("--min-confidence", type=float, default=0.0, help="drop masks that the namer is less sure of")
-    add("--attention", choices=ATTENTIONS, help="last block of the clip labeler")
+    add("--min-confidence", type=float, default=0.0, help="drop masks that the namer is less sure of (default: 0)")
+    add("--attention", choices=ATTENTIONS, help="last block of the clip labeler (default: naclip)")
+    add("--sigma", type=float, help="width of naclip's gaussian, patches (default: 5)")
+    add("--scale", type=float, help="height of naclip's gaussian (default: 1)")
     add("--calibration", choices=("zscore", "none"), help="of the clip labeler")
     add(
         "--template",
@@ -64,7 +71,7 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 # Options that only some labelers read; anything else that was given is an error, not silence.
 OPTIONS = {
-    "clip": ("attention", "threshold", "image_size", "window", "stride", "min_area", "max_area"),
+    "clip": ("attention", "sigma", "scale", "threshold", "image_size", "window", "stride", "min_area", "max_area"),
     "saliency": ("threshold", "image_size"),
     "foreground": ("min_area", "max_area"),
 }
@@ -72,6 +79,8 @@ OPTIONS = {
 
 def _check(args: argparse.Namespace) -> None:
     read = {*OPTIONS[args.labeler], *(("calibration",) if args.labeler == "clip" else ())}
+    if args.attention not in (None, "naclip"):
+        read -= {"sigma", "scale"}
     if "clip" in (args.labeler, args.namer):
         read.add("template")
     if args.namer == "clip" or (args.labeler == "clip" and args.calibration == "none"):
@@ -81,9 +90,10 @@ def _check(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name) is not None and name not in read:
             option = name.replace("_", "-")
-            raise ValueError(
-                f"--{option} has no effect with --labeler {args.labeler} --namer {args.namer}; leave it out"
-            )
+            chosen = f"--labeler {args.labeler} --namer {args.namer}"
+            if name in ("sigma", "scale") and args.labeler == "clip":
+                chosen = f"--attention {args.attention}"
+            raise ValueError(f"--{option} has no effect with {chosen}; leave it out")
     uses_clip = "clip" in (args.labeler, args.namer)
     uses_backbone = args.labeler != "clip" or args.namer == "classifier"
     needs = {

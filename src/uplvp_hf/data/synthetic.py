@@ -1,8 +1,8 @@
 """Synthetic scenes with exact instance masks: coloured, plain or striped shapes on textured backgrounds.
 
 They let every stage of the library run in seconds without a download. A class is told apart by its look (its hue, plain
-or striped) and by its shape. Measured with a small contrastive model: classes that differ by shape alone are not learnt
-in 400 steps; two classes that share a hue are, but their patches are mixed up, which cuts dense pseudo masks apart.
+or striped) and by its shape, because a small contrastive model learns shape alone slowly; of two classes that share a
+hue it mixes up the patches, which cuts dense pseudo masks apart.
 
     scene = make_scene(seed=0)                      # {"image", "masks", "labels", "caption"}
     write_scenes("runs/scenes", count=200, seed=0)  # a COCO folder; its images/ is a folder of unlabelled pictures

@@ -24,12 +24,10 @@ HEAD_MODULES = ("conv_head", "bn2", "norm_head", "classifier", "head", "head_fc"
 
 @dataclass(frozen=True)
 class Encoded:
-    """maps: feature maps (B, C_l, h_l, w_l), finest first. logits: (B, K) of the whole picture, or None.
-    class_map: (B, K, h, w) logits of every cell of the last map (the class activation map), or None."""
+    """maps: feature maps (B, C_l, h_l, w_l), finest first. logits: (B, K) of the whole picture, or None."""
 
     maps: tuple[torch.Tensor, ...]
     logits: torch.Tensor | None = None
-    class_map: torch.Tensor | None = None
 
 
 class Encoder:
@@ -71,8 +69,7 @@ class Encoder:
             final, maps = self.model.forward_intermediates(pixels)
             if not self.num_classes:
                 return Encoded(tuple(maps))
-            logits = self.model.forward_head(final)
-            return Encoded(tuple(maps), logits, class_activation(self.model, final))
+            return Encoded(tuple(maps), self.model.forward_head(final))
         return Encoded(tuple(self.model(pixels).feature_maps))
 
     @torch.inference_mode()
@@ -81,19 +78,6 @@ class Encoder:
         if not self.num_classes:
             raise ValueError(f"{self.name} has no classifier head; name classes with CLIP, or load classifier weights")
         return self.model(pixels)
-
-
-def class_activation(model: nn.Module, final: torch.Tensor) -> torch.Tensor | None:
-    """Apply a timm model's linear classifier to every cell of its last map (B, C, h, w) -> (B, K, h, w).
-
-    With global average pooling the mean over the cells equals the picture's logits (class activation mapping).
-    None where the classifier is not one linear layer on that map.
-    """
-    classifier = model.get_classifier()
-    if not isinstance(classifier, nn.Linear) or final.ndim != 4 or classifier.in_features != final.shape[1]:
-        return None
-    cells = torch.einsum("kc,bchw->bkhw", classifier.weight, final)
-    return cells if classifier.bias is None else cells + classifier.bias[:, None, None]
 
 
 def pictures_to_pixels(

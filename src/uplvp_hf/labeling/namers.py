@@ -121,8 +121,8 @@ class ClassifierNamer:
     Args:
         encoder: with a classifier head. class_map: {class name: [indices of the classifier's classes]}.
         mode: "picture" gives all masks of a picture its best class; "crop" classifies each mask's crop.
-        image_size: longer side in pixels of what the classifier sees; a MobileNetV2 names 94.0, 94.4 and 96.9 % of the
-            training pictures of animals7 rightly at 224, 256 and 320. context: as in `ClipZeroShotNamer`.
+        image_size: longer side in pixels of what the classifier sees; somewhat more than the side it was trained with
+            names more pictures rightly. context: as in `ClipZeroShotNamer`.
 
     Raises ValueError for an encoder without classifier, an unknown mode, or an index beyond its classes.
     """
