@@ -35,7 +35,8 @@ class DenseClipLabeler:
         min_area, max_area: shares of the picture. max_border: share of the picture's border. nms: IoU per class.
         top: most instances a picture.
 
-    Raises ValueError for an empty vocabulary, an unknown option, a sigma of 0 or less, or background names together with calibration.
+    Raises ValueError for an empty vocabulary, an unknown option, a sigma of 0 or less, or background names together
+    with calibration.
     """
 
     name = "clip"
