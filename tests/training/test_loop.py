@@ -372,14 +372,20 @@ def test_from_pretraining_to_finetuning(run, scenes_dir, tmp_path):
     assert agnostic.config.id2label == {0: "object"} and agnostic.config.class_agnostic
 
 
-def test_frozen_backbones_do_not_move(run, recipe, tiny_segmenter):
+def test_frozen_backbones_do_not_move(run, recipe, tiny_segmenter, tmp_path):
+    from safetensors.torch import save_file
+
     settings = yaml.safe_load(recipe.read_text())
     settings["model"]["segmenter"] = tiny_segmenter("resnet")
     recipe.write_text(yaml.safe_dump(settings))
     loaded = load_settings(str(recipe))
     loop.set_seed(0)
-    start = build_model(loaded, load_dataset_rows(loaded.data.train)).state_dict()
-    state = run("run", "model.freeze_backbone=true", "optim.steps=2").model.state_dict()
+    model = build_model(loaded, load_dataset_rows(loaded.data.train))
+    start = model.state_dict()
+    weights = tmp_path / "backbone.safetensors"
+    save_file(model.segmenter.backbone.state_dict(), weights)
+    words = ("model.freeze_backbone=true", f"model.backbone_weights={weights}", "optim.steps=2")
+    state = run("run", *words).model.state_dict()
     moved = {name for name in start if not torch.equal(start[name], state[name])}
     assert moved and not any("pixel_level_module.encoder." in name for name in moved)
 
