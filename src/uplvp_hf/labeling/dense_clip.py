@@ -12,8 +12,8 @@ last block, h = LayerNorm1(x), q, k, v its projections, O the output projection,
 Then post_layernorm, visual_projection and normalisation for every patch.
 
 The default is naclip with NACLIP's own sigma 5 (patches) and scale 1. Published for OpenAI's CLIP ViT-B/16 (ClearCLIP
-paper, table 2, mean mIoU of five data sets): identity 29.5, clearclip 37.5; the NACLIP paper reports results like the
-latter's, by a protocol of its own. A very small CLIP can prefer attention closer to the identity: the demo's is used
+paper, table 2, mean mIoU of five data sets): identity 29.5, clearclip 37.5. No real
+CLIP has been measured with this code. A very small CLIP can prefer attention closer to the identity: the demo's is used
 with scale 5 and sigma 1.5. Naming each mask by zero-shot on its crop (`namers`) is surer than the class of the map.
 """
 
