@@ -60,3 +60,16 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
     """One JSON value a line, as `write_text`."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_model_name(name: str | os.PathLike[str]) -> None:
+    """Raises FileNotFoundError when `name` is no folder and cannot be meant as a Hub repository (USER/NAME).
+
+    A missing folder beside existing ones is not looked up on the Hub, which would take long without a network.
+    """
+    text = os.fspath(name)
+    if os.path.isdir(text):
+        return
+    parent = os.path.dirname(text)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")) or os.path.isdir(parent):
+        raise FileNotFoundError(f"{text}: no such folder. Pass a model folder or a Hub repository USER/NAME.")

@@ -76,3 +76,9 @@ def test_pictures_may_lie_elsewhere(scenes, tmp_path, tiny_segmenter):
     with pytest.raises(ConfigError, match=r"data\.train_images"):
         build(f"data.train={annotations}", model=model)
     build(f"data.train={annotations}", f"data.train_images={scenes / 'images'}", model=model)
+
+
+@pytest.mark.parametrize("name", ["runs", "./runs/pretrain", "{}/pretrain"])
+def test_a_missing_start_is_not_looked_up_on_the_hub(scenes, tmp_path, name):
+    with pytest.raises(ConfigError, match="no such folder"):
+        build(f"data.train={scenes}", f"model.init={name.format(tmp_path)}")

@@ -155,3 +155,11 @@ def test_every_epoch_shows_every_picture_once_whatever_the_processes():
     state = torch.get_rng_state()
     list(SampleKeys(10, settings, 0))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_words_that_yaml_would_read_as_something_else_stay_text():
+    """YAML takes off, no and 12 for a truth value and a number; a folder may be called so."""
+    settings = load_settings(None, ["model.init=off", "data.train=12", "output=no", "model.segmenter.flag=off"])
+    assert (settings.model.init, settings.data.train, settings.output) == ("off", "12", "no")
+    assert settings.model.segmenter == {"flag": False}
+    assert load_settings(None, ["data.val=null"]).data.val is None

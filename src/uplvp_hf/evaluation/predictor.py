@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, segmentation_to_rle
+from uplvp_hf.files import check_model_name
 
 from .coco_map import CocoMaskMap
 
@@ -37,8 +38,7 @@ def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -
         for needed in ("config.json", "preprocessor_config.json"):
             if not os.path.isfile(os.path.join(name_or_dir, needed)):
                 raise FileNotFoundError(f"{name_or_dir}: no {needed}; not the folder of a trained model.")
-    elif name_or_dir.count("/") != 1 or name_or_dir.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{name_or_dir}: no such folder. Pass a model folder or a Hub repository USER/NAME.")
+    check_model_name(name_or_dir)
     try:
         kind = UplvpConfig.get_config_dict(name_or_dir)[0].get("model_type")
     except OSError as error:

@@ -16,6 +16,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.splits import sample_labels_per_class
+from ..files import check_model_name
 from ..models.configuration_uplvp import UplvpConfig
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
@@ -73,6 +74,10 @@ def _processor_settings(init: str | None) -> dict:
     """What `preprocessor_config.json` of a checkpoint holds; nothing where there is none."""
     if init is None:
         return {}
+    try:
+        check_model_name(init)
+    except FileNotFoundError as error:
+        raise ConfigError(f"`model.init`: {error}") from error
     try:
         return ImageProcessingMixin.get_image_processor_dict(init)[0]
     except (OSError, ValueError):

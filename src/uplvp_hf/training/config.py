@@ -175,7 +175,7 @@ def load_settings(recipe: str | None = None, overrides: list[str] | None = None,
             value = yaml.safe_load(text) if text else None
         except yaml.YAMLError as error:
             raise ConfigError(f"`{word}`: the value is not valid YAML: {error}") from error
-        _set(values, key.lstrip("-").split("."), value)
+        _set(values, key.lstrip("-").split("."), _Word(value, text))
     return _build(TrainSettings, values, "")
 
 
@@ -197,6 +197,21 @@ def read_recipe(name_or_path: str) -> dict[str, Any]:
     return content
 
 
+@dataclass
+class _Word:
+    """A value from the command line: as YAML reads it, and as it was written (YAML takes `off` for False)."""
+
+    value: Any
+    text: str
+
+
+def _plain(value: Any) -> Any:
+    """`value` without `_Word`s, at any depth of dicts."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value.value if isinstance(value, _Word) else value
+
+
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
         values = values.setdefault(key, {})
@@ -215,7 +230,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
             raise ConfigError(f"Unknown setting `{prefix}{key}`. {_suggestion(key, prefix, list(known))}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
-                raise ConfigError(f"`{prefix}{key}` is a section and needs `key: value` lines, got {value!r}.")
+                raise ConfigError(f"`{prefix}{key}` is a section and needs `key: value` lines, got {_plain(value)!r}.")
             arguments[key] = _build(hints[key], value, f"{prefix}{key}.")
         else:
             arguments[key] = _coerce(f"{prefix}{key}", value, hints[key])
@@ -246,6 +261,9 @@ def _suggestion(key: str, prefix: str, siblings: list[str]) -> str:
 def _coerce(key: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type: whole numbers become floats, `1e-3` (a string in YAML) too."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, _Word) and value.value is not None and str in options:
+        return value.text
+    value = _plain(value)
     if value is None:
         if types.NoneType in options:
             return None
