@@ -11,7 +11,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="uplvp demo",
         description="Label generated scenes with the small CLIP of the package, pre-train, fine-tune on 20 labelled "
-        "pictures, and compare with training from scratch. Needs no data, weights or network; about 6 minutes on 2 "
+        "pictures, and compare with training from scratch. Needs no data, weights or network; about 5 minutes on 2 "
         "cores.",
     )
     parser.add_argument(

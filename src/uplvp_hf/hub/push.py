@@ -119,7 +119,12 @@ def _weights(model_dir: Path) -> list[Path]:
 
 
 def _add_code(folder: Path) -> None:
-    """Copies the model's source files, and names the classes in the two settings files (`auto_map`)."""
+    """Copies the model's source files, and names the classes in the two settings files (`auto_map`).
+
+    A folder with them loads with `trust_remote_code=True` where this library is not installed. The stock pipeline then
+    wants that argument where it is installed too: it looks for a video processor and takes the image processor's entry
+    for remote code (transformers 5.23). So only repositories get the code, not the folders of runs.
+    """
     from transformers.dynamic_module_utils import get_relative_import_files
 
     import uplvp_hf.models
