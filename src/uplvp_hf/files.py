@@ -63,12 +63,14 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
 
 
 def check_model_name(name: str | os.PathLike[str]) -> None:
-    """Raises FileNotFoundError when `name` is no folder and cannot be meant as a Hub repository (USER/NAME).
+    """Raises FileNotFoundError when `name` is neither the folder of a model nor meant as a Hub repository (USER/NAME).
 
     A missing folder beside existing ones is not looked up on the Hub, which would take long without a network.
     """
     text = os.fspath(name)
     if os.path.isdir(text):
+        if not os.path.isfile(os.path.join(text, "config.json")):
+            raise FileNotFoundError(f"{text}: no config.json; not the folder of a model.")
         return
     parent = os.path.dirname(text)
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or os.path.isdir(parent):

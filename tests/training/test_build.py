@@ -78,7 +78,12 @@ def test_pictures_may_lie_elsewhere(scenes, tmp_path, tiny_segmenter):
     build(f"data.train={annotations}", f"data.train_images={scenes / 'images'}", model=model)
 
 
-@pytest.mark.parametrize("name", ["runs", "./runs/pretrain", "{}/pretrain"])
+@pytest.mark.parametrize("name", ["no_such_run", "./no_such/run", "{}/pretrain"])
 def test_a_missing_start_is_not_looked_up_on_the_hub(scenes, tmp_path, name):
     with pytest.raises(ConfigError, match="no such folder"):
         build(f"data.train={scenes}", f"model.init={name.format(tmp_path)}")
+
+
+def test_a_start_without_a_model_is_named(scenes):
+    with pytest.raises(ConfigError, match=r"scenes: no config\.json"):
+        build(f"data.train={scenes}", f"model.init={scenes}")
