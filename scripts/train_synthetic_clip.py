@@ -3,7 +3,7 @@
 Commands:
 
     python scripts/train_synthetic_clip.py --output src/uplvp_hf/assets/synthetic_clip
-    python scripts/train_synthetic_clip.py --output /tmp/clip --steps 50        # a quick try
+    python scripts/train_synthetic_clip.py --output runs/clip --steps 50        # a quick try
 
 Writes a folder that `CLIPModel`, `AutoTokenizer` and `CLIPImageProcessor` load offline, with `training.json` (settings
 and measured accuracy) and a model card. About six minutes on one CPU core; set OMP_NUM_THREADS to the cores that are
