@@ -308,3 +308,15 @@ def test_exported_directory_works_in_the_stock_pipeline(tiny_segmenter, tmp_path
     assert inputs["pixel_values"].shape[-2:] == (32, 64)
     pipe = pipeline("image-segmentation", model=str(tmp_path), subtask="instance")
     assert isinstance(pipe(Image.new("RGB", (100, 50)), threshold=0.0), list)
+
+
+@BOTH
+def test_an_official_checkpoint_for_other_classes_in_one_call(make_config, tmp_path, cls):
+    official = Mask2FormerForUniversalSegmentation(make_config().segmenter_config)  # cat, dog, horse
+    official.save_pretrained(tmp_path)
+    model = cls.from_pretraining(str(tmp_path), id2label={0: "horse", 1: "fox"}, category_ids=[4, 8])
+    head, before = model.segmenter.class_predictor.weight, official.class_predictor.weight
+    assert torch.equal(head[0], before[2]) and torch.equal(head[2], before[3])  # horse, "no object"
+    assert model.transfer_report.new_classes == ["fox"] and model.config.category_ids == [4, 8]
+    for name, tensor in official.model.state_dict().items():
+        assert torch.equal(model.segmenter.model.state_dict()[name], tensor), name

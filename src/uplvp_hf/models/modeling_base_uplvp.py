@@ -105,7 +105,7 @@ class UplvpPreTrainedModel(PreTrainedModel):
         class_head: str = "remap",
         **kwargs,
     ) -> "UplvpPreTrainedModel":
-        """Loads a checkpoint of either model for another set of classes, in one call.
+        """Loads a checkpoint, of either model or of a segmenter as transformers has it, for other classes in one call.
 
         Tensors of equal shape are kept. Class-sized tensors get the row of the class of the same name where the
         checkpoint knows it (`class_head="remap"`) and are re-initialised otherwise, or always (`"new"`). What happened
@@ -113,8 +113,12 @@ class UplvpPreTrainedModel(PreTrainedModel):
         checkpoint, the others go to `from_pretrained`.
         """
         settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
-        config = UplvpConfig.from_pretrained(name_or_dir, **_where(kwargs))
-        source = cls._source_class(config).from_pretrained(name_or_dir, config=config, **kwargs)
+        found, _ = UplvpConfig.get_config_dict(name_or_dir, **_where(kwargs))
+        if found.get("model_type") == UplvpConfig.model_type:
+            config = UplvpConfig.from_pretrained(name_or_dir, **_where(kwargs))
+            source = cls._source_class(config).from_pretrained(name_or_dir, config=config, **kwargs)
+        else:
+            source = cls.from_segmenter_pretrained(name_or_dir, **kwargs)
         config = UplvpConfig.from_dict({**source.config.to_dict(), "class_agnostic": False, **settings})
         config.sync_classes(id2label, category_ids)
         model = cls(config).to(source.dtype)

@@ -195,15 +195,8 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
             f"{init} does not hold the segmenter that the settings describe ({'; '.join(unlike)}). Start from another "
             "checkpoint, or give settings without `model.segmenter`."
         )
-    if found.model_type != "uplvp":
-        draft = cls.from_segmenter_pretrained(init)
-        model = cls(_with_classes(draft.config, id2label, category_ids, _method(settings.model)))
-        from ..models.transfer import transfer_weights
-
-        model.transfer_report = transfer_weights(draft, model, settings.model.class_head)
-    else:
-        method = _method(settings.model)
-        model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
+    method = _method(settings.model)
+    model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
     logger.info("From %s: %s", init, model.transfer_report)
     return model
 
@@ -217,12 +210,6 @@ def _differences(wanted: dict, found: dict, prefix: str) -> list[str]:
         elif key in found and found[key] != (list(value) if isinstance(value, tuple) else value):
             unlike.append(f"{prefix}{key} is {value!r}, there {found[key]!r}")
     return unlike
-
-
-def _with_classes(config: UplvpConfig, id2label: dict, category_ids: list[int], method: dict) -> UplvpConfig:
-    config = UplvpConfig.from_dict({**config.to_dict(), **method})
-    config.sync_classes(id2label, category_ids)
-    return config
 
 
 def load_backbone_weights(backbone: nn.Module, path: str) -> list[str]:

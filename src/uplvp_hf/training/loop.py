@@ -319,6 +319,8 @@ class _Run:
             "stage": self.settings.stage,
             "settings": self.settings.to_dict(),
             "pictures": len(self.samples),
+            "parameters": sum(parameter.numel() for parameter in self.plain.parameters()),
+            "parameters_trained": sum(p.numel() for p in self.plain.parameters() if p.requires_grad),
             "seconds": round(self.result.seconds, 1),
             "hardware": f"{self.accelerator.num_processes} x {_device_name(self.accelerator.device)}",
             "skipped_steps": self.result.skipped,
