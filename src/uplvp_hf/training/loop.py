@@ -8,6 +8,7 @@ numbers), `checkpoint-<step>/`, and at the end the model, its image processor an
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import platform
@@ -63,6 +64,8 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
         project_dir=settings.output,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if accelerator.num_processes > 1:
+        atexit.register(_leave_process_group)
     set_seed(settings.seed)
     settings = with_picture_settings(settings)
     _check_output(settings, resume)
@@ -328,6 +331,12 @@ class _Run:
             "metrics": evaluations[max(evaluations)] if evaluations else None,
             "evaluations": {str(step): metrics for step, metrics in evaluations.items()},
         }
+
+
+def _leave_process_group() -> None:
+    """Without this a process may abort at its very end, when threads of the group are still running."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _evaluates_agnostic(settings: TrainSettings) -> bool:
