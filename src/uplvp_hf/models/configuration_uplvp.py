@@ -1,45 +1,17 @@
 """Configuration of UPLVP models: a query segmenter and how prompts and kernel supervision act on it."""
 
-import difflib
-
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .configuration_base import StrictConfigMixin
 
 MATCHING = ("cosine", "sequential", "random", "none")
 POOLING = ("mask", "box")
-# Keyword arguments that transformers itself hands to a configuration, beside the declared fields.
-_COMMON_KEYS = frozenset(
-    {
-        "model_type",
-        "label2id",
-        "num_labels",
-        "name_or_path",
-        "auto_map",
-        "attn_implementation",
-        "torch_dtype",
-        "custom_pipelines",
-        "output_attentions",
-        "finetuning_task",
-        "task_specific_params",
-        "revision",
-        "experts_implementation",
-        "quantization_config",
-        "is_decoder",
-        "tie_encoder_decoder",
-        "add_cross_attention",
-        "pruned_heads",
-        "torchscript",
-        "use_bfloat16",
-    }
-)
 
 
 @strict
-class UplvpConfig(PreTrainedConfig):
+class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`UplvpForPreTraining`] and [`UplvpForInstanceSegmentation`].
 
@@ -90,11 +62,6 @@ class UplvpConfig(PreTrainedConfig):
     kernel_supervision_weight: float | int = 1.0
 
     def __post_init__(self, **kwargs):
-        for key in kwargs:
-            if not self._is_known(key):
-                near = difflib.get_close_matches(key, [*self.__dataclass_fields__, *_COMMON_KEYS], n=1)
-                hint = f" Did you mean `{near[0]}`?" if near else ""
-                raise ValueError(f"UplvpConfig has no setting `{key}`.{hint}")
         if kwargs.get("num_labels") is None and self.id2label is None and kwargs.get("label2id") is None:
             segmenter = self.segmenter_config
             names = segmenter.get("id2label") if isinstance(segmenter, dict) else getattr(segmenter, "id2label", None)
@@ -105,22 +72,12 @@ class UplvpConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in transformers, for configurations read from a file, with two allowances.
-
-        Other classes given by keyword (`num_labels`, `id2label`) drop the stored `category_ids`, and keys that this
-        version does not know, which a later version of transformers may have written, are left out with a warning.
-        """
+        """As in `StrictConfigMixin`; other classes given by keyword (`num_labels`, `id2label`) also drop the stored
+        `category_ids`."""
         config_dict = dict(config_dict)
         if "category_ids" not in kwargs and any(kwargs.get(key) is not None for key in ("num_labels", "id2label")):
             config_dict.pop("category_ids", None)
-        unknown = [key for key in config_dict if not cls._is_known(key)]
-        if unknown:
-            logger.warning_once(f"Settings of a configuration that UplvpConfig does not know: {', '.join(unknown)}.")
-        return super().from_dict({key: config_dict[key] for key in config_dict if key not in unknown}, **kwargs)
-
-    @classmethod
-    def _is_known(cls, key: str) -> bool:
-        return key in cls.__dataclass_fields__ or key in _COMMON_KEYS or key.startswith("_")
+        return super().from_dict(config_dict, **kwargs)
 
     def sync_classes(self, id2label: dict[int, str], category_ids: list[int] | None = None) -> None:
         """Sets the classes here and in the segmenter. `id2label` maps 0..K-1 to names; `category_ids` has K ids."""
