@@ -39,7 +39,8 @@ def test_zscore_calibration(clip):
     labeler, images = make(clip), [blob_picture(k, 96 + 8 * k) for k in range(3)]
     with pytest.raises(ValueError, match="not calibrated"):
         labeler(images)
-    state = labeler.prepare(iter(images))
+    state = labeler.calibrate(labeler.measure(images))
+    labeler.restore(state)
     cells = torch.cat([grid.flatten(1) for grid in labeler.similarities(images)], dim=1)
     torch.testing.assert_close(torch.tensor(state["calibration"]["mean"]), cells.mean(1), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(
@@ -56,7 +57,7 @@ def test_zscore_calibration(clip):
 
 def test_background_names_take_their_share(clip):
     labeler = make(clip, background=["sky"], calibration=None)
-    assert labeler.prepare([]) == {} and labeler.threshold == 0.5
+    assert labeler.measure([]) == [] and labeler.calibrate([]) == {} and labeler.threshold == 0.5
     (grid,) = labeler.similarities([blob_picture(0)])
     assert grid.shape[0] == 3
     want = (50 * grid).softmax(0)[:2]

@@ -88,11 +88,11 @@ def test_an_interrupt_keeps_the_rows_in_hand(tmp_path):
     calls = []
 
     class Interrupted(ForegroundLabeler):
-        def __call__(self, images):
+        def __call__(self, images, rows=None):
             calls.append(len(images))
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return super().__call__(images)
+            return super().__call__(images, rows)
 
     labeler.__class__ = Interrupted
     with pytest.raises(KeyboardInterrupt):

@@ -11,15 +11,17 @@ A class activation map of the named class added next to nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..data.dataset import Row
 from .encoders import Encoder
 from .instances import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
+from .pipeline import LabelerBase
 from .saliency import group_by_size
 
 
@@ -74,7 +76,7 @@ class Ridge:
         return standardise((self.inputs @ weights).view(target.shape))
 
 
-class ForegroundLabeler:
+class ForegroundLabeler(LabelerBase):
     """Foreground components as proposals; class-agnostic.
 
     Args:
@@ -89,7 +91,6 @@ class ForegroundLabeler:
     """
 
     name = "foreground"
-    vocabulary: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -123,14 +124,7 @@ class ForegroundLabeler:
         sizes = {"norm_sizes": list(self.norm_sizes), "component_sizes": list(self.component_sizes)}
         return sizes | {name: getattr(self, name) for name in names}
 
-    def prepare(self, images: Iterable[Image.Image]) -> dict[str, Any]:
-        """Nothing to calibrate."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-    def __call__(self, images: Sequence[Image.Image]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
         """One `Proposals` a picture, masks at the picture's size."""
         sizes = sorted({*self.norm_sizes, *self.component_sizes})
         pyramids = {longest: self._encode(images, longest) for longest in sizes}

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from ..data.dataset import Row
 from .dense_clip import ATTENTIONS, Clip, similarity_grids
 from .instances import Proposals, connected_components, filter_proposals, mask_nms, top_k, upsample_grid
+from .pipeline import LabelerBase
 from .text import TEMPLATES, embed_classes, split_synonyms
 
 # Calibration spread below this is a class whose similarity never changes; dividing by it would make noise evidence.
 MIN_STD = 1e-4
 
 
-class DenseClipLabeler:
+class DenseClipLabeler(LabelerBase):
     """Masks with classes from a vocabulary, without any training (UPLVP's mask proposal with a training-free CLIP).
 
     Args:
@@ -26,7 +28,7 @@ class DenseClipLabeler:
         attention, sigma, scale: last block (`dense_clip`); the defaults are NACLIP's, sigma in patches above 0.
         image_size: pixels of the picture's `side` ("shorter" or "longer"); None: twice the model's own size.
         window, stride: pixels; None: the model's own size, and half of it. window 0: whole pictures.
-        calibration: "zscore" measures each class's mean and deviation over a first pass (`prepare`) and takes the
+        calibration: "zscore" measures each class's mean and deviation over a first pass (`measure`) and takes the
             deviations above the mean as evidence; None uses `background` if given, else the plain cosine.
         background: names of what is no object; evidence is then the softmax probability at `logit_scale`.
         threshold: evidence that a pixel needs; None: 1.0 deviations, probability .5, or cosine .2 (UPLVP's t1).
@@ -101,31 +103,37 @@ class DenseClipLabeler:
         grids = similarity_grids(self.clip, images, self.text.vectors, window_batch=self.window_batch, **self.search)
         return [self.text.per_class(grid, dim=0) for grid in grids]
 
-    def prepare(self, images: Iterable[Image.Image]) -> dict[str, Any]:
-        """Measure every class's mean and deviation over all places of `images`; {} without calibration.
+    def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[dict[str, Any]]:
+        """Number of cells of each picture, and every class's sum and sum of squares over them; [] uncalibrated."""
+        if self.calibration is None:
+            return []
+        entries = []
+        for grid in self.similarities(images):
+            cells = grid.flatten(1).double().cpu()
+            sums = {"total": cells.sum(dim=1).tolist(), "squares": (cells**2).sum(dim=1).tolist()}
+            entries.append({"count": cells.shape[1], **sums})
+        return entries
+
+    def calibrate(self, statistics: list[dict[str, Any]]) -> dict[str, Any]:
+        """Every class's mean and deviation over all places of the measured pictures; {} without calibration.
 
         Raises ValueError when there is no picture to calibrate on.
         """
         if self.calibration is None:
             return {}
-        count, pictures = 0, 0
-        total = torch.zeros(len(self.entries), dtype=torch.float64)
-        squares = torch.zeros_like(total)
-        for image in images:
-            cells = self.similarities([image])[0].flatten(1).double().cpu()
-            count, pictures = count + cells.shape[1], pictures + 1
-            total += cells.sum(dim=1)
-            squares += (cells**2).sum(dim=1)
-        if not pictures:
+        if not statistics:
             raise ValueError("no readable picture to calibrate the clip labeler on; use calibration=None")
+        count = sum(entry["count"] for entry in statistics)
+        total, squares = (
+            torch.tensor([entry[name] for entry in statistics], dtype=torch.float64).sum(dim=0)
+            for name in ("total", "squares")
+        )
         mean = total / count
         std = (squares / count - mean**2).clamp_min(0).sqrt()
-        state = {"calibration": {"mean": mean.tolist(), "std": std.tolist(), "pictures": pictures}}
-        self.restore(state)
-        return state
+        return {"calibration": {"mean": mean.tolist(), "std": std.tolist(), "pictures": len(statistics)}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over what `prepare` returned, from this or an earlier run."""
+        """Take over what `calibrate` returned, from this or an earlier run."""
         if self.calibration is not None:
             values = state["calibration"]
             self.mean = torch.tensor(values["mean"], device=self.clip.device)
@@ -136,13 +144,13 @@ class DenseClipLabeler:
         classes = len(self.entries)
         if self.calibration is not None:
             if self.mean is None or self.std is None:
-                raise ValueError("the clip labeler is not calibrated: call prepare(pictures) or restore(state) first")
+                raise ValueError("the clip labeler is not calibrated: call restore(calibrate(measure(pictures))) first")
             return (similarities - self.mean[:, None, None]) / self.std[:, None, None]
         if self.background:
             return (similarities * self.logit_scale).softmax(dim=0)[:classes]
         return similarities
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
         """One `Proposals` with labels a picture, masks at the picture's size."""
         maps = self.similarities(images)
         return [self.instances(self.evidence(grid), image.size[::-1]) for grid, image in zip(maps, images)]

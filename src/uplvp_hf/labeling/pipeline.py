@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -24,22 +24,52 @@ AGNOSTIC_NAME = "object"
 
 
 class Labeler(Protocol):
-    """A mask source. `vocabulary` is empty for a class-agnostic one; `settings` must survive JSON."""
+    """A mask source. `vocabulary` is empty for a class-agnostic one; `settings` must survive JSON and hold everything
+    that the labels depend on. `licence`: of the weights, where it is known. `LabelerBase` has the rest for a source
+    that calibrates nothing.
+
+    `rows` are the data set's rows of the same pictures, for sources that look something up; None: there are none.
+    """
 
     name: str
     encoder_name: str
     vocabulary: Sequence[str]
+    licence: str | None
 
     @property
     def settings(self) -> dict[str, Any]: ...
 
-    def prepare(self, images: Iterable[Image.Image]) -> dict[str, Any]:
-        """Calibrate on pictures; returns JSON values that `restore` takes."""
+    def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
+        """One JSON value a picture, for `calibrate`; [] when there is nothing to calibrate."""
         ...
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def calibrate(self, statistics: list[Any]) -> dict[str, Any]:
+        """From what `measure` gave for all calibration pictures, in the data set's order, to a state: JSON values."""
+        ...
 
-    def __call__(self, images: Sequence[Image.Image]) -> list[Proposals]: ...
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that `calibrate` returned, in this run, another process or an earlier run."""
+        ...
+
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]: ...
+
+
+class LabelerBase:
+    """A labeler without calibration, without classes and of unknown licence; subclasses replace what differs."""
+
+    vocabulary: Sequence[str] = ()
+    licence: str | None = None
+
+    def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
+        """Nothing to measure."""
+        return []
+
+    def calibrate(self, statistics: list[Any]) -> dict[str, Any]:
+        """Nothing to calibrate."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
 
 
 class Namer(Protocol):
@@ -169,7 +199,7 @@ def label_images(
         resume: continue a store of equal settings; pictures with a row are skipped, failed ones are tried again.
         limit: only the first `limit` pictures.
         min_confidence: drop masks that the namer was less sure of.
-        calibration_pictures: at most so many pictures, spread over the set, for `labeler.prepare`.
+        calibration_pictures: at most so many pictures, spread over the set, for `labeler.measure`.
         image_root: write picture paths relative to this folder; None writes absolute ones.
         rank, world_size: this process takes every `world_size`-th picture.
 
@@ -191,7 +221,12 @@ def label_images(
             _check_calibration(store, min(calibration_pictures, len(everything)))
         else:
             picked = [everything[k] for k in _spread(len(everything), calibration_pictures)]
-            store.start(labeler.prepare(_readable(dataset, picked, progress)))
+            statistics: list[Any] = []
+            for image in _readable(dataset, picked, progress):
+                statistics += labeler.measure([image])
+            state = labeler.calibrate(statistics)
+            labeler.restore(state)
+            store.start(state)
         if rank == 0:
             # Failures that an annotation file is named for are about objects, which nobody looks at here.
             unread = [failure for failure in dataset.failures if failure["file"] != dataset.name]
@@ -236,7 +271,7 @@ def _label_batch(
             summary.failed += 1
     if not images:
         return
-    results = labeler(images)
+    results = labeler(images, [dataset[index] for index in loaded])
     if namer is not None:
         results = namer(images, results)
     for index, image, proposals in zip(loaded, images, results):

@@ -9,7 +9,7 @@ better source.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..data.dataset import Row
 from .encoders import Encoder, fit_longest
 from .instances import Proposals, filter_proposals, matrix_nms, top_k, upsample_grid
+from .pipeline import LabelerBase
 
 
 def make_queries(features: torch.Tensor, scales: Sequence[float] = (1.0, 0.5, 0.25)) -> torch.Tensor:
@@ -99,7 +101,7 @@ def propose(
     return soft[order][best], scores[best]
 
 
-class SaliencyLabeler:
+class SaliencyLabeler(LabelerBase):
     """SP's proposals for pictures. Class-agnostic.
 
     Args:
@@ -111,7 +113,6 @@ class SaliencyLabeler:
     """
 
     name = "saliency"
-    vocabulary: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -141,14 +142,7 @@ class SaliencyLabeler:
         search = {**self.search, "scales": list(self.search["scales"])}
         return {"image_size": self.image_size, "cell_offset": self.cell_offset, **search, **self.filters}
 
-    def prepare(self, images: Iterable[Image.Image]) -> dict[str, Any]:
-        """Nothing to calibrate."""
-        return {}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Nothing to restore."""
-
-    def __call__(self, images: Sequence[Image.Image]) -> list[Proposals]:
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
         """One `Proposals` a picture, masks at the picture's size."""
         results: list[Proposals | None] = [None] * len(images)
         for size, indices in group_by_size(images, self.image_size).items():
