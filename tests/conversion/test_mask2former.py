@@ -6,7 +6,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from transformers import AutoBackbone, AutoConfig
 
 from uplvp_hf.conversion import convert_mmdet_mask2former
-from uplvp_hf.conversion.mask2former import _resnet
+from uplvp_hf.conversion.resnet import resnet_config
 
 PREFIX = "model.pixel_level_module.encoder."
 
@@ -21,7 +21,7 @@ def test_resnets_give_the_features_of_torchvision(depth, block, blocks):
                 value.uniform_(0.5, 1.5)
             elif value.dim() == 1:
                 value.uniform_(-0.2, 0.2)
-    settings = _resnet({"type": "ResNet", "depth": depth})
+    settings = resnet_config({"type": "ResNet", "depth": depth})
     ours = AutoBackbone.from_config(AutoConfig.for_model(settings.pop("model_type"), **settings)).eval()
     state = {f"backbone.{k}": v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
     converted = convert_mmdet_mask2former(state)

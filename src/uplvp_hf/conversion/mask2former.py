@@ -9,14 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# depth of mmdetection's ResNet -> (type of block in transformers, blocks a stage)
-_RESNETS = {
-    18: ("basic", [2, 2, 2, 2]),
-    34: ("basic", [3, 4, 6, 3]),
-    50: ("bottleneck", [3, 4, 6, 3]),
-    101: ("bottleneck", [3, 4, 23, 3]),
-    152: ("bottleneck", [3, 8, 36, 3]),
-}
+from .resnet import resnet_config, resnet_name
 
 _ENCODER = "model.pixel_level_module.encoder."
 _PIXEL = "model.pixel_level_module.decoder."
@@ -24,8 +17,6 @@ _DECODER = "model.transformer_module."
 
 # Pattern over the whole name in mmdetection -> our name. Group 1, 2, ... as in `re.sub`.
 _RULES = [
-    (r"backbone\.conv1\.(.+)", _ENCODER + r"embedder.embedder.convolution.\1"),
-    (r"backbone\.bn1\.(.+)", _ENCODER + r"embedder.embedder.normalization.\1"),
     (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.conv\.(.+)", _PIXEL + r"input_projections.\1.0.\2"),
     (r"panoptic_head\.pixel_decoder\.input_convs\.(\d+)\.gn\.(.+)", _PIXEL + r"input_projections.\1.1.\2"),
     (r"panoptic_head\.pixel_decoder\.level_encoding\.weight", _PIXEL + "level_embed"),
@@ -89,11 +80,9 @@ def _convert(name: str, tensor: Tensor, laterals: int) -> dict[str, Tensor]:
         match = re.fullmatch(pattern, name)
         if match:
             return {match.expand(ours): tensor}
-    match = re.fullmatch(r"backbone\.layer(\d+)\.(\d+)\.(.+)", name)
-    if match:
-        block = f"{_ENCODER}encoder.stages.{int(match[1]) - 1}.layers.{match[2]}."
-        part = _block_part(match[3])
-        return {block + part: tensor} if part else {}
+    if name.startswith("backbone."):
+        part = resnet_name(name.removeprefix("backbone."))
+        return {_ENCODER + part: tensor} if part else {}
     match = re.fullmatch(r"panoptic_head\.mask_embed\.(\d+)\.(.+)", name)
     if match:  # linear layers with a ReLU between them: 0, 2, 4
         return {f"{_DECODER}decoder.mask_predictor.mask_embedder.{int(match[1]) // 2}.0.{match[2]}": tensor}
@@ -104,15 +93,6 @@ def _convert(name: str, tensor: Tensor, laterals: int) -> dict[str, Tensor]:
         return {f"{_PIXEL}{ours}_{laterals - int(match[2])}.{place}.{match[4]}": tensor}
     match = re.fullmatch(r"panoptic_head\.(pixel_decoder\.encoder|transformer_decoder)\.layers\.(\d+)\.(.+)", name)
     return _layer_part(match[1], match[2], match[3], tensor) if match else {}
-
-
-def _block_part(name: str) -> str | None:
-    """Within a residual block: `conv2.weight` -> `layer.1.convolution.weight`, `downsample.1.bias` -> ..."""
-    match = re.fullmatch(r"(conv|bn)(\d)\.(.+)", name)
-    if match:
-        return f"layer.{int(match[2]) - 1}.{'convolution' if match[1] == 'conv' else 'normalization'}.{match[3]}"
-    match = re.fullmatch(r"downsample\.([01])\.(.+)", name)
-    return f"shortcut.{('convolution', 'normalization')[int(match[1])]}.{match[2]}" if match else None
 
 
 def _layer_part(stack: str, layer: str, name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -154,7 +134,7 @@ def config_from_mmdet(config: dict[str, Any]) -> dict[str, Any]:
     class_weight = head["loss_cls"].get("class_weight") or [1.0] * classes + [0.1]
     _require("weights of the true classes", list(class_weight[:-1]), [1.0] * classes)
     return {
-        "backbone_config": _resnet(config["backbone"]),
+        "backbone_config": resnet_config(config["backbone"]),
         "num_labels": classes,
         "feature_strides": list(head["strides"]),
         "feature_size": head["feat_channels"],
@@ -175,22 +155,6 @@ def config_from_mmdet(config: dict[str, Any]) -> dict[str, Any]:
         "train_num_points": train["num_points"],
         "oversample_ratio": train["oversample_ratio"],
         "importance_sample_ratio": train["importance_sample_ratio"],
-    }
-
-
-def _resnet(backbone: dict[str, Any]) -> dict[str, Any]:
-    if backbone["type"] != "ResNet" or backbone.get("depth") not in _RESNETS:
-        raise ValueError(f"Only ResNet {', '.join(map(str, _RESNETS))} can be converted, got {backbone['type']}.")
-    kind, depths = _RESNETS[backbone["depth"]]
-    width = backbone.get("base_channels", 64) * (4 if kind == "bottleneck" else 1)
-    return {
-        "model_type": "resnet",
-        "layer_type": kind,
-        "depths": depths,
-        "embedding_size": backbone.get("stem_channels") or backbone.get("base_channels", 64),
-        "hidden_sizes": [width * 2**stage for stage in range(4)],
-        "downsample_in_bottleneck": backbone.get("style", "pytorch") == "caffe",
-        "out_features": [f"stage{index + 1}" for index in backbone.get("out_indices", range(4))],
     }
 
 

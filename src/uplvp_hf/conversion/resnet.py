@@ -1,0 +1,52 @@
+"""ResNet 18 to 152 under the names of mmdetection and torchvision -> `ResNetBackbone` of transformers."""
+
+import re
+from typing import Any
+
+# depth -> (type of block in transformers, blocks a stage)
+RESNETS = {
+    18: ("basic", [2, 2, 2, 2]),
+    34: ("basic", [3, 4, 6, 3]),
+    50: ("bottleneck", [3, 4, 6, 3]),
+    101: ("bottleneck", [3, 4, 23, 3]),
+    152: ("bottleneck", [3, 8, 36, 3]),
+}
+
+
+def resnet_name(name: str) -> str | None:
+    """Name of a tensor inside the backbone (`layer1.0.conv2.weight`) -> ours, None if it has no place."""
+    match = re.fullmatch(r"(conv|bn)1\.(.+)", name)
+    if match:
+        return f"embedder.embedder.{'convolution' if match[1] == 'conv' else 'normalization'}.{match[2]}"
+    match = re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)", name)
+    part = _block_part(match[3]) if match else None
+    return f"encoder.stages.{int(match[1]) - 1}.layers.{match[2]}.{part}" if part else None
+
+
+def _block_part(name: str) -> str | None:
+    """Within a residual block: `conv2.weight` -> `layer.1.convolution.weight`, `downsample.1.bias` -> ..."""
+    match = re.fullmatch(r"(conv|bn)(\d)\.(.+)", name)
+    if match:
+        return f"layer.{int(match[2]) - 1}.{'convolution' if match[1] == 'conv' else 'normalization'}.{match[3]}"
+    match = re.fullmatch(r"downsample\.([01])\.(.+)", name)
+    return f"shortcut.{('convolution', 'normalization')[int(match[1])]}.{match[2]}" if match else None
+
+
+def resnet_config(backbone: dict[str, Any]) -> dict[str, Any]:
+    """`backbone` section of an mmdetection configuration -> settings of a transformers `ResNetConfig`.
+
+    Raises ValueError for another backbone than the ResNets of `RESNETS`.
+    """
+    if backbone["type"] != "ResNet" or backbone.get("depth") not in RESNETS:
+        raise ValueError(f"Only ResNet {', '.join(map(str, RESNETS))} can be converted, got {backbone['type']}.")
+    kind, depths = RESNETS[backbone["depth"]]
+    width = backbone.get("base_channels", 64) * (4 if kind == "bottleneck" else 1)
+    return {
+        "model_type": "resnet",
+        "layer_type": kind,
+        "depths": depths,
+        "embedding_size": backbone.get("stem_channels") or backbone.get("base_channels", 64),
+        "hidden_sizes": [width * 2**stage for stage in range(4)],
+        "downsample_in_bottleneck": backbone.get("style", "pytorch") == "caffe",
+        "out_features": [f"stage{index + 1}" for index in backbone.get("out_indices", range(4))],
+    }
