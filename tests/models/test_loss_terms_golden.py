@@ -1,0 +1,136 @@
+"""Loss terms and costs against recorded tensors of the reference implementations."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from uplvp_hf.models import loss_terms as terms
+from uplvp_hf.models.losses import pairwise_mask_costs
+from uplvp_hf.models.matching import hungarian
+
+pytestmark = pytest.mark.golden
+
+
+def check(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def gradient(total: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    return torch.autograd.grad(total, leaf, retain_graph=True)[0]
+
+
+def test_focal_loss_and_its_gradients(golden):
+    tensors, _ = golden("mmdet_primitives")
+    logits = tensors["focal.logits"].requires_grad_()
+    loss = 2 * terms.sigmoid_focal_loss(logits, tensors["focal.labels_bg_is_C"])  # recorded with weight 2
+    for name, total in {
+        "plain": loss.mean(),
+        "weight": (loss * tensors["focal.weight"][:, None]).mean(),
+        "weight2d": (loss * tensors["focal.weight2d"]).mean(),
+        "avg7": (loss * tensors["focal.weight"][:, None]).sum() / 7,
+    }.items():
+        check(total, tensors[f"focal.loss.{name}"])
+        check(gradient(total, logits), tensors[f"focal.grad.{name}"])
+
+
+def test_class_costs(golden):
+    tensors, _ = golden("mmdet_primitives")
+    logits, labels = tensors["focal.logits"], tensors["focal_cost.labels"]
+    cost = terms.focal_cost(logits, labels)
+    weight = (tensors["focal_cost"] / cost).median()  # recorded with a weight of its own
+    assert weight == pytest.approx(round(weight.item()), abs=1e-4)
+    check(weight.round() * cost, tensors["focal_cost"])
+    stacked = terms.focal_cost(logits.expand(3, 2, -1, -1), labels)
+    check(stacked, cost.expand(3, 2, -1, -1))
+
+
+def test_mask_costs(golden):
+    tensors, _ = golden("mmdet_primitives")
+    probability, target = tensors["mask.logits"].flatten(1).sigmoid(), tensors["mask.gt"].flatten(1)
+    dice = terms.dice_cost(probability, target, 1e-3, "squared")
+    check(dice, tensors["dice_cost.raw"])
+    check(4 * dice, tensors["dice_cost.w4_sigmoid"])
+    check(terms.mask_cost(probability, target), tensors["mask_cost.sigmoid"])
+    check(2 * terms.mask_cost(probability, target), tensors["mask_cost.raw_prob"])
+    check(5 * terms.dice_cost(probability, target, 1.0, "linear"), tensors["mmdet_dice_cost.w5_eps1_sigmoid"])
+    cross_entropy, linear = pairwise_mask_costs(tensors["mask.logits"].flatten(1), target)
+    check(5 * cross_entropy, tensors["mmdet_bce_cost.w5"])
+    check(5 * linear, tensors["mmdet_dice_cost.w5_eps1_sigmoid"])
+
+
+def test_box_terms(golden):
+    tensors, _ = golden("mmdet_primitives")
+    boxes, targets = tensors["box.a"].requires_grad_(), tensors["box.b"]
+    check(-terms.box_giou_cost(boxes, targets), tensors["box.giou_matrix"])
+    check(terms.box_giou_cost(boxes.expand(2, 3, -1, -1), targets)[1, 2], terms.box_giou_cost(boxes, targets))
+    distance = (boxes[:, None] - targets[None]).abs().sum(-1)
+    check(terms.box_l1_cost(boxes.expand(2, -1, -1), targets)[0], distance)
+    # Both losses were recorded with a divisor of 4 (positives of the batch), whatever the number of pairs.
+    total = 5 * distance.diagonal().sum() / 4
+    check(total, tensors["box.loss.l1_w5"])
+    check(gradient(total, boxes), tensors["box.grad.l1_w5"])
+    total = 2 * terms.giou_loss(boxes, targets).sum() / 4
+    check(total, tensors["box.loss.giou_w2"])
+    check(gradient(total, boxes), tensors["box.grad.giou_w2"])
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_weak_and_dice_losses(golden, kind):
+    tensors, _ = golden("sp_losses")
+    logits, target = tensors["logits"].requires_grad_(), tensors["gt" if kind == "hard" else "gt_soft"]
+    probability = logits.sigmoid()
+    flat = probability.flatten(1), target.flatten(1)
+    average = terms.average_loss(probability, target)
+    projection = terms.projection_loss(probability, target)
+    for name, total in {
+        "project": projection.mean(),
+        "project_w5": 5 * projection.mean(),
+        "avg_intended": average.mean(),
+        "mmdet_dice_w4": 4 * terms.dice_loss(*flat, 1e-3, "squared").mean(),
+        "mmdet_dice_naive_eps1_w5": 5 * terms.dice_loss(*flat, 1.0, "linear").mean(),
+        "mmdet_bce_w1": F.binary_cross_entropy_with_logits(logits, target),
+    }.items():
+        check(total, tensors[f"loss.{name}.{kind}"])
+        check(gradient(total, logits), tensors[f"grad.{name}.{kind}"])
+    coefficient = terms.dice_loss(*flat, terms.WEAK_DICE_EPS)
+    check(coefficient, tensors[f"loss.dice_coefficient_on_sigmoid.{kind}"])
+    check(gradient(coefficient.sum(), logits), tensors[f"grad.dice_coefficient_on_sigmoid.{kind}"])
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_average_is_over_all_instances_unlike_the_reference(golden, kind):
+    tensors, _ = golden("sp_losses")
+    average = terms.average_loss(tensors["logits"].sigmoid(), tensors["gt" if kind == "hard" else "gt_soft"])
+    assert (average.mean() - tensors[f"loss.avg_buggy.{kind}"]).abs() > 0.1
+
+
+def test_pairwise_loss(golden):
+    tensors, _ = golden("sp_losses")
+    logits = tensors["pairwise.logits"].requires_grad_()
+    names = [name for name in tensors if name.startswith("pairwise.k")]
+    assert names
+    for name in names:
+        kernel_size, dilation = (int(number) for number in name.removeprefix("pairwise.k").split("d"))
+        loss = terms.pairwise_loss(logits[:, 0], kernel_size, dilation)
+        check(loss, tensors[name])
+        check(gradient(loss.sum(), logits), tensors[f"pairwise.grad_sum.k{kernel_size}d{dilation}"], 1e-4)
+
+
+def test_weak_assignment(golden):
+    """The recorded total takes the sigmoid of the projections a second time; ours does not."""
+    tensors, description = golden("sp_losses")
+    masks, target, labels = tensors["assign.mask_logits"].sigmoid(), tensors["gt"], tensors["assign.gt_labels"]
+    total = 2 * terms.focal_cost(tensors["assign.cls_logits"], labels)
+    for name, project, cost in (
+        ("project", torch.amax, terms.projection_cost),
+        ("avg", torch.mean, terms.average_cost),
+    ):
+        check(cost(masks, target), tensors[f"assign.{name}_term_preact_false_w1"])
+        twice = sum(terms.dice_cost(project(masks, dim=d).sigmoid(), project(target, dim=d), 1e-3) for d in (-1, -2))
+        check(4 * twice, tensors[f"assign.{name}_term_preact_true"])
+        total = total + 4 * description["assign_weights"][f"{name}_weight"] * twice
+    check(total, tensors["assign.cost"])
+    query, chosen = hungarian([total[None]])[0][0]
+    matched = torch.zeros(len(masks), dtype=torch.int64)
+    matched[query] = chosen + 1
+    assert matched.equal(tensors["assign.gt_inds"])
