@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from labeling_helpers import blob_picture, tiny_clip
 
 from uplvp_hf.labeling.language_vision import DenseClipLabeler
-from uplvp_hf.labeling.text import embed_classes, read_class_map, read_vocabulary
+from uplvp_hf.labeling.text import embed_classes, read_vocabulary
 
 TEMPLATES = ["a photo of a {}", "the {}"]
 
@@ -96,12 +96,3 @@ def test_vocabulary(tmp_path):
             read_vocabulary(bad)
     with pytest.raises(ValueError, match="no such file"):
         read_vocabulary(tmp_path / "missing.txt")
-
-
-def test_class_map(tmp_path):
-    file = tmp_path / "map.yaml"
-    file.write_text('bear: 2-4\ndeer: [7, "9-10"]\notter: 5\n')
-    assert read_class_map(file) == {"bear": [2, 3, 4], "deer": [7, 9, 10], "otter": [5]}
-    file.write_text('{"bear": ["x"]}')
-    with pytest.raises(ValueError, match=r"map.yaml, 'bear': 'x' is neither an index"):
-        read_class_map(file)

@@ -117,11 +117,12 @@ def _build(args: argparse.Namespace):
     """The labeler and the namer that the arguments describe."""
     import torch
 
+    from ..labeling import class_map as class_maps
     from ..labeling import encoders, namers, text
 
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     entries = text.read_vocabulary(args.vocabulary) if args.vocabulary is not None else []
-    class_map = text.read_class_map(args.class_map) if args.class_map is not None else {}
+    class_map = class_maps.read_class_map(args.class_map) if args.class_map is not None else {}
     if class_map and entries:
         names = [text.split_synonyms(entry)[0] for entry in entries]
         lacking = [name for name in names if name not in class_map]

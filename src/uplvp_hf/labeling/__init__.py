@@ -1,5 +1,6 @@
 """Labeling: which pixels become pseudo instances, and what they are called."""
 
+from .class_map import read_class_map, resolve_class_map
 from .dense_clip import Clip, dense_features, load_clip
 from .encoders import Encoder, load_encoder
 from .foreground import ForegroundLabeler
@@ -10,7 +11,7 @@ from .pipeline import LabelSummary, label_images
 from .quality import proposal_quality
 from .saliency import SaliencyLabeler
 from .store import StoreError, StoreWriter
-from .text import read_class_map, read_vocabulary
+from .text import read_vocabulary
 
 __all__ = [
     "AgnosticNamer",
@@ -32,4 +33,5 @@ __all__ = [
     "proposal_quality",
     "read_class_map",
     "read_vocabulary",
+    "resolve_class_map",
 ]

@@ -1,4 +1,4 @@
-"""Class names: vocabularies and class maps from files or the command line, and their CLIP text embeddings."""
+"""Class names: vocabularies from files or the command line, and their CLIP text embeddings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import yaml
 
 # Seven of CLIP's ImageNet templates that its authors report to do about as well as all eighty.
 TEMPLATES = (
@@ -62,33 +61,6 @@ def read_vocabulary(text: str | os.PathLike[str]) -> list[str]:
     if doubled:
         raise ValueError(f"vocabulary {text}: class {doubled[0]!r} occurs twice")
     return entries
-
-
-def read_class_map(path: str | os.PathLike[str]) -> dict[str, list[int]]:
-    """{class name: [indices of a classifier's classes]} from YAML or JSON. An entry may be a number, a list of numbers,
-    or a range such as "294-297" (inclusive). Raises ValueError naming the file and the entry."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
-    except FileNotFoundError as error:
-        raise ValueError(f"class map {path}: no such file") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"class map {path}: not YAML or JSON ({error})") from error
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"class map {path}: must map class names to class indices, such as 'bear: [294, 295]'")
-    return {str(name): _indices(value, f"class map {path}, {name!r}") for name, value in content.items()}
-
-
-def _indices(value: object, where: str) -> list[int]:
-    indices: list[int] = []
-    for part in value if isinstance(value, list) else [value]:
-        low, dash, high = str(part).partition("-")
-        if isinstance(part, bool) or not low.isdigit() or (dash and not high.isdigit()):
-            raise ValueError(f"{where}: {part!r} is neither an index such as 294 nor a range such as 294-297")
-        indices.extend(range(int(low), int(high or low) + 1))
-    if not indices:
-        raise ValueError(f"{where}: no class index")
-    return indices
 
 
 @torch.inference_mode()
