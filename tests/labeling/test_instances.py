@@ -74,6 +74,50 @@ def test_mask_nms_per_class():
     assert agnostic.scores.tolist() == [0.9, 0.1]
 
 
+def test_filters_on_box_sides():
+    masks = np.zeros((4, 20, 20), bool)
+    masks[0, 3, 2:12] = True  # 1 x 10
+    masks[1, 2:6, 2:8] = True  # 4 x 6
+    masks[2, 0:20, 5:8] = True  # 20 x 3
+    proposals = Proposals(masks, np.ones(4))
+    assert instances.box_sides(masks).tolist() == [[1, 10], [4, 6], [20, 3], [0, 0]]
+    assert (instances.filter_proposals(proposals, max_aspect=1.5, min_side=1).masks == masks[[1]]).all()
+    assert (instances.filter_proposals(proposals, max_aspect=7, min_side=1).masks == masks[[1, 2]]).all()
+    assert (instances.filter_proposals(proposals, min_side=3).masks == masks[[1, 2]]).all()
+    assert instances.box_sides(masks[:0]).shape == (0, 2)
+
+
+def test_kinds_of_suppression():
+    masks = np.zeros((4, 10, 10), bool)
+    masks[0, :5], masks[1, :6], masks[2, :5], masks[3, 7:] = True, True, True, True
+    proposals = Proposals(masks, np.array([0.6, 0.9, 0.8, 0.1], np.float32), np.array([0, 0, 1, 0]))
+    assert instances.apply_nms(proposals, "none").scores == pytest.approx([0.9, 0.8, 0.6, 0.1])
+    assert instances.apply_nms(proposals, "mask").scores == pytest.approx([0.9, 0.8, 0.1])
+    assert instances.apply_nms(proposals, "mask", agnostic=True).scores == pytest.approx([0.9, 0.1])
+    # Masks 0 and 1 overlap by 5 / 6; mask 2 is alone in its class, or overlaps mask 1 alike.
+    decay = np.exp(-2 * (5 / 6) ** 2)
+    got = instances.apply_nms(proposals, "matrix", sigma=2.0)
+    assert got.scores == pytest.approx([0.9, 0.8, 0.6 * decay, 0.1]) and got.labels.tolist() == [0, 1, 0, 0]
+    got = instances.apply_nms(proposals, "matrix", sigma=2.0, agnostic=True, min_score=0.15)
+    assert got.scores == pytest.approx([0.9, 0.8 * decay])
+    assert instances.apply_nms(proposals, "matrix", kernel="linear").scores == pytest.approx([0.9, 0.8, 0.1, 0.1])
+    assert len(instances.apply_nms(proposals.take([]), "matrix")) == 0
+    with pytest.raises(ValueError, match="'soft' is unknown"):
+        instances.apply_nms(proposals, "soft")
+
+
+def test_three_equal_masks_leave_no_nan():
+    masks = torch.ones(3, 4, 4, dtype=torch.bool)
+    got = instances.matrix_nms(masks, torch.tensor([0.9, 0.8, 0.7]), kernel="linear")
+    assert got.tolist() == pytest.approx([0.9, 0, 0])
+
+
+def test_iou_in_chunks():
+    masks = torch.rand(5, 9, 11, generator=torch.Generator().manual_seed(0)) > 0.5
+    want = [[((a & b).sum() / (a | b).sum()).item() for b in masks] for a in masks]
+    assert instances.mask_iou_matrix(masks, chunk=10).tolist() == [pytest.approx(row) for row in want]
+
+
 def test_matrix_nms_by_loops():
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(6, 9, 9, generator=generator) > 0.5

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
+NMS_KINDS = ("mask", "matrix", "none")
+
 
 @dataclass(frozen=True)
 class Proposals:
@@ -102,42 +104,99 @@ def border_fraction(masks: np.ndarray) -> np.ndarray:
     return masks[:, edge].mean(axis=1) if len(masks) else np.zeros(0)
 
 
+def box_sides(masks: np.ndarray) -> np.ndarray:
+    """Height and width in pixels of the tight boxes: (N, H, W) bool -> (N, 2) int64, zeros for an empty mask."""
+    sides = np.zeros((len(masks), 2), dtype=np.int64)
+    for axis in (0, 1):
+        occupied = masks.any(axis=2 - axis)  # (N, H), then (N, W)
+        length = occupied.shape[1] if len(masks) else 0
+        last = length - occupied[:, ::-1].argmax(axis=1) if length else 0
+        sides[:, axis] = np.where(occupied.any(axis=1), last - occupied.argmax(axis=1), 0) if length else 0
+    return sides
+
+
 def filter_proposals(
     proposals: Proposals,
     min_area: float = 0.0,
     max_area: float = 1.0,
     max_border: float = 1.0,
     min_score: float = -np.inf,
+    max_aspect: float = np.inf,
+    min_side: int = 0,
 ) -> Proposals:
-    """Drop proposals outside the given shares of the picture's area, of its border, or below a score."""
+    """Drop proposals outside the given shares of the picture's area, of its border, or below a score.
+
+    max_aspect: longer over shorter side of the tight box. min_side: pixels of the shorter side.
+    """
     if not len(proposals):
         return proposals
     share = proposals.masks.reshape(len(proposals), -1).mean(axis=1)
     keep = (share >= min_area) & (share <= max_area) & (proposals.scores >= min_score)
     keep &= border_fraction(proposals.masks) <= max_border
+    if np.isfinite(max_aspect) or min_side > 0:
+        sides = box_sides(proposals.masks)
+        shorter, longer = sides.min(axis=1), sides.max(axis=1)
+        keep &= (longer <= max_aspect * np.maximum(shorter, 1)) & (shorter >= min_side)
     return proposals.take(keep)
 
 
-def mask_iou_matrix(masks: torch.Tensor) -> torch.Tensor:
-    """Pairwise IoU of (N, H, W) bool masks -> (N, N) float32. Two empty masks have IoU 0."""
-    flat = masks.flatten(1).float()
-    inter = flat @ flat.T
-    area = flat.sum(dim=1)
+def mask_iou_matrix(masks: torch.Tensor, chunk: int = 1 << 16) -> torch.Tensor:
+    """Pairwise IoU of (N, H, W) bool masks -> (N, N) float32. Two empty masks have IoU 0.
+
+    Works through `chunk` pixels at a time: a float copy of all masks of a large picture is never made.
+    """
+    flat = masks.flatten(1)
+    inter = torch.zeros(len(masks), len(masks), device=masks.device)
+    for part in flat.split(chunk, dim=1):
+        values = part.float()
+        inter += values @ values.T
+    area = inter.diagonal()
     return inter / (area[:, None] + area[None] - inter).clamp_min(1)
 
 
-def mask_nms(proposals: Proposals, iou: float = 0.5) -> Proposals:
+def mask_nms(proposals: Proposals, iou: float = 0.5, agnostic: bool = False) -> Proposals:
     """Greedy suppression on mask IoU, per label (over all when class-agnostic); best score first."""
     if len(proposals) < 2:
         return proposals
     overlap = mask_iou_matrix(torch.from_numpy(proposals.masks)).numpy()
-    if proposals.labels is not None:
+    if proposals.labels is not None and not agnostic:
         overlap = overlap * (proposals.labels[:, None] == proposals.labels[None])
     kept: list[int] = []
     for index in np.argsort(-proposals.scores, kind="stable"):
         if not kept or overlap[index, kept].max() <= iou:
             kept.append(int(index))
     return proposals.take(kept)
+
+
+def apply_nms(
+    proposals: Proposals,
+    kind: str = "mask",
+    iou: float = 0.5,
+    sigma: float = 2.0,
+    min_score: float = 0.0,
+    kernel: str = "gaussian",
+    agnostic: bool = False,
+) -> Proposals:
+    """Suppress duplicates; the result is sorted, best score first.
+
+    kind: "mask" drops what overlaps a better mask by more than `iou`; "matrix" multiplies scores by `matrix_nms`'s
+        decay (`kernel`, `sigma`) and drops what falls below `min_score`; "none" only sorts.
+    agnostic: masks of different labels compete too.
+
+    Raises ValueError for an unknown kind or kernel.
+    """
+    if kind not in NMS_KINDS:
+        raise ValueError(f"NMS kind {kind!r} is unknown; use one of {', '.join(NMS_KINDS)}")
+    proposals = proposals.take(np.argsort(-proposals.scores, kind="stable"))
+    if kind == "none" or not len(proposals):
+        return proposals
+    if kind == "mask":
+        return mask_nms(proposals, iou, agnostic)
+    labels = None if proposals.labels is None or agnostic else torch.from_numpy(proposals.labels)
+    scores = torch.from_numpy(np.asarray(proposals.scores, dtype=np.float32))
+    decayed = matrix_nms(torch.from_numpy(proposals.masks), scores, labels, kernel, sigma).numpy()
+    proposals = replace(proposals, scores=decayed).take(decayed >= min_score)
+    return proposals.take(np.argsort(-proposals.scores, kind="stable"))
 
 
 def matrix_nms(
@@ -163,7 +222,8 @@ def matrix_nms(
     if kernel == "gaussian":
         decay = torch.exp(-sigma * overlap**2) / torch.exp(-sigma * compensation**2)
     elif kernel == "linear":
-        decay = (1 - overlap) / (1 - compensation)
+        # A mask that repeats a better one (compensation 1) suppresses nothing: the better one does, and 0 / 0 is NaN.
+        decay = (1 - overlap) / (1 - compensation).clamp_min(1e-6)
     else:
         raise ValueError(f"matrix_nms kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
     return scores * decay.min(dim=0).values

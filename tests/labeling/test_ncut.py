@@ -1,0 +1,91 @@
+"""Normalised cuts against scipy's generalised eigenproblem and against every possible cut."""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from uplvp_hf.labeling import ncut
+
+
+def cut_cost(weights, side):
+    side = np.asarray(side, bool)
+    cut = weights[side][:, ~side].sum()
+    return cut / weights[side].sum() + cut / weights[~side].sum()
+
+
+def three_regions(noise=0.3):
+    """Features of orthogonal directions in three regions of a 12 x 20 grid, and the regions."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(16, 3, generator=generator))[0].T * 4
+    region = torch.zeros(12, 20, dtype=torch.int64)
+    region[:, 7:], region[5:, 13:] = 1, 2
+    features = directions[region] + noise * torch.randn(12, 20, 16, generator=generator)
+    return features.permute(2, 0, 1), region
+
+
+def test_eigenvector_is_scipys_and_padding_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    weights = ncut.affinity(torch.randn(3, 14, 4, generator=generator), tau=0.2, eps=0.05)
+    valid = torch.ones(3, 14, dtype=torch.bool)
+    valid[1, 9:] = False
+    got = ncut.second_eigenvector(weights, valid).double().numpy()
+    for w, keep, vector in zip(weights.double().numpy(), valid.numpy(), got):
+        w = w[keep][:, keep]
+        degree = np.diag(w.sum(axis=1))
+        want = scipy.linalg.eigh(degree - w, degree)[1][:, 1]
+        assert np.abs(np.abs(vector[keep] @ degree @ want) - 1) < 1e-4  # parallel, both of length 1 under D
+        assert not vector[~keep].any()
+
+
+def test_best_cut_is_the_best_of_all_thresholds():
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.rand(2, 9, 9, generator=generator)
+    weights = weights + weights.transpose(1, 2)
+    order = torch.randn(2, 9, generator=generator)
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 4] = valid[1, 7] = False
+    thresholds, costs = ncut.best_cut(weights, order, valid, min_cells=2)
+    for w, o, keep, threshold, cost in zip(weights.numpy(), order.numpy(), valid.numpy(), thresholds, costs):
+        w, o = w[keep][:, keep], o[keep]
+        sides = [o > t for t in o if 2 <= (o > t).sum() <= len(o) - 2]
+        assert cost == pytest.approx(min(cut_cost(w, side) for side in sides), rel=1e-4)
+        assert cut_cost(w, o > threshold.item()) == pytest.approx(cost.item(), rel=1e-4)
+
+
+def test_two_groups_are_cut_where_no_other_cut_is_cheaper():
+    features = torch.tensor([[1.0, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1], [0.05, 1], [-0.1, 1]])
+    (parts,) = ncut.split_by_ncut(features.T[:, None], torch.ones(1, 1, 7, dtype=torch.bool), max_parts=2)
+    weights = ncut.affinity(features, 0.2).numpy()
+    every = [s for s in itertools.product([0, 1], repeat=7) if 0 < sum(s) < 7]
+    best = min(cut_cost(weights, side) for side in every)
+    assert cut_cost(weights, parts[0].flatten().numpy()) == pytest.approx(best, rel=1e-4)
+    assert [part.flatten().tolist() for part in parts] == [[False] * 3 + [True] * 4, [True] * 3 + [False] * 4]
+
+
+@pytest.mark.parametrize("max_cells", [512, 60])
+def test_regions_are_recovered(max_cells):
+    features, region = three_regions(0.1)
+    masks = torch.stack([torch.ones_like(region, dtype=torch.bool), region != 2, region == 1, region > 9])
+    parts = ncut.split_by_ncut(features, masks, max_cells=max_cells)
+    assert [len(p) for p in parts] == [3, 2, 1, 1]
+    for mask, own in zip(masks, parts):
+        assert torch.equal(torch.stack(own).sum(dim=0), mask.long())  # a partition
+    wanted = sorted([(region == k) for k in range(3)], key=lambda mask: -int(mask.sum()))
+    assert all(torch.equal(a, b) for a, b in zip(parts[0], wanted))
+
+
+def test_limits_of_splitting():
+    features, region = three_regions()
+    whole = torch.ones(1, 12, 20, dtype=torch.bool)
+    assert len(ncut.split_by_ncut(features, whole, max_parts=1)[0]) == 1
+    assert len(ncut.split_by_ncut(features, whole, max_parts=2)[0]) == 2
+    smallest = int((region == 2).sum())
+    assert min(p.sum() for p in ncut.split_by_ncut(features, whole, min_cells=smallest + 5)[0]) >= smallest + 5
+    one_way = features + 40  # all cosines near 1
+    assert len(ncut.split_by_ncut(one_way, whole)[0]) == 1
+    assert len(ncut.split_by_ncut(one_way, whole, centre=True)[0]) == 3
+    with pytest.raises(ValueError, match="do not lie on features"):
+        ncut.split_by_ncut(features, whole[:, 1:])
