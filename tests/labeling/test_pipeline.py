@@ -5,14 +5,13 @@ import os
 
 import numpy as np
 import pytest
-import torch
 from labeling_helpers import picture_folder, tiny_clip, tiny_encoder
 
 from uplvp_hf.data import decode_segmentation, read_store
 from uplvp_hf.labeling import store as store_module
 from uplvp_hf.labeling.foreground import ForegroundLabeler
 from uplvp_hf.labeling.language_vision import DenseClipLabeler
-from uplvp_hf.labeling.namers import AgnosticNamer, ClassifierNamer, ClipZeroShotNamer, crop_box
+from uplvp_hf.labeling.namers import AgnosticNamer, ClassifierNamer
 from uplvp_hf.labeling.pipeline import label_images
 from uplvp_hf.labeling.store import StoreError
 
@@ -168,26 +167,6 @@ def test_calibration_is_kept_for_the_rest_of_a_run(tmp_path):
     assert any(row["objects"]["score"] for row in stored.rows)
 
 
-@pytest.mark.parametrize("mode", ["picture", "crop"])
-def test_classifier_namer(tmp_path, mode):
-    dataset = picture_folder(tmp_path / "pictures", 3)
-    images = [dataset.load_image(k) for k in range(3)]
-    proposals = foreground()(images)
-    namer = classifier_namer(mode)
-    for image, before, after in zip(images, proposals, namer(images, proposals)):
-        assert (after.masks == before.masks).all()
-        for k in range(len(after)):
-            seen = image
-            if mode == "crop":
-                y, x = np.nonzero(after.masks[k])
-                seen = image.crop(crop_box((x.min(), y.min(), x.max() + 1, y.max() + 1), *image.size, 0.1))
-            logits = namer._logits(seen)[0]
-            shares = logits.exp() / logits[[0, 1, 3, 5]].exp().sum()
-            want = [shares[0] + shares[3], shares[1], shares[5]]
-            assert after.labels[k] == int(np.argmax(want))
-            assert after.confidences[k] == pytest.approx(float(max(want)), abs=1e-5)
-
-
 def test_confidence_floor_and_agnostic_namer(tmp_path):
     dataset = picture_folder(tmp_path / "pictures", 4)
     summary = label_images(dataset, foreground(), classifier_namer(), tmp_path / "none", min_confidence=1.01, **QUIET)
@@ -196,27 +175,3 @@ def test_confidence_floor_and_agnostic_namer(tmp_path):
     labeler = DenseClipLabeler(clip, ["bear", "deer"], image_size=48, window=32, stride=16, threshold=0.3)
     label_images(dataset, labeler, AgnosticNamer(), tmp_path / "agnostic", **QUIET)
     assert [c["name"] for c in read_store(tmp_path / "agnostic").categories] == ["object"]
-
-
-def test_clip_namer_probabilities(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 2)
-    clip = tiny_clip()
-    namer = ClipZeroShotNamer(clip, ["bear, grizzly", "deer"])
-    image = dataset.load_image(0)
-    got = namer.probabilities([image])
-    pixels = clip.pixels([image], (32, 32))
-    with torch.inference_mode():
-        features = clip.model.get_image_features(pixel_values=pixels).pooler_output[0]
-        cosine = [float(features @ v / features.norm()) for v in namer.text.vectors]
-    assert len(cosine) == 3
-    logits = clip.model.logit_scale.exp().item() * np.array([max(cosine[:2]), cosine[2]])
-    want = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    assert got[0].tolist() == pytest.approx(want.tolist(), abs=1e-4)
-    shared = ClipZeroShotNamer(clip, ["bear, grizzly", "deer"], background=["sky"]).probabilities([image])[0]
-    assert shared.shape == (2,) and shared.sum() < 1
-    assert (shared[0] / shared[1]).item() == pytest.approx(want[0] / want[1], rel=1e-3)
-
-
-def test_crop_box_stays_inside():
-    assert crop_box((10, 10, 30, 20), 100, 100, 0.0) == (10, 5, 30, 25)
-    assert crop_box((0, 0, 30, 20), 40, 25, 0.5) == (0, 0, 40, 25)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from ..data.rle import masks_to_boxes
-from .encoders import Encoder, fit_longest
+from .class_map import resolve_class_map
+from .encoders import Encoder
 from .instances import Proposals
 from .pipeline import AGNOSTIC_NAME
+from .saliency import group_by_size
 from .text import TEMPLATES, embed_classes, split_synonyms
 
 if TYPE_CHECKING:
     from .dense_clip import Clip
+
+SURROUNDINGS = ("none", "blur", "mean")
 
 
 def crop_box(box: Sequence[float], width: int, height: int, context: float) -> tuple[int, int, int, int]:
@@ -29,23 +34,53 @@ def crop_box(box: Sequence[float], width: int, height: int, context: float) -> t
     return left, top, max(left + 1, min(width, round(x + half))), max(top + 1, min(height, round(y + half)))
 
 
-def mask_crops(image: Image.Image, proposals: Proposals, context: float) -> list[Image.Image]:
-    """One crop a mask."""
-    boxes = masks_to_boxes(proposals.masks)
-    return [image.crop(crop_box(box, image.width, image.height, context)) for box in boxes.tolist()]
+def mask_crops(
+    image: Image.Image,
+    proposals: Proposals,
+    context: float,
+    surroundings: str = "none",
+    fill: tuple[int, int, int] = (128, 128, 128),
+) -> Iterator[Image.Image]:
+    """One crop a mask, made when it is asked for. `surroundings`: what becomes of the pixels outside of the mask
+    ("none": they stay; "blur": gaussian, an eighth of the crop's longer side; "mean": the colour `fill`)."""
+    for box, mask in zip(masks_to_boxes(proposals.masks).tolist(), proposals.masks):
+        area = crop_box(box, image.width, image.height, context)
+        crop = image.crop(area)
+        if surroundings != "none":
+            left, top, right, bottom = area
+            inside = Image.fromarray(mask[top:bottom, left:right].astype(np.uint8) * 255)
+            outside = (
+                crop.filter(ImageFilter.GaussianBlur(max(crop.size) / 8))
+                if surroundings == "blur"
+                else Image.new("RGB", crop.size, fill)
+            )
+            crop = Image.composite(crop, outside, inside)
+        yield crop
+
+
+def _check_surroundings(surroundings: str) -> None:
+    if surroundings not in SURROUNDINGS:
+        raise ValueError(f"surroundings {surroundings!r} is unknown; use one of {', '.join(SURROUNDINGS)}")
+
+
+def _fill_colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The network's mean colour, which is zero after normalisation."""
+    return tuple(round(255 * value) for value in mean)
 
 
 def _name_crops(
-    images, proposals: Sequence[Proposals], context: float, probabilities, batch_size: int
+    crops: Iterator[Image.Image],
+    proposals: Sequence[Proposals],
+    probabilities: Callable[[Sequence[Image.Image]], torch.Tensor],
+    batch_size: int,
 ) -> list[Proposals]:
-    """Name all masks of a batch of pictures by `probabilities(crops) -> (N, K)`."""
-    crops = [crop for image, p in zip(images, proposals) for crop in mask_crops(image, p, context)]
-    parts = [probabilities(crops[start : start + batch_size]).cpu() for start in range(0, len(crops), batch_size)]
+    """Name all masks of several pictures by `probabilities(crops) -> (N, K)`, `batch_size` crops at a time."""
+    parts = [probabilities(batch).cpu() for batch in iter(lambda: list(itertools.islice(crops, batch_size)), [])]
     confidences, labels = torch.cat(parts).max(dim=1) if parts else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     named, start = [], 0
     for p in proposals:
         end = start + len(p)
-        named.append(replace(p, labels=labels[start:end].numpy(), confidences=confidences[start:end].numpy()))
+        named.append(replace(p, labels=labels[start:end].numpy(), confidences=confidences[start:end].float().numpy()))
         start = end
     return named
 
@@ -66,11 +101,17 @@ class ClipZeroShotNamer:
     """CLIP zero-shot classification of each mask's crop among the class names.
 
     Args:
-        clip: see `dense_clip.load_clip`. entries: vocabulary entries, synonyms separated by commas.
+        clip: see `load_clip`. entries: vocabulary entries, synonyms separated by commas; the best synonym counts.
+        templates: prompts, {} for the name.
         background: names of what is no object. They take their share of the probability: a crop of background keeps
-            its best class at a low confidence, for `min_confidence` to drop.
+            its best class at a low confidence, for `min_confidence` to drop or to leave unnamed.
         context: share of the box's longer side added on every side of the crop.
+        surroundings: pixels of the crop outside of the mask: "none" leaves them, "blur" blurs them, "mean" paints them
+            in CLIP's mean colour.
         temperature: divides the logits, which CLIP's own logit scale multiplies; 1 gives CLIP's probabilities.
+        batch_size: crops a forward pass.
+
+    Raises ValueError for an empty vocabulary, unknown surroundings, a temperature of 0 or less.
     """
 
     name = "clip"
@@ -82,10 +123,15 @@ class ClipZeroShotNamer:
         templates: Sequence[str] = TEMPLATES,
         background: Sequence[str] = (),
         context: float = 0.1,
+        surroundings: str = "none",
         temperature: float = 1.0,
         batch_size: int = 64,
     ) -> None:
-        self.clip, self.context, self.temperature, self.batch_size = clip, context, temperature, batch_size
+        _check_surroundings(surroundings)
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature} cannot divide logits; use a number above 0")
+        self.clip, self.context, self.surroundings = clip, context, surroundings
+        self.temperature, self.batch_size = temperature, batch_size
         self.entries, self.templates, self.background = list(entries), list(templates), list(background)
         self.names = [split_synonyms(entry)[0] for entry in entries]
         self.text = embed_classes(clip.model, clip.tokenizer, [*self.entries, *self.background], templates)
@@ -93,13 +139,8 @@ class ClipZeroShotNamer:
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header."""
-        values = {
-            "clip": self.clip.name,
-            "entries": self.entries,
-            "templates": self.templates,
-            "background": self.background,
-        }
-        return values | {"context": self.context, "temperature": self.temperature}
+        own = ("entries", "templates", "background", "context", "surroundings", "temperature")
+        return {"clip": self.clip.name} | {name: getattr(self, name) for name in own}
 
     @torch.inference_mode()
     def probabilities(self, crops: Sequence[Image.Image]) -> torch.Tensor:
@@ -112,19 +153,29 @@ class ClipZeroShotNamer:
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
         """Name the masks; the labeler's own labels are replaced."""
-        return _name_crops(images, proposals, self.context, self.probabilities, self.batch_size)
+        fill = _fill_colour(self.clip.image_mean)
+        crops = (
+            crop for i, p in zip(images, proposals) for crop in mask_crops(i, p, self.context, self.surroundings, fill)
+        )
+        return _name_crops(crops, proposals, self.probabilities, self.batch_size)
 
 
 class ClassifierNamer:
-    """An image classifier whose classes are mapped to the vocabulary, its softmax restricted to the mapped classes.
+    """An image classifier whose classes are mapped to the user's.
 
     Args:
-        encoder: with a classifier head. class_map: {class name: [indices of the classifier's classes]}.
+        encoder: with a classifier head. class_map: {class name: [indices or names of the classifier's classes]}, see
+            `resolve_class_map`.
         mode: "picture" gives all masks of a picture its best class; "crop" classifies each mask's crop.
         image_size: longer side in pixels of what the classifier sees; somewhat more than the side it was trained with
-            names more pictures rightly. context: as in `ClipZeroShotNamer`.
+            names more pictures rightly.
+        context: of a crop, as in `ClipZeroShotNamer`. surroundings: of a crop, as in `ClipZeroShotNamer`.
+        others: what the classes outside of the map do to the confidence. "ignore" shares all probability among the
+            mapped ones; "count" leaves the others their share, so that what is none of the classes has a low
+            confidence, for `min_confidence` to drop or to leave unnamed.
+        batch_size: pictures or crops a forward pass; only those of equal working size go together.
 
-    Raises ValueError for an encoder without classifier, an unknown mode, or an index beyond its classes.
+    Raises ValueError for an encoder without classifier, an unknown option, and as `resolve_class_map` does.
     """
 
     name = "classifier"
@@ -132,55 +183,83 @@ class ClassifierNamer:
     def __init__(
         self,
         encoder: Encoder,
-        class_map: Mapping[str, Sequence[int]],
+        class_map: Mapping[str, Sequence[int | str]],
         mode: str = "picture",
         image_size: int = 320,
         context: float = 0.1,
+        surroundings: str = "none",
+        others: str = "ignore",
         batch_size: int = 32,
     ) -> None:
         if not encoder.num_classes:
             raise ValueError(f"{encoder.name} has no classifier head to name classes with; load classifier weights")
         if mode not in ("picture", "crop"):
             raise ValueError(f"classifier namer: mode {mode!r} is unknown; use 'picture' or 'crop'")
-        for name, indices in class_map.items():
-            beyond = [index for index in indices if not 0 <= index < encoder.num_classes]
-            if beyond:
-                raise ValueError(
-                    f"class map, {name!r}: {encoder.name} has no class {beyond[0]}, only 0 to {encoder.num_classes - 1}"
-                )
-        self.encoder, self.class_map = encoder, {name: list(indices) for name, indices in class_map.items()}
-        self.mode, self.image_size, self.context, self.batch_size = mode, image_size, context, batch_size
+        if others not in ("ignore", "count"):
+            raise ValueError(f"classifier namer: others {others!r} is unknown; use 'ignore' or 'count'")
+        _check_surroundings(surroundings)
+        id2label = getattr(encoder, "id2label", None)
+        self.encoder, self.mode, self.image_size, self.context = encoder, mode, image_size, context
+        self.surroundings, self.others, self.batch_size = surroundings, others, batch_size
+        self.class_map = resolve_class_map(class_map, encoder.num_classes, id2label, encoder.name)
         self.names = list(class_map)
+        weights = torch.zeros(encoder.num_classes, len(self.names))
+        for column, name in enumerate(self.names):
+            weights[self.class_map[name], column] = 1
+        self._members = weights.to(encoder.device)
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header."""
         values = {"encoder": self.encoder.name, "class_map": self.class_map, "mode": self.mode}
-        return values | {"image_size": self.image_size, "context": self.context if self.mode == "crop" else None}
+        values |= {"image_size": self.image_size, "others": self.others}
+        crop = self.mode == "crop"
+        return values | {name: getattr(self, name) if crop else None for name in ("context", "surroundings")}
 
     def probabilities(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """(N, K): softmax over all mapped classes, summed for each name."""
-        mapped = sorted({index for indices in self.class_map.values() for index in indices})
-        place = {index: k for k, index in enumerate(mapped)}
-        logits = (
-            torch.cat([self._logits(image) for image in images]) if images else torch.zeros(0, self.encoder.num_classes)
-        )
-        shares = logits.float()[:, mapped].softmax(dim=-1)
-        return torch.stack([shares[:, [place[i] for i in self.class_map[n]]].sum(dim=-1) for n in self.names], dim=-1)
+        """(N, K): softmax over the mapped classes, or over all of the classifier's, summed for each name."""
+        logits = self._logits(images).float()
+        if self.others == "ignore":
+            logits = logits.masked_fill(self._members.sum(dim=1) == 0, -torch.inf)
+        return logits.softmax(dim=-1) @ self._members
 
-    def _logits(self, image: Image.Image) -> torch.Tensor:
-        size = fit_longest(*image.size, self.image_size)
-        return self.encoder.classify(self.encoder.pixels([image], size))
+    def _logits(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """(N, classes), pictures of equal working size in one forward pass."""
+        logits = torch.zeros(len(images), self.encoder.num_classes, device=self.encoder.device)
+        for size, indices in group_by_size(images, self.image_size).items():
+            for start in range(0, len(indices), self.batch_size):
+                batch = indices[start : start + self.batch_size]
+                pixels = self.encoder.pixels([images[index] for index in batch], size)
+                logits[batch] = self.encoder.classify(pixels).float()
+        return logits
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
         """Name the masks; the labeler's own labels are replaced."""
         if self.mode == "crop":
-            return _name_crops(images, proposals, self.context, self.probabilities, self.batch_size)
-        confidences, labels = self.probabilities(images).cpu().max(dim=1)
-        named = []
-        for p, confidence, label in zip(proposals, confidences.tolist(), labels.tolist()):
-            count = len(p)
-            named.append(
-                replace(p, labels=np.full(count, label, np.int64), confidences=np.full(count, confidence, np.float32))
+            fill = _fill_colour(self.encoder.image_mean)
+            crops = (
+                crop
+                for image, p in zip(images, proposals)
+                for crop in mask_crops(image, p, self.context, self.surroundings, fill)
             )
-        return named
+            return _name_crops(crops, proposals, self.probabilities, self.batch_size)
+        named = list(proposals)
+        # A picture without masks needs no name.
+        todo = [index for index, p in enumerate(proposals) if len(p)]
+        if todo:
+            confidences, labels = self.probabilities([images[index] for index in todo]).cpu().max(dim=1)
+        for place, index in enumerate(todo):
+            count = len(proposals[index])
+            named[index] = replace(
+                proposals[index],
+                labels=np.full(count, int(labels[place]), np.int64),
+                confidences=np.full(count, float(confidences[place]), np.float32),
+            )
+        return [_with_names(p) for p in named]
+
+
+def _with_names(proposals: Proposals) -> Proposals:
+    """Empty labels for no masks, in place of what the labeler knew."""
+    if len(proposals):
+        return proposals
+    return replace(proposals, labels=np.zeros(0, np.int64), confidences=np.zeros(0, np.float32))
