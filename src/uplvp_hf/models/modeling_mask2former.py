@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackbone
 
 from .losses import Draw, LayerOutput, MaskClassificationLoss, Normalizers
+from .padding import extend_edges, is_padded, padding_masked, upsample, valid_cells
 
 
 @dataclass
@@ -85,14 +85,19 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         )
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> SegmenterFeatures:
-        """pixel_values (B, 3, H, W), pixel_mask (B, H, W) with 1 on the picture."""
-        maps = self.backbone(pixel_values).feature_maps
+        """pixel_values (B, 3, H, W), pixel_mask (B, H, W) with 1 on the picture.
+
+        With a convolutional backbone in eval mode (or with fixed batch norms) the features of a picture depend neither
+        on the canvas nor on its batch mates.
+        """
+        with padding_masked(self.backbone, pixel_mask):
+            maps = self.backbone(pixel_values).feature_maps
         decoder = self.model.pixel_level_module.decoder
-        padding = None
-        if pixel_mask is not None:
-            padding = [_padding_at(pixel_mask, maps[-1 - level].shape[-2:]) for level in range(3)]
-        mask_features, levels = _pixel_decode(decoder, maps, padding)
-        return SegmenterFeatures(mask_features, levels, padding, maps[-1], pixel_mask)
+        with padding_masked(decoder, pixel_mask):
+            mask_features, levels, padding = _pixel_decode(decoder, maps, pixel_mask)
+        # Repeated outwards, so that resizing mask logits gives at the border of a picture what it gives at the end of
+        # a map.
+        return SegmenterFeatures(extend_edges(mask_features, pixel_mask), levels, padding, maps[-1], pixel_mask)
 
     def initial_queries(self, features: SegmenterFeatures) -> Tensor:
         """The learned content queries, (B, N, D). Position embeddings of the queries stay inside `decode`."""
@@ -169,18 +174,16 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         return self.loss_function(layers, mask_labels, class_labels, features.pixel_mask, normalizers, draw)
 
 
-def _padding_at(pixel_mask: Tensor, size: torch.Size) -> Tensor:
-    """(B, H, W) mask with 1 on the picture -> (B, h, w) bool, True on cells that hold no picture at all."""
-    return F.adaptive_max_pool2d(pixel_mask[:, None].float(), tuple(size))[:, 0] == 0
-
-
-def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], padding: list[Tensor] | None):
+def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], pixel_mask: Tensor | None):
     """Multi-scale deformable encoder and FPN of transformers' `Mask2FormerPixelDecoder`, padding masked.
 
-    Returns mask features (B, C, H/4, W/4) and the levels from low to high resolution.
+    Returns mask features (B, C, H/4, W/4), and the levels and their padding (or None) from low to high resolution.
     """
-    embeds, positions = [], []
-    for level, feature in enumerate(maps[::-1][: decoder.num_feature_levels]):
+    embeds, positions, padding = [], [], None
+    coarse = maps[::-1][: decoder.num_feature_levels]
+    if is_padded(pixel_mask):
+        padding = [~valid_cells(pixel_mask, feature.shape[-2:]) for feature in coarse]
+    for level, feature in enumerate(coarse):
         embeds.append(decoder.input_projections[level](feature))
         real = None if padding is None else ~padding[level]
         position = decoder.position_embedding(feature.shape, feature.device, feature.dtype, real)
@@ -203,9 +206,9 @@ def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], padding: list[Te
     ]
     for index, feature in enumerate(maps[: decoder.num_fpn_levels][::-1]):
         lateral = decoder.lateral_convolutions[index](feature)
-        upper = F.interpolate(outputs[-1], size=lateral.shape[-2:], mode="bilinear", align_corners=False)
+        upper = upsample(outputs[-1], lateral.shape[-2:], pixel_mask)
         outputs.append(decoder.output_convolutions[index](lateral + upper))
-    return decoder.mask_projection(outputs[-1]), tuple(outputs[: decoder.num_feature_levels])
+    return decoder.mask_projection(outputs[-1]), tuple(outputs[: decoder.num_feature_levels]), padding
 
 
 __all__ = ["Mask2FormerSegmenter"]
