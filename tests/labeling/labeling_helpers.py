@@ -52,12 +52,12 @@ class Pyramid(nn.Module):
         )
         self.classifier = nn.Linear(16, classes)
 
-    def forward_intermediates(self, x: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def forward_intermediates(self, x: torch.Tensor, intermediates_only: bool = False):
         maps = []
         for step in self.steps:
             x = step(x).relu()
             maps.append(x)
-        return x, maps
+        return maps if intermediates_only else (x, maps)
 
     def forward_head(self, x: torch.Tensor) -> torch.Tensor:
         return self.classifier(x.mean(dim=(2, 3)))
@@ -77,7 +77,7 @@ class FixedEncoder(Encoder):
         super().__init__(nn.Identity(), "fixed", (0.5,) * 3, (0.5,) * 3, shift)
         self.feature = feature
 
-    def __call__(self, pixels: torch.Tensor) -> Encoded:
+    def __call__(self, pixels: torch.Tensor, stages=None, with_logits: bool = False) -> Encoded:
         return Encoded((self.feature[None].expand(len(pixels), -1, -1, -1),))
 
 

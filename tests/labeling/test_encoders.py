@@ -1,12 +1,14 @@
 """Loading backbones: refusals, weights, class activation, padding."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 from labeling_helpers import blob_picture
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTModel
 
-from uplvp_hf.labeling.encoders import fit_longest, load_encoder
+from uplvp_hf.labeling.encoders import fit_longest, group_by_size, load_classifier, load_encoder, pictures_to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +43,21 @@ def test_weights_that_do_not_fit(weights):
 def test_classifier_and_headless(weights):
     whole = load_encoder("timm:mobilenetv2_035", weights / "whole.safetensors")
     pixels = whole.pixels([blob_picture(0), blob_picture(1)], (64, 96))
-    encoded = whole(pixels)
-    assert encoded.maps[-1].shape[2:] == (2, 3)
+    encoded = whole(pixels, with_logits=True)
+    assert encoded.maps[-1].shape[2:] == (2, 3) and whole(pixels).logits is None
     torch.testing.assert_close(encoded.logits, whole.classify(pixels))
+    some = whole(pixels, stages=(-2, -1)).maps
+    assert len(some) == 2 and torch.equal(some[0], encoded.maps[-2]) and torch.equal(some[1], encoded.maps[-1])
+    with pytest.raises(ValueError, match="has 5 feature maps: stage 7"):
+        whole(pixels, stages=(7,))
     headless = load_encoder("timm:mobilenetv2_035", weights / "trunk.safetensors")
     assert headless.num_classes == 0 and headless(pixels).logits is None
     torch.testing.assert_close(headless(pixels).maps[-1], encoded.maps[-1])
+    for use in (headless.classify, lambda pixels: headless(pixels, with_logits=True)):
+        with pytest.raises(ValueError, match="no classifier head"):
+            use(pixels)
     with pytest.raises(ValueError, match="no classifier head"):
-        headless.classify(pixels)
+        load_classifier("timm:mobilenetv2_035", weights / "trunk.safetensors")
 
 
 def test_same_padding_moves_the_cells(weights):
@@ -76,6 +85,90 @@ def test_transformers_backbone_folder(tmp_path):
     with pytest.raises(OSError):
         load_encoder(str(tmp_path))
     assert load_encoder(str(tmp_path), allow_random=True).num_classes == 0
+
+
+def drop_tensor(folder, part):
+    """Remove the first tensor whose name contains `part` from a saved model."""
+    state = load_file(folder / "model.safetensors")
+    del state[next(key for key in state if part in key)]
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_dinov2_folder(tmp_path):
+    config = Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14)
+    torch.manual_seed(0)
+    model = Dinov2Model(config).eval()
+    model.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    assert encoder.size_multiple == 14 and encoder.fit(100, 70, 140) == (98, 140)
+    pixels = encoder.pixels([blob_picture(0)], (70, 98))
+    (last,) = encoder(pixels, stages=(-1,)).maps
+    tokens = model(pixels).last_hidden_state[:, 1:]
+    torch.testing.assert_close(last.flatten(2).transpose(1, 2), tokens, atol=1e-5, rtol=1e-5)
+    drop_tensor(tmp_path, "layer.1.mlp.fc1.weight")
+    with pytest.raises(ValueError, match=r"1 tensors are not in the checkpoint, such as .*fc1"):
+        load_encoder(str(tmp_path))
+
+
+def test_plain_vit_folder(tmp_path):
+    """What DINO's checkpoints are: a ViTModel, which AutoBackbone does not read."""
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32)
+    config.patch_size = 8
+    torch.manual_seed(0)
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    pixels = encoder.pixels([blob_picture(0)], encoder.fit(96, 64, 72))
+    maps = encoder(pixels).maps
+    assert [tuple(m.shape) for m in maps] == [(1, 32, 6, 9)] * 2
+    output = model(pixels, interpolate_pos_encoding=True)
+    torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), output.last_hidden_state[:, 1:])
+    drop_tensor(tmp_path, "layernorm_before.weight")
+    with pytest.raises(ValueError, match="not in the checkpoint"):
+        load_encoder(str(tmp_path))
+
+
+def test_timm_vision_transformer_of_any_size():
+    encoder = load_encoder("timm:vit_tiny_patch16_224", allow_random=True)
+    assert (encoder.size_multiple, encoder.fixed_size) == (16, None)
+    size = encoder.fit(90, 60, 96)
+    assert size == (64, 96)
+    assert encoder(encoder.pixels([blob_picture(0)], size), stages=(-1,)).maps[0].shape == (1, 192, 4, 6)
+
+
+def test_transformers_classifier(tmp_path):
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32)
+    config.patch_size, config.id2label = 8, {0: "bear", 1: "deer", 2: "otter"}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    classifier = load_classifier(str(tmp_path))
+    assert classifier.id2label == {0: "bear", 1: "deer", 2: "otter"} and classifier.num_classes == 3
+    pixels = classifier.pixels([blob_picture(0), blob_picture(1)], classifier.fit(96, 64, 48))
+    want = model(pixels, interpolate_pos_encoding=True).logits
+    torch.testing.assert_close(classifier.classify(pixels), want)
+    with pytest.raises(ValueError, match="load_encoder gives feature maps"):
+        classifier(pixels)
+    drop_tensor(tmp_path, "classifier.weight")
+    with pytest.raises(ValueError, match=r"classifier\.weight"):
+        load_classifier(str(tmp_path))
+    with pytest.raises(ValueError, match="a folder holds its own"):
+        load_classifier(str(tmp_path), pad_type="same")
+
+
+def test_imagenet_names(weights):
+    names = load_classifier("timm:mobilenetv2_035", weights / "whole.safetensors").id2label
+    assert len(names) == 1000 and names[292].startswith("tiger")
+
+
+def test_pixels_and_groups():
+    images = [blob_picture(0), blob_picture(1, 64, 96), blob_picture(2)]
+    got = pictures_to_pixels(images[:1], (64, 96), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    want = np.asarray(images[0], np.float64) / 255
+    want = ((want - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]).transpose(2, 0, 1)[None]
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-5)
+    assert group_by_size(images, 96) == {(64, 96): [0, 2], (96, 64): [1]}
+    assert group_by_size(images, 96, lambda *_: (7, 7)) == {(7, 7): [0, 1, 2]}
 
 
 def test_fit_longest():
