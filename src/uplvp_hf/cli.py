@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": "model and labelled pictures -> COCO mask AP",
     "predict": "model and pictures -> COCO results and overlays",
     "push": "model -> Hub",
+    "convert": "checkpoint of another code base -> a folder that from_pretrained reads",
     "demo": "all of it on generated scenes, without data or network",
 }
 SHARED = ("label", "pretrain", "finetune")

@@ -1,0 +1,67 @@
+"""`uplvp convert`: a checkpoint of another code base -> a folder that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ._terminal import run
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="uplvp convert",
+        description="Convert a checkpoint of K-Net, QueryInst or Mask2Former (mmdetection, detectron2), of UPLVP's "
+        "pre-training, or a ResNet (torchvision, MoCo, DenseCL, SwAV). The kind is told from the names in it.",
+    )
+    add = parser.add_argument
+    add("checkpoint", help="safetensors, or a file of torch.save that holds plain weights")
+    add("output", help="new folder")
+    add(
+        "--kind",
+        choices=("instance", "pretraining", "segmenter"),
+        default="instance",
+        help="a UPLVP model to fine-tune or predict with (default), one to go on pre-training, or the network alone",
+    )
+    add("--config", metavar="JSON", help="the original's configuration; without it sizes are read off the tensors")
+    add("--classes", metavar="FILE", help="class names, one a line, or bear,deer,otter (default: COCO's for 80)")
+    add("--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of the segmenter; repeatable")
+    add("--verbose", action="store_true", help="also every tensor, and where in the code an error arose")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
+    arguments = make_parser().parse_args(argv)
+    return run("convert", lambda: _convert(arguments), arguments.verbose)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    import yaml
+
+    from ..conversion.convert import convert_checkpoint
+
+    settings = {}
+    for pair in arguments.set:
+        name, found, value = pair.partition("=")
+        if not found:
+            raise ValueError(f"--set {pair}: write NAME=VALUE")
+        settings[name] = yaml.safe_load(value)
+    classes = None
+    if arguments.classes is not None:
+        from ..labeling.text import read_vocabulary, split_synonyms
+
+        classes = [split_synonyms(entry)[0] for entry in read_vocabulary(arguments.classes)]
+    report = convert_checkpoint(
+        arguments.checkpoint, arguments.output, arguments.kind, arguments.config, classes, settings=settings
+    )
+    if arguments.verbose:
+        for title, lines in (
+            ("kept", report.kept),
+            ("renamed", [f"{old} -> {', '.join(new)}" for old, new in report.renamed.items()]),
+            ("dropped", [f"{name}: {reason}" for name, reason in report.dropped.items()]),
+            ("missing", [f"{name}: {reason}" for name, reason in report.missing.items()]),
+        ):
+            print("\n".join(f"{title:8} {line}" for line in lines))
+    print(report)
+    print(f"{arguments.output}: every tensor is in conversion_report.json")

@@ -1,0 +1,93 @@
+"""Reading checkpoints of other code bases without running code that they carry, and telling what they are."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Where code bases keep the weights inside a checkpoint, in the order in which they are looked for.
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+RESAVE = (
+    "Open it once where it was made and save the tensors alone: "
+    "`torch.save({k: torch.as_tensor(v) for k, v in weights.items()}, 'weights.pth')`"
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or converted; the message names the file and what to do."""
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their original names.
+
+    Reads safetensors, and files of `torch.save` with `weights_only=True`: a pickle that wants to run code is refused.
+    Weights wrapped in `state_dict`, `model` or `model_state_dict` are unwrapped; the rest of such a file is left out.
+    Raises CheckpointError for a missing, damaged or unsafe file, and for one without tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file.")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is no readable safetensors file: {error}.") from error
+    try:
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises whatever it meets; the reason is passed on
+        reason = str(error).strip().split("\n")[0][:200]
+        raise CheckpointError(
+            f"{path} cannot be opened as plain weights ({type(error).__name__}: {reason}). {RESAVE}."
+        ) from error
+    return _unwrap(content, path)
+
+
+def _numpy_scalars() -> list[Any]:
+    """What unpickles a number of numpy, such as the best score that mmcv notes beside the weights. Runs no code."""
+    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    kinds = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
+    return [(scalar, f"numpy.{place}.multiarray.scalar") for place in ("core", "_core")] + [np.dtype, *kinds]
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    for key in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no named tensors; keys tried: {', '.join(_WRAPPERS)} and the file itself.")
+    return tensors
+
+
+# What a checkpoint is, by a name that only it has. The first that is found decides.
+_SIGNS = {
+    "knet": r"rpn_head\.init_kernels\.weight",
+    "queryinst": r"rpn_head\.init_proposal_bboxes\.weight",
+    "mask2former-mmdet": r"panoptic_head\.query_feat\.weight",
+    "mask2former-detectron2": r"sem_seg_head\.predictor\.query_feat\.weight",
+    "resnet": r"(?:.*\.)?layer1\.0\.conv1\.weight",
+}
+FORMATS = tuple(_SIGNS)
+
+
+def detect_format(state: dict[str, Tensor]) -> str:
+    """One of `FORMATS`: `resnet` stands for any backbone in torchvision's names, supervised or self-supervised.
+
+    Raises CheckpointError when the names are not known.
+    """
+    for kind, sign in _SIGNS.items():
+        if any(re.fullmatch(sign, name) for name in state):
+            return kind
+    first = ", ".join(list(state)[:3])
+    raise CheckpointError(f"The names of this checkpoint are not known ({first}, ...); known are {', '.join(FORMATS)}.")

@@ -1,0 +1,252 @@
+"""Any checkpoint that we know -> a folder that `from_pretrained` reads, with a report of every tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..data.coco_classes import COCO_CLASSES
+from ..files import write_json
+from .backbones import convert_resnet_backbone, resnet_config_of
+from .checkpoint_file import CheckpointError, detect_format, read_checkpoint
+from .detectron2 import convert_detectron2_mask2former
+from .mask2former import config_from_mmdet, convert_mmdet_mask2former
+from .report import ConversionReport
+
+# Tensors of the originals that have no place in ours, with the reason that the report gives.
+_DROPPED = {
+    r".*num_batches_tracked": "counter that inference does not read",
+    r"(panoptic_head\.loss_cls\.class_weight|(sem_seg_head\.)?criterion\..*)": "follows from the configuration",
+    r"(module\.)?pixel_(mean|std)": "in the image processor",
+    r".*patch2query\..*": "projection of prompts, which only pre-training uses",
+    r"gen_gt_kernel\..*": "projection of kernel targets, which only pre-training uses",
+    r".*cls_clip_fcs\..*": "CLIP class head, which only pre-training uses",
+    r".*(_pos\.|init_kernels_pos).*": "position kernels of an ablation",
+    r"linear\.(weight|bias)": "joins query and prompt, which only pre-training uses",
+    r"(?!panoptic_head|rpn_head|roi_head|backbone|neck|sem_seg_head).*(queue|ema_).*": "state of the optimiser",
+}
+_PROMPTS = r"(?:panoptic_head\.)?patch2query\.(weight|bias)"
+_GAPS = {
+    "num_batches_tracked": "counter that starts at zero",
+    "criterion.empty_weight": "follows from the configuration",
+    "prompt_projection.weight": "not in the checkpoint: initialised",
+}
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How one kind of checkpoint is converted. infer: settings of the segmenter from its tensors under our names;
+    from_config: the same from the original's configuration."""
+
+    model_type: str
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    infer: Callable[[dict[str, Tensor]], dict[str, Any]]
+    from_config: Callable[[dict[str, Any]], dict[str, Any]] | None
+
+
+def mask2former_settings(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Settings of `Mask2FormerConfig`, and `num_labels`, read off tensors under our names.
+
+    Points, losses and costs leave no trace in the weights; they keep their defaults, which are the paper's.
+    """
+    pixel, module = "model.pixel_level_module.decoder.", "model.transformer_module."
+    backbone = _inside(state, "model.pixel_level_module.encoder.")
+    offsets = state[f"{pixel}encoder.layers.0.self_attn.sampling_offsets.bias"].shape[0]
+    return {
+        "backbone_config": resnet_config_of(backbone),
+        "num_labels": state["class_predictor.weight"].shape[0] - 1,
+        "feature_size": state[f"{pixel}mask_projection.weight"].shape[1],
+        "mask_feature_size": state[f"{pixel}mask_projection.weight"].shape[0],
+        "hidden_dim": state[f"{module}queries_features.weight"].shape[1],
+        "num_queries": state[f"{module}queries_features.weight"].shape[0],
+        "encoder_layers": _count(state, pixel + r"encoder\.layers\.(\d+)\..+"),
+        "encoder_feedforward_dim": state[f"{pixel}encoder.layers.0.fc1.weight"].shape[0],
+        "decoder_layers": _count(state, module + r"decoder\.layers\.(\d+)\..+") + 1,
+        "dim_feedforward": state[f"{module}decoder.layers.0.fc1.weight"].shape[0],
+        "num_attention_heads": offsets // (3 * 4 * 2),  # levels, points, x and y
+        "enforce_input_projection": f"{module}input_projections.0.weight" in state,
+    }
+
+
+def _inside(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _count(state: dict[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that group 1 of the pattern takes."""
+    return max(int(match[1]) for name in state if (match := re.fullmatch(pattern, name))) + 1
+
+
+def _formats() -> dict[str, _Format]:
+    return {
+        "mask2former-mmdet": _Format("mask2former", convert_mmdet_mask2former, mask2former_settings, config_from_mmdet),
+        "mask2former-detectron2": _Format("mask2former", convert_detectron2_mask2former, mask2former_settings, None),
+    }
+
+
+def convert_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    kind: str = "instance",
+    config: str | os.PathLike[str] | None = None,
+    classes: Sequence[str] | None = None,
+    category_ids: Sequence[int] | None = None,
+    settings: dict[str, Any] | None = None,
+) -> ConversionReport:
+    """Converts a file and writes a folder.
+
+    Args:
+        checkpoint: K-Net, QueryInst or Mask2Former in mmdetection's names, Mask2Former in detectron2's, checkpoints of
+            UPLVP's pre-training (the same networks and a few tensors more), or a ResNet in torchvision's names
+            (torchvision, MoCo, DenseCL, SwAV). The kind is told from the names.
+        output: new folder. A ResNet becomes a `ResNetBackbone`, whose model.safetensors recipes take as
+            `model.backbone_weights`; everything else as `kind` says.
+        kind: "instance" (`UplvpForInstanceSegmentation`), "pretraining" (`UplvpForPreTraining`, which keeps
+            Mask2Former's prompt projection) or "segmenter" (the network alone, as transformers or we have it).
+        config: JSON file of the original's configuration, its `model` section or a file that holds one. Without it
+            sizes are read off the tensors.
+        classes, category_ids: names and original ids; None: COCO's for 80 classes, else "class 0", ... and 1, 2, ...
+        settings: of the segmenter's configuration, to replace what was found.
+
+    Writes `conversion_report.json` beside the model. Raises CheckpointError or ValueError for what cannot be
+    converted, FileExistsError for a folder with contents.
+    """
+    if kind not in ("instance", "pretraining", "segmenter"):
+        raise ValueError(f"kind `{kind}` is unknown: choose instance, pretraining or segmenter.")
+    output = Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty; choose another folder.")
+    source = read_checkpoint(checkpoint)
+    found = detect_format(source)
+    try:
+        if found == "resnet":
+            model, converted, dropped = _backbone(source)
+        else:
+            model, converted, dropped = _segmenter(
+                source, _formats()[found], kind, config, classes, category_ids, settings
+            )
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint} ({found}): {error}") from error
+    report = ConversionReport.build(source, converted, dropped, model.state_dict(), _GAPS)
+    model.save_pretrained(output)
+    if found != "resnet" and kind != "segmenter":
+        _processor().save_pretrained(output)
+    write_json(
+        output / "conversion_report.json", {"source": Path(checkpoint).name, "format": found, **report.as_dict()}
+    )
+    return report
+
+
+def _backbone(source: dict[str, Tensor]):
+    from transformers import ResNetBackbone, ResNetConfig
+
+    converted, dropped = convert_resnet_backbone(source)
+    settings = resnet_config_of(converted)
+    settings.pop("model_type")
+    model = ResNetBackbone(ResNetConfig(**settings))
+    _load(model, converted)
+    return model, converted, dropped
+
+
+def _segmenter(source, form: _Format, kind: str, config, classes, category_ids, settings):
+    dropped = {name: reason for name in source if (reason := _drop_reason(name))}
+    projection = (
+        {name: source[name] for name in source if re.fullmatch(_PROMPTS, name)} if kind == "pretraining" else {}
+    )
+    converted = form.convert({name: tensor for name, tensor in source.items() if name not in dropped})
+    found = form.infer(converted)
+    if config is not None:
+        if form.from_config is None:
+            raise ValueError("a configuration file is read for mmdetection's models only; leave it out.")
+        found |= form.from_config(_read_config(config))
+    found |= settings or {}
+    labels = _labels(found.pop("num_labels"), classes)
+    segmenter_config = {"model_type": form.model_type, **found}
+    if kind == "segmenter":
+        model = _plain(segmenter_config, labels)
+        _load(model, converted)
+        return model, converted, dropped
+    model, converted = _uplvp(kind, segmenter_config, labels, category_ids, converted, projection)
+    dropped = {name: reason for name, reason in dropped.items() if name not in projection}
+    return model, converted, dropped
+
+
+def _uplvp(kind: str, segmenter_config: dict, labels: dict[int, str], category_ids, converted, projection):
+    from ..models.configuration_uplvp import UplvpConfig
+    from ..models.modeling_base_uplvp import coco_category_ids
+    from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
+
+    ids = list(category_ids) if category_ids is not None else coco_category_ids(labels)
+    config = UplvpConfig(segmenter_config=segmenter_config, id2label=labels, category_ids=ids)
+    converted = {f"segmenter.{name}": tensor for name, tensor in converted.items()}
+    for name, tensor in projection.items():
+        converted[f"prompt_projection.{name.rsplit('.', 1)[-1]}"] = tensor
+    model = (UplvpForPreTraining if kind == "pretraining" else UplvpForInstanceSegmentation)(config)
+    _load(model, converted)
+    return model, converted
+
+
+def _plain(segmenter_config: dict, labels: dict[int, str]):
+    """The segmenter alone; Mask2Former as transformers' own class."""
+    from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
+
+    from ..models.modeling_base_uplvp import SEGMENTERS
+
+    name = segmenter_config.pop("model_type")
+    names = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
+    config = AutoConfig.for_model(name, **segmenter_config, **names)
+    return (Mask2FormerForUniversalSegmentation if name == "mask2former" else SEGMENTERS[name])(config)
+
+
+def _load(model, converted: dict[str, Tensor]) -> None:
+    """Strict in one direction: what is missing is for the report, what has no place or another shape is an error."""
+    wanted = model.state_dict()
+    wrong = [
+        f"{name} {tuple(tensor.shape)}" + (f" (ours {tuple(wanted[name].shape)})" if name in wanted else "")
+        for name, tensor in converted.items()
+        if name not in wanted or wanted[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise ValueError(
+            f"{len(wrong)} tensors do not fit the model that the settings describe: {', '.join(wrong[:5])}. "
+            "Give the original's configuration, or settings."
+        )
+    model.load_state_dict(converted, strict=False)
+
+
+def _drop_reason(name: str) -> str | None:
+    return next((reason for pattern, reason in _DROPPED.items() if re.fullmatch(pattern, name)), None)
+
+
+def _labels(count: int, classes: Sequence[str] | None) -> dict[int, str]:
+    if classes is None:
+        classes = COCO_CLASSES if count == len(COCO_CLASSES) else [f"class {index}" for index in range(count)]
+    if len(classes) != count:
+        raise ValueError(f"the checkpoint has {count} classes, {len(classes)} names were given.")
+    return dict(enumerate(classes))
+
+
+def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"configuration {path} is no readable JSON: {error}") from error
+    return content.get("model", content)
+
+
+def _processor():
+    """As the originals look at pictures: RGB, ImageNet's mean and deviation, 800 pixels on the shorter side."""
+    from ..models.image_processing_uplvp import UplvpImageProcessor
+
+    return UplvpImageProcessor(
+        size={"shortest_edge": 800, "longest_edge": 1333},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )

@@ -1,0 +1,77 @@
+"""What became of every tensor of a converted checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class ConversionReport:
+    """kept: names that are the same on both sides. renamed: {old name: [new names]} (a packed attention becomes three).
+    dropped: {old name: reason}. missing: {our name: reason}: tensors that keep the value of initialisation."""
+
+    kept: list[str] = field(default_factory=list)
+    renamed: dict[str, list[str]] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        source: dict[str, Tensor],
+        converted: dict[str, Tensor],
+        dropped: dict[str, str],
+        model_names: Iterable[str],
+        missing_reason: dict[str, str] | None = None,
+    ) -> ConversionReport:
+        """From the tensors before and after, which share storage because converters copy nothing.
+
+        model_names: every name of our model. missing_reason: {pattern end: reason} for expected gaps.
+        Raises ValueError when a tensor of `source` is neither converted nor dropped.
+        """
+        owners: dict[int, list[str]] = {}
+        for name, tensor in converted.items():
+            owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+        report = cls(dropped=dict(dropped))
+        lost = []
+        for name, tensor in source.items():
+            if name in dropped:
+                continue
+            ours = owners.get(tensor.untyped_storage().data_ptr(), [])
+            if ours == [name]:
+                report.kept.append(name)
+            elif ours:
+                report.renamed[name] = ours
+            else:
+                lost.append(name)
+        if lost:
+            raise ValueError(f"{len(lost)} tensors were neither converted nor dropped: {', '.join(lost[:5])}.")
+        for name in model_names:
+            if name not in converted:
+                ends = [reason for end, reason in (missing_reason or {}).items() if name.endswith(end)]
+                report.missing[name] = ends[0] if ends else "not in the checkpoint: initialised"
+        return report
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.kept)} tensors kept their name, {len(self.renamed)} were renamed, "
+            f"{len(self.dropped)} dropped, {len(self.missing)} of ours are missing there."
+        ]
+        lines += [f"  dropped {count} x {reason}" for reason, count in _tally(self.dropped.values())]
+        lines += [f"  missing {count} x {reason}" for reason, count in _tally(self.missing.values())]
+        return "\n".join(lines)
+
+
+def _tally(reasons: Iterable[str]) -> list[tuple[str, int]]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return list(counts.items())

@@ -1,0 +1,240 @@
+"""Whole files of other code bases -> folders: values against torchvision and recorded tensors, and the reports."""
+
+import json
+import pickle
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torchvision.models.resnet import Bottleneck, ResNet
+from transformers import AutoModelForInstanceSegmentation, Mask2FormerForUniversalSegmentation, ResNetBackbone
+
+import uplvp_hf
+from uplvp_hf.commands.convert import main
+from uplvp_hf.conversion.backbones import resnet_config_of
+from uplvp_hf.conversion.checkpoint_file import CheckpointError, detect_format, read_checkpoint
+from uplvp_hf.conversion.convert import convert_checkpoint
+from uplvp_hf.conversion.detectron2 import convert_detectron2_mask2former, torchvision_name
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, [1, 2, 1, 1]).eval()
+    with torch.no_grad():
+        for name, value in [*model.named_parameters(), *model.named_buffers()]:
+            if value.dim() == 1 and value.is_floating_point():
+                value.uniform_(0.5, 1.5) if "var" in name or "weight" in name else value.uniform_(-0.2, 0.2)
+    return model
+
+
+WRAPPED = {
+    "torchvision": lambda state: state,
+    "moco": lambda state: {
+        "arch": "resnet50",
+        "state_dict": {f"module.encoder_q.{k}": v for k, v in state.items()}
+        | {f"module.encoder_k.{k}": v.clone() for k, v in state.items()}
+        | {"module.queue": torch.zeros(2, 3), "module.encoder_q.fc.2.weight": torch.zeros(2, 2)},
+    },
+    "densecl": lambda state: {"state_dict": {k: v for k, v in state.items() if not k.startswith("fc.")}},
+    "swav": lambda state: (
+        {f"module.{k}": v for k, v in state.items() if not k.startswith("fc.")}
+        | {"module.prototypes.weight": torch.zeros(3, 2), "module.projection_head.0.weight": torch.zeros(2, 2)}
+    ),
+}
+
+
+@pytest.mark.parametrize("source", WRAPPED)
+def test_backbones_give_the_features_of_torchvision(resnet, source, tmp_path):
+    content = WRAPPED[source](resnet.state_dict())
+    torch.save(content, tmp_path / "weights.pth.tar")
+    report = convert_checkpoint(tmp_path / "weights.pth.tar", tmp_path / "out")
+    ours = ResNetBackbone.from_pretrained(tmp_path / "out").eval()
+    picture = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(picture))))
+        for index, found in enumerate(ours(picture).feature_maps):
+            x = getattr(resnet, f"layer{index + 1}")(x)
+            torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+    # Every tensor of the file is accounted for, once.
+    names = set(content.get("state_dict", content))
+    assert names == {*report.kept, *report.renamed, *report.dropped}
+    assert set(report.missing) == {name for name in ours.state_dict() if name.endswith("num_batches_tracked")}
+    written = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    assert written["format"] == "resnet" and written["renamed"] == report.renamed
+
+
+def test_wide_bottlenecks_are_refused(resnet):
+    wide = ResNet(Bottleneck, [1, 1, 1, 1], width_per_group=128).state_dict()
+    from uplvp_hf.conversion.backbones import convert_resnet_backbone
+
+    with pytest.raises(ValueError, match="wide or grouped"):
+        resnet_config_of(convert_resnet_backbone(wide)[0])
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def test_files_that_want_to_run_code_are_refused(tmp_path, capsys):
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps({"state_dict": Malicious()}))
+    with pytest.raises(CheckpointError, match="plain weights"):
+        read_checkpoint(tmp_path / "bad.pth")
+    torch.save({"model": Malicious()}, tmp_path / "bad2.pth")
+    with pytest.raises(CheckpointError, match="plain weights"):
+        read_checkpoint(tmp_path / "bad2.pth")
+    assert "must not run" not in capsys.readouterr().out
+
+
+def test_unreadable_and_unknown_files_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_checkpoint(tmp_path / "none.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"123")
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors"):
+        read_checkpoint(tmp_path / "cut.safetensors")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(CheckpointError, match="no named tensors"):
+        read_checkpoint(tmp_path / "empty.pth")
+    with pytest.raises(CheckpointError, match="known are knet"):
+        detect_format({"something.weight": torch.zeros(1)})
+
+
+def test_numbers_of_numpy_beside_the_weights_are_read(tmp_path):
+    meta = {"best_score": np.float64(0.4), "epoch": np.int64(3)}
+    torch.save({"meta": meta, "state_dict": {"a": torch.ones(2)}}, tmp_path / "mmcv.pth")
+    assert torch.equal(read_checkpoint(tmp_path / "mmcv.pth")["a"], torch.ones(2))
+
+
+def state_of(tensors):
+    return {name.removeprefix("state."): value for name, value in tensors.items() if name.startswith("state.")}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("with_config", [True, False])
+def test_mask2former_of_mmdetection_predicts_as_recorded(golden, tmp_path, with_config):
+    tensors, info = golden("mask2former")
+    torch.save({"meta": {"epoch": 1}, "state_dict": state_of(tensors)}, tmp_path / "m2f.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"model": info["config"]}))
+    arguments = [str(tmp_path / "m2f.pth"), str(tmp_path / "out")]
+    if with_config:
+        arguments += ["--config", str(tmp_path / "config.json")]
+    assert main(arguments) == 0
+    assert uplvp_hf.UplvpConfig.from_pretrained(tmp_path / "out").id2label[0] == "class 0"
+    model = AutoModelForInstanceSegmentation.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        output = model(tensors["input.img"])
+    last = max(int(m[1]) for name in tensors if (m := re.match(r"layer(\d+)\.cls_pred", name)))
+    torch.testing.assert_close(output.class_queries_logits, tensors[f"layer{last}.cls_pred"], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(output.masks_queries_logits, tensors[f"layer{last}.mask_pred"], rtol=1e-5, atol=1e-4)
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.golden
+def test_mask2former_alone_is_transformers_own_class(golden, tmp_path):
+    tensors, _ = golden("mask2former")
+    save_file({k: v.contiguous() for k, v in state_of(tensors).items()}, tmp_path / "m2f.safetensors")
+    convert_checkpoint(
+        tmp_path / "m2f.safetensors", tmp_path / "out", kind="segmenter", classes=list("abcde")[: count(tensors)]
+    )
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "mask2former"
+    Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "out")
+    with pytest.raises(FileExistsError):
+        convert_checkpoint(tmp_path / "m2f.safetensors", tmp_path / "out")
+
+
+def count(tensors):
+    return tensors["state.panoptic_head.cls_embed.weight"].shape[0] - 1
+
+
+@pytest.mark.golden
+def test_pre_training_checkpoints_keep_the_prompt_projection(golden, tmp_path):
+    tensors, _ = golden("mask2former")
+    state = state_of(tensors)
+    width = state["panoptic_head.query_feat.weight"].shape[1]
+    channels = tensors["backbone.3"].shape[1]
+    state["panoptic_head.patch2query.weight"] = torch.randn(width, channels)
+    state["panoptic_head.patch2query.bias"] = torch.randn(width)
+    torch.save(state, tmp_path / "pre.pth")
+    report = convert_checkpoint(tmp_path / "pre.pth", tmp_path / "pre", kind="pretraining")
+    saved = load_file(tmp_path / "pre" / "model.safetensors")
+    assert torch.equal(saved["prompt_projection.weight"], state["panoptic_head.patch2query.weight"])
+    assert report.renamed["panoptic_head.patch2query.bias"] == ["prompt_projection.bias"]
+    report = convert_checkpoint(tmp_path / "pre.pth", tmp_path / "plain")
+    assert "panoptic_head.patch2query.bias" in report.dropped
+    with pytest.raises(CheckpointError, match="2 names were given"):
+        convert_checkpoint(tmp_path / "pre.pth", tmp_path / "again", classes=["a", "b"])
+
+
+def detectron2_name(name: str) -> str:
+    """mmdetection's name of a tensor -> that of the first release. Written from the published list of names."""
+    levels = {"0": "1"}
+    name = re.sub(r"^backbone\.(conv1|bn1)\.", lambda m: f"backbone.stem.{m[1]}.", name)
+    name = re.sub(r"^backbone\.layer(\d)\.", lambda m: f"backbone.res{int(m[1]) + 1}.", name)
+    name = re.sub(r"^(backbone\..*)bn(\d)\.", r"\1conv\2.norm.", name)
+    name = name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")
+    name = re.sub(r"panoptic_head\.pixel_decoder\.", "sem_seg_head.pixel_decoder.", name)
+    name = re.sub(r"input_convs\.(\d)\.conv", r"input_proj.\1.0", name)
+    name = re.sub(r"input_convs\.(\d)\.gn", r"input_proj.\1.1", name)
+    name = re.sub(r"lateral_convs\.(\d)\.conv", lambda m: f"adapter_{levels[m[1]]}", name)
+    name = re.sub(r"lateral_convs\.(\d)\.gn", lambda m: f"adapter_{levels[m[1]]}.norm", name)
+    name = re.sub(r"output_convs\.(\d)\.conv", lambda m: f"layer_{levels[m[1]]}", name)
+    name = re.sub(r"output_convs\.(\d)\.gn", lambda m: f"layer_{levels[m[1]]}.norm", name)
+    name = name.replace("level_encoding.weight", "transformer.level_embed").replace("mask_feature.", "mask_features.")
+    encoder = "sem_seg_head.pixel_decoder.transformer.encoder.layers."
+    name = name.replace("sem_seg_head.pixel_decoder.encoder.layers.", encoder)
+    if name.startswith(encoder):
+        name = name.replace("attentions.0.", "self_attn.").replace("ffns.0.layers.0.0.", "linear1.")
+        name = name.replace("ffns.0.layers.1.", "linear2.").replace("norms.0.", "norm1.").replace("norms.1.", "norm2.")
+    predictor = "sem_seg_head.predictor."
+    name = name.replace("panoptic_head.cls_embed.", predictor + "class_embed.")
+    name = name.replace("panoptic_head.transformer_decoder.post_norm.", predictor + "decoder_norm.")
+    name = re.sub(
+        r"panoptic_head\.mask_embed\.(\d)\.", lambda m: f"{predictor}mask_embed.layers.{int(m[1]) // 2}.", name
+    )
+    name = re.sub(r"panoptic_head\.decoder_input_projs\.(\d)\.(?:conv\.)?", predictor + r"input_proj.\1.", name)
+    name = re.sub(r"panoptic_head\.(query_embed|query_feat|level_embed)\.", predictor + r"\1.", name)
+    parts = {
+        "attentions.0.attn.": "transformer_cross_attention_layers.{}.multihead_attn.",
+        "norms.0.": "transformer_cross_attention_layers.{}.norm.",
+        "attentions.1.attn.": "transformer_self_attention_layers.{}.self_attn.",
+        "norms.1.": "transformer_self_attention_layers.{}.norm.",
+        "ffns.0.layers.0.0.": "transformer_ffn_layers.{}.linear1.",
+        "ffns.0.layers.1.": "transformer_ffn_layers.{}.linear2.",
+        "norms.2.": "transformer_ffn_layers.{}.norm.",
+    }
+    match = re.match(r"panoptic_head\.transformer_decoder\.layers\.(\d+)\.(.+)", name)
+    if match:
+        part = next(part for part in parts if match[2].startswith(part))
+        name = predictor + parts[part].format(match[1]) + match[2].removeprefix(part)
+    return name
+
+
+@pytest.mark.golden
+def test_mask2former_of_detectron2_predicts_as_recorded(golden, tmp_path):
+    tensors, _ = golden("mask2former")
+    state = {detectron2_name(name): value for name, value in state_of(tensors).items()}
+    assert "sem_seg_head.predictor.transformer_self_attention_layers.0.self_attn.in_proj_weight" in state
+    torch.save({"model": state, "iteration": 7}, tmp_path / "m2f.pth")
+    convert_checkpoint(tmp_path / "m2f.pth", tmp_path / "out")
+    model = AutoModelForInstanceSegmentation.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        output = model(tensors["input.img"])
+    last = max(int(m[1]) for name in tensors if (m := re.match(r"layer(\d+)\.cls_pred", name)))
+    torch.testing.assert_close(output.masks_queries_logits, tensors[f"layer{last}.mask_pred"], rtol=1e-5, atol=1e-4)
+
+
+def test_detectron2_names():
+    assert torchvision_name("stem.conv1.norm.bias") == "bn1.bias"
+    assert torchvision_name("res2.0.shortcut.norm.running_mean") == "layer1.0.downsample.1.running_mean"
+    assert torchvision_name("res5.2.conv3.weight") == "layer4.2.conv3.weight"
+    with pytest.raises(ValueError, match="Swin"):
+        convert_detectron2_mask2former({"backbone.layers.0.blocks.0.attn.qkv.weight": torch.zeros(3, 1)})
+
+
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none.pth"), str(tmp_path / "out")]) == 2
+    assert "no such file" in capsys.readouterr().err
