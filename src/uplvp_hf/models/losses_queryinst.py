@@ -1,0 +1,199 @@
+"""Set loss of QueryInst (arXiv 2105.01928): all stages and pictures matched at once, everything in float32.
+
+Formulas as in mmdetection 2.28: focal class loss, L1 of boxes over picture sizes, GIoU, and squared dice of the masks
+in the matched predicted boxes. Matching is on the predictions of the very stage that is supervised.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .loss_terms import box_giou_cost, box_l1_cost, dice_loss, focal_cost, giou_loss, sigmoid_focal_loss
+from .losses import LayerOutput, Normalizers, _check_labels
+from .matching import LabelGuide, hungarian
+from .prompts import tight_boxes
+from .roi import crop_masks
+
+
+@dataclass
+class QueryInstStageOutput(LayerOutput):
+    """Predictions of one stage.
+
+    class_logits (B, N, K) of sigmoids; mask_logits (B, N, H/4, W/4): the mask of the best class on the whole picture,
+    of the last stage in evaluation mode only, otherwise None; queries (B, N, D) after the stage. Beside them: boxes
+    (B, N, 4) x1, y1, x2, y2 in pixels of the padded input, float32; deltas (B, N, 4): the changes that led to them;
+    attended (B, N, D): queries after self-attention, input of the mask head; attentions (B, heads, N, N) where asked
+    for; roi_mask_logits (B, N, K, S, S): masks of every class within the boxes, where mask_logits are.
+    """
+
+    boxes: Tensor
+    deltas: Tensor
+    attended: Tensor
+    attentions: Tensor | None = None
+    roi_mask_logits: Tensor | None = None
+
+
+@dataclass
+class Pairs:
+    """Matched pairs of all S stages, M of each stage, in order of picture and query: (S, M) int64 on the device.
+
+    stage, picture, query; target: the place among the masks of the whole batch; label: its class.
+    """
+
+    stage: Tensor
+    picture: Tensor
+    query: Tensor
+    target: Tensor
+    label: Tensor
+
+
+# (stage among those supervised, picture (M,), query (M,)) -> mask logits (M, K, S, S) in the boxes of these queries.
+MaskPredictor = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class QueryInstLoss:
+    """Hungarian matching and class, box, GIoU and mask terms for every stage. Weights as in `QueryInstConfig`."""
+
+    class_weight: float = 2.0
+    box_weight: float = 5.0
+    giou_weight: float = 2.0
+    mask_weight: float = 8.0
+    class_cost: float = 2.0
+    box_cost: float = 5.0
+    giou_cost: float = 2.0
+    text_class_weight: float = 2.0
+    text_class_cost: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    dice_eps: float = 1e-5
+
+    def __call__(
+        self,
+        layers: list[QueryInstStageOutput],
+        sizes: Tensor,
+        limits: Tensor,
+        mask_labels: list[Tensor],
+        class_labels: list[Tensor],
+        predict_masks: MaskPredictor,
+        normalizers: Normalizers | None = None,
+        text_logits: list[Tensor] | None = None,
+        label_guide: LabelGuide | None = None,
+    ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
+        """Loss terms, weighted, by name (`class_0`, `box_0`, `giou_0`, `mask_0`, ...) and the assignments.
+
+        sizes (B, 2): height and width of the pictures, which boxes are divided by; limits (B, 2): where boxes are cut
+        off for the mask targets. mask_labels: per picture (G_i, H, W) bool at the padded input size, class_labels: per
+        picture (G_i,) int in 0..K-1. text_logits: per stage (B, N, K) of a further class head, which adds a cost and
+        terms `text_class_0`, ... The divisor of all terms is the number of matched pairs of a stage, at least 1.
+        Without objects box and mask terms are zeros that still touch boxes and mask heads.
+        """
+        device = layers[0].boxes.device
+        _check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1])
+        class_labels = [labels.to(device).long() for labels in class_labels]
+        mask_labels = [masks.to(device).bool() for masks in mask_labels]
+        target_boxes = [tight_boxes(masks).float() for masks in mask_labels]
+        logits = torch.stack([layer.class_logits for layer in layers]).float()  # (S, B, N, K)
+        texts = None if text_logits is None else torch.stack(list(text_logits)).float()
+        boxes = torch.stack([layer.boxes for layer in layers])
+        factors = sizes.flip(1).repeat(1, 2)  # (B, 4) width, height, width, height
+        costs = self.costs(logits, boxes, target_boxes, class_labels, factors, texts)
+        if label_guide is not None:
+            costs = [label_guide(cost, i) for i, cost in enumerate(costs)]
+        matches = hungarian(costs)
+        pairs = pair_up(matches, class_labels, device)
+        # Outside of the terms: the mask heads may run under autocast.
+        masks = [predict_masks(stage, pairs.picture[stage], pairs.query[stage]) for stage in range(len(layers))]
+        with torch.autocast(device.type, enabled=False):  # it would multiply in half precision
+            terms = {"class": self.class_weight * self._class_term(logits, pairs)}
+            if texts is not None:
+                terms["text_class"] = self.text_class_weight * self._class_term(texts, pairs)
+            terms.update(self._box_terms(boxes, torch.cat(target_boxes), factors, pairs))
+            targets = mask_targets(mask_labels, boxes.detach(), limits, pairs, masks[0].shape[-1])
+            terms["mask"] = self.mask_weight * self._mask_term(masks, targets, pairs)
+        divisor = None if normalizers is None else normalizers.masks
+        divisor = max(pairs.query.shape[1], 1) if divisor is None else divisor
+        return {
+            f"{name}_{stage}": value[stage] / divisor for stage in range(len(layers)) for name, value in terms.items()
+        }, matches
+
+    @torch.no_grad()
+    def costs(
+        self,
+        logits: Tensor,
+        boxes: Tensor,
+        target_boxes: list[Tensor],
+        class_labels: list[Tensor],
+        factors: Tensor,
+        text_logits: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Per picture the (S, N, G_i) matching costs; logits (S, B, N, K), boxes (S, B, N, 4), factors (B, 4)."""
+        costs = []
+        for i, (targets, labels) in enumerate(zip(target_boxes, class_labels, strict=True)):
+            cost = self.class_cost * focal_cost(logits[:, i], labels, self.focal_alpha, self.focal_gamma)
+            if text_logits is not None:
+                further = focal_cost(text_logits[:, i], labels, self.focal_alpha, self.focal_gamma)
+                cost = cost + self.text_class_cost * further
+            cost = cost + self.box_cost * box_l1_cost(boxes[:, i] / factors[i], targets / factors[i])
+            costs.append(cost + self.giou_cost * box_giou_cost(boxes[:, i], targets))
+        return costs
+
+    def _class_term(self, logits: Tensor, pairs: Pairs) -> Tensor:
+        """Focal loss summed over pictures, queries and classes: (S, B, N, K) -> (S,)."""
+        labels = torch.full(logits.shape[:3], logits.shape[-1], dtype=torch.int64, device=logits.device)
+        labels[pairs.stage, pairs.picture, pairs.query] = pairs.label
+        return sigmoid_focal_loss(logits, labels, self.focal_alpha, self.focal_gamma).sum((1, 2, 3))
+
+    def _box_terms(self, boxes: Tensor, target_boxes: Tensor, factors: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+        """L1 over picture sizes and GIoU of matched boxes, summed over pairs: (S,) each."""
+        if pairs.query.shape[1] == 0:
+            nothing = boxes.sum((1, 2, 3)) * 0
+            return {"box": nothing, "giou": nothing}
+        predicted, target = boxes[pairs.stage, pairs.picture, pairs.query], target_boxes[pairs.target]  # (S, M, 4)
+        factor = factors[pairs.picture]
+        difference = (predicted / factor - target / factor).abs().sum((1, 2))
+        overlap = giou_loss(predicted.flatten(0, 1), target.flatten(0, 1)).view(predicted.shape[:2]).sum(1)
+        return {"box": self.box_weight * difference, "giou": self.giou_weight * overlap}
+
+    def _mask_term(self, masks: list[Tensor], targets: Tensor, pairs: Pairs) -> Tensor:
+        """Dice loss of the channel of the true class, summed over pairs: per stage (M, K, S, S) -> (S,)."""
+        terms = []
+        for logits, target, label in zip(masks, targets, pairs.label, strict=True):
+            own = logits[torch.arange(len(label), device=label.device), label].float().sigmoid()
+            terms.append(dice_loss(own.flatten(1), target.flatten(1), self.dice_eps).sum())
+        return torch.stack(terms)
+
+
+def pair_up(matches: list[list[tuple[Tensor, Tensor]]], class_labels: list[Tensor], device: torch.device) -> Pairs:
+    """The assignments as index tensors, brought to the device in one piece."""
+    offsets = [0]
+    for labels in class_labels:
+        offsets.append(offsets[-1] + len(labels))
+    rows = []
+    for stage, match in enumerate(matches):
+        query = torch.cat([query for query, _ in match])
+        picture = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(match)])
+        target = torch.cat([target + offsets[i] for i, (_, target) in enumerate(match)])
+        rows.append(torch.stack([torch.full_like(query, stage), picture, query, target]))
+    stage, picture, query, target = torch.stack(rows, dim=1).to(device)
+    return Pairs(stage, picture, query, target, torch.cat(class_labels)[target])
+
+
+@torch.no_grad()
+def mask_targets(mask_labels: list[Tensor], boxes: Tensor, limits: Tensor, pairs: Pairs, side: int) -> Tensor:
+    """The matched masks within the matched predicted boxes, cut off at `limits` (B, 2): (S, M, side, side).
+
+    Picture by picture, so that the masks of only one are held in float.
+    """
+    stages, targets, done, first = len(boxes), [], 0, 0
+    for i, masks in enumerate(mask_labels):
+        count = min(len(masks), boxes.shape[2])
+        own = slice(done, done + count)
+        ids = pairs.target[:, own] - first
+        chosen = boxes[:, i].gather(1, pairs.query[:, own, None].expand(-1, -1, 4))  # (S, count, 4)
+        chosen = chosen.clamp(min=0).minimum(limits[i].flip(0).repeat(2))
+        targets.append(crop_masks(masks, ids.flatten(), chosen.flatten(0, 1), side).view(stages, count, side, side))
+        done, first = done + count, first + len(masks)
+    return torch.cat(targets, dim=1)

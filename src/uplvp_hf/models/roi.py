@@ -1,0 +1,115 @@
+"""Boxes and the regions in them: box changes, pooling from a pyramid, mask targets.
+
+Boxes are x1, y1, x2, y2 in pixels of the padded input, float32. RoIAlign (arXiv 1703.06870) with the half-pixel shift.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import roi_align
+
+# Largest change of a box's side in one step, as in Fast R-CNN's descendants: a factor of 1000 / 16.
+MAX_LOG_SCALE = abs(math.log(16 / 1000))
+
+
+def apply_deltas(boxes: Tensor, deltas: Tensor, deviations: Tensor | list[float]) -> Tensor:
+    """Moves and scales boxes (..., 4) by predicted changes (..., 4): shift of the centre in box sides, log of scale.
+
+    `deviations` (4) multiply the changes; the logs are then limited to +-4.135. Results may leave the picture.
+    """
+    deltas = deltas * torch.as_tensor(deviations, dtype=deltas.dtype, device=deltas.device)
+    start, end = boxes[..., :2], boxes[..., 2:]
+    side = end - start
+    centre = (start + end) * 0.5 + side * deltas[..., :2]
+    side = side * deltas[..., 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
+    return torch.cat([centre - side * 0.5, centre + side * 0.5], dim=-1)
+
+
+def centre_to_corners(boxes: Tensor) -> Tensor:
+    """Centre x, centre y, width, height -> x1, y1, x2, y2: (..., 4) -> (..., 4)."""
+    centre, side = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([centre - 0.5 * side, centre + 0.5 * side], dim=-1)
+
+
+def crop_masks(masks: Tensor, ids: Tensor, boxes: Tensor, side: int) -> Tensor:
+    """Mask targets: the parts of bool masks (G, H, W) in boxes, resampled to a grid and thresholded at 0.5.
+
+    ids (M,): the mask of every box; boxes (M, 4). Returns (M, side, side) float32 of zeros and ones. RoIAlign with as
+    many samples as pixels, as mmdetection's `mask_target`; the caller clips boxes that reach beyond the masks.
+    """
+    if len(ids) == 0:
+        return boxes.new_zeros((0, side, side), dtype=torch.float32)
+    rois = torch.cat([ids[:, None].to(boxes.dtype), boxes], dim=1).float()
+    with torch.autocast(masks.device.type, enabled=False):
+        soft = roi_align(masks[:, None].float(), rois, side, spatial_scale=1.0, sampling_ratio=0, aligned=True)
+    return (soft[:, 0] >= 0.5).float()
+
+
+class PyramidPooler(nn.Module):
+    """RoIAlign of boxes from the levels of a feature pyramid that suit their sizes.
+
+    A box of scale s (root of its area, in pixels) is pooled from level floor(log2(s / finest_scale)), kept within the
+    levels there are; level 0 has stride 4, each further one twice that.
+    """
+
+    def __init__(self, side: int, sampling_ratio: int = 2, finest_scale: int = 56, finest_stride: int = 4):
+        super().__init__()
+        self.side = side
+        self.sampling_ratio = sampling_ratio
+        self.finest_scale = finest_scale
+        self.finest_stride = finest_stride
+
+    def levels_of(self, boxes: Tensor, count: int) -> Tensor:
+        """Level of every box: (M, 4) -> (M,) int64 in 0..count - 1. Boxes turned inside out go to level 0."""
+        scale = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
+        return (scale / self.finest_scale + 1e-6).log2().floor().clamp(0, count - 1).long()
+
+    def forward(self, maps: list[Tensor], boxes: Tensor, pictures: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """Pooled regions (M, C, side, side).
+
+        maps: level by level (B, C, h, w) float32; boxes (M, 4), which get no gradient; pictures (M,) int64, the
+        picture of every box. sizes (B, 2), height and width of the pictures in pixels: given, samples beyond a
+        picture's own end count as those beyond the end of a map do; the maps must have their edges repeated over
+        the padding (`extend_edges`).
+        """
+        boxes = boxes.detach().to(maps[0].dtype)
+        level = self.levels_of(boxes, len(maps))
+        rois = torch.cat([pictures[:, None].to(boxes.dtype), boxes], dim=1)
+        strides = [self.finest_stride * 2**index for index in range(len(maps))]
+        if rois.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Every box from its own level only; the look at the indices costs nothing here.
+            places = [(level == index).nonzero()[:, 0] for index in range(len(maps))]
+            parts = [
+                self.pool(map_, rois[place], stride, sizes)
+                for map_, place, stride in zip(maps, places, strides, strict=True)
+            ]
+            return torch.cat(parts)[torch.cat(places).argsort()]
+        # Without a look at the indices: all boxes from all levels, those of other levels moved to where samples are
+        # zero. Kernels for accelerators skip such samples.
+        nowhere = torch.cat([rois[:, :1], boxes.new_tensor([-9e3, -9e3, -8e3, -8e3]).expand(len(rois), 4)], dim=1)
+        pooled = 0
+        for index, (map_, stride) in enumerate(zip(maps, strides, strict=True)):
+            chosen = torch.where((level == index)[:, None], rois, nowhere)
+            pooled = pooled + self.pool(map_, chosen, stride, sizes)
+        return pooled
+
+    def pool(self, map_: Tensor, rois: Tensor, stride: int, sizes: Tensor | None) -> Tensor:
+        """RoIAlign of rois (M, 5), picture and box, from one map: (M, C, side, side)."""
+        if sizes is None:
+            return roi_align(map_, rois, self.side, 1 / stride, self.sampling_ratio, aligned=True)
+        # Every sample by itself, so that those beyond the picture can be left out of the means.
+        count = self.side * self.sampling_ratio
+        samples = roi_align(map_, rois, count, 1 / stride, 1, aligned=True)
+        end = (sizes[rois[:, 0].long()] / stride).ceil()  # (M, 2) cells
+        step = (torch.arange(count, device=rois.device, dtype=rois.dtype) + 0.5) / count
+        rows, columns = (
+            (start[:, None] + (stop - start)[:, None] * step) / stride - 0.5 <= last[:, None]
+            for start, stop, last in ((rois[:, 2], rois[:, 4], end[:, 0]), (rois[:, 1], rois[:, 3], end[:, 1]))
+        )
+        inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (M, 1, count, count)
+        return F.avg_pool2d(samples.masked_fill(~inside, 0.0), self.sampling_ratio)
+
+
+__all__ = ["PyramidPooler", "apply_deltas", "centre_to_corners", "crop_masks"]
