@@ -8,8 +8,10 @@ from .instances import Proposals
 from .language_vision import DenseClipLabeler
 from .namers import AgnosticNamer, ClassifierNamer, ClipZeroShotNamer
 from .pipeline import LabelSummary, label_images
+from .plugins import PluginSource, load_plugin
 from .quality import proposal_quality
 from .saliency import SaliencyLabeler
+from .sources import MaskFileSource, MaskGeneratorSource, SegmenterSource
 from .store import StoreError, StoreWriter
 from .text import read_vocabulary
 
@@ -22,14 +24,19 @@ __all__ = [
     "Encoder",
     "ForegroundLabeler",
     "LabelSummary",
+    "MaskFileSource",
+    "MaskGeneratorSource",
+    "PluginSource",
     "Proposals",
     "SaliencyLabeler",
+    "SegmenterSource",
     "StoreError",
     "StoreWriter",
     "dense_features",
     "label_images",
     "load_clip",
     "load_encoder",
+    "load_plugin",
     "proposal_quality",
     "read_class_map",
     "read_vocabulary",
