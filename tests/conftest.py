@@ -38,7 +38,7 @@ SWIN = {
     "window_size": 4, "drop_path_rate": 0.0, "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }  # fmt: skip
 RESNET = {
-    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
+    "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 40], "depths": [1, 1, 1, 1],
     "layer_type": "basic", "out_features": ["stage1", "stage2", "stage3", "stage4"],
 }  # fmt: skip
 

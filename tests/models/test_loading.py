@@ -193,7 +193,11 @@ def test_configuration_refuses_what_it_does_not_know(tiny_segmenter):
     for wrong, message in [
         ({"prompt_matching": "best"}, "prompt_matching must be one of"),
         ({"prompt_pooling": "max"}, "prompt_pooling must be one of"),
-        ({"prompt_drop": 1.5}, "probability"),
+        ({"prompt_drop": 1.5}, "between 0 and 1"),
+        ({"prompt_injection": "sum"}, "prompt_injection must be one of"),
+        ({"text_form": "dot"}, "text_form must be one of"),
+        ({"text_dim": 0}, "at least 1"),
+        ({"text_temperature": 0.0}, "must be positive"),
         ({"num_prompts": 0}, "at least 1"),
         ({"kernel_supervision_weight": -1.0}, "not be negative"),
         ({"id2label": {0: "a", 2: "b"}}, r"must map 0\.\.1"),

@@ -120,7 +120,8 @@ def test_prompt_is_the_projected_average_of_the_last_map_under_the_matched_mask(
     with torch.no_grad():
         features = model.segmenter.encode(batch["pixel_values"])
         queries = model.segmenter.initial_queries(features)
-        injected = model.prompt_queries(queries, model.make_prompts(features, batch["mask_labels"], None))
+        match, prompts = model.match_prompts(queries, model.make_prompts(features, batch["mask_labels"], None))
+        injected = model.injection(match, prompts, None)(queries)
         grid = features.prompt_map[0]
         pooled = []
         for mask in batch["mask_labels"][0]:

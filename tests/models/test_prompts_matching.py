@@ -9,7 +9,7 @@ import torch
 
 from uplvp_hf.models.losses import LayerOutput, kernel_supervision, sample_binary, sample_points
 from uplvp_hf.models.matching import hungarian, match_prompts
-from uplvp_hf.models.prompts import inject_prompts, pool_prompts
+from uplvp_hf.models.prompts import PromptFusion, Prompts, box_weights, inject_prompts, kept_prompts, pool_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -18,13 +18,15 @@ def _seed():
 
 
 def brute_force_pooling(feature, mask, pooling):
-    """Average over pixels of the cell that each lies in, one by one."""
+    """Average over pixels of the cell that each lies in, one by one; or over cells from int(x1 / s) to int(x2 / s)."""
     ys, xs = np.nonzero(mask.numpy())
     if len(ys) == 0:
         return None
-    if pooling == "box":
-        ys, xs = zip(*itertools.product(range(ys.min(), ys.max() + 1), range(xs.min(), xs.max() + 1)), strict=True)
     cell_y, cell_x = mask.shape[0] // feature.shape[1], mask.shape[1] // feature.shape[2]
+    if pooling == "box":
+        y1, y2, x1, x2 = ys.min() // cell_y, (ys.max() + 1) // cell_y, xs.min() // cell_x, (xs.max() + 1) // cell_x
+        y2, x2 = y2 + 2 * (y1 == y2), x2 + 2 * (x1 == x2)
+        return feature[:, y1:y2, x1:x2].mean((1, 2))
     values = [feature[:, y // cell_y, x // cell_x] for y, x in zip(ys, xs, strict=True)]
     return torch.stack(values).mean(0)
 
@@ -129,17 +131,62 @@ def test_injection_adds_prompts_to_a_share_of_queries_without_rescaling():
     queries, vectors = torch.randn(2, 4000, 3), torch.randn(2, 5, 3)
     match = torch.randint(0, 5, (2, 4000))
     match[1, :7] = -1
-    full = inject_prompts(queries, vectors, match, drop=0.3, training=False)
+    full = inject_prompts(queries, vectors, match, kept_prompts(match, 0.0))
     for n in range(20):
         expected = queries[1, n] + (vectors[1, match[1, n]] if n >= 7 else 0)
         torch.testing.assert_close(full[1, n], expected)
-    dropped = inject_prompts(queries, vectors, match, drop=0.3)
+    dropped = inject_prompts(queries, vectors, match, kept_prompts(match, 0.3))
     changed = (dropped != queries).any(-1)
     assert torch.equal(dropped[changed], full[changed]) and torch.equal(dropped[~changed], queries[~changed])
     for share in changed.float().mean(1):  # each picture draws its own
         assert share.item() == pytest.approx(0.7, abs=0.04)
     assert not torch.equal(changed[0, 7:], changed[1, 7:])
-    assert torch.equal(inject_prompts(queries, vectors, match, drop=1.0), queries)
+    assert torch.equal(inject_prompts(queries, vectors, match, kept_prompts(match, 1.0)), queries)
+    drawn = torch.rand(match.shape)
+    assert torch.equal(kept_prompts(match, 0.3, drawn), (drawn > 0.3) & (match >= 0))
+
+
+def test_fusion_starts_as_the_sum_and_leaves_the_others_alone():
+    fusion, queries, vectors = PromptFusion(4), torch.randn(2, 6, 4), torch.randn(2, 3, 4)
+    fusion.init_weights()
+    match, keep = torch.randint(0, 3, (2, 6)), torch.rand(2, 6) > 0.5
+    fused = inject_prompts(queries, vectors, match, keep, fusion)
+    torch.testing.assert_close(fused, inject_prompts(queries, vectors, match, keep))
+    assert torch.equal(fused[~keep], queries[~keep])
+    torch.nn.init.normal_(fusion.linear.weight)
+    fused = inject_prompts(queries, vectors, match, keep, fusion)
+    weight, bias = fusion.linear.weight, fusion.linear.bias
+    n = keep[0].nonzero()[0].item()
+    expected = weight[:, :4] @ queries[0, n] + weight[:, 4:] @ vectors[0, match[0, n]] + bias
+    torch.testing.assert_close(fused[0, n], expected)
+    nothing = inject_prompts(queries, vectors[:, :0], torch.full((2, 6), -1), torch.zeros(2, 6, dtype=bool), fusion)
+    assert torch.equal(nothing, queries) and nothing.requires_grad
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 12, 20, 25])
+def test_slots_repeat_prompts_in_runs_and_then_the_first_once_more(count):
+    """Written out as two loops, for one picture with `count` prompts of which one slot in between is not valid."""
+    valid = torch.ones(2, count + 1, dtype=torch.bool)
+    valid[0, 1] = valid[1] = False
+    source = torch.where(valid, torch.arange(count + 1), -1)
+    vectors = torch.randn(2, count + 1, 4) * valid[..., None]
+    slots = Prompts(vectors, valid, source).to_slots(20)
+    places = [0, *range(2, count + 1)][:20]
+    expected = [place for place in places for _ in range(20 // len(places))]
+    expected += places[: 20 - len(expected)]
+    assert slots.source[0].tolist() == expected and slots.valid[0].all() and not slots.valid[1].any()
+    assert torch.equal(slots.vectors[0], vectors[0, expected])
+    assert not Prompts(vectors[:, :0], valid[:, :0], source[:, :0]).to_slots(20).valid.any()
+
+
+def test_box_cells_are_cut_to_whole_ones_and_widened_when_empty():
+    boxes = torch.tensor([[0, 0, 64, 64], [40, 33, 60, 130], [150, 150, 160, 160], [31, 5, 33, 64]])
+    weights = box_weights(boxes, (5, 5), (32.0, 32.0))
+    cells = [[tuple(cell) for cell in weight.nonzero().tolist()] for weight in weights]
+    assert cells[0] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert cells[1] == [(y, x) for y in (1, 2, 3) for x in (1, 2)]  # columns 1..1 are widened by two
+    assert cells[2] == [(4, 4)]  # clipped at the border
+    assert cells[3] == [(0, 0), (1, 0)]
 
 
 def test_kernel_supervision_equals_a_loop():
@@ -151,7 +198,9 @@ def test_kernel_supervision_equals_a_loop():
     matches = [
         [(torch.tensor([1, 4, 6, 8]), torch.randperm(4)), (torch.tensor([0, 5]), torch.randperm(2))] for _ in layers
     ]
-    loss = kernel_supervision(layers, matches, vectors, source)
+    prompts = Prompts(vectors, source >= 0, source).of_mask(4)
+    assert prompts.tolist() == [[0, -1, 1, 2], [-1, 0, -1, -1]]
+    loss = kernel_supervision(layers, matches, vectors, prompts)
     total, pairs = 0.0, 0
     for layer, match in zip(layers, matches, strict=True):
         for i, (query, target) in enumerate(match):
@@ -162,7 +211,7 @@ def test_kernel_supervision_equals_a_loop():
                         pairs += 1
     assert pairs == 3 * 4
     torch.testing.assert_close(loss, total / pairs)
-    torch.testing.assert_close(kernel_supervision(layers, matches, vectors, source, num_pairs=5), total / 5)
+    torch.testing.assert_close(kernel_supervision(layers, matches, vectors, prompts, num_pairs=5), total / 5)
     loss.backward()
     assert vectors.grad is None  # the target is not trained
     touched = [(layer.queries.grad.abs().sum(-1) > 0).sum().item() for layer in layers]
@@ -175,6 +224,7 @@ def test_kernel_supervision_without_pairs_touches_the_queries():
     for vectors, source in [
         (torch.zeros(1, 0, 4), torch.zeros(1, 0, dtype=torch.int64)),
         (torch.zeros(1, 2, 4), torch.tensor([[-1, -1]])),
+        (torch.zeros(1, 2, 4), torch.zeros(1, 0, dtype=torch.int64)),
     ]:
         loss = kernel_supervision([layer], [[empty]], vectors, source)
         loss.backward()

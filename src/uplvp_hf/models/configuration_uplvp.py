@@ -6,8 +6,12 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_base import StrictConfigMixin
 
-MATCHING = ("cosine", "sequential", "random", "none")
+MATCHING = ("cosine", "sequential", "random", "hungarian", "none")
 POOLING = ("mask", "box")
+INJECTION = ("add", "every_stage", "concat")
+TEXT_FORMS = ("cosine", "reference")
+# Share of queries without prompt in the released recipes; 0.05 for the other segmenters.
+PROMPT_DROP = {"knet": 0.1}
 
 
 @strict
@@ -26,14 +30,37 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             Most prompts a picture; the best by score are kept (SP keeps 20 masks a picture).
         prompt_matching (`str`, *optional*, defaults to `"cosine"`):
             `cosine` (SP eq. 2: each query takes the prompt of largest cosine similarity), `sequential` (equal runs of
-            queries take the prompts in order, as in the authors' released recipe), `random` or `none` (no prompts:
-            pre-training on pseudo masks only).
+            queries take the prompts in order, as in the authors' released recipe), `random`, `hungarian` (sequential,
+            and the class of a query's prompt guides the assignment of masks to queries, less and less: see
+            `guidance_epochs`) or `none` (no prompts: pre-training on pseudo masks only).
+        prompt_slots (`int`, *optional*):
+            Repeat the prompts of a picture to fill so many slots before matching. The released code does so with 20,
+            which changes `sequential` runs where the number of prompts does not divide 20. Not done by default.
+        prompt_injection (`str`, *optional*, defaults to `"add"`):
+            `add` (once, to the initial queries), `every_stage` (at the start of every stage, the same prompts kept;
+            the "conv" variant of the released code) or `concat` (a linear layer on query and prompt, which starts as
+            their sum).
         prompt_pooling (`str`, *optional*, defaults to `"mask"`):
-            `mask` (average of the feature under the mask) or `box` (under its tight box, as in the released code).
-        prompt_drop (`float`, *optional*, defaults to 0.05):
-            Probability that a query of a picture gets no prompt. 0.05 for Mask2Former and QueryInst, 0.1 for K-Net.
+            `mask` (average of the feature under the mask) or `box` (of the cells of its tight box, cut to whole cells
+            as in the released code).
+        prompt_drop (`float`, *optional*, defaults to 0.1 for K-Net and 0.05 for the other segmenters):
+            Probability that a query of a picture gets no prompt.
         kernel_supervision_weight (`float`, *optional*, defaults to 1.0):
             Weight of the cosine loss between queries and prompts (SP eq. 3); 0 switches it off.
+        guidance_start (`float`, *optional*, defaults to 0.1), guidance_epochs (`float`, *optional*, defaults to 6.0):
+            With `hungarian`, the weight of the true matching cost: from `guidance_start` linearly to 1 after
+            `guidance_epochs` epochs (fractions count), as in the released code. The rest is the label-guided cost.
+        text_dim (`int`, *optional*):
+            Width of the text embeddings of an additional class head for pre-training; none is built by default. Give
+            the embeddings with [`UplvpForPreTraining.set_text_features`]. The weights of its loss and matching cost
+            are settings of the segmenter (`text_class_weight`, `text_class_cost`; Mask2Former: its `class_weight`).
+        text_form (`str`, *optional*, defaults to `"cosine"`):
+            `cosine` (both sides of unit length, temperature and bias) or `reference` (as released: the visual side
+            rectified, not normalised, no temperature or bias).
+        text_temperature (`float`, *optional*, defaults to 0.07):
+            Initial temperature of the cosine, learned from there (CLIP's own initial value).
+        text_classes (`list[str]`, *optional*):
+            Names of the classes whose text embeddings the checkpoint holds. Set by `set_text_features`.
 
     Raises:
         ValueError: for a keyword that is not a setting (the nearest one is named), an unknown choice, a number out of
@@ -57,9 +84,17 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
     class_agnostic: bool = False
     num_prompts: int = 20
     prompt_matching: str = "cosine"
+    prompt_slots: int | None = None
+    prompt_injection: str = "add"
     prompt_pooling: str = "mask"
-    prompt_drop: float = 0.05
+    prompt_drop: float | int | None = None
     kernel_supervision_weight: float | int = 1.0
+    guidance_start: float | int = 0.1
+    guidance_epochs: float | int = 6.0
+    text_dim: int | None = None
+    text_form: str = "cosine"
+    text_temperature: float | int = 0.07
+    text_classes: list[str] | tuple[str, ...] | None = None
 
     def __post_init__(self, **kwargs):
         if kwargs.get("num_labels") is None and self.id2label is None and kwargs.get("label2id") is None:
@@ -68,6 +103,8 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             self.id2label = dict(names) if names else None
         super().__post_init__(**kwargs)
         self.sync_classes(self.id2label, self.category_ids)
+        if self.prompt_drop is None:
+            self.prompt_drop = PROMPT_DROP.get(getattr(self.segmenter_config, "model_type", None), 0.05)
         self._check_settings()
 
     @classmethod
@@ -98,16 +135,26 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             self.segmenter_config.label2id = dict(self.label2id)
 
     def _check_settings(self) -> None:
-        if self.prompt_matching not in MATCHING:
-            raise ValueError(f"prompt_matching must be one of {', '.join(MATCHING)}, got `{self.prompt_matching}`.")
-        if self.prompt_pooling not in POOLING:
-            raise ValueError(f"prompt_pooling must be one of {', '.join(POOLING)}, got `{self.prompt_pooling}`.")
-        if not 0 <= self.prompt_drop <= 1:
-            raise ValueError(f"prompt_drop is a probability, got {self.prompt_drop}.")
-        if self.num_prompts < 1:
-            raise ValueError(f"num_prompts must be at least 1, got {self.num_prompts}.")
-        if self.kernel_supervision_weight < 0:
-            raise ValueError(f"kernel_supervision_weight must not be negative, got {self.kernel_supervision_weight}.")
+        choices = {
+            "prompt_matching": MATCHING,
+            "prompt_pooling": POOLING,
+            "prompt_injection": INJECTION,
+            "text_form": TEXT_FORMS,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got `{getattr(self, name)}`.")
+        for name in ("prompt_drop", "guidance_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} lies between 0 and 1, got {getattr(self, name)}.")
+        for name in ("num_prompts", "prompt_slots", "text_dim"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("kernel_supervision_weight", "guidance_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.text_temperature <= 0:
+            raise ValueError(f"text_temperature must be positive, got {self.text_temperature}.")
 
 
 __all__ = ["UplvpConfig"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .matching import hungarian
+from .matching import LabelGuide, hungarian
 
 # (layer, kind, picture, shape) -> uniform numbers in [0, 1). kind: "match" | "oversample" | "uniform"; picture is -1
 # for draws over all matched masks of a layer. Lets a test feed recorded draws.
@@ -25,19 +25,20 @@ class Normalizers:
     The training loop passes the values of the whole effective batch (all accumulated batches, averaged over
     processes), so that accumulated gradients equal those of one large batch.
     masks: number of true masks; class_weight: sum of the cross-entropy weights over all queries; pairs: number of
-    supervised pairs (query, prompt) over all layers.
+    supervised pairs (query, prompt) over all layers; cells: number of cells that hold an object (K-Net's class maps).
     """
 
     masks: Tensor | float | None = None
     class_weight: Tensor | float | None = None
     pairs: Tensor | float | None = None
+    cells: Tensor | float | None = None
 
 
 @dataclass
 class LayerOutput:
     """Predictions after one decoder layer.
 
-    class_logits (B, N, K + 1), mask_logits (B, N, h, w), queries (B, N, D).
+    class_logits (B, N, K + 1), or (B, N, K) for sigmoids; mask_logits (B, N, h, w), queries (B, N, D).
     """
 
     class_logits: Tensor
@@ -112,16 +113,17 @@ class MaskClassificationLoss:
         pixel_mask: Tensor | None = None,
         normalizers: Normalizers | None = None,
         draw: Draw | None = None,
+        label_guide: LabelGuide | None = None,
     ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Loss terms, weighted, by name (`class_0`, `mask_0`, `dice_0`, ... last layer last) and the assignments.
 
         mask_labels: per picture (G_i, H, W) bool at the padded input size; class_labels: per picture (G_i,) int.
-        pixel_mask (B, H, W), 1 on the picture: points are drawn there only.
+        pixel_mask (B, H, W), 1 on the picture: points are drawn there only. label_guide changes the matching costs.
         """
         with torch.autocast(layers[0].mask_logits.device.type, enabled=False):  # it would multiply in half precision
-            return self._losses(layers, mask_labels, class_labels, pixel_mask, normalizers, draw)
+            return self._losses(layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide)
 
-    def _losses(self, layers, mask_labels, class_labels, pixel_mask, normalizers, draw):
+    def _losses(self, layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide):
         device = layers[0].mask_logits.device
         draw = draw or (lambda layer, kind, picture, shape: torch.rand(shape, device=device))
         _check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1] - 1)
@@ -130,13 +132,16 @@ class MaskClassificationLoss:
         extent = picture_extent(pixel_mask, len(mask_labels), device)
         normalizers = normalizers or Normalizers()
         num_masks = normalizers.masks or max(sum(len(labels) for labels in class_labels), 1)
-        matches = hungarian(self._costs(layers, mask_labels, class_labels, extent, draw))
+        costs = self._costs(layers, mask_labels, class_labels, extent, draw)
+        if label_guide is not None:
+            costs = [label_guide(cost, i) for i, cost in enumerate(costs)]
+        matches = hungarian(costs)
         masks, offsets = stack_masks(mask_labels)
         losses = {}
         for index, (layer, match) in enumerate(zip(layers, matches, strict=True)):
             terms = self._mask_terms(index, layer, masks, offsets, match, extent, num_masks, draw)
             losses[f"class_{index}"] = self.class_weight * self._class_term(
-                layer, class_labels, match, normalizers.class_weight
+                layer.class_logits, class_labels, match, normalizers.class_weight
             )
             losses[f"mask_{index}"], losses[f"dice_{index}"] = terms
         return losses, matches
@@ -163,8 +168,28 @@ class MaskClassificationLoss:
             costs.append(torch.stack(rows) - self.class_weight * probability[..., labels])
         return costs
 
-    def _class_term(self, layer: LayerOutput, class_labels: list[Tensor], match, divisor) -> Tensor:
-        logits = layer.class_logits.float()
+    def with_text_cost(self, text_logits: list[Tensor], class_labels: list[Tensor], then: LabelGuide | None):
+        """A guide that adds the class cost of a further head, (B, N, K + 1) a layer, before another guide."""
+
+        def guide(cost: Tensor, picture: int) -> Tensor:
+            labels = class_labels[picture].to(cost.device).long()
+            probability = torch.stack([logits[picture] for logits in text_logits]).detach().float().softmax(-1)
+            cost = cost - self.class_weight * probability[..., labels]
+            return cost if then is None else then(cost, picture)
+
+        return guide
+
+    def text_terms(self, text_logits: list[Tensor], class_labels: list[Tensor], matches, normalizers) -> dict:
+        """Weighted cross-entropies of a further class head under the same assignments: `text_class_0`, ..."""
+        divisor = None if normalizers is None else normalizers.class_weight
+        labels = [labels.to(text_logits[0].device).long() for labels in class_labels]
+        return {
+            f"text_class_{index}": self.class_weight * self._class_term(logits, labels, match, divisor)
+            for index, (logits, match) in enumerate(zip(text_logits, matches, strict=True))
+        }
+
+    def _class_term(self, logits: Tensor, class_labels: list[Tensor], match, divisor) -> Tensor:
+        logits = logits.float()
         background = logits.shape[-1] - 1
         target = torch.full(logits.shape[:2], background, dtype=torch.int64, device=logits.device)
         for i, (query, label) in enumerate(match):
@@ -238,46 +263,36 @@ def kernel_supervision(
     layers: list[LayerOutput],
     matches: list[list[tuple[Tensor, Tensor]]],
     vectors: Tensor,
-    source: Tensor,
+    prompt_of_mask: Tensor,
     num_pairs: Tensor | float | None = None,
 ) -> Tensor:
     """Mean over layers and matched pairs (query n, pseudo mask j) of 1 - cos(query_n, stopgrad(prompt_j)).
 
-    vectors (B, P, D): the prompts; source (B, P): the pseudo mask of each, -1 for none. Pairs whose mask has no
-    prompt take no part. `num_pairs` replaces the number of pairs of this batch (mean over processes). Without pairs
-    the result is a zero that still touches the queries. Source: SP eq. 3. Unlike the authors' released code, which
-    pairs queries and masks by their order and trains the targets too, pairs follow the assignment and targets are
-    detached.
+    vectors (B, P, D): the prompts; prompt_of_mask (B, G): the prompt of each pseudo mask, -1 for none. Pairs whose
+    mask has no prompt take no part. `num_pairs` replaces the number of pairs of this batch (mean over processes).
+    Without pairs the result is a zero that still touches the queries. Source: SP eq. 3. Unlike the authors' released
+    code, which pairs queries and masks by their order and trains the targets too, pairs follow the assignment and
+    targets are detached. Nothing is read back from the device.
     """
     if not layers:
         return vectors.float().sum() * 0
-    total, pairs = layers[0].queries.float().sum() * 0, 0
-    vectors = F.normalize(vectors.detach().float(), dim=-1)
-    position = _prompt_of_mask(source)
-    for layer, match in zip(layers, matches, strict=True):
-        for i, (query, target) in enumerate(match):
-            known = target < len(position[i])
-            query, place = query[known], position[i][target[known]]
-            query, place = query[place >= 0], place[place >= 0]
-            if len(query) == 0:
-                continue
-            device = layer.queries.device
-            prediction = F.normalize(layer.queries[i, query.to(device)].float(), dim=-1)
-            total = total + (1 - (prediction * vectors[i, place.to(device)]).sum(-1)).sum()
-            pairs += len(query)
-    return total / (num_pairs if num_pairs is not None else max(pairs, 1))
-
-
-def _prompt_of_mask(source: Tensor) -> list[Tensor]:
-    """For every picture, the prompt of each pseudo mask: (largest mask id + 1,) int64 on the host, -1 for none."""
-    tables = []
-    for row in source.cpu():
-        table = torch.full((int(row.max()) + 1 if len(row) else 0,), -1, dtype=torch.int64)
-        for prompt, mask in enumerate(row.tolist()):
-            if mask >= 0:
-                table[mask] = prompt
-        tables.append(table)
-    return tables
+    queries = torch.stack([layer.queries for layer in layers]).float()  # (L, B, N, D)
+    total = queries.sum() * 0
+    pairs = [
+        torch.stack([torch.full_like(query, index), torch.full_like(query, i), query, target])
+        for index, match in enumerate(matches)
+        for i, (query, target) in enumerate(match)
+    ]
+    layer, picture, query, target = torch.cat(pairs, dim=1).to(queries.device)
+    if len(query) == 0 or vectors.shape[1] == 0:
+        return total
+    prompt = prompt_of_mask[picture, target]
+    known = prompt >= 0
+    goal = F.normalize(vectors.detach().float()[picture, prompt.clamp(min=0)], dim=-1)
+    with torch.autocast(queries.device.type, enabled=False):
+        distance = 1 - (F.normalize(queries[layer, picture, query], dim=-1) * goal).sum(-1)
+    total = total + torch.where(known, distance, 0.0).sum()
+    return total / (num_pairs if num_pairs is not None else known.sum().clamp(min=1))
 
 
 def _check_labels(class_labels: list[Tensor], mask_labels: list[Tensor], num_labels: int) -> None:

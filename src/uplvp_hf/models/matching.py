@@ -1,10 +1,14 @@
 """Assignments: prompts to queries (by likeness), and pseudo or true masks to queries (by cost)."""
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# (cost (L, N, G) float32 of one picture, its place in the batch) -> cost of the same shape.
+LabelGuide = Callable[[Tensor, int], Tensor]
 
 
 @torch.no_grad()
@@ -13,7 +17,8 @@ def match_prompts(queries: Tensor, vectors: Tensor, valid: Tensor, how: str = "c
 
     queries (B, N, D), vectors (B, P, D), valid (B, P) bool. Returns (B, N) int64, -1 in pictures without prompts.
     cosine: the valid prompt of largest cosine similarity, ties to the lowest index (SP eq. 2).
-    sequential: query n takes valid prompt floor(n * P_i / N). random: a uniform draw.
+    sequential: query n takes valid prompt floor(n * P_i / N). hungarian: the same; the classes of the prompts then
+    guide the assignment of masks, see `label_guide`. random: a uniform draw.
     """
     batch, queries_count, _ = queries.shape
     count = valid.sum(1, keepdim=True)  # (B, 1)
@@ -23,16 +28,42 @@ def match_prompts(queries: Tensor, vectors: Tensor, valid: Tensor, how: str = "c
         with torch.autocast(queries.device.type, enabled=False):  # it would multiply in half precision
             likeness = F.normalize(queries.float(), dim=-1) @ F.normalize(vectors.float(), dim=-1).transpose(1, 2)
         match = likeness.masked_fill(~valid[:, None], -torch.inf).argmax(-1)
-    elif how in ("sequential", "random"):
-        if how == "sequential":
-            rank = torch.arange(queries_count, device=queries.device)[None] * count // queries_count
-        else:
+    elif how in ("sequential", "hungarian", "random"):
+        if how == "random":
             rank = (torch.rand((batch, queries_count), device=queries.device) * count).floor().long()
+        else:
+            rank = torch.arange(queries_count, device=queries.device)[None] * count // queries_count
         order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid prompts first, in their order
         match = order.gather(1, rank.clamp(max=vectors.shape[1] - 1))
     else:
-        raise ValueError(f"Unknown prompt matching `{how}`: choose cosine, sequential, random or none.")
+        raise ValueError(f"Unknown prompt matching `{how}`: choose cosine, sequential, hungarian, random or none.")
     return torch.where(count > 0, match, -1)
+
+
+def guidance(epoch: float, start: float = 0.1, epochs: float = 6.0) -> float:
+    """Weight of the true cost after `epoch` epochs: from `start` linearly to 1 after `epochs`, then 1."""
+    return 1.0 if epoch >= epochs else start + (1 - start) * epoch / epochs
+
+
+def label_guide(match: Tensor, source: Tensor, class_labels: list[Tensor], theta: float) -> LabelGuide:
+    """The curriculum of label-guided assignment: theta * C1 + (1 - theta) * C2.
+
+    C1 is the matching cost, C2 its smallest value where the class of the query's prompt is that of the target, its
+    largest value elsewhere. match (B, N): the prompt of every query or -1; source (B, P): the pseudo mask of every
+    prompt; class_labels: per picture (G,). Source: the released "hun" variant, which could not run.
+    """
+
+    def guide(cost: Tensor, picture: int) -> Tensor:
+        if theta >= 1 or cost.shape[-1] == 0 or source.shape[1] == 0:
+            return cost
+        labels = class_labels[picture].to(cost.device)
+        prompt = match[picture].to(cost.device)
+        mask = source[picture].to(cost.device)[prompt.clamp(min=0)].clamp(min=0)  # (N,)
+        same = (labels[mask][:, None] == labels[None]) & (prompt >= 0)[:, None]  # (N, G)
+        least, most = cost.amin((-2, -1), keepdim=True), cost.amax((-2, -1), keepdim=True)
+        return theta * cost + (1 - theta) * torch.where(same, least, most)
+
+    return guide
 
 
 @torch.no_grad()

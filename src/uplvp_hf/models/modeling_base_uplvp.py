@@ -11,6 +11,8 @@ from transformers.utils import ModelOutput
 from .configuration_uplvp import UplvpConfig
 from .losses import LayerOutput
 from .modeling_mask2former import Mask2FormerSegmenter
+from .prompts import PromptFusion
+from .text_head import TextHead, TextHeads
 from .transfer import TransferReport, transfer_weights
 
 SEGMENTERS = {"mask2former": Mask2FormerSegmenter}
@@ -24,17 +26,27 @@ _WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "fo
 class UplvpOutput(ModelOutput):
     """Output of both models.
 
-    loss: scalar, the sum of `losses`, with labels only. losses: weighted terms by name. class_queries_logits
-    (B, N, K + 1), the last class is "no object"; masks_queries_logits (B, N, H/4, W/4) on the padded input: of the
-    last layer. auxiliary_logits: the same two of the earlier layers. queries (B, N, D): updated queries, last layer.
+    loss: scalar, the sum of `losses`, with labels only. losses: weighted terms by name. Of the last layer:
+    class_queries_logits (B, N, K + 1), the last class being "no object" (Mask2Former), or (B, N, K) for a sigmoid
+    (K-Net, QueryInst); class_scores (B, N, K): that sigmoid, which says to post-processing that scores are final;
+    masks_queries_logits (B, N, H/4, W/4) on the padded input; boxes (B, N, 4) x1, y1, x2, y2 in its pixels and
+    roi_mask_logits (B, N, K, 28, 28) in these boxes (QueryInst, in place of masks on the picture).
+    auxiliary_logits: classes, masks and boxes of the earlier layers. queries (B, N, D): updated queries, last layer.
+    hidden_states: queries that enter the first stage and after each stage, (B, N, D). attentions: self-attention
+    weights of every stage, (B, heads, N, N).
     """
 
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
     class_queries_logits: Tensor | None = None
+    class_scores: Tensor | None = None
     masks_queries_logits: Tensor | None = None
+    boxes: Tensor | None = None
+    roi_mask_logits: Tensor | None = None
     auxiliary_logits: list[dict[str, Tensor]] | None = None
     queries: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class UplvpPreTrainedModel(PreTrainedModel):
@@ -65,6 +77,8 @@ class UplvpPreTrainedModel(PreTrainedModel):
             # queries have no fewer channels), so cosine matching means something from the first step.
             init.orthogonal_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, (PromptFusion, TextHead, TextHeads)):
+            module.init_weights()
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -132,17 +146,38 @@ class UplvpPreTrainedModel(PreTrainedModel):
         names = [name for name in config.architectures or [] if name in models]
         return models[names[0] if names else "UplvpForInstanceSegmentation"]
 
-    def _output(self, layers: list[LayerOutput], losses: dict[str, Tensor] | None = None) -> UplvpOutput:
+    def set_progress(self, epoch: float) -> None:
+        """Tells how many epochs are done, before a step. Only pre-training depends on it."""
+
+    def _decode(self, features, queries: Tensor, inject, output_attentions: bool | None) -> list[LayerOutput]:
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        return self.segmenter.decode(features, queries, inject, output_attentions=bool(wanted))
+
+    def _output(
+        self,
+        layers: list[LayerOutput],
+        features,
+        queries: Tensor,
+        losses: dict | None,
+        output_hidden_states: bool | None,
+    ) -> UplvpOutput:
+        last, hidden = layers[-1], None
+        if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            first = () if self.segmenter.predicts_first else (queries,)
+            hidden = (*first, *(layer.queries for layer in layers))
+        attentions = tuple(layer.attentions for layer in layers if layer.attentions is not None)
         return UplvpOutput(
             loss=None if losses is None else torch.stack(list(losses.values())).sum(),
             losses=losses,
-            class_queries_logits=layers[-1].class_logits,
-            masks_queries_logits=layers[-1].mask_logits,
-            auxiliary_logits=[
-                {"class_queries_logits": layer.class_logits, "masks_queries_logits": layer.mask_logits}
-                for layer in layers[:-1]
-            ],
-            queries=layers[-1].queries,
+            class_queries_logits=last.class_logits,
+            class_scores=None if self.segmenter.has_no_object else last.class_logits.float().sigmoid(),
+            masks_queries_logits=last.mask_logits,
+            boxes=getattr(last, "boxes", None),
+            roi_mask_logits=getattr(last, "roi_mask_logits", None),
+            auxiliary_logits=[_auxiliary(layer) for layer in layers[:-1]],
+            queries=last.queries,
+            hidden_states=hidden,
+            attentions=attentions or None,
         )
 
     def _labels(self, mask_labels: list[Tensor], class_labels: list[Tensor] | None) -> list[Tensor]:
@@ -158,6 +193,12 @@ def coco_category_ids(id2label: dict[int, str]) -> list[int] | None:
     if len(id2label) != 80 or (id2label[0], id2label[79]) != ("person", "toothbrush"):
         return None
     return [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+
+
+def _auxiliary(layer: LayerOutput) -> dict[str, Tensor]:
+    values = {"class_queries_logits": layer.class_logits, "masks_queries_logits": layer.mask_logits}
+    values["boxes"] = getattr(layer, "boxes", None)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _where(kwargs: dict) -> dict:

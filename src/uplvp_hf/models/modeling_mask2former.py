@@ -5,6 +5,7 @@ ways. What is added: the three steps, padding masked in attention and losses, pr
 layers. With a full pixel mask the predictions equal `Mask2FormerForUniversalSegmentation` on the same weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackbone
 
 from .losses import Draw, LayerOutput, MaskClassificationLoss, Normalizers
+from .matching import LabelGuide
 from .padding import extend_edges, is_padded, padding_masked, upsample, valid_cells
 
 
@@ -31,6 +33,13 @@ class SegmenterFeatures:
     pixel_mask: Tensor | None
 
 
+@dataclass
+class Mask2FormerLayerOutput(LayerOutput):
+    """attentions (B, heads, N, N): self-attention weights of the decoder layer before, where asked for."""
+
+    attentions: Tensor | None = None
+
+
 class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
     """The Mask2Former query segmenter.
 
@@ -40,6 +49,9 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
 
     config: Mask2FormerConfig
     supports_gradient_checkpointing = True
+    predicts_first = True  # the first output of `decode` comes before any update of the queries
+    shares_class_head = True  # by all layers
+    has_no_object = True  # a class of its own, the last
     _no_split_modules = ["Mask2FormerMaskedAttentionDecoderLayer", "Mask2FormerPixelDecoderEncoderLayer"]
     class_sized = ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight")
 
@@ -70,6 +82,11 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
     @property
     def query_channels(self) -> int:
         return self.config.hidden_dim
+
+    @property
+    def num_stages(self) -> int:
+        """Outputs of `decode`."""
+        return self.config.decoder_layers
 
     @property
     def loss_function(self) -> MaskClassificationLoss:
@@ -104,29 +121,53 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         weight = self.model.transformer_module.queries_features.weight
         return weight[None].expand(features.mask_features.shape[0], -1, -1)
 
-    def decode(self, features: SegmenterFeatures, queries: Tensor) -> list[LayerOutput]:
-        """Predictions before the first decoder layer and after each: `config.decoder_layers` outputs."""
+    def decode(
+        self,
+        features: SegmenterFeatures,
+        queries: Tensor,
+        inject: Callable[[Tensor, int], Tensor] | None = None,
+        output_attentions: bool = False,
+    ) -> list[Mask2FormerLayerOutput]:
+        """Predictions before the first decoder layer and after each: `config.decoder_layers` outputs.
+
+        inject: called with the queries (B, N, D) and the number of the decoder layer before each; the first call comes
+        before the first prediction. output_attentions: keep the self-attention weights of the decoder layers.
+        """
         module = self.model.transformer_module
         keys, positions, sizes = self._memory(features)
         query_positions = module.queries_embedder.weight[:, None].expand(-1, queries.shape[0], -1)
-        hidden = queries.transpose(0, 1)  # (N, B, D)
+        hidden = (queries if inject is None else inject(queries, 0)).transpose(0, 1)  # (N, B, D)
         output, blocked = self._predict(hidden, features, sizes[0])
         outputs = [output]
         for index, layer in enumerate(module.decoder.layers):
             level = index % len(sizes)
             blocked = self._blocked(blocked, features, level)
-            hidden = layer(hidden, level, None, positions, query_positions, keys, encoder_attention_mask=blocked)[0]
+            if inject is not None and index > 0:
+                hidden = inject(hidden.transpose(0, 1), index).transpose(0, 1)
+            hidden, *weights = layer(
+                hidden,
+                level,
+                None,
+                positions,
+                query_positions,
+                keys,
+                encoder_attention_mask=blocked,
+                output_attentions=output_attentions,
+            )
             output, blocked = self._predict(hidden, features, sizes[(index + 1) % len(sizes)])
+            output.attentions = weights[0] if weights else None
             outputs.append(output)
         return outputs
 
-    def _predict(self, hidden: Tensor, features: SegmenterFeatures, size: torch.Size) -> tuple[LayerOutput, Tensor]:
+    def _predict(
+        self, hidden: Tensor, features: SegmenterFeatures, size: torch.Size
+    ) -> tuple[Mask2FormerLayerOutput, Tensor]:
         """Classes and masks of queries (N, B, D), and where their masks are not, (B * heads, N, hw) at `size`."""
         decoder = self.model.transformer_module.decoder
         normed = decoder.layernorm(hidden)
         masks, blocked = decoder.mask_predictor(normed, features.mask_features, size)
         content = normed.transpose(0, 1)  # (B, N, D)
-        return LayerOutput(self.class_predictor(content), masks, content), blocked
+        return Mask2FormerLayerOutput(self.class_predictor(content), masks, content), blocked
 
     def _memory(self, features: SegmenterFeatures) -> tuple[list[Tensor], list[Tensor], list[torch.Size]]:
         """Keys and their positions, (hw, B, D) a level, and the level sizes."""
@@ -168,10 +209,22 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         class_labels: list[Tensor],
         normalizers: Normalizers | None = None,
         draw: Draw | None = None,
+        text_logits: list[Tensor] | None = None,
+        label_guide: LabelGuide | None = None,
     ):
-        """Weighted loss terms by name, and the assignments of every layer. See `MaskClassificationLoss`."""
-        layers = layers if self.config.use_auxiliary_loss else layers[-1:]
-        return self.loss_function(layers, mask_labels, class_labels, features.pixel_mask, normalizers, draw)
+        """Weighted loss terms by name, and the assignments of every layer. See `MaskClassificationLoss`.
+
+        text_logits: (B, N, K + 1) of a further class head for every layer, which adds its class cost to the matching
+        and terms `text_class_0`, ..., both with the class weight.
+        """
+        if not self.config.use_auxiliary_loss:
+            layers, text_logits = layers[-1:], None if text_logits is None else text_logits[-1:]
+        loss = self.loss_function
+        guide = label_guide if text_logits is None else loss.with_text_cost(text_logits, class_labels, label_guide)
+        terms, matches = loss(layers, mask_labels, class_labels, features.pixel_mask, normalizers, draw, guide)
+        if text_logits is not None:
+            terms.update(loss.text_terms(text_logits, class_labels, matches, normalizers))
+        return terms, matches
 
 
 def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], pixel_mask: Tensor | None):

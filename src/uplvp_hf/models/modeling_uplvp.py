@@ -9,24 +9,28 @@ Papers: UPLVP (arXiv 2405.13388) and its predecessor Saliency Prompt (arXiv 2302
     layers   = decode(features, queries)             step 3
     loss     = segmenter loss(layers, pseudo masks) + kernel supervision(layers, prompts)
 
-`UplvpForInstanceSegmentation` leaves the prompts out; with prompts off both models give the same bits.
+`UplvpForInstanceSegmentation` leaves the prompts out; with prompts off both models give the same bits. The segmenter is
+a Mask2Former, a K-Net or a QueryInst: nothing here depends on which.
 """
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .configuration_uplvp import UplvpConfig
 from .losses import Draw, LayerOutput, Normalizers, kernel_supervision
-from .matching import match_prompts
+from .matching import guidance, label_guide, match_prompts
 from .modeling_base_uplvp import UplvpOutput, UplvpPreTrainedModel
-from .modeling_mask2former import SegmenterFeatures
-from .prompts import Prompts, inject_prompts, pool_prompts
+from .prompts import PromptFusion, Prompts, inject_prompts, kept_prompts, pool_prompts
+from .text_head import TextHeads, checked_text_features
 
 
 class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
     """The plain segmenter: for fine-tuning on labels, and for inference. Nothing of the prompting path is here."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^prompt_projection\."]  # of pre-training checkpoints
+    # Of pre-training checkpoints.
+    _keys_to_ignore_on_load_unexpected = [r"^prompt_projection\.", r"^prompt_fusion\.", r"^text_heads\."]
 
     def __init__(self, config: UplvpConfig, segmenter: PreTrainedModel | None = None):
         super().__init__(config, segmenter)
@@ -40,21 +44,24 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         class_labels: list[Tensor] | None = None,
         normalizers: Normalizers | None = None,
         draw: Draw | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> UplvpOutput | tuple:
         """
         pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the picture, 0 on padding;
         mask_labels: per picture (G, H, W) bool; class_labels: per picture (G,) int in 0..K-1. `normalizers` and
-        `draw` are for the training loop and for tests: see `MaskClassificationLoss`.
+        `draw` are for the training loop and for tests: see `Normalizers` and `Draw`.
         """
         features = self.segmenter.encode(pixel_values, pixel_mask)
-        layers = self.segmenter.decode(features, self.segmenter.initial_queries(features))
+        queries = self.segmenter.initial_queries(features)
+        layers = self._decode(features, queries, None, output_attentions)
         losses = None
         if mask_labels is not None:
             labels = self._labels(mask_labels, class_labels)
             losses, _ = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw)
-        output = self._output(layers, losses)
+        output = self._output(layers, features, queries, losses, output_hidden_states)
         return output if return_dict is not False else output.to_tuple()
 
     def to_mask2former(self, directory: str, processor: BaseImageProcessor | None = None) -> None:
@@ -88,43 +95,93 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
 
 
 class UplvpForPreTraining(UplvpPreTrainedModel):
-    """The segmenter with prompts and kernel supervision, to pre-train on pseudo masks."""
+    """The segmenter with prompts and kernel supervision, to pre-train on pseudo masks.
+
+    A linear layer projects the prompts only where the map that they are pooled from has other channels than the
+    queries (Mask2Former); K-Net and QueryInst pool from their pyramid, whose vectors are added as they are.
+    """
 
     def __init__(self, config: UplvpConfig, segmenter: PreTrainedModel | None = None):
         super().__init__(config, segmenter)
-        self.prompt_projection = None
-        if config.prompt_matching != "none" or config.kernel_supervision_weight > 0:
-            self.prompt_projection = nn.Linear(self.segmenter.prompt_channels, self.segmenter.query_channels)
+        pooled, wanted = self.segmenter.prompt_channels, self.segmenter.query_channels
+        prompts = config.prompt_matching != "none"
+        self.prompt_projection = self.prompt_fusion = self.text_heads = None
+        if pooled != wanted and (prompts or config.kernel_supervision_weight > 0):
+            self.prompt_projection = nn.Linear(pooled, wanted)
+        if prompts and config.prompt_injection == "concat":
+            self.prompt_fusion = PromptFusion(wanted)
+        if config.text_dim is not None:
+            self.text_heads = TextHeads(
+                heads=1 if self.segmenter.shares_class_head else self.segmenter.num_stages,
+                num_labels=config.num_labels,
+                text_dim=config.text_dim,
+                channels=wanted,
+                form=config.text_form,
+                temperature=config.text_temperature,
+                no_object=self.segmenter.has_no_object,
+                prior=0.01,
+            )
+        self.epoch = 0.0
         self.post_init()
 
-    def make_prompts(
-        self, features: SegmenterFeatures, mask_labels: list[Tensor], scores: list[Tensor] | None
-    ) -> Prompts | None:
+    def set_progress(self, epoch: float) -> None:
+        """Tells how many epochs (fractions count) are done: the label-guided curriculum follows it. Before a step."""
+        self.epoch = float(epoch)
+
+    def set_text_features(self, features: Tensor, class_names: list[str]) -> None:
+        """Gives the additional class head its text embeddings: (any number, text_dim), one row a name.
+
+        Every class of the model needs a row (case does not matter); they are normalised and saved with the weights.
+        """
+        if self.text_heads is None:
+            raise ValueError("The model has no text class head: set `text_dim` in its configuration.")
+        rows = checked_text_features(features, class_names, self.config.id2label)
+        if rows.shape[1] != self.config.text_dim:
+            raise ValueError(f"Text features have {rows.shape[1]} channels, but text_dim is {self.config.text_dim}.")
+        self.text_heads.text_features.copy_(rows)
+        self.config.text_classes = list(self.config.id2label.values())
+
+    def make_prompts(self, features, mask_labels: list[Tensor], scores: list[Tensor] | None) -> Prompts | None:
         """Pseudo masks -> prompts in the space of the queries. Pooling is detached, the projection is trained."""
-        if self.prompt_projection is None:
-            return None
         config = self.config
+        if config.prompt_matching == "none" and config.kernel_supervision_weight == 0:
+            return None
         prompts = pool_prompts(features.prompt_map, mask_labels, scores, config.num_prompts, config.prompt_pooling)
+        if self.prompt_projection is None:
+            return prompts
         projected = self.prompt_projection(prompts.vectors.to(self.prompt_projection.weight.dtype))
         return Prompts(projected, prompts.valid, prompts.source)
 
-    def prompt_queries(self, queries: Tensor, prompts: Prompts | None) -> Tensor:
-        """Match every query with a prompt and add it, except to a random share of them. (B, N, D) -> (B, N, D)."""
+    def match_prompts(self, queries: Tensor, prompts: Prompts | None) -> tuple[Tensor, Prompts] | None:
+        """The prompt of every query, (B, N) int64 with -1 for none, and the prompts that this counts."""
         if prompts is None or self.config.prompt_matching == "none":
-            return queries
-        match = match_prompts(queries, prompts.vectors, prompts.valid, self.config.prompt_matching)
-        return inject_prompts(queries, prompts.vectors, match, self.config.prompt_drop, self.training)
+            return None
+        if self.config.prompt_slots is not None:
+            prompts = prompts.to_slots(self.config.prompt_slots)
+        return match_prompts(queries, prompts.vectors, prompts.valid, self.config.prompt_matching), prompts
+
+    def injection(self, match: Tensor, prompts: Prompts, draw: Draw | None) -> Callable[..., Tensor]:
+        """What puts prompts into queries (B, N, D), except into a random share of them, which is drawn here."""
+        drop = self.config.prompt_drop if self.training else 0.0
+        uniform = draw(0, "keep", -1, tuple(match.shape)) if draw is not None and drop > 0 else None
+        keep = kept_prompts(match, drop, uniform)
+        fusion = self.prompt_fusion
+
+        def inject(queries: Tensor, stage: int = 0) -> Tensor:
+            return inject_prompts(queries, prompts.vectors, match, keep, fusion)
+
+        return inject
 
     def supervise_kernels(
-        self, layers: list[LayerOutput], matches: list, prompts: Prompts, normalizers: Normalizers | None
+        self, layers: list[LayerOutput], matches: list, prompts: Prompts, counts: list[int], pairs
     ) -> Tensor:
         """Weighted cosine loss between the updated queries and the prompts of the pseudo masks they are matched to."""
-        # The first output comes before any update of the queries, so it is not supervised (SP: every stage).
-        # Without auxiliary losses only the last layer has a match.
-        first = 1 if len(matches) == len(layers) else 0
+        # An output from before any update of the queries is not supervised (SP: every stage). Without auxiliary
+        # losses only the last layer has a match.
+        first = 1 if self.segmenter.predicts_first and len(matches) == len(layers) else 0
         layers = layers[-len(matches) :]
-        pairs = None if normalizers is None else normalizers.pairs
-        loss = kernel_supervision(layers[first:], matches[first:], prompts.vectors, prompts.source, pairs)
+        prompt_of_mask = prompts.of_mask(max(counts, default=0))
+        loss = kernel_supervision(layers[first:], matches[first:], prompts.vectors, prompt_of_mask, pairs)
         # The targets are detached; when nothing is injected either, this keeps the projection in the graph.
         return self.config.kernel_supervision_weight * loss + prompts.vectors.sum() * 0
 
@@ -137,6 +194,8 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         prompt_scores: list[Tensor] | None = None,
         normalizers: Normalizers | None = None,
         draw: Draw | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> UplvpOutput | tuple:
@@ -147,17 +206,43 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         features = self.segmenter.encode(pixel_values, pixel_mask)
         queries = self.segmenter.initial_queries(features)
         if mask_labels is None:
-            output = self._output(self.segmenter.decode(features, queries))
+            layers = self._decode(features, queries, None, output_attentions)
+            output = self._output(layers, features, queries, None, output_hidden_states)
             return output if return_dict is not False else output.to_tuple()
 
+        labels, inject, extra = self._labels(mask_labels, class_labels), None, {}
         prompts = self.make_prompts(features, mask_labels, prompt_scores)
-        layers = self.segmenter.decode(features, self.prompt_queries(queries, prompts))
-        labels = self._labels(mask_labels, class_labels)
-        losses, matches = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw)
+        matched = self.match_prompts(queries, prompts)
+        if matched is not None:
+            inject = self.injection(*matched, draw)
+            if self.config.prompt_matching == "hungarian":
+                extra["label_guide"] = self._label_guide(*matched, labels)
+            if self.config.prompt_injection != "every_stage":
+                queries, inject = inject(queries), None
+        layers = self._decode(features, queries, inject, output_attentions)
+        if self.text_heads is not None:
+            extra["text_logits"] = self._text_logits(layers)
+        losses, matches = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw, **extra)
         if prompts is not None and self.config.kernel_supervision_weight > 0:
-            losses["kernel"] = self.supervise_kernels(layers, matches, prompts, normalizers)
-        output = self._output(layers, losses)
+            pairs = None if normalizers is None else normalizers.pairs
+            counts = [len(masks) for masks in mask_labels]
+            losses["kernel"] = self.supervise_kernels(layers, matches, prompts, counts, pairs)
+        output = self._output(layers, features, queries, losses, output_hidden_states)
         return output if return_dict is not False else output.to_tuple()
+
+    def _label_guide(self, match: Tensor, prompts: Prompts, labels: list[Tensor]):
+        theta = guidance(self.epoch, self.config.guidance_start, self.config.guidance_epochs)
+        return label_guide(match, prompts.source, labels, theta)
+
+    def _text_logits(self, layers: list[LayerOutput]) -> list[Tensor]:
+        """Logits of the additional class head for every layer."""
+        names = list(self.config.id2label.values())
+        if list(self.config.text_classes or []) != names:
+            known = f"are those of {', '.join(self.config.text_classes)}" if self.config.text_classes else "are not set"
+            raise ValueError(
+                f"The text features {known}, the classes are {', '.join(names)}: call set_text_features(...) first."
+            )
+        return self.text_heads([layer.queries for layer in layers])
 
 
 __all__ = ["UplvpForInstanceSegmentation", "UplvpForPreTraining", "UplvpOutput", "UplvpPreTrainedModel"]
