@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from labeling_helpers import FixedEncoder, blob_picture, tiny_encoder
+from labeling_helpers import blob_picture, tiny_encoder
 
-from uplvp_hf.labeling import instances, saliency
+from uplvp_hf.labeling import instances
 from uplvp_hf.labeling.foreground import ForegroundLabeler, Ridge
 from uplvp_hf.labeling.instances import Proposals
 
@@ -132,26 +132,6 @@ def test_matrix_nms_by_loops():
         assert got[j].item() == pytest.approx(scores[j].item() * min(decays), abs=1e-6)
     with pytest.raises(ValueError, match="'cubic' is unknown"):
         instances.matrix_nms(masks, scores, kernel="cubic")
-
-
-def test_a_flat_map_gives_no_mask():
-    labeler = saliency.SaliencyLabeler(FixedEncoder(torch.ones(4, 3, 3)), image_size=96)
-    (found,) = labeler([blob_picture(0)])
-    assert found.masks.shape == (0, 64, 96)
-
-
-def test_saliency_finds_the_odd_cells():
-    feature = torch.zeros(2, 6, 9)
-    feature[0] = 1
-    feature[:, 3:5, 4:7] = torch.tensor([0.0, 1.0])[:, None, None]
-    labeler = saliency.SaliencyLabeler(
-        FixedEncoder(feature), image_size=288, min_centre=0.0, max_width=1.01, min_score=0
-    )
-    (found,) = labeler([blob_picture(0, 90, 60)])
-    object_mask = min(found.masks, key=lambda mask: mask.sum())
-    want = np.zeros((60, 90), bool)
-    want[30:50, 40:70] = True
-    assert (object_mask & want).sum() / (object_mask | want).sum() > 0.8
 
 
 def test_ridge_is_the_normal_equation():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from uplvp_hf.labeling import saliency
-from uplvp_hf.labeling.instances import matrix_nms
+from uplvp_hf.labeling.instances import Proposals, apply_nms, matrix_nms, top_k
 
 pytestmark = pytest.mark.golden
 close = {"atol": 1e-5, "rtol": 1e-5}
@@ -63,3 +63,36 @@ def test_centre_of_mass(recorded, case):
     x, y, _, _ = saliency.mass_geometry((saliency.propose(recorded[f"{case}.feat"])[0] >= 0.5).float())
     torch.testing.assert_close(x, recorded[f"{case}.center_ws"], **close)
     torch.testing.assert_close(y, recorded[f"{case}.center_hs"], **close)
+
+
+def test_suppression_of_unsorted_masks(recorded):
+    """mask_matrix_nms of both code bases: sort, decay, filter by score, keep the best; one mask where none passes."""
+    perm = recorded["nms.perm"]
+    given = Proposals(
+        recorded["nms.masks"].bool()[perm].numpy(),
+        recorded["nms.scores_desc"][perm].numpy(),
+        recorded["nms.labels"][perm].numpy(),
+    )
+    everything = apply_nms(given, "matrix")
+    cases = {
+        "default": everything,
+        "filt": apply_nms(given, "matrix", min_score=0.3),
+        "top": top_k(everything, 5),
+        "filt_all": top_k(everything, 1),
+    }
+    assert not len(apply_nms(given, "matrix", min_score=0.99))
+    for source in ("mask_matrix_nms", "mmdet_mask_matrix_nms"):
+        for case, got in cases.items():
+            name = f"nms.{source}.{case}"
+            if f"{name}.scores" not in recorded:  # mmdet's returns nothing where no mask passes
+                continue
+            torch.testing.assert_close(torch.from_numpy(got.scores), recorded[f"{name}.scores"], **close)
+            want = given.take(recorded[f"{name}.keep_inds"].numpy())
+            assert (got.labels == want.labels).all() and (got.masks == want.masks).all()
+
+
+def test_sides_of_tight_boxes(recorded):
+    boxes = recorded["mask2bbox.boxes"]
+    tall, wide = saliency.tight_sides(recorded["mask2bbox.masks"].bool())
+    assert torch.equal(wide.float(), boxes[:, 2] - boxes[:, 0])
+    assert torch.equal(tall.float(), boxes[:, 3] - boxes[:, 1])

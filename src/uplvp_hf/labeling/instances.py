@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 
 NMS_KINDS = ("mask", "matrix", "none")
@@ -51,25 +50,28 @@ class Proposals:
         return cls(stacked, np.asarray(scores, dtype=np.float32), names)
 
 
+def _interpolation(length: int, cells: int, offset: float, device: torch.device) -> torch.Tensor:
+    """(length, cells) float32: row i holds the linear weights of the cells at the centre of pixel i."""
+    place = (torch.arange(length, device=device, dtype=torch.float64) + 0.5) * (cells / length) - 0.5 - offset
+    place = place.clamp(0, cells - 1)
+    return (1 - (place[:, None] - torch.arange(cells, device=device)).abs()).clamp_min(0).float()
+
+
 def upsample_grid(
     grid: torch.Tensor, size: tuple[int, int], cell_offset: tuple[float, float] | float = 0.0
 ) -> torch.Tensor:
     """Bilinear resize of maps that respects where the cells of the grid lie in the picture.
 
-    grid: (N, h, w) float; size: (H, W). Cell (i, j) is taken to be centred at (i + .5 + dy, j + .5 + dx) cells from the
-    picture's top-left corner, with `cell_offset` = (dy, dx). With offset 0 this equals `F.interpolate(mode="bilinear",
-    align_corners=False)` when enlarging; strided convolutions with one-sided padding shift the grid by up to half
-    a cell.
-    Returns (N, H, W).
+    grid: (..., h, w) float; size: (H, W). Cell (i, j) is taken to be centred at (i + .5 + dy, j + .5 + dx) cells from
+    the picture's top-left corner, with `cell_offset` = (dy, dx). With offset 0 this equals `F.interpolate(
+    mode="bilinear", align_corners=False)` when enlarging; strided convolutions with one-sided padding shift the grid by
+    up to half a cell. Two matrix products, several times as fast as `F.grid_sample`.
+    Returns (..., H, W) float32.
     """
     dy, dx = (cell_offset, cell_offset) if isinstance(cell_offset, (int, float)) else cell_offset
-    (h, w), (height, width) = grid.shape[-2:], size
-    # grid_sample coordinates (align_corners=False): -1 and 1 are the outer edges of the first and the last cell.
-    y = ((torch.arange(height, device=grid.device) + 0.5) / height - dy / h) * 2 - 1
-    x = ((torch.arange(width, device=grid.device) + 0.5) / width - dx / w) * 2 - 1
-    yy, xx = torch.meshgrid(y, x, indexing="ij")
-    points = torch.stack([xx, yy], dim=-1)[None].to(grid.dtype)  # (1, H, W, 2)
-    return F.grid_sample(grid[None], points, mode="bilinear", padding_mode="border", align_corners=False)[0]
+    down = _interpolation(size[0], grid.shape[-2], dy, grid.device)
+    across = _interpolation(size[1], grid.shape[-1], dx, grid.device)
+    return down @ (grid.float() @ across.T)
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 64) -> float:
@@ -99,9 +101,9 @@ def connected_components(mask: np.ndarray, min_area: int = 1, fill_holes: bool =
 def border_fraction(masks: np.ndarray) -> np.ndarray:
     """Share of the picture's outermost pixels that each mask covers: (N, H, W) bool -> (N,) in [0, 1]."""
     height, width = masks.shape[1:]
-    edge = np.ones((height, width), dtype=bool)
-    edge[1:-1, 1:-1] = False
-    return masks[:, edge].mean(axis=1) if len(masks) else np.zeros(0)
+    covered = masks[:, [0, -1][: min(height, 2)]].sum(axis=(1, 2))
+    covered += masks[:, 1:-1, [0, -1][: min(width, 2)]].sum(axis=(1, 2))
+    return covered / (height * width - max(height - 2, 0) * max(width - 2, 0))
 
 
 def box_sides(masks: np.ndarray) -> np.ndarray:
@@ -130,7 +132,7 @@ def filter_proposals(
     """
     if not len(proposals):
         return proposals
-    share = proposals.masks.reshape(len(proposals), -1).mean(axis=1)
+    share = np.array([np.count_nonzero(mask) / mask.size for mask in proposals.masks])
     keep = (share >= min_area) & (share <= max_area) & (proposals.scores >= min_score)
     keep &= border_fraction(proposals.masks) <= max_border
     if np.isfinite(max_aspect) or min_side > 0:
@@ -141,17 +143,17 @@ def filter_proposals(
 
 
 def mask_iou_matrix(masks: torch.Tensor, chunk: int = 1 << 16) -> torch.Tensor:
-    """Pairwise IoU of (N, H, W) bool masks -> (N, N) float32. Two empty masks have IoU 0.
+    """Pairwise IoU of (..., N, H, W) bool masks -> (..., N, N) float32. Two empty masks have IoU 0.
 
     Works through `chunk` pixels at a time: a float copy of all masks of a large picture is never made.
     """
-    flat = masks.flatten(1)
-    inter = torch.zeros(len(masks), len(masks), device=masks.device)
-    for part in flat.split(chunk, dim=1):
+    flat = masks.flatten(-2)
+    inter = torch.zeros(*flat.shape[:-1], flat.shape[-2], device=masks.device)
+    for part in flat.split(chunk, dim=-1):
         values = part.float()
-        inter += values @ values.T
-    area = inter.diagonal()
-    return inter / (area[:, None] + area[None] - inter).clamp_min(1)
+        inter += values @ values.transpose(-1, -2)
+    area = inter.diagonal(dim1=-2, dim2=-1)
+    return inter / (area[..., :, None] + area[..., None, :] - inter).clamp_min(1)
 
 
 def mask_nms(proposals: Proposals, iou: float = 0.5, agnostic: bool = False) -> Proposals:
@@ -208,17 +210,18 @@ def matrix_nms(
 ) -> torch.Tensor:
     """Matrix NMS (SOLOv2): decayed scores instead of a hard decision; spec of SP uses gaussian, sigma 2, one class.
 
-    masks: (N, h, w) bool, sorted by descending score; scores: (N,). labels: (N,) or None for class-agnostic.
+    masks: (..., N, h, w) bool, sorted by descending score; scores: (..., N). labels: (..., N) or None for
+    class-agnostic.
     decay_j = min_i f(iou_ij) / f(comp_i), comp_i the largest IoU of i with a better mask, f = exp(-sigma iou^2) or
     1 - iou.
-    Returns (N,) scores * decay. Raises ValueError for an unknown kernel.
+    Returns (..., N) scores * decay. Raises ValueError for an unknown kernel.
     """
-    if not len(masks):
+    if not scores.numel():
         return scores
     overlap = mask_iou_matrix(masks).triu(diagonal=1)
     if labels is not None:
-        overlap = overlap * (labels[:, None] == labels[None]).triu(diagonal=1)
-    compensation = overlap.max(dim=0).values[:, None]  # (N, 1), for the better mask i of each pair (i, j)
+        overlap = overlap * (labels[..., :, None] == labels[..., None, :])
+    compensation = overlap.amax(dim=-2)[..., None]  # (..., N, 1), for the better mask i of each pair (i, j)
     if kernel == "gaussian":
         decay = torch.exp(-sigma * overlap**2) / torch.exp(-sigma * compensation**2)
     elif kernel == "linear":
@@ -226,7 +229,7 @@ def matrix_nms(
         decay = (1 - overlap) / (1 - compensation).clamp_min(1e-6)
     else:
         raise ValueError(f"matrix_nms kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
-    return scores * decay.min(dim=0).values
+    return scores * decay.amin(dim=-2)
 
 
 def top_k(proposals: Proposals, k: int = 20) -> Proposals:

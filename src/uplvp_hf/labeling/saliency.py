@@ -1,7 +1,8 @@
-"""Saliency Prompt's mask proposals (arXiv 2302.01171): self-similarity of the last backbone map, one function a step.
+"""Saliency Prompt's mask proposals (arXiv 2302.01171): self-similarity of a backbone map, one function a step.
 
-Differences from the authors' script, all deliberate: an eps in the min-max division, masks enlarged to the picture
-according to where the cells lie, tight boxes in picture pixels downstream, and a trained backbone is insisted upon.
+Every function takes one map or a batch of maps (leading dimension B). Differences from the authors' script, all
+deliberate: an eps in the min-max division, masks enlarged to the picture according to where the cells lie, tight boxes
+in picture pixels downstream, and a trained backbone is insisted upon.
 
 It proposes many masks a picture, few of them right; for ImageNet features of single large objects `foreground` is the
 better source.
@@ -17,48 +18,57 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ..data.dataset import Row
-from .encoders import Encoder, fit_longest
-from .instances import Proposals, filter_proposals, matrix_nms, top_k, upsample_grid
+from ..data.rows import Row
+from .encoders import Encoder, group_by_size
+from .instances import Proposals, matrix_nms, upsample_grid
 from .pipeline import LabelerBase
+
+# The filters of the authors' three scripts: the offline generator, the one inside the detector, and the supervised one.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "offline": {"min_centre": 0.2, "max_width": 0.95, "max_extent": None, "min_score": 0.7, "when_empty": "skip"},
+    "online": {"min_centre": 0.1, "max_width": None, "max_extent": None, "min_score": 0.7, "when_empty": "best"},
+    "sup": {"min_centre": 0.1, "max_width": None, "max_extent": 0.8, "min_score": 0.7, "when_empty": "best"},
+}
 
 
 def make_queries(features: torch.Tensor, scales: Sequence[float] = (1.0, 0.5, 0.25)) -> torch.Tensor:
-    """The map (C, h, w) at several bilinear scales, flattened: (Q, C) queries, finest scale first."""
+    """The map ([B,] C, h, w) at several bilinear scales, flattened: ([B,] Q, C) queries, finest scale first."""
+    maps = features if features.ndim == 4 else features[None]
     levels = [
-        features if scale == 1 else F.interpolate(features[None], scale_factor=scale, mode="bilinear")[0]
+        maps if scale == 1 else F.interpolate(maps, scale_factor=scale, mode="bilinear")
         for scale in scales
-        if min(features.shape[1:]) * scale >= 1
+        if min(maps.shape[2:]) * scale >= 1
     ]
-    return torch.cat([level.flatten(1) for level in levels], dim=1).T
+    queries = torch.cat([level.flatten(2) for level in levels], dim=2).transpose(1, 2)
+    return queries if features.ndim == 4 else queries[0]
 
 
 def similarity_maps(features: torch.Tensor, queries: torch.Tensor, eps: float = 1e-12) -> torch.Tensor:
-    """Cosine of every query with every cell, min-max scaled per query: (C, h, w), (Q, C) -> (Q, h, w) in [0, 1].
+    """Cosine of every query with every cell, min-max scaled a query: ([B,] C, h, w), ([B,] Q, C) -> ([B,] Q, h, w).
 
-    A query equally similar to all cells gives zeros, not NaN.
+    Values in [0, 1]. A query equally similar to all cells gives zeros, not NaN.
     """
-    cells = F.normalize(features.flatten(1), dim=0)  # (C, h*w)
-    maps = F.normalize(queries, dim=1) @ cells
-    maps = maps - maps.min(dim=1, keepdim=True).values
-    maps = maps / maps.max(dim=1, keepdim=True).values.clamp_min(eps)
-    return maps.view(len(queries), *features.shape[1:])
+    cells = F.normalize(features.flatten(-2), dim=-2)  # ([B,] C, h*w)
+    maps = F.normalize(queries, dim=-1) @ cells
+    maps = maps - maps.amin(dim=-1, keepdim=True)
+    maps = maps / maps.amax(dim=-1, keepdim=True).clamp_min(eps)
+    return maps.unflatten(-1, features.shape[-2:])
 
 
 def maskness(soft: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Mean soft value inside each mask: (Q, h, w), (Q, h, w) bool -> (Q,)."""
-    return (soft * masks).sum(dim=(1, 2)) / masks.sum(dim=(1, 2)).clamp_min(1)
+    """Mean soft value inside each mask: (..., Q, h, w), (..., Q, h, w) bool -> (..., Q)."""
+    return (soft * masks).sum(dim=(-2, -1)) / masks.sum(dim=(-2, -1)).clamp_min(1)
 
 
 def mass_geometry(soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Centre and extent of (N, h, w) masks from their row and column projections, in cells.
+    """Centre and extent of (..., h, w) masks from their row and column projections, in cells.
 
-    Returns centre x, centre y (of mass, of the max-projections), width, height (sums of the projections), each (N,).
+    Returns centre x, centre y (of mass, of the max-projections), width, height (sums of the projections), each (...,).
     """
-    columns, rows = soft.amax(dim=1).float(), soft.amax(dim=2).float()  # (N, w), (N, h)
-    width, height = columns.sum(dim=1), rows.sum(dim=1)
-    x = (columns * torch.arange(columns.shape[1], device=soft.device)).sum(dim=1) / width.clamp_min(1e-6)
-    y = (rows * torch.arange(rows.shape[1], device=soft.device)).sum(dim=1) / height.clamp_min(1e-6)
+    columns, rows = soft.amax(dim=-2).float(), soft.amax(dim=-1).float()  # (..., w), (..., h)
+    width, height = columns.sum(dim=-1), rows.sum(dim=-1)
+    x = (columns * torch.arange(columns.shape[-1], device=soft.device)).sum(dim=-1) / width.clamp_min(1e-6)
+    y = (rows * torch.arange(rows.shape[-1], device=soft.device)).sum(dim=-1) / height.clamp_min(1e-6)
     return x, y, width, height
 
 
@@ -68,19 +78,44 @@ def mass_boxes(masks: torch.Tensor) -> torch.Tensor:
     return torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=1)
 
 
-def keep_plausible(
-    masks: torch.Tensor, scores: torch.Tensor, min_centre: float = 0.2, max_width: float = 0.95, min_score: float = 0.7
-) -> torch.Tensor:
-    """Drop what hugs the top, spans the picture, or has decayed: (N, h, w) masks, (N,) scores -> (N,) bool.
+def tight_sides(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Height and width in cells of the tight boxes of (..., h, w) bool masks, each (...,); 0 for an empty mask."""
+    sides = []
+    for dim in (-1, -2):
+        occupied = masks.any(dim=dim)
+        place = torch.arange(1, occupied.shape[-1] + 1, device=masks.device)
+        last = (occupied * place).amax(dim=-1)
+        first = torch.where(occupied, place, occupied.shape[-1] + 1).amin(dim=-1)
+        sides.append((last - first + 1).clamp_min(0))
+    return sides[0], sides[1]
 
-    min_centre and max_width are shares of the grid's height and width.
+
+def keep_plausible(
+    masks: torch.Tensor,
+    scores: torch.Tensor,
+    min_centre: float = 0.2,
+    max_width: float | None = 0.95,
+    min_score: float = 0.7,
+    max_extent: float | None = None,
+) -> torch.Tensor:
+    """Drop what hugs the top, spans the picture, or has decayed: (..., h, w) masks, (...,) scores -> (...,) bool.
+
+    min_centre: the centre of mass lies lower than this share of the grid's height. max_width: the row of occupied
+    columns is shorter than this share of the width. max_extent: the tight box does not exceed this share of both the
+    height and the width. None leaves a filter out.
     """
     _, y, width, _ = mass_geometry(masks)
-    height_cells, width_cells = masks.shape[1:]
-    return (y > min_centre * height_cells) & (width < max_width * width_cells) & (scores >= min_score)
+    height_cells, width_cells = masks.shape[-2:]
+    keep = (y > min_centre * height_cells) & (scores >= min_score)
+    if max_width is not None:
+        keep &= width < max_width * width_cells
+    if max_extent is not None:
+        tall, wide = tight_sides(masks > 0)
+        keep &= ~((tall > max_extent * height_cells) & (wide > max_extent * width_cells))
+    return keep
 
 
-def propose(
+def propose_batch(
     features: torch.Tensor,
     scales: Sequence[float] = (1.0, 0.5, 0.25),
     threshold: float = 0.5,
@@ -88,28 +123,61 @@ def propose(
     kernel: str = "gaussian",
     sigma: float = 2.0,
     top: int = 20,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Steps 1-7 for one map (C, h, w): soft masks (N, h, w) and their decayed scores (N,), best first, N <= top."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From maps to ranked soft masks, for all pictures of a batch at once (reference steps 1 to 7).
+
+    features: (B, C, h, w). scales: of the queries. threshold: of the soft masks. min_cells: smaller masks are dropped.
+    kernel, sigma: of Matrix NMS. top: most masks a picture.
+    Returns soft masks (B, K, h, w), decayed scores (B, K), best first, and (B, K) bool, False where a picture has fewer
+    than K masks. Memory: B * Q * (h * w + Q) floats for Q = sum over scales of the scaled map's cells.
+    """
     soft = similarity_maps(features, make_queries(features, scales))
     masks = soft >= threshold
-    large = masks.sum(dim=(1, 2)) >= min_cells
-    soft, masks = soft[large], masks[large]
-    scores = maskness(soft, masks)
-    order = scores.argsort(descending=True)
-    scores = matrix_nms(masks[order], scores[order], kernel=kernel, sigma=sigma)
-    best = scores.argsort(descending=True)[:top]
-    return soft[order][best], scores[best]
+    large = masks.sum(dim=(-2, -1)) >= min_cells
+    masks = masks & large[..., None, None]  # an empty mask overlaps nothing
+    scores = maskness(soft, masks).masked_fill(~large, -torch.inf)
+    scores, order = scores.sort(dim=-1, descending=True, stable=True)
+    decayed = matrix_nms(_pick(masks, order), scores.masked_fill(scores.isinf(), 0.0), kernel=kernel, sigma=sigma)
+    decayed = decayed.masked_fill(scores.isinf(), -torch.inf)
+    decayed, best = decayed.sort(dim=-1, descending=True, stable=True)
+    decayed, best = decayed[:, :top], order.gather(1, best[:, :top])
+    return _pick(soft, best), decayed, ~decayed.isinf()
+
+
+def _pick(maps: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """(B, Q, h, w), (B, K) -> (B, K, h, w)."""
+    return maps.gather(1, index[..., None, None].expand(-1, -1, *maps.shape[2:]))
+
+
+def propose(features: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """`propose_batch` for one map (C, h, w): soft masks (N, h, w) and their decayed scores (N,), best first."""
+    soft, scores, valid = propose_batch(features[None], **options)
+    return soft[0, valid[0]], scores[0, valid[0]]
+
+
+def median_filter(maps: torch.Tensor, size: int = 3) -> torch.Tensor:
+    """Median over size x size cells, edge cells repeated: (B, K, h, w). On soft maps it commutes with thresholding."""
+    reach = size // 2
+    padded = F.pad(maps, (reach,) * 4, mode="replicate")
+    return padded.unfold(2, size, 1).unfold(3, size, 1).flatten(-2).median(dim=-1).values
 
 
 class SaliencyLabeler(LabelerBase):
     """SP's proposals for pictures. Class-agnostic.
 
     Args:
-        encoder: a frozen backbone; its last map is used.
-        image_size: longer side in pixels that pictures are stretched to (sides become multiples of 32).
-        scales, threshold, min_cells, kernel, sigma, top: see `propose`.
-        min_centre, max_width, min_score: see `keep_plausible` (the offline script's values).
+        encoder: a frozen backbone. stage: which of its maps, counted from the finest (0) or the last (-1).
+        image_size: longer side in pixels that pictures are stretched to, or (height, width) for all of them, which
+            lets pictures of different shapes share a batch. Sides become multiples of what the encoder needs.
+        scales, threshold, min_cells, kernel, sigma, top: see `propose_batch`.
+        variant: whose filters: "offline" (the authors' generator), "online" (inside their detector), "sup" (their
+            supervised copy). min_centre, max_width, max_extent, min_score (see `keep_plausible`; 0, or 1 for the
+            upper bounds, lets everything pass) and when_empty replace the variant's value where given.
+        when_empty: what a picture whose masks were all filtered out gets: "skip" nothing, "best" its best mask.
+        median: side in cells of a median filter over the masks (the authors' script has 3 commented out); 0 for none.
         cell_offset: in cells; None takes the encoder's.
+
+    Raises ValueError for an unknown variant, when_empty, kernel or median.
     """
 
     name = "saliency"
@@ -117,53 +185,85 @@ class SaliencyLabeler(LabelerBase):
     def __init__(
         self,
         encoder: Encoder,
-        image_size: int = 512,
+        image_size: int | tuple[int, int] = 512,
+        stage: int = -1,
         scales: Sequence[float] = (1.0, 0.5, 0.25),
         threshold: float = 0.5,
         min_cells: int = 2,
         kernel: str = "gaussian",
         sigma: float = 2.0,
         top: int = 20,
-        min_centre: float = 0.2,
-        max_width: float = 0.95,
-        min_score: float = 0.7,
+        variant: str = "offline",
+        min_centre: float | None = None,
+        max_width: float | None = None,
+        max_extent: float | None = None,
+        min_score: float | None = None,
+        when_empty: str | None = None,
+        median: int = 0,
         cell_offset: float | None = None,
     ) -> None:
-        self.encoder = encoder
-        self.encoder_name = encoder.name
-        self.image_size, self.threshold, self.cell_offset = image_size, threshold, cell_offset
+        if variant not in VARIANTS:
+            raise ValueError(f"saliency variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
+        if kernel not in ("gaussian", "linear"):
+            raise ValueError(f"saliency: Matrix NMS kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
+        if median and (median < 3 or median % 2 == 0):
+            raise ValueError(f"saliency: a median filter of {median} cells has no middle; use 0, 3, 5, ...")
+        self.encoder, self.encoder_name, self.licence = encoder, encoder.name, encoder.licence
+        self.image_size, self.stage, self.cell_offset, self.median = image_size, stage, cell_offset, median
+        self.threshold = threshold
         self.search = {"scales": tuple(scales), "threshold": threshold, "min_cells": min_cells}
         self.search |= {"kernel": kernel, "sigma": sigma, "top": top}
-        self.filters = {"min_centre": min_centre, "max_width": max_width, "min_score": min_score}
+        given = {"min_centre": min_centre, "max_width": max_width, "max_extent": max_extent, "min_score": min_score}
+        given["when_empty"] = when_empty
+        chosen = VARIANTS[variant] | {name: value for name, value in given.items() if value is not None}
+        self.when_empty = chosen.pop("when_empty")
+        if self.when_empty not in ("skip", "best"):
+            raise ValueError(f"saliency: when_empty {when_empty!r} is unknown; use 'skip' or 'best'")
+        self.filters = chosen
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the labels depend on, for the store's header."""
         search = {**self.search, "scales": list(self.search["scales"])}
-        return {"image_size": self.image_size, "cell_offset": self.cell_offset, **search, **self.filters}
+        size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)
+        own = {name: getattr(self, name) for name in ("stage", "cell_offset", "median", "when_empty")}
+        return {"image_size": size, **own, **search, **self.filters}
+
+    def _fit(self, width: int, height: int, longest: Any) -> tuple[int, int]:
+        if isinstance(longest, int):
+            return self.encoder.fit(width, height, longest)
+        multiple = self.encoder.size_multiple
+        return self.encoder.fixed_size or tuple(max(multiple, round(s / multiple) * multiple) for s in longest)
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` a picture, masks at the picture's size."""
+        """One `Proposals` a picture, best first, masks at the picture's size."""
         results: list[Proposals | None] = [None] * len(images)
-        for size, indices in group_by_size(images, self.image_size).items():
-            features = self.encoder(self.encoder.pixels([images[i] for i in indices], size)).maps[-1].float()
-            for index, feature in zip(indices, features):
-                results[index] = self.propose_picture(feature, images[index].size[::-1], size[0] / feature.shape[1])
+        for size, indices in group_by_size(images, self.image_size, self._fit).items():
+            pixels = self.encoder.pixels([images[i] for i in indices], size)
+            (features,) = self.encoder(pixels, stages=(self.stage,)).maps
+            found = self.propose_pictures(features.float(), [images[i].size[::-1] for i in indices], size[0])
+            for index, proposals in zip(indices, found):
+                results[index] = proposals
         return results
 
-    def propose_picture(self, feature: torch.Tensor, size: tuple[int, int], stride: float) -> Proposals:
-        """feature: (C, h, w); size: (H, W) of the picture; stride in pixels of the network's input."""
-        soft, scores = propose(feature, **self.search)
-        keep = keep_plausible((soft >= self.threshold).float(), scores, **self.filters)
+    @torch.inference_mode()
+    def propose_pictures(
+        self, features: torch.Tensor, sizes: Sequence[tuple[int, int]], input_height: int
+    ) -> list[Proposals]:
+        """features: (B, C, h, w) of an input `input_height` pixels high; sizes: (H, W) of the B pictures."""
+        soft, scores, valid = propose_batch(features, **self.search)
+        if self.median:
+            soft = median_filter(soft, self.median)
+        keep = valid & keep_plausible((soft >= self.threshold).float(), scores, **self.filters)
+        if self.when_empty == "best":
+            keep[:, 0] |= valid[:, 0] & ~keep.any(dim=1)
+        stride = input_height / features.shape[2]
         offset = self.encoder.cell_offset(stride) if self.cell_offset is None else self.cell_offset
-        large = upsample_grid(soft[keep], size, offset) if bool(keep.any()) else soft.new_zeros((0, *size))
-        proposals = Proposals((large >= self.threshold).cpu().numpy(), scores[keep].cpu().numpy().astype(np.float32))
-        return top_k(filter_proposals(proposals, min_area=1e-6), self.search["top"])
-
-
-def group_by_size(images: Sequence[Image.Image], longest: int) -> dict[tuple[int, int], list[int]]:
-    """Indices of the pictures by the (height, width) they are resized to, so that each group is one batch."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, image in enumerate(images):
-        groups.setdefault(fit_longest(*image.size, longest), []).append(index)
-    return groups
+        kept, ranked = keep.cpu(), scores.cpu().numpy()  # one transfer a batch; the masks themselves are one a picture
+        results = []
+        for index, size in enumerate(sizes):
+            picked = torch.nonzero(kept[index])[:, 0]
+            large = upsample_grid(soft[index, picked.to(soft.device)], size, offset) >= self.threshold
+            proposals = Proposals(large.cpu().numpy(), ranked[index, picked.numpy()].astype(np.float32))
+            results.append(proposals.take(proposals.masks.any(axis=(1, 2))))  # a median filter can empty a mask
+        return results
