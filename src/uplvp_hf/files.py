@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -32,24 +32,32 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 beside `path`, syncs, renames; makes the folder if needed. Raises OSError naming `path`.
+@contextmanager
+def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
+    """A stream (text is UTF-8) for a draft beside `path`, which is synced and renamed at the end of the block.
 
-    A write that fails leaves `path` as it was and no temporary file.
+    Makes the folder if needed. When the block or a write fails, `path` stays as it was and no draft is left. Raises
+    OSError naming `path`.
     """
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with writing(path):
-            with open(draft, "w", encoding="utf-8") as stream:
-                stream.write(text)
+            with open(draft, mode, encoding=None if "b" in mode else "utf-8") as stream:
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             os.replace(draft, path)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes UTF-8 in one step, as `replacing`."""
+    with replacing(path) as stream:
+        stream.write(text)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:

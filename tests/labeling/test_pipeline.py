@@ -2,12 +2,20 @@
 
 import json
 import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
 
+import label_tiny
 import numpy as np
 import pytest
 from labeling_helpers import picture_folder, tiny_clip, tiny_encoder
 
-from uplvp_hf.data import decode_segmentation, read_store
+from uplvp_hf.data import DataError, decode_segmentation, encode_masks, load_dataset_rows, read_store
 from uplvp_hf.labeling import store as store_module
 from uplvp_hf.labeling.foreground import ForegroundLabeler
 from uplvp_hf.labeling.language_vision import DenseClipLabeler
@@ -51,18 +59,18 @@ def test_a_killed_run_resumes_to_the_same_rows(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         label_images(dataset, foreground(), classifier_namer(), tmp_path / "killed", **QUIET)
     monkeypatch.undo()
-    assert len(rows_of(tmp_path / "killed")) == 6  # two finished shards, all readable
+    assert len(rows_of(tmp_path / "killed")) == 8  # two finished shards of two whole batches each, all readable
     (tmp_path / "killed" / ".rows-00000-00002.jsonl.1.tmp").write_text('{"half a row')
 
     rest = label_images(dataset, foreground(), classifier_namer(), tmp_path / "killed", **QUIET)
-    assert (rest.done, rest.skipped) == (5, 6)
+    assert (rest.done, rest.skipped) == (3, 8)
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     again = label_images(dataset, foreground(), classifier_namer(), tmp_path / "killed", **QUIET)
     assert (again.done, again.skipped) == (0, 11)
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
-    dataset = picture_folder(tmp_path / "pictures", 8)
+    dataset = picture_folder(tmp_path / "pictures", 11)
     writes = []
     real = os.fsync
 
@@ -76,9 +84,9 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         label_images(dataset, foreground(), None, tmp_path / "labels", **QUIET)
     monkeypatch.undo()
-    assert len(rows_of(tmp_path / "labels")) == 6
+    assert len(rows_of(tmp_path / "labels")) == 8
     assert not [name for name in os.listdir(tmp_path / "labels") if name.endswith(".tmp")]
-    assert label_images(dataset, foreground(), None, tmp_path / "labels", **QUIET).done == 2
+    assert label_images(dataset, foreground(), None, tmp_path / "labels", **QUIET).done == 3
 
 
 def test_an_interrupt_keeps_the_rows_in_hand(tmp_path):
@@ -129,15 +137,10 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
         label_images(dataset, foreground(), None, tmp_path / "pictures", **QUIET)
 
 
-def test_rows_are_complete_and_processes_share_the_work(tmp_path):
+def test_rows_are_complete(tmp_path):
     dataset = picture_folder(tmp_path / "pictures", 5)
-    for rank in (0, 1):
-        label_images(
-            dataset, foreground(), None, tmp_path / "labels", image_root=tmp_path, rank=rank, world_size=2, **QUIET
-        )
-    names = sorted(os.listdir(tmp_path / "labels"))
-    assert "rows-00000-00000.jsonl" in names and "rows-00001-00000.jsonl" in names
-    line = json.loads((tmp_path / "labels" / "rows-00001-00000.jsonl").read_text().splitlines()[0])
+    label_images(dataset, foreground(), None, tmp_path / "labels", image_root=tmp_path, **QUIET)
+    line = json.loads((tmp_path / "labels" / "rows-00000-00000.jsonl").read_text().splitlines()[1])
     assert line["image"] == "pictures/001.png"
     stored = read_store(tmp_path / "labels")
     assert len(stored) == 5 and [category["name"] for category in stored.categories] == ["object"]
@@ -148,6 +151,129 @@ def test_rows_are_complete_and_processes_share_the_work(tmp_path):
             y, x = np.nonzero(mask)
             box = [x.min(), y.min(), x.max() + 1 - x.min(), y.max() + 1 - y.min()]
             assert row["objects"]["bbox"][k] == box and row["objects"]["area"][k] == mask.sum()
+
+
+def lines_of(folder):
+    return b"".join(file.read_bytes() for file in sorted(folder.glob("rows-*.jsonl"))).splitlines()
+
+
+def child(*words, launcher=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, *launcher, Path(__file__).with_name("label_tiny.py"), *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """30 pictures, one of them broken, and their labels by one process in one go."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    picture_folder(folder / "pictures", 30)
+    (folder / "pictures" / "013.png").write_bytes((folder / "pictures" / "013.png").read_bytes()[:3000])
+    summary = label_tiny.run(folder / "pictures", folder / "labels")
+    assert (summary.done, summary.failed) == (29, 1) and summary.instances > 29
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_from_outside_ends_with_the_same_bytes(undisturbed, tmp_path):
+    process = child(undisturbed / "pictures", tmp_path / "labels")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "labels" / "rows-00000-00001.jsonl").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finished = len(lines_of(tmp_path / "labels"))
+    assert 14 <= finished < 29
+    rest = label_tiny.run(undisturbed / "pictures", tmp_path / "labels")
+    assert (rest.done, rest.skipped, rest.failed) == (29 - finished, finished, 1)
+    for file in sorted((undisturbed / "labels").iterdir()):
+        assert (tmp_path / "labels" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_rows_of_one(undisturbed, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = child(undisturbed / "pictures", tmp_path / "labels", launcher=launcher)
+    printed, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, printed
+    assert printed.count("'done': 29, 'skipped': 0, 'failed': 1") == 2 and "'processes': 2" in printed
+    names = {file.name.rpartition("-")[0] for file in (tmp_path / "labels").glob("rows-*")}
+    assert names == {"rows-00000", "rows-00001"}  # both had a part
+    assert sorted(lines_of(tmp_path / "labels")) == sorted(lines_of(undisturbed / "labels"))
+    for name in ("header.json", "failures.jsonl"):
+        assert (tmp_path / "labels" / name).read_bytes() == (undisturbed / "labels" / name).read_bytes()
+    assert not list((tmp_path / "labels").glob("failures-*"))
+
+
+def test_a_block_with_a_picture_to_repair_is_labelled_as_if_nothing_had_happened(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "pictures", tmp_path / "pictures")
+    label_tiny.run(tmp_path / "pictures", tmp_path / "labels")
+    picture_folder(tmp_path / "pictures", 30)
+    assert label_tiny.run(tmp_path / "pictures", tmp_path / "labels").done == 1
+    state = json.loads((tmp_path / "labels" / "header.json").read_text())["state"]
+    (line,) = [json.loads(line) for line in lines_of(tmp_path / "labels") if b'"013.png"' in line]
+    labeler, dataset = label_tiny.tiny_labeler(), load_dataset_rows(tmp_path / "pictures")
+    labeler.restore(state)
+    block = labeler([dataset.load_image(k) for k in range(12, 16)])
+    assert line["objects"]["segmentation"] == encode_masks(block[1].masks)
+    assert line["objects"]["score"] == [round(float(score), 5) for score in block[1].scores]
+
+
+def test_too_many_failures_are_an_error_at_the_end(tmp_path):
+    dataset = picture_folder(tmp_path / "pictures", 5)
+    for k in (0, 2):
+        (tmp_path / "pictures" / f"{k:03d}.png").write_bytes(b"broken")
+    with pytest.raises(StoreError, match=r"2 of 5 pictures failed.*0\.3.*failures\.jsonl"):
+        label_images(dataset, foreground(), None, tmp_path / "labels", max_failed=0.3, **QUIET)
+    assert len(rows_of(tmp_path / "labels")) == 3
+    assert label_images(dataset, foreground(), None, tmp_path / "labels", max_failed=0.4, **QUIET).failed == 2
+
+
+def test_a_labeler_may_fail_for_one_picture(tmp_path):
+    dataset = picture_folder(tmp_path / "pictures", 4)
+
+    class Picky(ForegroundLabeler):
+        def __call__(self, images, rows=None):
+            if any(row["image_id"] == "001.png" for row in rows):
+                raise DataError("has no features", file="features.npz", row="001")
+            return super().__call__(images, rows)
+
+    labeler = foreground()
+    labeler.__class__ = Picky
+    summary = label_images(dataset, labeler, None, tmp_path / "labels", **QUIET)
+    assert (summary.done, summary.failed) == (3, 1)
+    (failure,) = read_store(tmp_path / "labels").failures
+    assert failure["file"] == dataset[1]["image"] and failure["reason"] == "features.npz, 001: has no features"
+
+
+def test_unnamed_masks_are_dropped_or_kept_as_objects(tmp_path):
+    dataset = picture_folder(tmp_path / "pictures", 3)
+
+    class Alternating:
+        name, names, settings = "alternating", ["bear"], {}
+
+        def __call__(self, images, proposals):
+            return [
+                replace(p, labels=np.arange(len(p)) % 2 - 1, confidences=np.full(len(p), 0.5, dtype=np.float32))
+                for p in proposals
+            ]
+
+    masks = {"all": len(foreground()([dataset.load_image(0)])[0])}
+    label_images(dataset, foreground(), Alternating(), tmp_path / "drop", **QUIET)
+    label_images(dataset, foreground(), Alternating(), tmp_path / "keep", unnamed="keep", **QUIET)
+    drop, keep = rows_of(tmp_path / "drop"), rows_of(tmp_path / "keep")
+    assert [category["name"] for category in read_store(tmp_path / "keep").categories] == ["bear", "object"]
+    kept = keep["000.png"]["objects"]
+    assert len(kept["score"]) == masks["all"] and kept["category_id"] == [2, 1] * (masks["all"] // 2) + [2] * (
+        masks["all"] % 2
+    )
+    for name in drop:
+        named = [k for k, category in enumerate(keep[name]["objects"]["category_id"]) if category == 1]
+        for key, values in drop[name]["objects"].items():
+            assert values == [keep[name]["objects"][key][k] for k in named]
+    with pytest.raises(ValueError, match="unnamed 'maybe'"):
+        label_images(dataset, foreground(), None, tmp_path / "x", unnamed="maybe", **QUIET)
 
 
 def test_calibration_is_kept_for_the_rest_of_a_run(tmp_path):

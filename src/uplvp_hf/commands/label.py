@@ -191,8 +191,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         limit=args.limit,
         min_confidence=args.min_confidence,
         image_root=args.image_root,
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
     )
     return summary.as_dict()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError
-from .images import as_rgb, open_image
+from .images import as_rgb, open_bytes, open_image
 from .rle import decode_segmentation, segmentation_to_rle
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ class Objects(TypedDict):
 
 
 class Row(TypedDict):
-    """One picture. `image` is an absolute path or a PIL picture; an unlabelled picture has empty lists in `objects`."""
+    """One picture. `image` is an absolute path, the content of a picture file, or a PIL picture; an unlabelled picture
+    has empty lists in `objects`. width and height are 0 for content that no picture can be read from."""
 
-    image: str | Image.Image
+    image: str | bytes | Image.Image
     image_id: int | str
     file_name: str
     width: int
@@ -48,12 +49,74 @@ def empty_objects() -> Objects:
     return {"segmentation": [], "category_id": [], "bbox": [], "area": [], "iscrowd": [], "score": []}
 
 
+def load_picture(row: Row) -> Image.Image:
+    """The picture of a row as RGB, of the row's width and height.
+
+    A picture with an EXIF rotation is turned upright unless the row's size fits only its stored frame (see
+    `open_image`). Raises ImageError when it is missing, cannot be decoded, or has another size than the row says.
+    """
+    size = (row["width"], row["height"])
+    if isinstance(row["image"], Image.Image):
+        return as_rgb(row["image"], size, row["file_name"])
+    if isinstance(row["image"], bytes):
+        return open_bytes(row["image"], size, row["file_name"])
+    return open_image(row["image"], size)
+
+
+class LazyRows(Sequence[Row]):
+    """Rows that are read one at a time; their pictures may be large.
+
+    Args:
+        read: the row at a position. identify: its image id, without its picture.
+        indices: the positions, in order.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Row], identify: Callable[[int], int | str], indices: Sequence[int]
+    ) -> None:
+        self._read, self._identify, self._indices = read, identify, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int | slice) -> Row | LazyRows:
+        if isinstance(index, slice):
+            return LazyRows(self._read, self._identify, self._indices[index])
+        return self._read(self._indices[index])
+
+    def image_id(self, index: int) -> int | str:
+        """Of the row at `index`."""
+        return self._identify(self._indices[index])
+
+    def select(self, indices: Iterable[int]) -> LazyRows:
+        """The rows at `indices`, in that order."""
+        return LazyRows(self._read, self._identify, [self._indices[index] for index in indices])
+
+
+@dataclass
+class RowStream:
+    """Pictures that come one after the other and are never held all at once, such as those of a streamed data set.
+
+    Args:
+        source: starts from the first row every time it is called; equal image ids and order each time.
+        categories, name, failures: as of `InstanceDataset`.
+    """
+
+    source: Callable[[], Iterator[Row]]
+    categories: list[dict[str, Any]] = field(default_factory=list)
+    name: str = ""
+    failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.source()
+
+
 @dataclass
 class InstanceDataset:
     """Pictures with (or without) instances.
 
     Args:
-        rows: one `Row` a picture.
+        rows: one `Row` a picture; a list, or `LazyRows` that are read when they are asked for.
         categories: [{"id": original id, "name": str}, ...]; kept sorted by id.
         name: for reports.
         failures: what was left out while reading, [{"file", "row", "reason"}, ...].
@@ -92,7 +155,8 @@ class InstanceDataset:
 
     def subset(self, indices: Iterable[int]) -> InstanceDataset:
         """The rows at `indices`, in that order, with the same categories."""
-        return InstanceDataset([self.rows[i] for i in indices], self.categories, self.name, list(self.failures))
+        rows = self.rows.select(indices) if isinstance(self.rows, LazyRows) else [self.rows[i] for i in indices]
+        return InstanceDataset(rows, self.categories, self.name, list(self.failures))
 
     def unlabelled(self) -> InstanceDataset:
         """The same pictures without their objects; categories stay."""
@@ -100,16 +164,14 @@ class InstanceDataset:
         return InstanceDataset(rows, self.categories, self.name, list(self.failures))
 
     def load_image(self, index: int) -> Image.Image:
-        """The picture as RGB, of the row's width and height.
+        """The picture of a row, as `load_picture` gives it."""
+        return load_picture(self.rows[index])
 
-        A picture with an EXIF rotation is turned upright unless the row's size fits only its stored frame (see
-        `open_image`). Raises ImageError when it is missing, cannot be decoded, or has another size than the row says.
-        """
-        row = self.rows[index]
-        size = (row["width"], row["height"])
-        if isinstance(row["image"], Image.Image):
-            return as_rgb(row["image"], size, row["file_name"])
-        return open_image(row["image"], size)
+    def image_id(self, index: int) -> int | str:
+        """Of a row, without reading its picture."""
+        if isinstance(self.rows, LazyRows):
+            return self.rows.image_id(index)
+        return self.rows[index]["image_id"]
 
     def mask(self, index: int, k: int) -> np.ndarray:
         """(height, width) bool mask of object `k` of row `index`. Raises DataError for a malformed segmentation."""

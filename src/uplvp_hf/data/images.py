@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 
@@ -96,13 +97,18 @@ def as_rgb(image: Image.Image, size: tuple[int, int] | None = None, file: str = 
     return result
 
 
-def _open(path: str) -> Image.Image:
-    if not os.path.isfile(path):
-        raise ImageError("no such picture", file=path)
+def _open(source: str | io.BytesIO, file: str) -> Image.Image:
+    if isinstance(source, str) and not os.path.isfile(source):
+        raise ImageError("no such picture", file=file)
     try:
-        return Image.open(path)
+        return Image.open(source)
     except Exception as error:  # as above; DecompressionBombError too
-        raise ImageError(f"is not a picture ({type(error).__name__}: {error})", file=path) from error
+        raise ImageError(f"is not a picture ({type(error).__name__}: {error})", file=file) from error
+
+
+def _upright_size(image: Image.Image, file: str) -> tuple[int, int]:
+    width, height = image.size
+    return (height, width) if _orientation(image, file) >= 5 else (width, height)
 
 
 def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Image.Image:
@@ -118,13 +124,24 @@ def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
     has `size` in neither frame.
     """
     path = os.fspath(path)
-    with _open(path) as image:
+    with _open(path, path) as image:
         return as_rgb(image, size, path)
+
+
+def open_bytes(content: bytes, size: tuple[int, int] | None = None, file: str = "picture in memory") -> Image.Image:
+    """The content of a picture file as `open_image` would give it; `file` names it in errors."""
+    with _open(io.BytesIO(content), file) as image:
+        return as_rgb(image, size, file)
+
+
+def bytes_size(content: bytes, file: str = "picture in memory") -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture in the content of a file. Raises ImageError."""
+    with _open(io.BytesIO(content), file) as image:
+        return _upright_size(image, file)
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """(width, height) in pixels of the upright picture, read from the head of the file. Raises ImageError."""
     path = os.fspath(path)
-    with _open(path) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image, path) >= 5 else (width, height)
+    with _open(path, path) as image:
+        return _upright_size(image, path)

@@ -14,7 +14,8 @@ from .fields import image_identifier, inside, read_categories, read_json, requir
 
 SCHEMA_VERSION = 1
 HEADER_KEYS = ("schema_version", "labeler", "settings", "settings_hash", "categories")
-_SHARD = re.compile(r"rows-\d{5}-\d{5}\.jsonl")
+_SHARD = re.compile(r"rows-\d{5}-\d{5,}\.jsonl")
+_FAILURES = re.compile(r"failures(-\d{5})?\.jsonl")
 
 
 def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -35,6 +36,16 @@ def shard_files(path: str | os.PathLike[str]) -> list[str]:
     """The finished shards of the store in folder `path`, sorted; temporary files are left out."""
     path = os.path.abspath(os.fspath(path))
     return [os.path.join(path, name) for name in sorted(os.listdir(path)) if _SHARD.fullmatch(name)]
+
+
+def read_failures(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The pictures that could not be labelled, of all the processes that write or wrote into the store in `path`."""
+    path = os.path.abspath(os.fspath(path))
+    entries: dict[str, dict[str, Any]] = {}
+    for name in sorted(os.listdir(path)):
+        if _FAILURES.fullmatch(name):
+            entries |= {entry["file"]: entry for _, entry in _lines(os.path.join(path, name))}
+    return list(entries.values())
 
 
 def _lines(file: str) -> list[tuple[str, Any]]:
@@ -103,7 +114,7 @@ def read_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
         images: the folder that relative picture paths start from; None: the header's `image_root`, which, if it is
             relative itself, starts from `path`.
 
-    The data set has the categories of the header, and the entries of `failures.jsonl`, if there is one, as `failures`.
+    The data set has the categories of the header, and what the files `failures*.jsonl` list as `failures`.
     Raises DataError, naming file and line, for a bad header, no rows, lines that are not JSON, missing keys, lists of
     unequal length, unknown categories, RLEs of another size than the picture, and an image id in two rows.
     """
@@ -129,6 +140,7 @@ def read_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
             rows.append(row)
     if not rows:
         raise DataError("holds no finished rows", file=path, remedy="Let the labelling run to its end.")
-    failures_file = os.path.join(path, "failures.jsonl")
-    failures = [entry for _, entry in _lines(failures_file)] if os.path.isfile(failures_file) else []
+    # A run that was killed has had no time to strike out the pictures that it labelled at its second attempt.
+    labelled = {row["image"] for row in rows} | {row["file_name"] for row in rows}
+    failures = [entry for entry in read_failures(path) if entry["file"] not in labelled]
     return InstanceDataset(rows, categories, path, failures)

@@ -1,8 +1,9 @@
 """Writing a pseudo-label store: a header, append-only shards of one row a line, and a list of failures.
 
     folder/header.json               schema version, labeler, settings and their hash, encoder, vocabulary, categories
-    folder/rows-00000-00000.jsonl    rows of rank 0, finished shards only
-    folder/failures.jsonl            pictures that could not be labelled (failures-00001.jsonl for rank 1, ...)
+    folder/rows-00000-00000.jsonl    rows of rank 0, finished shards only, each of whole batches
+    folder/failures.jsonl            pictures that could not be labelled; failures-00001.jsonl of rank 1 while it runs
+    folder/images/                   pictures that were in no file, such as those of a streamed data set
 
 Every file is written under a temporary name, synced and renamed, so that a kill or a full disk leaves finished shards
 valid; at most the rows of one unfinished shard are made again. Reading is `uplvp_hf.data.read_store`.
@@ -11,17 +12,26 @@ valid; at most the rows of one unfinished shard are made again. Reading is `uplv
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from PIL import Image
+
+from ..data.dataset import Row
 from ..data.errors import DataError
-from ..data.store_reader import SCHEMA_VERSION, read_header, shard_files
-from ..files import write_json, write_text
+from ..data.store_reader import SCHEMA_VERSION, read_failures, read_header, shard_files
+from ..files import replacing, write_json, write_json_lines, write_text
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm"}  # by Pillow's name of the format
 
 
 class StoreError(ValueError):
@@ -41,19 +51,27 @@ def make_header(
     settings: Mapping[str, Any],
     categories: Sequence[Mapping[str, Any]],
     image_root: str | None = None,
+    licence: str | None = None,
+    batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """A header; `settings` must survive JSON. `state` (calibration) is filled in by the pipeline, outside the hash."""
+    """A header; `settings` must survive JSON. `state` (calibration) is filled in by the pipeline, outside the hash.
+
+    licence: of the encoder's weights, where it is known. batch_size: pictures that were labelled together; like
+    `image_root` it is no setting of the labels.
+    """
     settings = json.loads(json.dumps(settings))
     return {
         "schema_version": SCHEMA_VERSION,
         "labeler": labeler,
         "encoder": encoder,
+        "licence": licence,
         "vocabulary": list(vocabulary),
         "categories": [dict(category) for category in categories],
         "settings": settings,
         "settings_hash": settings_hash(labeler, encoder, vocabulary, settings),
         "state": {},
         "image_root": image_root,
+        "batch_size": batch_size,
     }
 
 
@@ -88,7 +106,8 @@ class StoreWriter:
         rank: number of this process among those that write into the store; each writes shards of its own.
         shard_size: rows a shard, hence the rows lost by a kill at the worst moment.
 
-    finished: image ids with a row already. header: the header in force (that of the store, when resuming).
+    finished: image ids with a row already. header: the header in force (that of the store, when resuming). repaired:
+    files of pictures that failed in an earlier run and have a row now.
     Raises StoreError for a folder with other contents, for other settings (listing them), for an unwanted resume.
     """
 
@@ -112,9 +131,12 @@ class StoreWriter:
             )
         self.finished = self._finished_ids() if self.resumed else set()
         self._next_shard = self._count_shards()
+        self.repaired: set[str] = set()
         self._rows: list[str] = []
-        self._failures_file = self.folder / ("failures.jsonl" if rank == 0 else f"failures-{rank:05d}.jsonl")
-        self._failures = self._read_failures()
+        self.failures_file = self.folder / ("failures.jsonl" if rank == 0 else f"failures-{rank:05d}.jsonl")
+        before = read_failures(self.folder) if self.resumed else []
+        self._failed_before = {entry["file"] for entry in before}
+        self._failures = {entry["file"]: entry for entry in before} if rank == 0 else {}
 
     def _check(self, header: dict[str, Any], resume: bool) -> None:
         old = read_header(self.folder)
@@ -129,6 +151,13 @@ class StoreWriter:
         if old.get("image_root") != header.get("image_root"):
             raise StoreError(
                 f"{self.folder} has image_root {old.get('image_root')!r}, not {header.get('image_root')!r}; keep one"
+            )
+        if old.get("batch_size") not in (None, header["batch_size"]):
+            logger.warning(
+                "%s was begun with batches of %s pictures, now %s: rows may differ in their last digits.",
+                self.folder,
+                old["batch_size"],
+                header["batch_size"],
             )
         self.header = old
 
@@ -154,23 +183,31 @@ class StoreWriter:
         numbers = [re.match(r"rows-(\d+)-(\d+)", os.path.basename(file)).groups() for file in shard_files(self.folder)]
         return 1 + max((int(number) for rank, number in numbers if int(rank) == self.rank), default=-1)
 
-    def _read_failures(self) -> dict[str, dict[str, Any]]:
-        if not self._failures_file.is_file():
-            return {}
-        entries = [json.loads(line) for line in self._failures_file.read_text(encoding="utf-8").splitlines() if line]
-        return {entry["file"]: entry for entry in entries}
-
     def start(self, state: Mapping[str, Any]) -> None:
-        """Write the header of a new store, with what the labeler calibrated. Nothing to do when resuming."""
+        """The header of a new store gets what the labeler calibrated; rank 0 writes it. Nothing to do when resuming."""
         if not self.resumed:
-            self.folder.mkdir(parents=True, exist_ok=True)
             self.header["state"] = dict(state)
-            write_json(self.folder / "header.json", self.header, indent=1)
+            if self.rank == 0:
+                write_json(self.folder / "header.json", self.header, indent=1)
+
+    def check_header_is_there(self) -> None:
+        """Raises StoreError where another machine's rank 0 wrote the header into a folder of its own."""
+        if not (self.folder / "header.json").is_file():
+            raise StoreError(
+                f"{self.folder} has no header.json on the machine of process {self.rank}; "
+                "the output folder must be shared among the machines"
+            )
 
     def add(self, row: Mapping[str, Any], file: str) -> None:
-        """Append a row (JSON values only). Clears an earlier failure of the picture `file`."""
-        self._rows.append(json.dumps(row))
-        self._failures.pop(file, None)
+        """Append a row (JSON values only) of the picture `file`."""
+        self.add_block([json.dumps(row)], [file])
+
+    def add_block(self, lines: Sequence[str], files: Sequence[str]) -> None:
+        """Append rows, as JSON, of the pictures `files`, which stay together in one shard. Clears earlier failures."""
+        self._rows += lines
+        for file in files:
+            self._failures.pop(file, None)
+        self.repaired |= self._failed_before.intersection(files)
         if len(self._rows) >= self.shard_size:
             self.flush()
 
@@ -178,15 +215,57 @@ class StoreWriter:
         """Note a picture that could not be labelled."""
         self._failures[file] = {"file": file, "row": row, "reason": reason}
 
+    def merge_failures(self, repaired: Collection[str]) -> None:
+        """For rank 0 when all others have flushed: one `failures.jsonl`, without the pictures that have a row now."""
+        merged = {entry["file"]: entry for entry in read_failures(self.folder)} | self._failures
+        self._failures = {file: entry for file, entry in merged.items() if file not in repaired}
+        self.flush()
+        for file in self.folder.glob("failures-*.jsonl"):
+            file.unlink()
+
+    def picture_reference(self, row: Row, number: int, image_root: str | None, save: bool) -> str:
+        """What a row calls its picture: an absolute path, or one relative to `image_root`.
+
+        A picture in memory is saved, with `save`, as `images/{number}`: the content of a picture file as it is, any
+        other as PNG. Raises DataError when it must not be saved, or the path lies outside of `image_root`.
+        """
+        image = row["image"]
+        if isinstance(image, (bytes, Image.Image)):
+            if not save:
+                raise DataError(
+                    "the picture is in no file; a store refers to picture files",
+                    file=row["file_name"],
+                    remedy="Let the pictures be saved beside their labels, or save them first.",
+                )
+            image = self._save_picture(image, number)
+        path = os.path.abspath(os.fspath(image))
+        if image_root is None:
+            return path
+        relative = os.path.relpath(path, os.path.abspath(image_root))
+        if relative.startswith(os.pardir):
+            raise DataError(f"lies outside image_root {image_root}", file=path, remedy="Leave image_root out.")
+        return relative.replace(os.sep, "/")
+
+    def _save_picture(self, image: bytes | Image.Image, number: int) -> Path:
+        if isinstance(image, Image.Image):
+            content = io.BytesIO()
+            image.save(content, "PNG")
+            image = content.getvalue()
+        with Image.open(io.BytesIO(image)) as opened:
+            suffix = SUFFIXES.get(opened.format, f".{opened.format.lower()}")
+        path = self.folder / "images" / f"{number:09d}{suffix}"
+        with replacing(path, "wb") as stream:
+            stream.write(image)
+        return path
+
     def flush(self) -> None:
         """Write the waiting rows as a shard, and the failures."""
         if self._rows:
             name = f"rows-{self.rank:05d}-{self._next_shard:05d}.jsonl"
             write_text(self.folder / name, "\n".join(self._rows) + "\n")
             self._rows, self._next_shard = [], self._next_shard + 1
-        if self._failures or self._failures_file.exists():
-            lines = [json.dumps(entry) + "\n" for entry in self._failures.values()]
-            write_text(self._failures_file, "".join(lines))
+        if self._failures or self.failures_file.exists():
+            write_json_lines(self.failures_file, self._failures.values())
 
     def __enter__(self) -> StoreWriter:
         return self
