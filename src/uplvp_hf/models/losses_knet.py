@@ -1,0 +1,253 @@
+"""Set loss of K-Net (arXiv 2106.14855): all stages and pictures matched at once, everything in float32.
+
+Every stage is supervised by the assignment of the predictions that it starts from: the first by that of the initial
+masks, the others by that of the stage before.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss as dense_focal_loss
+
+from .loss_terms import dice_cost, dice_loss, focal_cost, mask_cost, sigmoid_focal_loss
+from .losses import LayerOutput, Normalizers, _check_labels
+from .matching import LabelGuide, hungarian
+from .padding import is_padded, valid_cells
+
+
+@dataclass
+class KNetStageOutput(LayerOutput):
+    """Predictions of one stage.
+
+    class_logits (B, N, K) of sigmoids; mask_logits (B, N, H/4, W/4); queries (B, N, D): kernels after the stage.
+    Beside them: small_masks (B, N, H/8, W/8), mask logits before doubling; attentions (B, heads, N, N) where asked for.
+    """
+
+    small_masks: Tensor | None = None
+    attentions: Tensor | None = None
+
+
+@dataclass
+class Pairs:
+    """Matched pairs of the initial masks and of the S stages, M of each, in order of picture and query.
+
+    int64 on the device. picture (M,); query (1 + S, M); target (1 + S, M): the place among the masks of the batch.
+    """
+
+    picture: Tensor
+    query: Tensor
+    target: Tensor
+
+    @classmethod
+    def of(cls, matches: list[list[tuple[Tensor, Tensor]]], targets: list[Tensor], device: torch.device) -> "Pairs":
+        first = [sum(len(target) for target in targets[:i]) for i in range(len(targets))]
+        picture = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(matches[0])])
+        query = [torch.cat([query for query, _ in match]) for match in matches]
+        target = [torch.cat([target + first[i] for i, (_, target) in enumerate(match)]) for match in matches]
+        table = torch.stack([picture, *query, *target]).to(device)  # one transfer
+        return cls(table[0], table[1 : 1 + len(matches)], table[1 + len(matches) :])
+
+
+@torch.no_grad()
+def soft_targets(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bool masks (G, H, W) -> (G, *size) float32 in [0, 1], as bilinear interpolation (`align_corners=False`) has it.
+
+    At a quarter of the size that is the mean of the four pixels in the middle of each 4 x 4 block, which needs no
+    float copy of the masks.
+    """
+    height, width = size
+    if masks.shape[-2:] != (4 * height, 4 * width):
+        if len(masks) == 0:
+            return torch.zeros((0, *size), device=masks.device)
+        parts = [
+            F.interpolate(part[None].float(), size=size, mode="bilinear", align_corners=False)[0]
+            for part in masks.split(16)
+        ]
+        return torch.cat(parts)
+    middle = [masks[:, row::4, column::4] for row in (1, 2) for column in (1, 2)]
+    return sum(part.to(torch.uint8) for part in middle).float() / 4
+
+
+def semantic_targets(masks: Tensor, labels: Tensor, num_labels: int, rule: str) -> Tensor:
+    """Soft masks (G, h, w) and labels (G,) -> (K, h, w) float32, ones where the class is to be found.
+
+    majority: a mask of the class fills at least half of the cell. touched: any non-zero value counts, and of several
+    masks in a cell the last one takes it; the original implementation gives them in the order of their kernels.
+    """
+    size = masks.shape[-2:]
+    if rule == "majority":
+        of_class = F.one_hot(labels, num_labels).T.float()  # (K, G)
+        return ((of_class @ (masks >= 0.5).flatten(1).float()) > 0).float().unflatten(1, size)
+    number = torch.arange(1, len(masks) + 1, device=masks.device)[:, None, None]
+    last = torch.cat([number.new_zeros((1, *size)), (masks > 0) * number]).amax(0)  # 0: no mask
+    label = torch.cat([labels.new_full((1,), num_labels), labels])[last]
+    return F.one_hot(label, num_labels + 1)[..., :num_labels].permute(2, 0, 1).to(masks.dtype)
+
+
+def count_cells(masks: Tensor, rule: str) -> int:
+    """Cells of stride 4 with an object, of one picture's masks (G, H, W) bool. Rule as in `semantic_targets`."""
+    soft = soft_targets(masks.bool(), (masks.shape[-2] // 4, masks.shape[-1] // 4))
+    return int(((soft >= 0.5) if rule == "majority" else (soft > 0)).any(0).sum())
+
+
+@dataclass
+class KNetLoss:
+    """Hungarian matching and class, mask, dice and class map terms. Weights as in `KNetConfig`."""
+
+    class_weight: float = 2.0
+    mask_weight: float = 1.0
+    dice_weight: float = 4.0
+    semantic_weight: float = 1.0
+    class_cost: float = 2.0
+    mask_cost: float = 1.0
+    dice_cost: float = 4.0
+    text_class_weight: float = 2.0
+    text_class_cost: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+    dice_eps: float = 1e-3
+    semantic_targets: str = "majority"
+
+    def __call__(
+        self,
+        initial_masks: Tensor,
+        semantic_logits: Tensor,
+        layers: list[KNetStageOutput],
+        mask_labels: list[Tensor],
+        class_labels: list[Tensor],
+        pixel_mask: Tensor | None = None,
+        normalizers: Normalizers | None = None,
+        text_logits: list[Tensor] | None = None,
+        label_guide: LabelGuide | None = None,
+    ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
+        """Loss terms, weighted, by name and the assignment that supervises each stage.
+
+        Names: `semantic`, `initial_mask`, `initial_dice`, then per stage `class_0`, `mask_0`, `dice_0` and, with
+        text logits, `text_class_0`, ...
+
+        initial_masks (B, N, h, w) and semantic_logits (B, K, h, w): of the kernel head, on the grid of the layers'
+        mask_logits. mask_labels: per picture (G_i, H, W) bool at the padded input size; class_labels: per picture
+        (G_i,) int in 0..K-1. pixel_mask (B, H, W), 1 on the picture: cells outside take no part. text_logits: per
+        stage (B, N, K) of a further class head. label_guide acts on the assignments of the stages only.
+
+        Divisors: the number of matched pairs of a stage (`normalizers.masks`), for the class maps the number of cells
+        with an object (`normalizers.cells`), each at least 1. Without objects the mask terms are zeros that still
+        touch the masks.
+        """
+        with torch.autocast(initial_masks.device.type, enabled=False):  # it would multiply in half precision
+            device, normalizers = initial_masks.device, normalizers or Normalizers()
+            _check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1])
+            labels = [label.to(device).long() for label in class_labels]
+            targets = [soft_targets(mask.to(device).bool(), initial_masks.shape[-2:]) for mask in mask_labels]
+            valid = _valid(pixel_mask, initial_masks.shape[-2:], device)
+            masks = [initial_masks, *(layer.mask_logits for layer in layers)]
+            costs = self.costs(masks, layers, targets, labels, valid, text_logits)
+            matches = self._match(costs, label_guide)
+            losses = {
+                "semantic": self._semantic(semantic_logits, targets, labels, matches[0], valid, normalizers.cells)
+            }
+            pairs = Pairs.of(matches, targets, device)
+            divisor = max(len(pairs.picture), 1) if normalizers.masks is None else normalizers.masks
+            losses.update(self._mask_terms(masks, torch.cat(targets), pairs, valid, divisor))
+            losses.update(self._class_terms(layers, torch.cat(labels), pairs, text_logits, divisor))
+        return losses, matches[1:]
+
+    @torch.no_grad()
+    def costs(self, masks, layers, targets, labels, valid=None, text_logits=None) -> list[Tensor]:
+        """Per picture the (S, N, G_i) matching costs: of the initial masks, then of every stage but the last.
+
+        The initial masks have no classes.
+        """
+        logits = torch.stack([layer.class_logits.float() for layer in layers])
+        texts = None if text_logits is None else torch.stack([text.float() for text in text_logits])
+        costs = []
+        for i, (target, label) in enumerate(zip(targets, labels, strict=True)):
+            if len(label) == 0:
+                costs.append(logits.new_zeros((len(layers), logits.shape[2], 0)))
+                continue
+            probability = torch.stack([mask[i] for mask in masks[:-1]]).float().sigmoid()  # (S, N, h, w)
+            if valid is not None:
+                probability = probability * valid[i]
+            probability, flat = probability.flatten(2), target.flatten(1)
+            agreement = mask_cost(probability, flat)
+            if valid is not None:  # cells outside agreed, on zero: take them out of the sum and of the divisor
+                cells, inside = flat.shape[1], valid[i].sum()
+                agreement = (agreement * cells + (cells - inside)) / inside
+            cost = self.mask_cost * agreement + self.dice_cost * dice_cost(probability, flat, self.dice_eps)
+            cost[1:] += self.class_cost * self._focal_cost(logits[:-1, i], label)
+            if texts is not None:
+                cost[1:] += self.text_class_cost * self._focal_cost(texts[:-1, i], label)
+            costs.append(cost)
+        return costs
+
+    def _focal_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return focal_cost(logits, labels, self.focal_alpha, self.focal_gamma)
+
+    def _match(self, costs: list[Tensor], label_guide: LabelGuide | None) -> list[list[tuple[Tensor, Tensor]]]:
+        """Assignments of the initial masks and of every stage, of which the first two are one without a guide."""
+        if label_guide is None:
+            matches = hungarian(costs)
+            return [matches[0], *matches]
+        guided = [label_guide(cost, i) for i, cost in enumerate(costs)]
+        return hungarian([torch.cat([cost[:1], guide]) for cost, guide in zip(costs, guided, strict=True)])
+
+    def _semantic(self, logits: Tensor, targets, labels, match, valid: Tensor | None, divisor) -> Tensor:
+        """Focal loss of every cell and class, over the number of cells with an object."""
+        if self.semantic_targets == "touched":  # the order of the kernels that the masks are matched to
+            order = [target.to(logits.device) for _, target in match]
+            targets = [target[ids] for target, ids in zip(targets, order, strict=True)]
+            labels = [label[ids] for label, ids in zip(labels, order, strict=True)]
+        rule, classes = self.semantic_targets, logits.shape[1]
+        wanted = [semantic_targets(*pair, classes, rule) for pair in zip(targets, labels, strict=True)]
+        wanted = torch.stack(wanted)
+        loss = dense_focal_loss(logits.float(), wanted, alpha=self.focal_alpha, gamma=self.focal_gamma)
+        if valid is not None:
+            loss = loss * valid[:, None]
+        if divisor is None:
+            divisor = wanted.amax(1).sum().clamp(min=1)
+        return self.semantic_weight * loss.sum() / divisor
+
+    def _mask_terms(self, masks, targets, pairs: Pairs, valid: Tensor | None, divisor) -> dict[str, Tensor]:
+        """Cross-entropy and dice of the matched masks of the kernel head and of all stages in one go."""
+        names = ["initial_mask", "initial_dice"], *([f"mask_{s}", f"dice_{s}"] for s in range(len(masks) - 1))
+        if len(pairs.picture) == 0:
+            return {name: mask.float().sum() * 0 for pair, mask in zip(names, masks, strict=True) for name in pair}
+        logits = torch.stack([mask[pairs.picture, query] for mask, query in zip(masks, pairs.query, strict=True)])
+        logits, target = logits.float().flatten(2), targets.flatten(1)[pairs.target]  # (1 + S, M, cells)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        probability = logits.sigmoid()
+        if valid is None:
+            cross_entropy = cross_entropy.mean(-1)
+        else:
+            inside = valid.flatten(1)[pairs.picture]
+            cross_entropy = (cross_entropy * inside).sum(-1) / inside.sum(-1)
+            probability = probability * inside
+        cross_entropy = self.mask_weight * cross_entropy.sum(1) / divisor
+        dice = self.dice_weight * dice_loss(probability, target, self.dice_eps).sum(1) / divisor
+        return {
+            name: value
+            for pair, values in zip(names, zip(cross_entropy, dice, strict=True), strict=True)
+            for name, value in zip(pair, values, strict=True)
+        }
+
+    def _class_terms(self, layers, labels: Tensor, pairs: Pairs, text_logits, divisor) -> dict[str, Tensor]:
+        """Focal loss of all kernels of every stage."""
+        logits = torch.stack([layer.class_logits for layer in layers])
+        wanted = torch.full(logits.shape[:3], logits.shape[3], dtype=torch.int64, device=logits.device)
+        stages = torch.arange(len(layers), device=logits.device)[:, None]
+        wanted[stages, pairs.picture[None], pairs.query[1:]] = labels[pairs.target[1:]]
+        heads = [("class", self.class_weight, logits)]
+        if text_logits is not None:
+            heads.append(("text_class", self.text_class_weight, torch.stack(list(text_logits))))
+        terms = {}
+        for name, weight, values in heads:
+            loss = sigmoid_focal_loss(values, wanted, self.focal_alpha, self.focal_gamma).sum((1, 2, 3)) / divisor
+            terms.update({f"{name}_{stage}": weight * loss[stage] for stage in range(len(layers))})
+        return terms
+
+
+def _valid(pixel_mask: Tensor | None, size: tuple[int, int], device: torch.device) -> Tensor | None:
+    """(B, h, w) bool, cells of the pictures; None without padding."""
+    return valid_cells(pixel_mask, size).to(device) if is_padded(pixel_mask) else None
