@@ -37,6 +37,9 @@ class QueryInstConfig(StrictConfigMixin, PreTrainedConfig):
         mask_padding (`bool`, *optional*, defaults to `True`):
             Whether padding is masked, so that a prediction does not depend on the size of the batch. With `False`
             padding takes part as zeros, as in the original implementation; the pixel mask then gives sizes only.
+        pooling_gradient (`bool`, *optional*, defaults to `False`):
+            Whether the learned proposal boxes also get gradients through the regions pooled in them. Compiled
+            implementations of RoIAlign give none; one written in plain tensor operations does.
         use_auxiliary_loss (`bool`, *optional*, defaults to `True`): Whether all stages are supervised or the last one.
         class_weight, box_weight, giou_weight, mask_weight (`float`, *optional*, defaults to 2, 5, 2 and 8):
             Weights of the focal, box L1, box GIoU and mask dice losses.
@@ -85,6 +88,7 @@ class QueryInstConfig(StrictConfigMixin, PreTrainedConfig):
     finest_scale: int = 56
     box_deviations: list[float] | tuple[float, ...] = (0.5, 0.5, 1.0, 1.0)
     mask_padding: bool = True
+    pooling_gradient: bool = False
     use_auxiliary_loss: bool = True
     class_weight: float | int = 2.0
     box_weight: float | int = 5.0

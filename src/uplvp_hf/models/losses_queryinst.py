@@ -113,8 +113,8 @@ class QueryInstLoss:
             terms.update(self._box_terms(boxes, torch.cat(target_boxes), factors, pairs))
             targets = mask_targets(mask_labels, boxes.detach(), limits, pairs, masks[0].shape[-1])
             terms["mask"] = self.mask_weight * self._mask_term(masks, targets, pairs)
-        divisor = None if normalizers is None else normalizers.masks
-        divisor = max(pairs.query.shape[1], 1) if divisor is None else divisor
+        known = None if normalizers is None else normalizers.masks
+        divisor = torch.as_tensor(pairs.query.shape[1] if known is None else known).clamp(min=1)
         return {
             f"{name}_{stage}": value[stage] / divisor for stage in range(len(layers)) for name, value in terms.items()
         }, matches

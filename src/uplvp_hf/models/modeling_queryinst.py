@@ -300,8 +300,11 @@ class QueryInstForInstanceSegmentation(QueryInstPreTrainedModel):
         """See `QueryInstModel.decode`."""
         return self.model.decode(features, queries, inject, output_attentions)
 
-    def normalizers(self, counts: list[int], num_prompts: int) -> Normalizers:
-        """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass."""
+    def normalizers(self, counts: list[int], num_prompts: int, mask_labels: list[Tensor] | None = None) -> Normalizers:
+        """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass.
+
+        `mask_labels` is not used: the numbers suffice.
+        """
         stages = self.config.num_stages if self.config.use_auxiliary_loss else 1
         matched = [min(count, self.config.num_queries) for count in counts]
         return Normalizers(masks=sum(matched), pairs=sum(min(count, num_prompts) for count in matched) * stages)

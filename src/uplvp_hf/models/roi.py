@@ -100,16 +100,44 @@ class PyramidPooler(nn.Module):
         if sizes is None:
             return roi_align(map_, rois, self.side, 1 / stride, self.sampling_ratio, aligned=True)
         # Every sample by itself, so that those beyond the picture can be left out of the means.
+        samples = roi_align(map_, rois, self.side * self.sampling_ratio, 1 / stride, 1, aligned=True)
+        end = (sizes[rois[:, 0].long()] / stride).ceil()  # (M, 2) rows, columns
+        inside = self._places(rois[:, 2:5:2], stride) <= end[:, :1], self._places(rois[:, 1:4:2], stride) <= end[:, 1:]
+        samples = samples.masked_fill(~(inside[0][:, None, :, None] & inside[1][:, None, None, :]), 0.0)
+        return F.avg_pool2d(samples, self.sampling_ratio)
+
+    def sample(self, maps: list[Tensor], boxes: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """As `forward` for boxes (B, N, 4), with gradients for the boxes too: (B * N, C, side, side).
+
+        Slower: all boxes from all levels. Gradients as of bilinear interpolation at the samples; none through the
+        choice of the level, nor where a sample is at or beyond the end of the map.
+        """
+        level = self.levels_of(boxes.detach().flatten(0, 1), len(maps))
+        pooled = 0
+        for index, map_ in enumerate(maps):
+            batch, channels, height, width = map_.shape
+            stride = self.finest_stride * 2**index
+            end = map_.new_tensor([height, width]).expand(batch, 2) if sizes is None else (sizes / stride).ceil()
+            grids, inside = [], []
+            for axis, cells in ((1, height), (0, width)):
+                place = self._places(boxes[..., axis::2].to(map_.dtype), stride)  # (B, N, count)
+                last = end[:, 1 - axis, None, None]
+                inside.append((place >= -1) & (place <= last))
+                grids.append((2 * place.clamp(min=0).minimum(last - 1) + 1) / cells - 1)
+            rows, columns = grids[0][..., :, None], grids[1][..., None, :]
+            grid = torch.stack(torch.broadcast_tensors(columns, rows), dim=-1)  # (B, N, count, count, 2)
+            values = F.grid_sample(map_, grid.flatten(1, 2), padding_mode="border", align_corners=False)
+            values = values.view(batch, channels, *grid.shape[1:4]).transpose(1, 2)  # (B, N, C, count, count)
+            kept = (inside[0][..., :, None] & inside[1][..., None, :])[:, :, None]
+            values = F.avg_pool2d(torch.where(kept, values, 0.0).flatten(0, 1), self.sampling_ratio)
+            pooled = pooled + torch.where((level == index)[:, None, None, None], values, 0.0)
+        return pooled
+
+    def _places(self, ends: Tensor, stride: int) -> Tensor:
+        """Where samples lie between two ends in pixels, (..., 2) -> (..., side * ratio), in cells from the first."""
         count = self.side * self.sampling_ratio
-        samples = roi_align(map_, rois, count, 1 / stride, 1, aligned=True)
-        end = (sizes[rois[:, 0].long()] / stride).ceil()  # (M, 2) cells
-        step = (torch.arange(count, device=rois.device, dtype=rois.dtype) + 0.5) / count
-        rows, columns = (
-            (start[:, None] + (stop - start)[:, None] * step) / stride - 0.5 <= last[:, None]
-            for start, stop, last in ((rois[:, 2], rois[:, 4], end[:, 0]), (rois[:, 1], rois[:, 3], end[:, 1]))
-        )
-        inside = (rows[:, :, None] & columns[:, None, :])[:, None]  # (M, 1, count, count)
-        return F.avg_pool2d(samples.masked_fill(~inside, 0.0), self.sampling_ratio)
+        step = (torch.arange(count, device=ends.device, dtype=ends.dtype) + 0.5) / count
+        return (ends[..., :1] + (ends[..., 1:] - ends[..., :1]) * step) / stride - 0.5
 
 
 __all__ = ["PyramidPooler", "apply_deltas", "centre_to_corners", "crop_masks"]
