@@ -91,7 +91,11 @@ def test_results_lists_and_limits(pictures, tmp_path):
     assert [len(p) for p in found] == [1, 1, 1, 0]
     for p in found[:3]:
         assert p.masks[0].sum() == 10 * 11 and p.scores[0] == pytest.approx(0.8) and p.labels[0] == 0
-    assert source.notes == [f"1 pictures are not in {file}; they have no masks"]
+    assert source.notes == [f"1 pictures are not in {file}: they got no masks"]
+    summary = label_images(pictures, MaskFileSource(file, missing="fail"), None, tmp_path / "labels", **QUIET)
+    assert (summary.done, summary.failed) == (3, 1)
+    (failure,) = read_store(tmp_path / "labels").failures
+    assert failure["file"] == pictures[3]["image"] and f"003.png: is not in {file}" in failure["reason"]
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"categories": [{"id": 5, "name": "bear"}, {"id": 6, "name": "deer"}]}))
     source = MaskFileSource(file, categories=str(names))
@@ -114,6 +118,8 @@ def test_damaged_results(pictures, tmp_path):
         MaskFileSource(file)
     with pytest.raises(DataError, match="no such file"):
         MaskFileSource(tmp_path / "missing.json")
+    with pytest.raises(ValueError, match="missing 'skip' is unknown"):
+        MaskFileSource(file, missing="skip")
     with pytest.raises(ValueError, match="match 'name' is unknown"):
         MaskFileSource(file, match="name")
 
@@ -128,8 +134,8 @@ def test_pictures_are_matched_by_name_before_id(pictures):
     twice = InstanceDataset([{**rows[0], "file_name": f"{k}/000.png", "image_id": k} for k in "ab"], [])
     assert MaskFileSource(twice).find(pictures[0]) is None  # which of the two is not said
     rows[0] |= {"width": 50}
-    source = MaskFileSource(InstanceDataset(rows, []))
-    assert len(call(source, pictures, [0])[0]) == 0 and source.counts["other_size"] == 1
+    with pytest.raises(DataError, match=r"000.png: has 96x64 pixels, but 50x64 in"):
+        call(MaskFileSource(InstanceDataset(rows, [], "masks.json")), pictures, [0])
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ from PIL import Image, ImageFilter
 
 from ..data.rle import masks_to_boxes
 from .class_map import resolve_class_map
-from .encoders import Encoder
+from .encoders import Encoder, group_by_size
 from .instances import Proposals
 from .pipeline import AGNOSTIC_NAME
-from .saliency import group_by_size
 from .text import TEMPLATES, embed_classes, split_synonyms
 
 if TYPE_CHECKING:
@@ -198,7 +197,7 @@ class ClassifierNamer:
         if others not in ("ignore", "count"):
             raise ValueError(f"classifier namer: others {others!r} is unknown; use 'ignore' or 'count'")
         _check_surroundings(surroundings)
-        id2label = getattr(encoder, "id2label", None)
+        id2label = encoder.id2label
         self.encoder, self.mode, self.image_size, self.context = encoder, mode, image_size, context
         self.surroundings, self.others, self.batch_size = surroundings, others, batch_size
         self.class_map = resolve_class_map(class_map, encoder.num_classes, id2label, encoder.name)
@@ -226,7 +225,7 @@ class ClassifierNamer:
     def _logits(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """(N, classes), pictures of equal working size in one forward pass."""
         logits = torch.zeros(len(images), self.encoder.num_classes, device=self.encoder.device)
-        for size, indices in group_by_size(images, self.image_size).items():
+        for size, indices in group_by_size(images, self.image_size, self.encoder.fit).items():
             for start in range(0, len(indices), self.batch_size):
                 batch = indices[start : start + self.batch_size]
                 pixels = self.encoder.pixels([images[index] for index in batch], size)

@@ -31,11 +31,14 @@ class MaskFileSource(LabelerBase):
         match: what ties the file's pictures to those being labelled: "file_name" (the whole name, or the last part of
             it where that is unambiguous), "image_id", or "auto": the file name, else the id of a picture of equal size.
         categories: a COCO JSON that names the categories of a results list, which has ids only. None: the ids.
+        missing: what becomes of pictures that the file does not have: "fail" lists them among the failures, "empty"
+            gives them no masks and counts them in `notes`. None: "empty" for results lists, which leave out pictures
+            without results, otherwise "fail".
         min_score: masks of a lower score are left out. min_area: masks of fewer pixels are left out.
         top: most masks a picture, best scores first.
 
-    Crowd regions are left out. Pictures that the file does not have, or has at another size, get no masks; `notes` says
-    how many. Raises DataError for a file that cannot be read, ValueError for an unknown `match`.
+    Crowd regions are left out. Raises DataError for a file that cannot be read, and ValueError for an unknown option;
+    when called, DataError for a picture that is missing or has another size in the file.
     """
 
     name = "file"
@@ -45,10 +48,13 @@ class MaskFileSource(LabelerBase):
         dataset: str | os.PathLike[str] | InstanceDataset,
         match: str = "auto",
         categories: str | None = None,
+        missing: str | None = None,
         min_score: float = 0.0,
         min_area: int = 1,
         top: int = 100,
     ) -> None:
+        if missing not in (None, "fail", "empty"):
+            raise ValueError(f"missing {missing!r} is unknown; use 'fail' or 'empty'")
         if match not in ("auto", "file_name", "image_id"):
             raise ValueError(f"match {match!r} is unknown; use 'auto', 'file_name' or 'image_id'")
         self.match, self.min_score, self.min_area, self.top = match, min_score, min_area, top
@@ -58,23 +64,26 @@ class MaskFileSource(LabelerBase):
         self.vocabulary = list(self.dataset.id2label.values())
         self._class_of = {category_id: index for index, category_id in enumerate(self.dataset.category_ids)}
         self._by_id, self._by_name, self._by_base = _indices(self.dataset.rows)
-        self.counts = {"missing": 0, "other_size": 0, "malformed": 0}
+        has_sizes = not self.dataset.rows or _size(self.dataset[0]) is not None
+        self.missing = missing or ("fail" if has_sizes else "empty")
+        self._absent: set[int | str] = set()
+        self._malformed: set[tuple[int, int]] = set()
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header; `content` is a hash of the file."""
-        own = {name: getattr(self, name) for name in ("match", "min_score", "min_area", "top")}
+        own = {name: getattr(self, name) for name in ("match", "missing", "min_score", "min_area", "top")}
         return {"content": self.fingerprint, **own}
 
     @property
     def notes(self) -> list[str]:
         """What the user should know after a run, one sentence each."""
-        texts = {
-            "missing": "pictures are not in {}; they have no masks",
-            "other_size": "pictures have another size in {}; they have no masks",
-            "malformed": "masks of {} are malformed and were left out",
-        }
-        return [f"{n} {texts[key].format(self.dataset.name)}" for key, n in self.counts.items() if n]
+        texts = []
+        if self._absent:
+            texts.append(f"{len(self._absent)} pictures are not in {self.dataset.name}: they got no masks")
+        if self._malformed:
+            texts.append(f"{len(self._malformed)} masks of {self.dataset.name} are malformed and were left out")
+        return texts
 
     def find(self, row: Row) -> int | None:
         """Index of the file's picture for a data set's row, or None."""
@@ -97,11 +106,18 @@ class MaskFileSource(LabelerBase):
 
     def _proposals(self, image: Image.Image, row: Row) -> Proposals:
         size = (image.height, image.width)
-        nothing = Proposals.build([], [], size, labels=[])
         index = self.find(row)
-        if index is None or _size(self.dataset[index]) not in (None, image.size):
-            self.counts["missing" if index is None else "other_size"] += 1
-            return nothing
+        if index is None:
+            if self.missing == "fail":
+                raise DataError(f"is not in {self.dataset.name}", file=row["file_name"])
+            self._absent.add(row["image_id"])
+            return Proposals.build([], [], size, labels=[])
+        known = _size(self.dataset[index])
+        if known not in (None, image.size):
+            raise DataError(
+                f"has {image.width}x{image.height} pixels, but {known[0]}x{known[1]} in {self.dataset.name}",
+                file=row["file_name"],
+            )
         objects = self.dataset[index]["objects"]
         order = np.argsort(-np.asarray(objects["score"], dtype=np.float64), kind="stable")
         masks, scores, labels = [], [], []
@@ -113,7 +129,7 @@ class MaskFileSource(LabelerBase):
             try:
                 mask = decode_segmentation(objects["segmentation"][k], *size)
             except DataError:
-                self.counts["malformed"] += 1
+                self._malformed.add((index, int(k)))
                 continue
             if mask.sum() >= max(1, self.min_area):
                 masks.append(mask)
