@@ -61,7 +61,7 @@ _UPDATE = {
 }
 
 
-def convert_knet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_mmdet_knet(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of an original K-Net -> that of `KNetForInstanceSegmentation`. No tensor is copied.
 
     `num_batches_tracked` of batch norms is left out. Raises ValueError naming every tensor that has no place in ours.
@@ -101,7 +101,7 @@ def _convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return {}
 
 
-def config_from_knet(config: dict[str, Any]) -> dict[str, Any]:
+def config_from_mmdet_knet(config: dict[str, Any]) -> dict[str, Any]:
     """`model` section of an original K-Net configuration -> keyword arguments of `KNetConfig`.
 
     Class maps are then trained as in the original (`semantic_targets="touched"`). Raises ValueError for a backbone
