@@ -1,8 +1,8 @@
 """uplvp_hf: instance segmentation from many pictures and few labels.
 
 Importing this package is quick: nothing heavy is loaded until a name is used. The auto classes of transformers
-(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP models from the
-moment that both packages are imported, in any order.
+(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP, K-Net and QueryInst
+models from the moment that both packages are imported, in any order.
 """
 
 import importlib
@@ -16,6 +16,12 @@ _NAMES = {
     "UplvpForInstanceSegmentation": "models.modeling_uplvp",
     "UplvpForPreTraining": "models.modeling_uplvp",
     "UplvpImageProcessor": "models.image_processing_uplvp",
+    "KNetConfig": "models.configuration_knet",
+    "KNetForInstanceSegmentation": "models.modeling_knet",
+    "KNetModel": "models.modeling_knet",
+    "QueryInstConfig": "models.configuration_queryinst",
+    "QueryInstForInstanceSegmentation": "models.modeling_queryinst",
+    "QueryInstModel": "models.modeling_queryinst",
     "InstanceDataset": "data",
     "load_dataset_rows": "data",
     "label_images": "labeling.pipeline",

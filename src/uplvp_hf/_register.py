@@ -13,7 +13,7 @@ _registered = False
 
 
 def register_auto_classes() -> None:
-    """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and `pipeline("image-segmentation")` know UPLVP."""
+    """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and `pipeline("image-segmentation")` know UPLVP, K-Net and QueryInst."""
     global _registered
     if _registered:
         return
@@ -21,6 +21,7 @@ def register_auto_classes() -> None:
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
+        AutoModel,
         AutoModelForImageSegmentation,
         AutoModelForInstanceSegmentation,
         AutoModelForPreTraining,
@@ -28,22 +29,33 @@ def register_auto_classes() -> None:
     )
     from transformers.models.auto import modeling_auto
 
+    from .models.configuration_knet import KNetConfig
+    from .models.configuration_queryinst import QueryInstConfig
     from .models.configuration_uplvp import UplvpConfig
     from .models.image_processing_uplvp import UplvpImageProcessor
+    from .models.modeling_knet import KNetForInstanceSegmentation, KNetModel
+    from .models.modeling_queryinst import QueryInstForInstanceSegmentation, QueryInstModel
     from .models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
-    AutoConfig.register("uplvp", UplvpConfig)
     AutoModelForPreTraining.register(UplvpConfig, UplvpForPreTraining)
-    # The stock pipeline tries only AutoModelForImageSegmentation and AutoModelForSemanticSegmentation.
-    for auto in (
-        AutoModelForImageSegmentation,
-        AutoModelForInstanceSegmentation,
-        AutoModelForUniversalSegmentation,
+    for config, body in ((KNetConfig, KNetModel), (QueryInstConfig, QueryInstModel)):
+        AutoModel.register(config, body)
+    for config, model in (
+        (UplvpConfig, UplvpForInstanceSegmentation),
+        (KNetConfig, KNetForInstanceSegmentation),
+        (QueryInstConfig, QueryInstForInstanceSegmentation),
     ):
-        auto.register(UplvpConfig, UplvpForInstanceSegmentation)
-    # Without this entry the pipeline works but logs that the model is not supported.
-    modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES["uplvp"] = "UplvpForInstanceSegmentation"
-    AutoImageProcessor.register(UplvpConfig, image_processor_classes={"torchvision": UplvpImageProcessor})
+        AutoConfig.register(config.model_type, config)
+        # The stock pipeline tries only AutoModelForImageSegmentation and AutoModelForSemanticSegmentation.
+        for auto in (
+            AutoModelForImageSegmentation,
+            AutoModelForInstanceSegmentation,
+            AutoModelForUniversalSegmentation,
+        ):
+            auto.register(config, model)
+        # Without this entry the pipeline works but logs that the model is not supported.
+        modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES[config.model_type] = model.__name__
+        AutoImageProcessor.register(config, image_processor_classes={"torchvision": UplvpImageProcessor})
 
 
 def register_when_needed() -> None:

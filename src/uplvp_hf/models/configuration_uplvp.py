@@ -5,11 +5,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_base import StrictConfigMixin
+from .configuration_knet import KNetConfig
+from .configuration_queryinst import QueryInstConfig
 
 MATCHING = ("cosine", "sequential", "random", "hungarian", "none")
 POOLING = ("mask", "box")
 INJECTION = ("add", "every_stage", "concat")
 TEXT_FORMS = ("cosine", "reference")
+OWN_SEGMENTERS = {"knet": KNetConfig, "queryinst": QueryInstConfig}
 # Share of queries without prompt in the released recipes; 0.05 for the other segmenters.
 PROMPT_DROP = {"knet": 0.1}
 
@@ -21,7 +24,8 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
 
     Args:
         segmenter_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `Mask2FormerConfig()`):
-            The query segmenter. Its `id2label` is always replaced by the one given here.
+            The query segmenter: a `mask2former`, `knet` or `queryinst`. Its `id2label` is always replaced by the one
+            given here.
         category_ids (`list[int]`, *optional*, defaults to `[1, 2, ..., num_labels]`):
             Original category id of every class, so that results leave with the ids of the data set.
         class_agnostic (`bool`, *optional*, defaults to `False`):
@@ -101,6 +105,10 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             segmenter = self.segmenter_config
             names = segmenter.get("id2label") if isinstance(segmenter, dict) else getattr(segmenter, "id2label", None)
             self.id2label = dict(names) if names else None
+        if isinstance(self.segmenter_config, dict) and self.segmenter_config.get("model_type") in OWN_SEGMENTERS:
+            # Not left to AutoConfig, which knows ours only where the package is installed.
+            given = dict(self.segmenter_config)
+            self.segmenter_config = OWN_SEGMENTERS[given.pop("model_type")].from_dict(given)
         super().__post_init__(**kwargs)
         self.sync_classes(self.id2label, self.category_ids)
         if self.prompt_drop is None:

@@ -9,7 +9,7 @@ overlapping instances all survive in `masks` / `rle`; there is no panoptic metho
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,11 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .postprocessing_uplvp import (
     MASK_STRIDE,
     best_instances,
+    best_scores,
     coco_mask,
     collect_instances,
+    pasted_masks,
+    probability_masks,
     require_pycocotools,
     upsampled_masks,
 )
@@ -209,18 +212,23 @@ class UplvpImageProcessor(TorchvisionBackend):
         return_segmentation: bool = True,
     ) -> list[dict[str, Any]]:
         r"""
-        Instances of every picture, best first. The `top_k` best pairs of query and class are kept (softmax, the
-        no-object class left out). Score = class probability x mean mask probability inside the mask (Mask2Former's
-        rule), taken on the stride-4 grid of the un-padded picture.
+        Instances of every picture, best first. The `top_k` best pairs of query and class are kept.
+
+        Mask2Former (softmax, the no-object class left out): score = class probability x mean mask probability inside
+        the mask, taken on the stride-4 grid of the un-padded picture. Outputs with `class_scores` (K-Net, QueryInst):
+        these are the scores. Outputs with `roi_mask_logits` (QueryInst): the mask of the very class, pasted into its
+        box; `boxes` are then those of the model, which may exceed the picture, otherwise those around the masks.
 
         Args:
             outputs (`ModelOutput`):
-                With `class_queries_logits` (B, Q, C + 1), no-object last, and `masks_queries_logits` (B, Q, h, w) at
-                stride 4 of the padded input.
+                With `masks_queries_logits` (B, Q, h, w) at stride 4 of the padded input and `class_queries_logits`
+                (B, Q, C + 1), no-object last, or `class_scores` (B, Q, C) in 0..1; with `roi_mask_logits`
+                (B, Q, C, s, s) also `boxes` (B, Q, 4) x1, y1, x2, y2 in pixels of the padded input.
             threshold (`float`, *optional*, defaults to 0.5):
                 Instances that score less are left out, before their masks are upsampled.
             mask_threshold (`float`, *optional*, defaults to 0.5):
-                A pixel belongs to a mask when its probability is above this.
+                A pixel belongs to a mask when its probability is above this. The released K-Net recipes for small
+                shares of COCO use 0.3.
             overlap_mask_area_threshold (`float`, *optional*, defaults to 0.8):
                 Only for the flat `segmentation`, where the better score takes a pixel: an instance is left out of the
                 map if less than this fraction of its mask would be seen. `masks` and `rle` keep it.
@@ -247,8 +255,8 @@ class UplvpImageProcessor(TorchvisionBackend):
         Raises:
             `ValueError`: if sizes and batch disagree, or an input size is larger than the logits' canvas.
         """
-        class_logits, mask_logits = outputs.class_queries_logits, outputs.masks_queries_logits
-        batch_size = len(class_logits)
+        mask_logits = outputs.masks_queries_logits
+        batch_size = len(mask_logits)
         canvas = (mask_logits.shape[-2] * MASK_STRIDE, mask_logits.shape[-1] * MASK_STRIDE)
         target_sizes = _check_sizes("target_sizes", target_sizes, batch_size)
         input_sizes = _check_sizes("input_sizes", input_sizes, batch_size)
@@ -268,13 +276,46 @@ class UplvpImageProcessor(TorchvisionBackend):
         overlap = overlap_mask_area_threshold if return_segmentation else None
         results = []
         for index in range(batch_size):
-            height, width = input_sizes[index]
-            logits = mask_logits[index, :, : math.ceil(height / MASK_STRIDE), : math.ceil(width / MASK_STRIDE)].float()
-            best = best_instances(class_logits[index].float(), logits, threshold, mask_threshold, top_k)
-            unique = list(dict.fromkeys(best[2].tolist()))  # one upsampled mask a query, best first
-            chunks = upsampled_masks(logits[unique], input_sizes[index], target_sizes[index], mask_threshold)
-            results.append(collect_instances(*best, unique, chunks, target_sizes[index], return_rle, overlap))
+            picture = (outputs, index, input_sizes[index], target_sizes[index], threshold, mask_threshold, top_k)
+            best, keys, chunks, boxes = _candidates(*picture)
+            unique = list(dict.fromkeys(keys.tolist()))
+            found = (best[0], best[1], keys, unique, chunks(unique), target_sizes[index], return_rle, overlap)
+            results.append(collect_instances(*found, boxes))
         return results
+
+
+def _candidates(
+    outputs: Any,
+    index: int,
+    input_size: tuple[int, int],
+    target_size: tuple[int, int],
+    threshold: float,
+    mask_threshold: float,
+    top_k: int,
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, Callable[[list[int]], Iterator[torch.Tensor]], torch.Tensor | None]:
+    """Instances of one picture by the rule of its model: (scores, labels, queries), best first; a key (N,) for each,
+    equal where two share a mask; a function from keys to chunks of their masks; boxes (N, 4) of the model, or None."""
+    logits = outputs.masks_queries_logits[index].float()
+    scores, regions = getattr(outputs, "class_scores", None), getattr(outputs, "roi_mask_logits", None)
+    if scores is None:
+        # The un-padded picture alone: masks are rated there.
+        logits = logits[:, : math.ceil(input_size[0] / MASK_STRIDE), : math.ceil(input_size[1] / MASK_STRIDE)]
+        best = best_instances(outputs.class_queries_logits[index].float(), logits, threshold, mask_threshold, top_k)
+        return best, best[2], lambda keys: upsampled_masks(logits[keys], input_size, target_size, mask_threshold), None
+    best = best_scores(scores[index].float(), threshold, top_k)
+    if regions is None:
+        return (
+            best,
+            best[2],
+            lambda keys: probability_masks(logits[keys], input_size, target_size, mask_threshold),
+            None,
+        )
+    scale = [target / source for target, source in zip(target_size, input_size, strict=True)]
+    boxes = outputs.boxes[index][best[2]].float()
+    boxes = boxes * boxes.new_tensor([scale[1], scale[0], scale[1], scale[0]])
+    regions = regions[index][best[2], best[1]]  # every pair of query and class has a mask of its own
+    keys = torch.arange(len(regions), device=regions.device)
+    return best, keys, lambda _: pasted_masks(regions, boxes, target_size, mask_threshold), boxes
 
 
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:

@@ -10,12 +10,18 @@ from transformers.utils import ModelOutput
 
 from .configuration_uplvp import UplvpConfig
 from .losses import LayerOutput
+from .modeling_knet import KNetForInstanceSegmentation
 from .modeling_mask2former import Mask2FormerSegmenter
+from .modeling_queryinst import QueryInstForInstanceSegmentation
 from .prompts import PromptFusion
 from .text_head import TextHead, TextHeads
 from .transfer import TransferReport, transfer_weights
 
-SEGMENTERS = {"mask2former": Mask2FormerSegmenter}
+SEGMENTERS = {
+    "mask2former": Mask2FormerSegmenter,
+    "knet": KNetForInstanceSegmentation,
+    "queryinst": QueryInstForInstanceSegmentation,
+}
 
 # Settings of the method, and what `from_pretrained` needs to find a configuration.
 _SETTINGS = frozenset(UplvpConfig.__dataclass_fields__) - frozenset(PreTrainedConfig.__dataclass_fields__)
@@ -57,7 +63,7 @@ class UplvpPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = Mask2FormerSegmenter._no_split_modules
+    _no_split_modules = sorted({name for segmenter in SEGMENTERS.values() for name in segmenter._no_split_modules})
 
     def __init__(self, config: UplvpConfig, segmenter: PreTrainedModel | None = None):
         if config.id2label != config.segmenter_config.id2label:  # replaced by `from_pretrained(..., id2label=...)`
@@ -146,6 +152,11 @@ class UplvpPreTrainedModel(PreTrainedModel):
         names = [name for name in config.architectures or [] if name in models]
         return models[names[0] if names else "UplvpForInstanceSegmentation"]
 
+    def _segmenter_is(self, trait: str) -> bool:
+        """Mask2Former differs from the others: `predicts_first` (before any update of the queries),
+        `shares_class_head` (one for all layers), `has_no_object` (a class of its own)."""
+        return getattr(self.segmenter, trait, False)
+
     def set_progress(self, epoch: float) -> None:
         """Tells how many epochs are done, before a step. Only pre-training depends on it."""
 
@@ -163,14 +174,14 @@ class UplvpPreTrainedModel(PreTrainedModel):
     ) -> UplvpOutput:
         last, hidden = layers[-1], None
         if self.config.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            first = () if self.segmenter.predicts_first else (queries,)
+            first = () if self._segmenter_is("predicts_first") else (queries,)
             hidden = (*first, *(layer.queries for layer in layers))
         attentions = tuple(layer.attentions for layer in layers if layer.attentions is not None)
         return UplvpOutput(
             loss=None if losses is None else torch.stack(list(losses.values())).sum(),
             losses=losses,
             class_queries_logits=last.class_logits,
-            class_scores=None if self.segmenter.has_no_object else last.class_logits.float().sigmoid(),
+            class_scores=None if self._segmenter_is("has_no_object") else last.class_logits.float().sigmoid(),
             masks_queries_logits=last.mask_logits,
             boxes=getattr(last, "boxes", None),
             roi_mask_logits=getattr(last, "roi_mask_logits", None),

@@ -231,13 +231,14 @@ class KNetForInstanceSegmentation(KNetPreTrainedModel):
         """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass.
 
         That of the class maps needs the masks too, per picture (G, H, W) bool: without them it is that of each batch.
+        Plain counts, which may be 0: the training loop averages them over processes before it keeps them at least 1.
         """
         queries = self.config.num_queries
         pairs = sum(min(count, queries, num_prompts) for count in counts) * self.num_stages
         cells = None
         if mask_labels is not None:
-            cells = max(sum(count_cells(masks, self.config.semantic_targets) for masks in mask_labels), 1)
-        positives = max(sum(min(count, queries) for count in counts), 1)
+            cells = sum(count_cells(masks, self.config.semantic_targets) for masks in mask_labels)
+        positives = sum(min(count, queries) for count in counts)
         return Normalizers(masks=positives, pairs=pairs, cells=cells)
 
     def loss(

@@ -192,8 +192,9 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         blocked = blocked | outside
         return torch.where(blocked.all(-1, keepdim=True), outside, blocked)
 
-    def normalizers(self, counts: list[int], num_prompts: int) -> Normalizers:
-        """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass."""
+    def normalizers(self, counts: list[int], num_prompts: int, mask_labels: list[Tensor] | None = None) -> Normalizers:
+        """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass. The masks
+        themselves do not matter here."""
         queries, layers = self.config.num_queries, self.config.decoder_layers
         supervised = layers - 1 if self.config.use_auxiliary_loss else min(layers - 1, 1)
         pairs = sum(min(count, queries, num_prompts) for count in counts) * supervised

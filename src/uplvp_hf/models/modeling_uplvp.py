@@ -112,13 +112,13 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
             self.prompt_fusion = PromptFusion(wanted)
         if config.text_dim is not None:
             self.text_heads = TextHeads(
-                heads=1 if self.segmenter.shares_class_head else self.segmenter.num_stages,
+                heads=1 if self._segmenter_is("shares_class_head") else self.segmenter.num_stages,
                 num_labels=config.num_labels,
                 text_dim=config.text_dim,
                 channels=wanted,
                 form=config.text_form,
                 temperature=config.text_temperature,
-                no_object=self.segmenter.has_no_object,
+                no_object=self._segmenter_is("has_no_object"),
                 prior=0.01,
             )
         self.epoch = 0.0
@@ -178,7 +178,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         """Weighted cosine loss between the updated queries and the prompts of the pseudo masks they are matched to."""
         # An output from before any update of the queries is not supervised (SP: every stage). Without auxiliary
         # losses only the last layer has a match.
-        first = 1 if self.segmenter.predicts_first and len(matches) == len(layers) else 0
+        first = 1 if self._segmenter_is("predicts_first") and len(matches) == len(layers) else 0
         layers = layers[-len(matches) :]
         prompt_of_mask = prompts.of_mask(max(counts, default=0))
         loss = kernel_supervision(layers[first:], matches[first:], prompts.vectors, prompt_of_mask, pairs)

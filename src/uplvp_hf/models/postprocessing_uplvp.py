@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.nn import functional as F
+
+from .roi_masks import paste_masks
 
 try:  # only COCO annotations and RLE results need it; plain inference from the Hub does not
     from pycocotools import mask as coco_mask
@@ -42,6 +45,43 @@ def best_instances(
     return scores[order], labels[order], queries[order]
 
 
+def best_scores(
+    class_scores: torch.Tensor, threshold: float, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `best_instances`, for scores (Q, C) that are final: every class on its own, masks not rated."""
+    scores, order = class_scores.flatten().sort(descending=True, stable=True)
+    order = order[:top_k][scores[:top_k] >= threshold]
+    queries = torch.div(order, class_scores.shape[1], rounding_mode="floor")
+    return class_scores.flatten()[order], order % class_scores.shape[1], queries
+
+
+def probability_masks(
+    logits: torch.Tensor, input_size: tuple[int, int], target_size: tuple[int, int], mask_threshold: float
+) -> Iterator[torch.Tensor]:
+    """Bool masks (n, H, W) of the target size, a chunk of queries at a time, by the rule of K-Net.
+
+    Probabilities, not logits, are interpolated: to the padded input, cut to the picture, then to the target.
+    logits (Q, h, w) at stride 4 of the padded input.
+    """
+    canvas = [MASK_STRIDE * side for side in logits.shape[-2:]]
+    for chunk in logits.split(MASKS_PER_CHUNK):
+        if len(chunk):
+            masks = F.interpolate(chunk[None].float().sigmoid(), size=canvas, mode="bilinear", align_corners=False)
+            masks = masks[..., : input_size[0], : input_size[1]]
+            masks = F.interpolate(masks, size=target_size, mode="bilinear", align_corners=False)[0]
+            yield masks > mask_threshold
+
+
+def pasted_masks(
+    logits: torch.Tensor, boxes: torch.Tensor, target_size: tuple[int, int], mask_threshold: float
+) -> Iterator[torch.Tensor]:
+    """Bool masks (n, H, W) of the target size, a chunk at a time, from mask logits (N, S, S) within boxes (N, 4), which
+    are in pixels of the target: probabilities are pasted, then compared."""
+    for chunk, within in zip(logits.split(MASKS_PER_CHUNK), boxes.split(MASKS_PER_CHUNK), strict=True):
+        if len(chunk):
+            yield paste_masks(chunk.float().sigmoid(), within, target_size) >= mask_threshold
+
+
 def upsampled_masks(
     logits: torch.Tensor, input_size: tuple[int, int], target_size: tuple[int, int], mask_threshold: float
 ) -> Iterator[torch.Tensor]:
@@ -55,7 +95,7 @@ def upsampled_masks(
     bound = torch.logit(torch.tensor(float(mask_threshold), dtype=torch.float64)).item()
     for chunk in logits.split(MASKS_PER_CHUNK):
         if len(chunk):
-            masks = torch.nn.functional.interpolate(
+            masks = F.interpolate(
                 chunk[None], scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=False
             )[0]
             yield masks[:, : target_size[0], : target_size[1]] > bound
@@ -70,8 +110,12 @@ def collect_instances(
     target_size: tuple[int, int],
     return_rle: bool,
     overlap: float | None,
+    given_boxes: torch.Tensor | None = None,
 ) -> dict[str, Any]:
-    """The result of one picture. `chunks` yields the masks of the queries in `unique`, which are in order of score."""
+    """The result of one picture. `chunks` yields the masks of the queries in `unique`, which are in order of score.
+
+    Instances whose mask has no pixel are left out. given_boxes (N, 4) replace the boxes around the masks.
+    """
     device = scores.device
     masks, boxes = [], [torch.zeros((0, 4), device=device)]
     segmentation = torch.full(target_size, -1, dtype=torch.int32, device=device)
@@ -91,7 +135,7 @@ def collect_instances(
     slot = torch.tensor([slots[query] for query in queries.tolist()], dtype=torch.int64, device=device)
     kept = boxes[slot, 2] > boxes[slot, 0]  # a mask may vanish between the stride-4 grid and a small target
     scores, labels, slot = scores[kept], labels[kept], slot[kept]
-    result = {"scores": scores, "labels": labels, "boxes": boxes[slot]}
+    result = {"scores": scores, "labels": labels, "boxes": boxes[slot] if given_boxes is None else given_boxes[kept]}
     if return_rle:
         result["rle"] = [dict(masks[position]) for position in slot.tolist()]
     else:

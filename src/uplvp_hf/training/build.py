@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import logging
 from pathlib import Path
 
@@ -95,6 +96,12 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
             "safetensors file) or `model.init` (a checkpoint), or `model.freeze_backbone=false`."
         )
     model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
+    if settings.stage == "pretrain" and settings.model.text_features is not None:
+        features, names = _text_features(settings.model.text_features)
+        try:
+            model.set_text_features(features, names)
+        except ValueError as error:
+            raise ConfigError(f"`model.text_features`, {settings.model.text_features}: {error}") from error
     if settings.model.backbone_weights:
         load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
     if settings.model.freeze_backbone:
@@ -143,11 +150,27 @@ def _model_class(settings: TrainSettings) -> type[UplvpPreTrainedModel]:
     return UplvpForPreTraining if settings.stage == "pretrain" else UplvpForInstanceSegmentation
 
 
+# Settings of a run that are settings of `UplvpConfig` too.
+_METHOD = sorted({item.name for item in dataclasses.fields(ModelSettings)} & set(UplvpConfig.__dataclass_fields__))
+
+
 def _method(model: ModelSettings) -> dict:
     """Settings of the method that were given."""
-    names = ("num_prompts", "prompt_matching", "prompt_pooling", "prompt_drop", "kernel_supervision_weight")
-    given = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
-    return {**given, "class_agnostic": model.class_agnostic}
+    given = {name: getattr(model, name) for name in _METHOD if getattr(model, name) is not None}
+    if model.text_features is not None:
+        given["text_dim"] = _text_features(model.text_features)[0].shape[1]
+    return given
+
+
+def _text_features(path: str) -> tuple[torch.Tensor, list[str]]:
+    """Embeddings (classes, channels) of class names, and the names, from a safetensors file."""
+    if not Path(path).is_file():
+        raise ConfigError(f"`model.text_features`: no file {path}.")
+    with safe_open(path, "pt") as archive:
+        names = json.loads((archive.metadata() or {}).get("classes", "[]"))
+        if "text_features" not in archive.keys() or not names:
+            raise ConfigError(f"{path} needs a tensor `text_features` and class names as JSON in metadata `classes`.")
+        return archive.get_tensor("text_features"), names
 
 
 def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:

@@ -57,11 +57,14 @@ class DataSettings:
 class ModelSettings:
     """What is trained.
 
-    init: checkpoint to start from, our own (pre-training or fine-tuned) or an official Mask2Former; None builds
-    `segmenter` (settings of the segmenter's configuration, with `model_type` and `backbone_config`).
+    init: checkpoint to start from, our own (pre-training or fine-tuned), a K-Net or QueryInst, or an official
+    Mask2Former; None builds `segmenter` (settings of the segmenter's configuration: `model_type` mask2former, knet or
+    queryinst, `backbone_config` and its own).
     backbone_weights: safetensors with the backbone's weights. freeze_backbone: no gradients, norms in eval mode.
     class_head: "remap" keeps rows of classes that the checkpoint knows by name, "new" starts afresh.
-    class_agnostic: pre-train with one class, "object". The others: see `UplvpConfig`; None keeps those of `init`.
+    class_agnostic: pre-train with one class, "object". text_features: a safetensors file with `text_features`
+    (classes, channels) and, as metadata `classes`, a JSON list of their names: pre-trains with an additional class head
+    on these embeddings. The others: see `UplvpConfig`; None keeps those of `init`.
     """
 
     init: str | None = None
@@ -72,9 +75,16 @@ class ModelSettings:
     class_agnostic: bool = False
     num_prompts: int | None = None
     prompt_matching: str | None = None
+    prompt_slots: int | None = None
+    prompt_injection: str | None = None
     prompt_pooling: str | None = None
     prompt_drop: float | None = None
     kernel_supervision_weight: float | None = None
+    guidance_start: float | None = None
+    guidance_epochs: float | None = None
+    text_features: str | None = None
+    text_form: str | None = None
+    text_temperature: float | None = None
 
 
 @dataclass

@@ -125,6 +125,7 @@ class _Run:
         for step in range(start, optim.steps):
             began = time.perf_counter()
             self._training_mode()
+            self.plain.set_progress(step * self._pictures_per_step() / len(self.samples))
             micro_batches = [next(batches) for _ in range(optim.accumulation)]
             losses = self._update(step, micro_batches)
             self.result.seconds += time.perf_counter() - began
@@ -142,6 +143,10 @@ class _Run:
         bar.close()
         self._finish()
         return self.result
+
+    def _pictures_per_step(self) -> int:
+        optim = self.settings.optim
+        return optim.batch_size * optim.accumulation * self.accelerator.num_processes
 
     def _training_mode(self) -> None:
         """Train mode, but frozen backbones keep their statistics."""
@@ -197,14 +202,21 @@ class _Run:
 
     def _normalizers(self, micro_batches: list[dict]) -> Normalizers:
         """Divisors over the whole effective batch, so that accumulated gradients equal those of one large batch."""
-        counts = [len(labels) for batch in micro_batches for labels in batch["class_labels"]]
-        own = self.plain.segmenter.normalizers(counts, self.plain.config.num_prompts)
-        values = torch.tensor([own.masks, own.class_weight, own.pairs], dtype=torch.float32)
+        masks = [masks for batch in micro_batches for masks in batch["mask_labels"]]
+        counts = [len(one) for one in masks]
+        # Divisors that have to be counted from the masks are left to the loss where it sees the whole batch.
+        several = len(micro_batches) > 1 or self.accelerator.num_processes > 1
+        own = self.plain.segmenter.normalizers(counts, self.plain.config.num_prompts, masks if several else None)
+        known = {name: float(value) for name, value in vars(own).items() if value is not None}
+        values = torch.tensor(list(known.values()), dtype=torch.float32)
         if self.accelerator.num_processes > 1:
             # Gradients are averaged over processes, so the divisors are too.
             values = self.accelerator.reduce(values.to(self.accelerator.device), "mean")
-        masks, class_weight, pairs = values.clamp(min=1e-6).tolist()
-        return Normalizers(max(masks, 1.0), class_weight, max(pairs, 1.0))
+        # Counts are at least 1, as in the original implementations; a sum of weights may be less.
+        least = {"class_weight": 1e-6}
+        return Normalizers(
+            **{name: max(value, least.get(name, 1.0)) for name, value in zip(known, values.tolist(), strict=True)}
+        )
 
     def _skip(self, step: int, ids: list) -> None:
         self.result.skipped += 1
