@@ -5,11 +5,19 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from uplvp_hf.data.dataset import InstanceDataset
 from uplvp_hf.data.rows import read_image_folder
-from uplvp_hf.labeling.dense_clip import Clip
+from uplvp_hf.labeling.clip import Clip
 from uplvp_hf.labeling.encoders import Encoded, Encoder
 
 WORDS = ["a", "photo", "of", "the", "bear", "deer", "grizzly", "sky", ".", "itap", "bad", "large", "small"]
@@ -36,6 +44,22 @@ def tiny_clip(seed: int = 0) -> Clip:
     config = CLIPConfig(projection_dim=24, text_config=text, vision_config=vision)
     model = CLIPModel(config)
     with torch.no_grad():  # initialised biases and norms are constants: a forgotten one would not show
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return Clip(model.eval(), tokenizer, "tiny", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def tiny_siglip(naflex: bool = False, seed: int = 0) -> Clip:
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 16, "projection_size": 48}
+    text |= {"bos_token_id": 1, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    vision = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 3}
+    vision |= {"patch_size": 8} | ({"num_patches": 16} if naflex else {"image_size": 32})
+    config, kind = (Siglip2Config, Siglip2Model) if naflex else (SiglipConfig, SiglipModel)
+    model = kind(config(text_config=text, vision_config=vision))
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return Clip(model.eval(), tokenizer, "tiny", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

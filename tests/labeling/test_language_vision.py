@@ -57,7 +57,7 @@ def test_zscore_calibration(clip):
 
 def test_background_names_take_their_share(clip):
     labeler = make(clip, background=["sky"], calibration=None)
-    assert labeler.measure([]) == [] and labeler.calibrate([]) == {} and labeler.threshold == 0.5
+    assert labeler.measure([]) == [] and labeler.calibrate([]) == {} and labeler.cutting.threshold == 0.5
     (grid,) = labeler.similarities([blob_picture(0)])
     assert grid.shape[0] == 3
     want = (50 * grid).softmax(0)[:2]

@@ -1,178 +1,106 @@
-"""Dense CLIP: patch features that live in the text space, from any transformers CLIPModel, by editing its last block.
+"""Dense CLIP: similarity of every place in a picture with class names, by sliding windows over any picture size.
 
-Sources of the recipes: MaskCLIP (arXiv 2112.01071), ClearCLIP (2407.12442), NACLIP (2404.08181). x is the input of the
-last block, h = LayerNorm1(x), q, k, v its projections, O the output projection, s = head_dim ** -0.5:
+`attention` says what the last block does, `clip` how patches get into the text space. Pictures are resized so that one
+side is near `image_size`, cut into overlapping windows, and the maps of the windows averaged where they overlap.
+Windows of all pictures of a call share batches, whatever the pictures' sizes.
 
-    vanilla    the block as it is
-    maskclip   attention replaced by the identity, residual and FFN kept
-    clearclip  softmax(s q q^T), no residual, no FFN
-    naclip     softmax(s k k^T + scale * G), G_ij = exp(-|p_i - p_j|^2 / (2 sigma^2)) among patches; no residual, no FFN
-    identity   O(v), no residual, no FFN
-
-Then post_layernorm, visual_projection and normalisation for every patch.
-
-The default is naclip with NACLIP's own sigma 5 (patches) and scale 1. Published for OpenAI's CLIP ViT-B/16 (ClearCLIP
-paper, table 2, mean mIoU of five data sets): identity 29.5, clearclip 37.5. No real
-CLIP has been measured with this code. A very small CLIP can prefer attention closer to the identity: the demo's is used
-with scale 5 and sigma 1.5. Naming each mask by zero-shot on its crop (`namers`) is surer than the class of the map.
+Published settings (shorter side, window, stride in pixels; OpenAI's ViT-B/16): SCLIP 336, 224, 112; ClearCLIP 448, 448,
+224; ProxyCLIP 336, 336, 112.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
-from .encoders import pictures_to_pixels
+from .attention import ATTENTIONS, Layout, Recipe, run_blocks
+from .clip import Clip, load_clip
+from .encoders import Encoder
 
-ATTENTIONS = ("vanilla", "maskclip", "clearclip", "naclip", "identity")
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+__all__ = ["ATTENTIONS", "Clip", "Recipe", "View", "dense_features", "dense_grids", "load_clip"]
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A frozen CLIPModel with its tokenizer and what its pictures look like. image_size, patch_size: pixels, square."""
+class View:
+    """How a picture is looked at.
 
-    model: nn.Module
-    tokenizer: Any
-    name: str
-    image_mean: tuple[float, ...] = OPENAI_MEAN
-    image_std: tuple[float, ...] = OPENAI_STD
-
-    @property
-    def image_size(self) -> int:
-        return self.model.config.vision_config.image_size
-
-    @property
-    def patch_size(self) -> int:
-        return self.model.config.vision_config.patch_size
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def pixels(self, images: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-        """Stretch pictures to `size` (height, width) and normalise: (B, 3, H, W) in the model's dtype."""
-        pixels = pictures_to_pixels(images, size, self.image_mean, self.image_std)
-        return pixels.to(self.device, next(self.model.parameters()).dtype)
-
-
-def load_clip(
-    name_or_path: str,
-    device: str | torch.device = "cpu",
-    image_mean: Sequence[float] | None = None,
-    image_std: Sequence[float] | None = None,
-    dtype: torch.dtype | None = None,
-) -> Clip:
-    """A transformers CLIPModel, frozen, with its tokenizer, by folder or hub id.
-
-    Mean and standard deviation: the arguments, else the preprocessor configuration beside the model, else OpenAI's.
-    Raises ValueError when it is no CLIP model, or its checkpoint lacks tensors; OSError when it cannot be found.
+    image_size: pixels of its `side` ("shorter" or "longer"). window, stride: pixels; window None: the whole picture at
+    once; stride None: half a window. Raises ValueError for an unknown side or sizes below 1.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    config = AutoConfig.from_pretrained(name_or_path)
-    if config.model_type != "clip":
-        raise ValueError(f"{name_or_path} is a {config.model_type} model; the clip labeler reads CLIP models")
-    extra = {} if dtype is None else {"dtype": dtype}
-    model, info = CLIPModel.from_pretrained(name_or_path, output_loading_info=True, **extra)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{name_or_path}: {len(missing)} tensors are not in the checkpoint, such as {missing[:3]}")
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    if (image_mean is None or image_std is None) and _has_preprocessor(name_or_path):
-        processor = AutoImageProcessor.from_pretrained(name_or_path)
-        image_mean = image_mean or processor.image_mean
-        image_std = image_std or processor.image_std
-    model = model.eval().requires_grad_(False).to(device)
-    mean, std = tuple(image_mean or OPENAI_MEAN), tuple(image_std or OPENAI_STD)
-    return Clip(model, tokenizer, str(name_or_path), mean, std)
+    image_size: int
+    side: str = "shorter"
+    window: int | None = None
+    stride: int | None = None
 
-
-def _has_preprocessor(name_or_path: str) -> bool:
-    files = ("preprocessor_config.json", "processor_config.json")
-    if os.path.isdir(name_or_path):
-        return any(os.path.isfile(os.path.join(name_or_path, file)) for file in files)
-    from transformers.utils import cached_file
-
-    return any(
-        cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False) is not None for file in files
-    )
-
-
-def gaussian_bias(height: int, width: int, sigma: float, scale: float = 1.0) -> torch.Tensor:
-    """NACLIP's additive attention bias with a class token in front: (1 + h*w, 1 + h*w), zero for the class token."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    points = torch.stack([y.flatten(), x.flatten()], dim=1).float()
-    bias = torch.zeros(1 + height * width, 1 + height * width)
-    bias[1:, 1:] = scale * torch.exp(-(torch.cdist(points, points) ** 2) / (2 * sigma**2))
-    return bias
-
-
-def edited_block(
-    block: nn.Module, x: torch.Tensor, attention: str, grid: tuple[int, int], sigma: float = 5.0, scale: float = 1.0
-) -> torch.Tensor:
-    """The last encoder block with another attention (module docstring): x (B, 1 + h*w, C) -> (B, 1 + h*w, C)."""
-    layer = block.self_attn
-    h = block.layer_norm1(x)
-
-    def heads(projection: nn.Module) -> torch.Tensor:  # (B, T, C) -> (B, heads, T, head_dim)
-        return projection(h).unflatten(-1, (layer.num_heads, -1)).transpose(1, 2)
-
-    if attention in ("maskclip", "identity"):
-        mixed = layer.v_proj(h)
-    elif attention in ("clearclip", "naclip"):
-        same = heads(layer.q_proj if attention == "clearclip" else layer.k_proj)
-        bias = None
-        if attention == "naclip":
-            bias = gaussian_bias(*grid, sigma, scale).to(x.device, x.dtype)
-        mixed = F.scaled_dot_product_attention(same, same, heads(layer.v_proj), attn_mask=bias, scale=layer.scale)
-        mixed = mixed.transpose(1, 2).flatten(2)
-    else:
-        raise ValueError(f"attention {attention!r} is unknown; use one of {', '.join(ATTENTIONS)}")
-    out = layer.out_proj(mixed)
-    if attention == "maskclip":
-        out = x + out
-        out = out + block.mlp(block.layer_norm2(out))
-    return out
+    def __post_init__(self) -> None:
+        if self.side not in ("shorter", "longer"):
+            raise ValueError(f"side {self.side!r} is unknown; use 'shorter' or 'longer'")
+        sizes = {"image_size": self.image_size, "window": self.window, "stride": self.stride}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value} must be at least 1 pixel")
 
 
 @torch.inference_mode()
 def dense_features(
-    model: nn.Module, pixels: torch.Tensor, attention: str = "naclip", sigma: float = 5.0, scale: float = 1.0
+    clip: Clip, pixels: torch.Tensor, recipe: Recipe | None = None, guide: Encoder | None = None
 ) -> torch.Tensor:
-    """Unit-length patch features in CLIP's text space.
+    """Unit-length patch features in the text space.
 
     Args:
-        model: a transformers CLIPModel or CLIPVisionModelWithProjection.
-        pixels: (B, 3, H, W) normalised, sides multiples of the patch size; position embeddings are interpolated.
-        attention: see the module docstring. sigma: patches. scale: of the gaussian; both are read by naclip alone.
+        pixels: (B, 3, H, W) normalised for `clip`, sides multiples of the patch size; position embeddings are resized.
+        recipe: the last block, default naclip. guide: the other backbone of "proxy" (its last map is used).
 
-    Returns (B, D, H / patch, W / patch) float32. Raises ValueError for an unknown attention or sides that do not fit.
+    Returns (B, D, H / patch, W / patch) float32, for proxy on the guide's grid. Raises ValueError for sides that do not
+    fit, and for proxy without a guide.
     """
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention {attention!r} is unknown; use one of {', '.join(ATTENTIONS)}")
-    vision = getattr(model, "vision_model", model)
-    patch = vision.config.patch_size
+    recipe = recipe or Recipe()
+    patch = clip.patch_size
     height, width = pixels.shape[-2:]
     if height % patch or width % patch:
         raise ValueError(f"a {height}x{width} input is not a whole number of {patch}-pixel patches")
-    grid = height // patch, width // patch
-    output = vision(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
-    if attention == "vanilla":
-        tokens = output.last_hidden_state
-    else:
-        tokens = edited_block(vision.encoder.layers[-1], output.hidden_states[-2], attention, grid, sigma, scale)
-    projected = model.visual_projection(vision.post_layernorm(tokens[:, 1:]))
-    return F.normalize(projected.float(), dim=-1).transpose(1, 2).unflatten(2, grid)
+    other = None
+    if recipe.attention == "proxy" and guide is not None:
+        other = guide_features(guide, clip, pixels)
+    layout = Layout((height // patch, width // patch), clip.prefix, other)
+    tokens, grid = run_blocks(clip.vision.encoder.layers, clip.embed(pixels), layout, recipe)
+    return F.normalize(clip.project(tokens).float(), dim=-1).transpose(1, 2).unflatten(2, grid)
+
+
+def guide_features(guide: Encoder, clip: Clip, pixels: torch.Tensor) -> torch.Tensor:
+    """The last map of another backbone for pictures normalised for `clip`: (B, 3, H, W) -> (B, C, h, w) float32.
+
+    Sides are rounded to what the backbone takes: its patch size, 32 pixels when it has none.
+    Raises ValueError for a backbone whose cells do not lie on the grid (`Encoder.shift`).
+    """
+    if guide.shift:
+        raise ValueError(
+            f"{guide.name}: cells are shifted against the picture; the proxy guide needs a ViT such as DINO"
+        )
+    to_clip = torch.tensor([clip.image_mean, clip.image_std], device=pixels.device).view(2, 1, 3, 1, 1)
+    to_guide = torch.tensor([guide.image_mean, guide.image_std], device=pixels.device).view(2, 1, 3, 1, 1)
+    pixels = (pixels.float() * to_clip[1] + to_clip[0] - to_guide[0]) / to_guide[1]
+    multiple = _input_multiple(guide)
+    size = [max(1, round(side / multiple)) * multiple for side in pixels.shape[-2:]]
+    if size != list(pixels.shape[-2:]):
+        pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
+    return guide(pixels).maps[-1].float()
+
+
+def _input_multiple(guide: Encoder) -> int:
+    """Pixels that the sides of a backbone's input are a multiple of."""
+    size = getattr(getattr(guide.model, "config", None), "patch_size", None)  # transformers
+    if size is None:
+        size = getattr(getattr(guide.model, "patch_embed", None), "patch_size", None)  # timm
+    if isinstance(size, (tuple, list)):
+        size = math.lcm(*size)
+    return size if isinstance(size, int) else 32
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -188,53 +116,132 @@ def working_size(width: int, height: int, image_size: int, side: str, patch: int
     return tuple(max(patch, round(length * scale / patch) * patch) for length in (height, width))
 
 
+@dataclass
+class _Group:
+    """Pictures of one working size. members: their places in the batch. places: (top, left) of the windows, pixels.
+    total: (B, C, h, w) sum of the windows' maps, `cell` pixels a cell; made by the first window."""
+
+    members: list[int]
+    pixels: torch.Tensor
+    window: tuple[int, int]
+    places: list[tuple[int, int]]
+    cell: int = 0
+    total: torch.Tensor | None = field(default=None, repr=False)
+
+
 @torch.inference_mode()
-def similarity_grids(
+def dense_grids(
     clip: Clip,
     images: Sequence[Image.Image],
-    vectors: torch.Tensor,
-    image_size: int,
-    side: str = "shorter",
-    window: int | None = None,
-    stride: int | None = None,
+    vectors: torch.Tensor | None,
+    view: View,
+    recipe: Recipe | None = None,
+    guide: Encoder | None = None,
     window_batch: int = 32,
-    **recipe: Any,
 ) -> list[torch.Tensor]:
-    """Cosine similarity of every place in every picture with every text vector (T, D).
+    """Windowed maps of pictures of any size.
 
-    Pictures are resized (`working_size`), cut into windows of `window` pixels every `stride` pixels (None: no windows,
-    and half a window), and the similarities of overlapping windows averaged. Windows of all pictures share batches of
-    `window_batch`. Returns one (T, h, w) float32 map a picture; cells are gcd(stride, patch) pixels wide, so that a
-    stride finer than a patch gives a finer map. Further arguments go to `dense_features`.
+    vectors: (T, D) unit text vectors: cosine similarity of every place with each. None: the features themselves, the
+    mean of the windows' unit vectors, whose product with a text vector equals its averaged similarity.
+    window_batch: windows a forward pass; memory grows with it, whatever the number of pictures.
+
+    Returns one (T or D, h, w) float32 map a picture. Cells are gcd(stride, patch) pixels wide, so that a stride finer
+    than a patch gives a finer map; for proxy the largest part of that which is no wider than the guide's cells.
     """
     patch = clip.patch_size
-    window = None if window is None else max(patch, window // patch * patch)
-    step = stride or (window or patch) // 2 or 1
-    cell = math.gcd(step, patch) if window is not None else patch
-    sums, counts, jobs = [], [], []
+    window = None if view.window is None else max(patch, view.window // patch * patch)
+    stride = patch if window is None else view.stride or max(1, window // 2)
+    groups = _group_by_size(clip, images, view, window, stride)
+    base = math.gcd(stride, patch)
+    for runs in _batches(groups, window_batch):
+        pixels = torch.cat([_cut(group, place, first, last) for group, place, first, last in runs])
+        maps = dense_features(clip, pixels, recipe, guide)
+        coarse = pixels.shape[-1] / maps.shape[-1]
+        if vectors is not None:
+            maps = torch.einsum("td,bdhw->bthw", vectors.to(maps), maps)
+        cell = _cell(base, coarse)
+        size = pixels.shape[-2] // cell, pixels.shape[-1] // cell
+        if size != maps.shape[-2:]:
+            maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
+        _add(runs, maps, cell)
+    results: list[torch.Tensor] = [torch.empty(0)] * len(images)
+    for group in groups:
+        for member, total in zip(group.members, group.total / _coverage(group)):
+            results[member] = total
+    return results
+
+
+def _group_by_size(
+    clip: Clip, images: Sequence[Image.Image], view: View, window: int | None, stride: int
+) -> list[_Group]:
+    sizes: dict[tuple[int, int], list[int]] = {}
     for number, image in enumerate(images):
-        height, width = working_size(*image.size, image_size, side, patch)
-        pixels = clip.pixels([image], (height, width))[0]
+        size = working_size(*image.size, view.image_size, view.side, clip.patch_size)
+        sizes.setdefault(size, []).append(number)
+    groups = []
+    for (height, width), members in sizes.items():
         tall, wide = (height, width) if window is None else (min(window, height), min(window, width))
-        sums.append(torch.zeros(len(vectors), height // cell, width // cell, device=clip.device))
-        counts.append(torch.zeros(height // cell, width // cell, device=clip.device))
-        for top in window_starts(height, tall, step):
-            for left in window_starts(width, wide, step):
-                jobs.append((number, top // cell, left // cell, pixels[:, top : top + tall, left : left + wide]))
-    for batch in _same_shape_batches(jobs, window_batch):
-        features = dense_features(clip.model, torch.stack([job[3] for job in batch]), **recipe)
-        maps = torch.einsum("td,bdhw->bthw", vectors.to(features), features)
-        if cell != patch:
-            maps = F.interpolate(maps, scale_factor=patch // cell, mode="bilinear", align_corners=False)
-        tall, wide = maps.shape[-2:]
-        for (number, top, left, _), part in zip(batch, maps):
-            sums[number][:, top : top + tall, left : left + wide] += part
-            counts[number][top : top + tall, left : left + wide] += 1
-    return [total / count for total, count in zip(sums, counts)]
+        places = [
+            (top, left) for top in window_starts(height, tall, stride) for left in window_starts(width, wide, stride)
+        ]
+        pixels = clip.pixels([images[number] for number in members], (height, width))
+        groups.append(_Group(members, pixels, (tall, wide), places))
+    return groups
 
 
-def _same_shape_batches(jobs: Sequence[tuple], size: int) -> list[list[tuple]]:
-    groups: dict[torch.Size, list[tuple]] = {}
-    for job in jobs:
-        groups.setdefault(job[3].shape, []).append(job)
-    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+_Run = tuple[_Group, tuple[int, int], int, int]  # pictures first..last of a group at one place
+
+
+def _batches(groups: Sequence[_Group], size: int) -> Iterator[list[_Run]]:
+    """At most `size` windows of one shape at a time, as runs of neighbouring pictures at the same place."""
+    shapes: dict[tuple[int, int], list[_Group]] = {}
+    for group in groups:
+        shapes.setdefault(group.window, []).append(group)
+    for alike in shapes.values():
+        runs: list[_Run] = []
+        room = size
+        for group, place in ((one, place) for one in alike for place in one.places):
+            first = 0
+            while first < len(group.members):
+                last = min(len(group.members), first + room)
+                runs.append((group, place, first, last))
+                room -= last - first
+                first = last
+                if not room:
+                    yield runs
+                    runs, room = [], size
+        if runs:
+            yield runs
+
+
+def _cut(group: _Group, place: tuple[int, int], first: int, last: int) -> torch.Tensor:
+    (top, left), (tall, wide) = place, group.window
+    return group.pixels[first:last, :, top : top + tall, left : left + wide]
+
+
+def _cell(base: int, coarse: float) -> int:
+    """The largest divisor of `base` that is no wider than a cell of `coarse` pixels."""
+    return max(divisor for divisor in range(1, base + 1) if base % divisor == 0 and (divisor <= coarse or divisor == 1))
+
+
+def _add(runs: Sequence[_Run], maps: torch.Tensor, cell: int) -> None:
+    """Add the maps of a batch where they belong: one addition a run, not one a window."""
+    start, (tall, wide) = 0, maps.shape[-2:]
+    for group, (top, left), first, last in runs:
+        if group.total is None:
+            height, width = (side // cell for side in group.pixels.shape[-2:])
+            group.cell = cell
+            group.total = maps.new_zeros(len(group.members), maps.shape[1], height, width)
+        top, left = top // cell, left // cell
+        group.total[first:last, :, top : top + tall, left : left + wide] += maps[start : start + last - first]
+        start += last - first
+
+
+def _coverage(group: _Group) -> torch.Tensor:
+    """How many windows cover each cell: (h, w)."""
+    count = torch.zeros(group.total.shape[-2:])
+    tall, wide = (side // group.cell for side in group.window)
+    for top, left in group.places:
+        top, left = top // group.cell, left // group.cell
+        count[top : top + tall, left : left + wide] += 1
+    return count.to(group.total.device)

@@ -1,8 +1,12 @@
-"""The language-vision labeler: class names against dense CLIP features, calibrated, cut into instances."""
+"""The language-vision labeler: class names against dense features, calibrated, cut into instances."""
 
 from __future__ import annotations
 
+import hashlib
+import zlib
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,106 +14,174 @@ import torch
 from PIL import Image
 
 from ..data.dataset import Row
-from .dense_clip import ATTENTIONS, Clip, similarity_grids
-from .instances import Proposals, connected_components, filter_proposals, mask_nms, top_k, upsample_grid
+from .attention import Recipe
+from .clip import Clip
+from .cutting import Cutting, cut_instances
+from .dense_clip import View, dense_grids
+from .encoders import Encoder
+from .instances import Proposals
 from .pipeline import LabelerBase
-from .text import TEMPLATES, embed_classes, split_synonyms
+from .precomputed import PrecomputedFeatures
+from .prompt_templates import TEMPLATES, read_background, read_templates
+from .text import TextEmbeddings, embed_classes, split_synonyms
 
 # Calibration spread below this is a class whose similarity never changes; dividing by it would make noise evidence.
 MIN_STD = 1e-4
+# Evidence by kind: threshold of a pixel, peak of an instance (None: the threshold), least score.
+# cosine: UPLVP's own values, read off the name of its label file (..._02_015_ann.json): t1 = .2 for pixels, t2 = .15
+# for an instance. They were made for OpenSeg's features and CLIP ViT-L/14@336 text; another encoder's cosines lie
+# elsewhere, which is what calibration is for.
+DEFAULTS = {"zscore": (1.0, 2.0, 0.0), "softmax": (0.5, None, 0.0), "cosine": (0.2, None, 0.15)}
 
 
 class DenseClipLabeler(LabelerBase):
     """Masks with classes from a vocabulary, without any training (UPLVP's mask proposal with a training-free CLIP).
 
     Args:
-        clip: see `dense_clip.load_clip`. entries: vocabulary entries, synonyms separated by commas (best one counts).
-        templates: prompts, {} for the name.
-        attention, sigma, scale: last block (`dense_clip`); the defaults are NACLIP's, sigma in patches above 0.
-        image_size: pixels of the picture's `side` ("shorter" or "longer"); None: twice the model's own size.
-        window, stride: pixels; None: the model's own size, and half of it. window 0: whole pictures.
-        calibration: "zscore" measures each class's mean and deviation over a first pass (`measure`) and takes the
-            deviations above the mean as evidence; None uses `background` if given, else the plain cosine.
-        background: names of what is no object; evidence is then the softmax probability at `logit_scale`.
-        threshold: evidence that a pixel needs; None: 1.0 deviations, probability .5, or cosine .2 (UPLVP's t1).
-        peak: evidence that an instance needs somewhere; None: 2.0 deviations, otherwise the threshold. It drops
-            wide weak regions: more precision for a little recall.
-        min_area, max_area: shares of the picture. max_border: share of the picture's border. nms: IoU per class.
-        top: most instances a picture.
+        clip: see `clip.load_clip`; or `PrecomputedFeatures`, which take the place of an image tower and need `text`.
+        entries: vocabulary entries, synonyms separated by commas (the best one counts).
+        templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name.
+        calibration: "zscore" measures each class's mean and deviation over some pictures (`measure`, `calibrate`) and
+            takes the deviations above the mean as evidence; None uses `background` if given, else the plain cosine.
+        background: names of what is no object, or the preset "stuff"; evidence is then the softmax probability among
+            all names at `logit_scale`, of a class's best name (SCLIP's order).
+        denoise: drop classes whose best probability in the picture, among all names, stays below this (MaskCLIP: .5).
+        text: precomputed embeddings of the entries, then the background names (`text.load_text_embeddings`).
+        guide: the other backbone for attention "proxy".
+        image_size, side, window, stride: see `dense_clip.View`; image_size None: twice the model's own size; window
+            None: the model's own size, 0: whole pictures; stride None: half a window.
+        window_batch: windows a forward pass. cache_mb: most memory for maps of calibration pictures, which are then not
+            encoded again.
+        options: fields of `attention.Recipe` (attention, sigma, scale, gem_depth, ...) and of `cutting.Cutting`
+            (threshold, peak, min_score, split, refine, nms, top, ...). By evidence, threshold, peak and min_score
+            default to 1, 2, 0 deviations (zscore), .5, .5, 0 (background), .2, .2, .15 (cosine; UPLVP's t1 and t2, see
+            DEFAULTS).
 
-    Raises ValueError for an empty vocabulary, an unknown option, a sigma of 0 or less, or background names together
-    with calibration.
+    Raises ValueError for an empty vocabulary, an unknown choice, background names together with calibration, or text
+    that does not fit; TypeError for an unknown option.
     """
 
     name = "clip"
 
     def __init__(
         self,
-        clip: Clip,
+        clip: Clip | PrecomputedFeatures,
         entries: Sequence[str],
-        templates: Sequence[str] = TEMPLATES,
-        attention: str = "naclip",
-        sigma: float = 5.0,
-        scale: float = 1.0,
+        templates: str | Sequence[str] = TEMPLATES,
+        calibration: str | None = "zscore",
+        background: str | Sequence[str] = (),
+        logit_scale: float = 50.0,
+        denoise: float = 0.0,
+        text: TextEmbeddings | None = None,
+        guide: Encoder | None = None,
         image_size: int | None = None,
         side: str = "shorter",
         window: int | None = None,
         stride: int | None = None,
-        calibration: str | None = "zscore",
-        background: Sequence[str] = (),
-        logit_scale: float = 50.0,
-        threshold: float | None = None,
-        peak: float | None = None,
-        min_area: float = 0.005,
-        max_area: float = 0.9,
-        max_border: float = 1.0,
-        nms: float = 0.5,
-        top: int = 20,
         window_batch: int = 32,
+        cache_mb: float = 64.0,
+        **options: Any,
     ) -> None:
-        _check_options(attention, sigma, side, calibration, background)
-        self.clip, self.encoder_name = clip, clip.name
-        self.entries, self.templates, self.background = list(entries), list(templates), list(background)
-        self.vocabulary = [split_synonyms(entry)[0] for entry in entries]
-        self.text = embed_classes(clip.model, clip.tokenizer, [*self.entries, *self.background], self.templates)
-        window = clip.image_size if window is None else window
-        self.search = {
-            "image_size": image_size or 2 * clip.image_size,
-            "side": side,
-            "window": window or None,
-            "stride": stride or (window // 2 if window else None),
-            "attention": attention,
-            "sigma": sigma,
-            "scale": scale,
-        }
+        self.source, self.encoder_name, self.licence = clip, clip.name, clip.licence
+        self.entries, self.templates = list(entries), list(read_templates(templates))
+        self.background = read_background(background, entries)
+        _check_calibration(calibration, self.background)
+        self.calibration, self.logit_scale, self.denoise = calibration, logit_scale, denoise
+        knobs, cuts = _sort_options(options)
+        self.recipe, self.guide = Recipe(**knobs), guide
+        if self.recipe.attention == "proxy" and guide is None and isinstance(clip, Clip):
+            raise ValueError("attention 'proxy' needs a second backbone: give a guide encoder, such as a DINO")
+        self.view = None
+        if isinstance(clip, Clip):
+            window = clip.image_size if window is None else window
+            self.view = View(image_size or 2 * clip.image_size, side, window or None, stride)
+        self.text_digest = None if text is None else _digest(text)
+        self.text = self._embed() if text is None else self._check_text(text)
+        self.cutting = _with_defaults(Cutting(**cuts), self._evidence_kind)
+        self.vocabulary = [] if self.cutting.class_agnostic else [split_synonyms(entry)[0] for entry in entries]
         self.window_batch = window_batch
-        self.calibration, self.logit_scale = calibration, logit_scale
-        default = 1.0 if calibration else 0.5 if background else 0.2
-        self.threshold = default if threshold is None else threshold
-        self.peak = (2.0 if calibration else self.threshold) if peak is None else peak
-        self.filters = {"min_area": min_area, "max_area": max_area, "max_border": max_border}
-        self.nms, self.top = nms, top
+        self.cache = MapCache(int(cache_mb * 2**20))
         self.mean: torch.Tensor | None = None
         self.std: torch.Tensor | None = None
 
     @property
+    def _evidence_kind(self) -> str:
+        return self.calibration or ("softmax" if self.background else "cosine")
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What the labels depend on, for the store's header."""
-        own = ("entries", "templates", "background", "calibration", "logit_scale", "threshold", "peak", "nms", "top")
-        return {name: getattr(self, name) for name in own} | self.search | self.filters
+        own = ("entries", "templates", "background", "calibration", "logit_scale", "denoise")
+        values = {name: getattr(self, name) for name in own} | asdict(self.cutting)
+        if self.text_digest is not None:
+            values |= {"templates": None, "text": self.text_digest}
+        if self.view is None:
+            return values | {"features": self.source.name, "layout": self.source.layout}
+        guide = None if self.guide is None else self.guide.name
+        dtype = str(self.source.dtype).removeprefix("torch.")
+        return values | asdict(self.view) | asdict(self.recipe) | {"guide": guide, "dtype": dtype}
 
-    def similarities(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
-        """One (K + background, h, w) cosine map a picture, best synonym of each class."""
-        grids = similarity_grids(self.clip, images, self.text.vectors, window_batch=self.window_batch, **self.search)
-        return [self.text.per_class(grid, dim=0) for grid in grids]
+    def _embed(self) -> TextEmbeddings:
+        if not isinstance(self.source, Clip):
+            raise ValueError(
+                f"features {self.source.name}: precomputed features need `text`, embeddings of the same space"
+            )
+        names = [*self.entries, *self.background]
+        return embed_classes(self.source.model, self.source.tokenizer, names, self.templates)
+
+    def _check_text(self, text: TextEmbeddings) -> TextEmbeddings:
+        wanted = [*self.entries, *self.background]
+        if text.count != len(wanted):
+            raise ValueError(
+                f"text embeddings of {text.count} classes for {len(self.entries)} entries and {len(self.background)} "
+                "background names"
+            )
+        flat = tuple(name for entry in wanted for name in split_synonyms(entry))
+        if text.names and text.names != flat:
+            wrong = next((a, b) for a, b in zip([*text.names, None], [*flat, None]) if a != b)
+            raise ValueError(f"text embeddings are of {wrong[0]!r} where the vocabulary has {wrong[1]!r}")
+        dimension = self.source.dimension if isinstance(self.source, Clip) else None
+        if dimension is not None and text.vectors.shape[1] != dimension:
+            raise ValueError(f"text embeddings of {text.vectors.shape[1]} numbers, {self.source.name} has {dimension}")
+        return text.to(self.device)
+
+    def similarities(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[torch.Tensor]:
+        """One (T, h, w) float32 cosine map a picture, T names: synonyms of the classes, then background."""
+        return [maps for maps, _ in self._encode(images, rows)]
+
+    def _encode(
+        self, images: Sequence[Image.Image], rows: Sequence[Row] | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Similarities, and the features that splitting needs, of every picture."""
+        with_features = self.cutting.split == "ncut"
+        if self.view is None:
+            if rows is None:
+                raise ValueError("precomputed features are found by the data set's rows: call with rows")
+            features = self.source(rows, self.text.vectors.shape[1])
+        else:
+            vectors = None if with_features else self.text.vectors
+            features = dense_grids(self.source, images, vectors, self.view, self.recipe, self.guide, self.window_batch)
+            if not with_features:
+                return [(maps, None) for maps in features]
+        vectors = self.text.vectors.to(features[0]) if features else None
+        return [(torch.einsum("td,dhw->thw", vectors, grid), grid if with_features else None) for grid in features]
 
     def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[dict[str, Any]]:
-        """Number of cells of each picture, and every class's sum and sum of squares over them; [] uncalibrated."""
-        if self.calibration is None:
+        """Number of cells of each picture, and every class's sum and sum of squares over them; [] uncalibrated.
+
+        The maps are kept within `cache_mb`, for the call that labels exactly these pictures together.
+        """
+        if self.calibration is None or not images:
             return []
+        encoded = self._encode(images, rows)
+        self.cache.put(MapCache.key(images, rows), encoded)
         entries = []
-        for grid in self.similarities(images):
-            cells = grid.flatten(1).double().cpu()
+        for maps, _ in encoded:
+            cells = self.text.per_class(maps, dim=0).flatten(1).double().cpu()
             sums = {"total": cells.sum(dim=1).tolist(), "squares": (cells**2).sum(dim=1).tolist()}
             entries.append({"count": cells.shape[1], **sums})
         return entries
@@ -136,60 +208,132 @@ class DenseClipLabeler(LabelerBase):
         """Take over what `calibrate` returned, from this or an earlier run."""
         if self.calibration is not None:
             values = state["calibration"]
-            self.mean = torch.tensor(values["mean"], device=self.clip.device)
-            self.std = torch.tensor(values["std"], device=self.clip.device).clamp_min(MIN_STD)
+            self.mean = torch.tensor(values["mean"], device=self.device)
+            self.std = torch.tensor(values["std"], device=self.device).clamp_min(MIN_STD)
 
     def evidence(self, similarities: torch.Tensor) -> torch.Tensor:
-        """(K + background, h, w) cosines -> (K, h, w): deviations above the mean, probabilities, or the cosines."""
+        """(T, h, w) cosines -> (K, h, w): deviations above the mean, probabilities, or the cosines; -inf for classes
+        that denoising drops."""
         classes = len(self.entries)
         if self.calibration is not None:
             if self.mean is None or self.std is None:
                 raise ValueError("the clip labeler is not calibrated: call restore(calibrate(measure(pictures))) first")
-            return (similarities - self.mean[:, None, None]) / self.std[:, None, None]
-        if self.background:
-            return (similarities * self.logit_scale).softmax(dim=0)[:classes]
-        return similarities
+            values = (self.text.per_class(similarities, dim=0) - self.mean[:, None, None]) / self.std[:, None, None]
+        elif self.background:
+            values = self._probabilities(similarities)
+        else:
+            values = self.text.per_class(similarities, dim=0)
+        values = values[:classes]
+        if self.denoise > 0:
+            best = self._probabilities(similarities)[:classes].amax(dim=(1, 2))
+            values = values.masked_fill((best < self.denoise)[:, None, None], -torch.inf)
+        return values
+
+    def _probabilities(self, similarities: torch.Tensor) -> torch.Tensor:
+        return self.text.per_class((similarities * self.logit_scale).softmax(dim=0), dim=0)
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` with labels a picture, masks at the picture's size."""
-        maps = self.similarities(images)
-        return [self.instances(self.evidence(grid), image.size[::-1]) for grid, image in zip(maps, images)]
+        """One `Proposals` a picture, with labels unless class-agnostic, masks at the picture's size."""
+        if not images:
+            return []
+        encoded = self.cache.pop(images, rows)
+        if encoded is None:
+            encoded = self._encode(images, rows)
+        results = []
+        for image, (maps, features) in zip(images, encoded):
+            maps = maps.to(self.device)
+            features = None if features is None else features.to(self.device)
+            results.append(self.instances(self.evidence(maps), image.size[::-1], image, features))
+        return results
 
-    def instances(self, evidence: torch.Tensor, size: tuple[int, int]) -> Proposals:
+    def instances(
+        self,
+        evidence: torch.Tensor,
+        size: tuple[int, int],
+        image: Image.Image | None = None,
+        features: torch.Tensor | None = None,
+    ) -> Proposals:
         """Class map, threshold, components, filters, NMS: (K, h, w) evidence -> proposals of `size` (H, W)."""
-        # Enlarging never exceeds the largest cell, so a class below the threshold everywhere cannot own a pixel.
-        active = torch.nonzero(evidence.amax(dim=(1, 2)) > self.threshold)[:, 0]
-        if not len(active):
-            return Proposals.build([], [], size, labels=[])
-        best, owner = upsample_grid(evidence[active], size).max(dim=0)
-        values, owners = best.cpu().numpy(), owner.cpu().numpy()
-        masks, scores, labels = [], [], []
-        minimum = max(1, int(self.filters["min_area"] * values.size))
-        for position, label in enumerate(active.tolist()):
-            for mask in connected_components((owners == position) & (values > self.threshold), minimum):
-                if float(values[mask].max()) < self.peak:
-                    continue
-                masks.append(mask)
-                scores.append(self._score(float(values[mask].mean())))
-                labels.append(label)
-        proposals = filter_proposals(Proposals.build(masks, scores, size, labels), **self.filters)
-        return top_k(mask_nms(top_k(proposals, 5 * self.top), self.nms), self.top)
+        return cut_instances(evidence, size, self.cutting, self._score, image, features)
 
     def _score(self, mean_evidence: float) -> float:
         """Mean evidence as a score in [0, 1]; deviations through a sigmoid, .5 at the threshold."""
         if self.calibration is not None:
-            return float(1 / (1 + np.exp(self.threshold - mean_evidence)))
+            return float(1 / (1 + np.exp(self.cutting.threshold - mean_evidence)))
         return float(np.clip(mean_evidence, 0, 1))
 
 
-def _check_options(attention: str, sigma: float, side: str, calibration: str | None, background: Sequence[str]) -> None:
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention {attention!r} is unknown; use one of {', '.join(ATTENTIONS)}")
-    if not sigma > 0:
-        raise ValueError(f"sigma {sigma} is no width of a gaussian; use patches above 0 (NACLIP's is 5)")
-    if side not in ("shorter", "longer"):
-        raise ValueError(f"side {side!r} is unknown; use 'shorter' or 'longer'")
+class MapCache:
+    """Maps of batches of pictures, oldest dropped first, at most `limit` bytes in main memory.
+
+    A batch is found only as a whole, in its order: a picture's floats may depend in their last bits on its batch mates,
+    and labels must not depend on what happens to be cached.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._batches: OrderedDict[tuple, list[tuple[torch.Tensor, torch.Tensor | None]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @staticmethod
+    def key(images: Sequence[Image.Image], rows: Sequence[Row] | None) -> tuple:
+        """Ids, where known, and checksums of the pixels."""
+        ids = [None] * len(images) if rows is None else [(row["image_id"], row["file_name"]) for row in rows]
+        return tuple((i, image.size, zlib.crc32(np.asarray(image))) for i, image in zip(ids, images))
+
+    def put(self, key: tuple, encoded: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+        """Keep a batch's maps; one that is larger than the limit is not kept."""
+        kept = [(maps.cpu(), None if features is None else features.cpu()) for maps, features in encoded]
+        size = _bytes(kept)
+        if size > self.limit or key in self._batches:
+            return
+        while self.held + size > self.limit:
+            self.held -= _bytes(self._batches.popitem(last=False)[1])
+        self._batches[key] = kept
+        self.held += size
+
+    def pop(self, images: Sequence[Image.Image], rows: Sequence[Row] | None):
+        """A batch's maps, which are then forgotten, or None."""
+        if not self._batches:
+            return None
+        found = self._batches.pop(self.key(images, rows), None)
+        self.held -= 0 if found is None else _bytes(found)
+        return found
+
+
+def _bytes(encoded: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for pair in encoded for tensor in pair if tensor is not None)
+
+
+def _sort_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the recipe and of the cutting. Raises TypeError for an unknown one."""
+    groups = [{field.name for field in fields(kind)} for kind in (Recipe, Cutting)]
+    unknown = sorted(set(options) - groups[0] - groups[1])
+    if unknown:
+        raise TypeError(
+            f"unknown option {unknown[0]!r} of the clip labeler; it takes {', '.join(sorted(set.union(*groups)))}"
+        )
+    return tuple({name: value for name, value in options.items() if name in group} for group in groups)
+
+
+def _with_defaults(cutting: Cutting, kind: str) -> Cutting:
+    threshold, peak, min_score = DEFAULTS[kind]
+    threshold = threshold if cutting.threshold is None else cutting.threshold
+    peak = (threshold if peak is None else peak) if cutting.peak is None else cutting.peak
+    min_score = min_score if cutting.min_score is None else cutting.min_score
+    return replace(cutting, threshold=threshold, peak=peak, min_score=min_score)
+
+
+def _check_calibration(calibration: str | None, background: Sequence[str]) -> None:
     if calibration not in (None, "zscore"):
         raise ValueError(f"calibration {calibration!r} is unknown; use 'zscore' or None")
     if calibration is not None and background:
         raise ValueError("background names and calibration exclude each other; set calibration=None")
+
+
+def _digest(text: TextEmbeddings) -> str:
+    """A short fingerprint of precomputed vectors."""
+    content = text.vectors.float().cpu().contiguous().numpy().tobytes()
+    return hashlib.sha256(content + text.owners.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-# Seven of CLIP's ImageNet templates that its authors report to do about as well as all eighty.
-TEMPLATES = (
-    "itap of a {}.",
-    "a bad photo of the {}.",
-    "a origami {}.",
-    "a photo of the large {}.",
-    "a {} in a video game.",
-    "art of the {}.",
-    "a photo of the small {}.",
-)
+from .prompt_templates import TEMPLATES, read_templates
 
 
 @dataclass(frozen=True)
 class TextEmbeddings:
-    """vectors: (T, D), unit length, one a synonym. owners: (T,) int64, the class of each. count: number of classes."""
+    """vectors: (T, D), unit length, one a name. owners: (T,) int64, the class of each. count: number of classes.
+    names: (T,) what each vector stands for."""
 
     vectors: torch.Tensor
     owners: torch.Tensor
     count: int
+    names: tuple[str, ...] = ()
 
     def per_class(self, values: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Best synonym of every class: reduces axis `dim` from T to `count`."""
@@ -35,6 +32,10 @@ class TextEmbeddings:
             return values
         parts = [values.index_select(dim, torch.nonzero(self.owners == k)[:, 0]).amax(dim) for k in range(self.count)]
         return torch.stack(parts, dim=dim)
+
+    def to(self, device: torch.device | str) -> TextEmbeddings:
+        """The same on another device."""
+        return replace(self, vectors=self.vectors.to(device), owners=self.owners.to(device))
 
 
 def split_synonyms(entry: str) -> list[str]:
@@ -64,32 +65,135 @@ def read_vocabulary(text: str | os.PathLike[str]) -> list[str]:
 
 
 @torch.inference_mode()
-def embed_classes(
-    model: torch.nn.Module,
-    tokenizer,
-    entries: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
-    batch_size: int = 256,
-) -> TextEmbeddings:
-    """CLIP text embeddings of vocabulary entries.
+def encode_texts(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
+    """Embeddings of prompts by the text tower of a CLIP or SigLIP model, not normalised: (N, D) float32.
 
-    Each synonym: the normalised embeddings of all templates, averaged, normalised (Radford et al. 2021, 3.1.4).
-    Raises ValueError for no entries or for a template without {}.
+    SigLIP was trained on prompts padded to full length without a mask and reads its last token; CLIP's are padded to
+    the longest of the batch and masked.
     """
-    if not entries:
-        raise ValueError("the vocabulary is empty: give at least one class name")
-    wrong = [template for template in templates if "{}" not in template]
-    if wrong or not templates:
-        raise ValueError(f"prompt templates need a {{}} for the class name, got {wrong or 'no template'}")
-    names = [split_synonyms(entry) for entry in entries]
-    flat = [name for synonyms in names for name in synonyms]
-    prompts = [template.format(name) for name in flat for template in templates]
+    siglip = model.config.model_type != "clip"
+    padding, keys = ("max_length", ("input_ids",)) if siglip else (True, ("input_ids", "attention_mask"))
     device = next(model.parameters()).device
     parts = []
     for start in range(0, len(prompts), batch_size):
-        tokens = tokenizer(prompts[start : start + batch_size], padding=True, truncation=True, return_tensors="pt")
-        tokens = {key: tokens[key].to(device) for key in ("input_ids", "attention_mask")}
-        parts.append(model.get_text_features(**tokens).pooler_output.float())
-    vectors = F.normalize(torch.cat(parts), dim=-1).view(len(flat), len(templates), -1)
-    owners = torch.tensor([k for k, synonyms in enumerate(names) for _ in synonyms], device=device)
-    return TextEmbeddings(F.normalize(vectors.mean(dim=1), dim=-1), owners, len(entries))
+        tokens = tokenizer(
+            list(prompts[start : start + batch_size]),
+            padding=padding,
+            truncation=True,
+            max_length=model.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        parts.append(model.get_text_features(**{key: tokens[key].to(device) for key in keys}).pooler_output.float())
+    return torch.cat(parts)
+
+
+def embed_classes(
+    model: torch.nn.Module,
+    tokenizer: Any,
+    entries: Sequence[str],
+    templates: str | Sequence[str] = TEMPLATES,
+    batch_size: int = 256,
+) -> TextEmbeddings:
+    """Text embeddings of vocabulary entries, by the text tower of a CLIP or SigLIP model.
+
+    Each synonym: the normalised embeddings of all templates (`read_templates`), averaged, normalised (Radford et al.
+    2021, 3.1.4). Raises ValueError for no entries, a template without {}, or a model without text tower.
+    """
+    if not entries:
+        raise ValueError("the vocabulary is empty: give at least one class name")
+    if tokenizer is None or not hasattr(model, "get_text_features"):
+        raise ValueError("the model was loaded without its text tower: give precomputed text embeddings")
+    templates = read_templates(templates)
+    names = [split_synonyms(entry) for entry in entries]
+    flat = [name for synonyms in names for name in synonyms]
+    prompts = [template.format(name) for name in flat for template in templates]
+    vectors = F.normalize(encode_texts(model, tokenizer, prompts, batch_size), dim=-1)
+    vectors = vectors.view(len(flat), len(templates), -1).mean(dim=1)
+    owners = torch.tensor([k for k, synonyms in enumerate(names) for _ in synonyms], device=vectors.device)
+    return TextEmbeddings(F.normalize(vectors, dim=-1), owners, len(entries), tuple(flat))
+
+
+def save_text_embeddings(path: str | os.PathLike[str], text: TextEmbeddings, **metadata: str) -> None:
+    """Write embeddings as safetensors: `text_embeds` (T, D) float32, and `names`, a JSON list of T names, in the
+    metadata beside further words such as the encoder's name. Raises ValueError for embeddings without names."""
+    if len(text.names) != len(text.vectors):
+        raise ValueError(f"{path}: {len(text.vectors)} text embeddings but {len(text.names)} names")
+    tensors = {"text_embeds": text.vectors.float().cpu().contiguous()}
+    save_file(tensors, os.fspath(path), metadata={**metadata, "names": json.dumps(list(text.names))})
+
+
+def load_text_embeddings(
+    path: str | os.PathLike[str],
+    entries: Sequence[str] | None = None,
+    names: Sequence[str] | str | os.PathLike[str] | None = None,
+) -> TextEmbeddings:
+    """Text embeddings from a safetensors file, normalised, in the order of `entries`.
+
+    Args:
+        path: a file with one matrix, (T, D) or (D, T), or one matrix called `text_embeds` among others.
+        entries: vocabulary entries; every name, synonyms included, must be in the file. None: all names, each a class.
+        names: the T names, or a JSON file with a list of them. None: the metadata's `names` (a JSON list), else the
+            file NAME.json beside NAME.safetensors.
+
+    Raises ValueError naming the file and what is wrong: no names, no or several matrices, sizes that do not fit, names
+    that occur twice, or vocabulary names that are not in the file.
+    """
+    path = os.fspath(path)
+    matrix, metadata = _read_matrix(path)
+    known = _read_names(path, names, metadata)
+    if len(known) not in matrix.shape:
+        raise ValueError(f"text embeddings {path}: {len(known)} names for a matrix of {tuple(matrix.shape)}")
+    vectors = F.normalize((matrix if matrix.shape[0] == len(known) else matrix.T).float(), dim=-1)
+    place = {name: row for row, name in enumerate(known)}
+    if len(place) < len(known):
+        doubled = next(name for name in known if known.count(name) > 1)
+        raise ValueError(f"text embeddings {path}: the name {doubled!r} occurs twice")
+    wanted = [split_synonyms(entry) for entry in entries] if entries is not None else [[name] for name in known]
+    missing = [name for synonyms in wanted for name in synonyms if name not in place]
+    if missing:
+        raise ValueError(
+            f"text embeddings {path}: no vector for {len(missing)} names, such as {', '.join(map(repr, missing[:3]))}; "
+            f"its {len(known)} names begin with {', '.join(map(repr, known[:5]))}"
+        )
+    flat = tuple(name for synonyms in wanted for name in synonyms)
+    owners = torch.tensor([k for k, synonyms in enumerate(wanted) for _ in synonyms])
+    return TextEmbeddings(vectors[[place[name] for name in flat]], owners, len(wanted), flat)
+
+
+def _read_matrix(path: str) -> tuple[torch.Tensor, dict[str, str]]:
+    if not os.path.isfile(path):
+        raise ValueError(f"text embeddings {path}: no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            keys = file.keys()
+            shapes = {key: file.get_slice(key).get_shape() for key in keys}
+            matrices = [key for key, shape in shapes.items() if len(shape) == 2]
+            key = "text_embeds" if "text_embeds" in matrices else matrices[0] if len(matrices) == 1 else None
+            if key is None:
+                raise ValueError(f"text embeddings {path}: needs one matrix, has tensors of shapes {shapes}")
+            return file.get_tensor(key), file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"text embeddings {path}: not a safetensors file ({error})") from error
+
+
+def _read_names(path: str, names: Sequence[str] | str | os.PathLike[str] | None, metadata: dict[str, str]) -> list[str]:
+    where = path
+    if names is not None and not isinstance(names, (str, os.PathLike)):
+        return list(names)
+    if names is None and "names" in metadata:
+        content = metadata["names"]
+    else:
+        where = os.fspath(names) if names is not None else os.path.splitext(path)[0] + ".json"
+        if not os.path.isfile(where):
+            raise ValueError(
+                f"text embeddings {path}: no names in its metadata and no file {where}; give a JSON list of the names"
+            )
+        with open(where, encoding="utf-8") as stream:
+            content = stream.read()
+    try:
+        values = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"names in {where}: not JSON ({error})") from error
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"names in {where}: must be a JSON list of words")
+    return values
