@@ -169,6 +169,38 @@ def test_pre_training_checkpoints_keep_the_prompt_projection(golden, tmp_path):
         convert_checkpoint(tmp_path / "pre.pth", tmp_path / "again", classes=["a", "b"])
 
 
+RECORDED = {"knet_inst": "test.stage2.cls_score", "queryinst": "test.cls_score"}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("with_config", [True, False])
+def test_knet_and_queryinst_predict_as_recorded(golden, tmp_path, name, with_config):
+    tensors, info = golden(name)
+    extra = {"roi_head.mask_head.0.cls_clip_fcs.0.weight": torch.zeros(2, 2)}  # of a pre-training checkpoint
+    torch.save({"state_dict": state_of(tensors) | extra}, tmp_path / "model.pth")
+    (tmp_path / "config.json").write_text(json.dumps(info["config"]))
+    # What the weights cannot tell has to be given where it is not the paper's.
+    settings = {"mask_padding": False} if name == "queryinst" else {}
+    if not with_config:
+        settings |= {"num_attention_heads": 4}
+        settings |= {"finest_scale": 14} if name == "queryinst" else {"norm_groups": 8}
+    report = convert_checkpoint(
+        tmp_path / "model.pth",
+        tmp_path / "out",
+        config=tmp_path / "config.json" if with_config else None,
+        settings=settings,
+    )
+    assert list(report.dropped) == list(extra)
+    model = AutoModelForInstanceSegmentation.from_pretrained(tmp_path / "out").eval()
+    pixel_mask = torch.zeros_like(tensors["input.img"][:, 0])
+    for one, meta in zip(pixel_mask, info["img_metas"]):
+        one[: meta["img_shape"][0], : meta["img_shape"][1]] = 1
+    with torch.no_grad():  # the original K-Net does not look at the mask
+        output = model(tensors["input.img"], pixel_mask=pixel_mask if name == "queryinst" else None)
+    torch.testing.assert_close(output.class_queries_logits, tensors[RECORDED[name]], rtol=1e-4, atol=1e-4)
+
+
 def detectron2_name(name: str) -> str:
     """mmdetection's name of a tensor -> that of the first release. Written from the published list of names."""
     levels = {"0": "1"}

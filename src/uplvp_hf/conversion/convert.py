@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -17,7 +18,9 @@ from ..files import write_json
 from .backbones import convert_resnet_backbone, resnet_config_of
 from .checkpoint_file import CheckpointError, detect_format, read_checkpoint
 from .detectron2 import convert_detectron2_mask2former
+from .knet import config_from_mmdet_knet, convert_mmdet_knet
 from .mask2former import config_from_mmdet, convert_mmdet_mask2former
+from .queryinst import config_from_mmdet_queryinst, convert_mmdet_queryinst
 from .report import ConversionReport
 
 # Tensors of the originals that have no place in ours, with the reason that the report gives.
@@ -75,6 +78,49 @@ def mask2former_settings(state: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def knet_settings(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Settings of `KNetConfig`, and `num_labels`, read off tensors under our names.
+
+    Attention heads, norm groups, losses and costs leave no trace in the weights; they keep their defaults.
+    """
+    kernels, stage = state["model.kernel_head.kernels.weight"], "model.stages.0."
+    return {
+        "backbone_config": resnet_config_of(_inside(state, "model.backbone.")),
+        "num_labels": state[f"{stage}classifier.weight"].shape[0],
+        "num_queries": kernels.shape[0],
+        "hidden_size": kernels.shape[1],
+        "num_stages": _count(state, r"model\.stages\.(\d+)\..+"),
+        "intermediate_size": state[f"{stage}fc1.weight"].shape[0],
+        "num_localization_layers": _count(state, r"model\.kernel_head\.localization\.(\d+)\..+"),
+        "num_semantic_layers": _count(state, r"model\.kernel_head\.semantic\.(\d+)\..+"),
+        # linear layer, norm and ReLU stand in one list
+        "num_class_layers": (_count(state, r"model\.stages\.0\.class_layers\.(\d+)\..+") + 1) // 3 or 1,
+        "num_mask_layers": (_count(state, r"model\.stages\.0\.mask_layers\.(\d+)\..+") + 1) // 3 or 1,
+    }
+
+
+def queryinst_settings(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Settings of `QueryInstConfig`, and `num_labels`, read off tensors under our names.
+
+    Attention heads, the size of mask windows, losses and costs leave no trace in the weights; they keep their defaults.
+    """
+    features, stage = state["model.proposal_features.weight"], "model.stages.0."
+    width = features.shape[1]
+    return {
+        "backbone_config": resnet_config_of(_inside(state, "model.backbone.")),
+        "num_labels": state[f"{stage}class_predictor.weight"].shape[0],
+        "num_queries": features.shape[0],
+        "hidden_size": width,
+        "num_stages": _count(state, r"model\.stages\.(\d+)\..+"),
+        "intermediate_size": state[f"{stage}fc1.weight"].shape[0],
+        "dynamic_channels": state[f"{stage}dynamic_conv.kernels.weight"].shape[0] // (2 * width),
+        "num_class_layers": _count(state, r"model\.stages\.0\.class_layers\.(\d+)\..+"),
+        "num_box_layers": _count(state, r"model\.stages\.0\.box_layers\.(\d+)\..+"),
+        "num_mask_layers": _count(state, r"model\.mask_heads\.0\.convs\.(\d+)\..+"),
+        "box_pool_size": math.isqrt(state[f"{stage}dynamic_projection.weight"].shape[1] // width),
+    }
+
+
 def _inside(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
@@ -86,6 +132,8 @@ def _count(state: dict[str, Tensor], pattern: str) -> int:
 
 def _formats() -> dict[str, _Format]:
     return {
+        "knet": _Format("knet", convert_mmdet_knet, knet_settings, config_from_mmdet_knet),
+        "queryinst": _Format("queryinst", convert_mmdet_queryinst, queryinst_settings, config_from_mmdet_queryinst),
         "mask2former-mmdet": _Format("mask2former", convert_mmdet_mask2former, mask2former_settings, config_from_mmdet),
         "mask2former-detectron2": _Format("mask2former", convert_detectron2_mask2former, mask2former_settings, None),
     }
