@@ -259,8 +259,8 @@ def test_folders_and_splits(make_coco, annotation, tmp_path):
 
 def test_paths_that_are_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "note.txt").write_text("x")
-    for path, reason in (("empty", "holds no pictures"), ("none", "no such file"), ("note.txt", "is neither a folder")):
+    (tmp_path / "note.md").write_text("x")
+    for path, reason in (("empty", "holds no pictures"), ("none", "no such file"), ("note.md", "is neither a folder")):
         with pytest.raises(DataError, match=rf"{path}: {reason}"):
             load_dataset_rows(tmp_path / path)
     with pytest.raises(DataError, match="no such image folder"):

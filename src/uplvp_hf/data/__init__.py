@@ -2,9 +2,10 @@
 
 from .coco import read_coco, write_coco
 from .collator import collate
-from .dataset import InstanceDataset, Objects, Row, empty_objects
+from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
 from .errors import DataError, ImageError
 from .images import image_size, open_image, to_rgb
+from .inputs import read_huggingface, read_path_list
 from .rle import (
     decode_segmentation,
     encode_mask,
@@ -18,7 +19,7 @@ from .rle import (
 )
 from .rows import load_dataset_rows, read_image_folder
 from .splits import sample_labels_per_class
-from .store_reader import read_header, read_store, shard_files
+from .store_reader import read_failures, read_header, read_store, shard_files, stream_store
 from .training_set import TrainingSet
 from .transforms import TrainTransform
 
@@ -28,6 +29,7 @@ __all__ = [
     "InstanceDataset",
     "Objects",
     "Row",
+    "RowStream",
     "TrainTransform",
     "TrainingSet",
     "collate",
@@ -42,14 +44,18 @@ __all__ = [
     "masks_to_boxes",
     "open_image",
     "read_coco",
+    "read_failures",
     "read_header",
+    "read_huggingface",
     "read_image_folder",
+    "read_path_list",
     "read_store",
     "rle_areas",
     "rle_boxes",
     "sample_labels_per_class",
     "segmentation_to_rle",
     "shard_files",
+    "stream_store",
     "to_rgb",
     "write_coco",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
-from ..files import write_json
-from .dataset import InstanceDataset, Row, empty_objects
+from ..files import replacing
+from .dataset import InstanceDataset, Row, RowStream, empty_objects
 from .errors import DataError
 from .fields import (
     finite_number,
@@ -173,24 +174,31 @@ def read_coco(path: str | os.PathLike[str], images: str | os.PathLike[str]) -> I
     return InstanceDataset(list(reader.rows.values()), reader.categories, path, reader.failures)
 
 
-def write_coco(dataset: InstanceDataset, path: str | os.PathLike[str]) -> None:
-    """Write rows as a COCO instance file (with a `score` in each annotation), all of it or nothing.
+def write_coco(dataset: InstanceDataset | RowStream, path: str | os.PathLike[str]) -> None:
+    """Write rows as a COCO instance file (with a `score` in each annotation), all of it or nothing, a row at a time.
 
     `read_coco` gives the same rows again, given the folder that the file names are relative to. Raises DataError when
     an image id occurs twice, ValueError for numbers that JSON cannot hold (nan), OSError when it cannot be written.
     """
-    path = os.path.abspath(os.fspath(path))
-    images, annotations, seen = [], [], set()
-    for row in dataset.rows:
-        if row["image_id"] in seen:
-            raise DataError(f"image id {row['image_id']!r} occurs twice", file=dataset.name or None)
-        seen.add(row["image_id"])
-        images.append(
-            {"id": row["image_id"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
-        )
-        objects = row["objects"]
-        for k in range(len(objects["category_id"])):
-            values = {key: objects[key][k] for key in objects}
-            annotations.append({"id": len(annotations) + 1, "image_id": row["image_id"], **values})
-    content = {"images": images, "annotations": annotations, "categories": dataset.categories}
-    write_json(path, content, indent=None)
+    with replacing(os.path.abspath(os.fspath(path))) as stream:
+        stream.write('{"images": [')
+        seen: set[int | str] = set()
+        for row in dataset:
+            if row["image_id"] in seen:
+                raise DataError(f"image id {row['image_id']!r} occurs twice", file=dataset.name or None)
+            keys = {"id": "image_id", "file_name": "file_name", "width": "width", "height": "height"}
+            _write_entry(stream, {name: row[key] for name, key in keys.items()}, first=not seen)
+            seen.add(row["image_id"])
+        stream.write('], "annotations": [')
+        number = 0
+        for row in dataset:
+            objects = row["objects"]
+            for k in range(len(objects["category_id"])):
+                number += 1
+                values = {key: objects[key][k] for key in objects}
+                _write_entry(stream, {"id": number, "image_id": row["image_id"], **values}, first=number == 1)
+        stream.write(f'], "categories": {json.dumps(dataset.categories)}}}\n')
+
+
+def _write_entry(stream: IO[str], entry: dict[str, Any], first: bool) -> None:
+    stream.write(("\n" if first else ",\n") + json.dumps(entry, allow_nan=False))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -13,7 +12,7 @@ from PIL import Image
 
 from .errors import DataError
 from .images import as_rgb, open_bytes, open_image
-from .rle import decode_segmentation, segmentation_to_rle
+from .rle import decode_segmentation
 
 if TYPE_CHECKING:
     import datasets
@@ -183,39 +182,12 @@ class InstanceDataset:
 
     def to_hf_dataset(self) -> datasets.Dataset:
         """The rows as a `datasets.Dataset`: `image` is a `datasets.Image` (a path, decoded when read), and each object
-        is a struct of the lists above with every segmentation a compressed RLE, so that one schema fits all.
+        is a struct of the lists above with every segmentation a compressed RLE, so that one schema fits all, and with
+        its class as a `ClassLabel` in `category`.
 
         `datasets` always turns pictures upright, also those that `load_image` leaves as stored for their annotations.
         Raises DataError for a malformed segmentation.
         """
-        import datasets
+        from .arrow import has_text_ids, rows_to_dataset
 
-        text_ids = any(isinstance(row["image_id"], str) for row in self.rows)
-        number, integer = datasets.Value("float64"), datasets.Value("int64")
-        features = datasets.Features(
-            {
-                "image": datasets.Image(),
-                "image_id": datasets.Value("string") if text_ids else integer,
-                "file_name": datasets.Value("string"),
-                "width": integer,
-                "height": integer,
-                "objects": {
-                    "segmentation": datasets.List({"size": datasets.List(integer), "counts": datasets.Value("string")}),
-                    "category_id": datasets.List(integer),
-                    "bbox": datasets.List(datasets.List(number)),
-                    "area": datasets.List(number),
-                    "iscrowd": datasets.List(integer),
-                    "score": datasets.List(number),
-                },
-            }
-        )
-        rows = []
-        for row in self.rows:
-            codes = [segmentation_to_rle(s, row["height"], row["width"]) for s in row["objects"]["segmentation"]]
-            image_id = str(row["image_id"]) if text_ids else row["image_id"]
-            image = os.fspath(row["image"]) if not isinstance(row["image"], Image.Image) else row["image"]
-            rows.append(
-                {**row, "image": image, "image_id": image_id, "objects": {**row["objects"], "segmentation": codes}}
-            )
-        columns = {key: [row[key] for row in rows] for key in features}
-        return datasets.Dataset.from_dict(columns, features=features)
+        return rows_to_dataset(self.rows, has_text_ids(self.rows), self.categories)

@@ -1,13 +1,15 @@
-"""One way in for every kind of data: COCO files and folders, pseudo-label stores, plain folders of pictures."""
+"""One way in for every kind of data: COCO files and folders, pseudo-label stores, folders and lists of pictures, data
+sets of the `datasets` library."""
 
 from __future__ import annotations
 
 import os
 
 from .coco import read_coco, write_coco
-from .dataset import InstanceDataset, Objects, Row, empty_objects
+from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
 from .errors import DataError, ImageError
-from .images import IMAGE_SUFFIXES, image_size, open_image
+from .images import IMAGE_SUFFIXES, open_image
+from .inputs import LIST_SUFFIXES, is_hub_name, is_saved_dataset, read_huggingface, read_path_list, rows_of_files
 from .store_reader import read_store
 
 __all__ = [
@@ -16,11 +18,14 @@ __all__ = [
     "InstanceDataset",
     "Objects",
     "Row",
+    "RowStream",
     "empty_objects",
     "load_dataset_rows",
     "open_image",
     "read_coco",
+    "read_huggingface",
     "read_image_folder",
+    "read_path_list",
     "read_store",
     "write_coco",
 ]
@@ -51,15 +56,9 @@ def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
     path = os.path.abspath(os.fspath(path))
     if not os.path.isdir(path):
         raise DataError("no such folder", file=path)
-    rows, failures = [], []
-    for index, file in enumerate(_picture_files(path)):
-        name = os.path.relpath(file, path).replace(os.sep, "/")
-        try:
-            width, height = image_size(file)
-        except ImageError as error:
-            failures.append({"file": file, "row": f"picture {index}", "reason": error.reason})
-            continue
-        rows.append(Row(image=file, image_id=name, file_name=name, width=width, height=height, objects=empty_objects()))
+    files = _picture_files(path)
+    names = [os.path.relpath(file, path).replace(os.sep, "/") for file in files]
+    rows, failures = rows_of_files(files, names, [f"picture {index}" for index in range(len(files))])
     if not rows:
         reason = f"none of its {len(failures)} pictures can be read" if failures else "holds no pictures"
         raise DataError(reason, file=path, remedy=f"Looked for {' '.join(sorted(IMAGE_SUFFIXES))} in it and below.")
@@ -99,10 +98,11 @@ def _find_images(annotations: str) -> str:
 
 
 def _check_images(dataset: InstanceDataset) -> None:
-    for index, row in enumerate(dataset.rows):
+    for index in range(len(dataset)):
         try:
             dataset.load_image(index)
         except ImageError as error:
+            row = dataset[index]
             file = row["image"] if isinstance(row["image"], str) else row["file_name"]
             dataset.failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
 
@@ -112,7 +112,11 @@ def load_dataset_rows(
     images: str | os.PathLike[str] | None = None,
     split: str | None = None,
     check_images: bool = False,
-) -> InstanceDataset:
+    streaming: bool = False,
+    config: str | None = None,
+    image_column: str | None = None,
+    id_column: str | None = None,
+) -> InstanceDataset | RowStream:
     """Load whatever `path` is.
 
     Args:
@@ -120,33 +124,54 @@ def load_dataset_rows(
             a COCO instance file (.json);
             a folder with `annotations/*.json` and `images/`: its only file, or `instances.json`, or `{split}.json`;
             a pseudo-label store (a folder with `header.json`);
-            a folder of pictures, searched recursively: unlabelled rows.
+            a folder of pictures, searched recursively: unlabelled rows;
+            a text file (.txt, .lst) of picture paths, one a line, relative to the file: unlabelled rows;
+            a data set of the `datasets` library (see `inputs.read_huggingface`): OWNER/NAME on the Hub, a folder
+            written by `save_to_disk`, a Parquet file or a folder of them.
         images: folder that the file names of COCO files and stores are relative to; None: found beside the file.
-        split: which file of `annotations/`.
+        split: which file of `annotations/`, or which split of a `datasets` data set.
+        streaming, config, image_column, id_column: of a `datasets` data set. With streaming, a `RowStream`.
         check_images: open every picture now and list those that cannot be opened in `failures`; their rows stay. By
             default pictures are opened when they are used, and `load_image` raises ImageError then.
 
     Raises DataError for a path that is none of these, and as `read_coco`, `read_store` and `read_image_folder` do.
     """
-    path = os.path.abspath(os.fspath(path))
-    if not os.path.exists(path):
+    given, path = os.fspath(path), os.path.abspath(os.fspath(path))
+    hub = not os.path.exists(path) and is_hub_name(given)
+    if not hub and not os.path.exists(path):
         raise DataError("no such file or folder", file=path)
     if images is not None and not os.path.isdir(images):
         raise DataError("no such image folder", file=os.fspath(images))
+    if hub or is_saved_dataset(path):
+        columns = {"image_column": image_column, "id_column": id_column}
+        dataset = read_huggingface(given if hub else path, split, config, streaming, **columns)
+    else:
+        _refuse(path, streaming=streaming, config=config, image_column=image_column, id_column=id_column)
+        dataset = _load_files(path, images, split)
+    if check_images and isinstance(dataset, InstanceDataset):
+        _check_images(dataset)
+    return dataset
+
+
+def _refuse(path: str, **options: object) -> None:
+    for name, value in options.items():
+        if value:
+            raise DataError(f"`{name}` is for data sets of the `datasets` library, which this is not", file=path)
+
+
+def _load_files(path: str, images: str | os.PathLike[str] | None, split: str | None) -> InstanceDataset:
     has_annotations = os.path.isdir(os.path.join(path, "annotations"))
     if split is not None and not has_annotations:
         raise DataError(f"split {split!r} needs a folder with annotations/{split}.json", file=path)
     if os.path.isfile(path):
+        if path.lower().endswith(LIST_SUFFIXES):
+            return read_path_list(path)
         if not path.lower().endswith(".json"):
-            raise DataError("is neither a folder nor a .json file", file=path)
-        dataset = read_coco(path, images if images is not None else _find_images(path))
-    elif os.path.isfile(os.path.join(path, "header.json")):
-        dataset = read_store(path, images)
-    elif has_annotations:
+            raise DataError("is neither a folder nor a .json, .txt, .lst or .parquet file", file=path)
+        return read_coco(path, images if images is not None else _find_images(path))
+    if os.path.isfile(os.path.join(path, "header.json")):
+        return read_store(path, images)
+    if has_annotations:
         annotations = _find_annotations(path, split)
-        dataset = read_coco(annotations, images if images is not None else _find_images(annotations))
-    else:
-        dataset = read_image_folder(path)
-    if check_images:
-        _check_images(dataset)
-    return dataset
+        return read_coco(annotations, images if images is not None else _find_images(annotations))
+    return read_image_folder(path)

@@ -6,9 +6,10 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any
 
-from .dataset import OBJECT_KEYS, InstanceDataset, Row
+from .dataset import OBJECT_KEYS, InstanceDataset, Row, RowStream
 from .errors import DataError
 from .fields import image_identifier, inside, read_categories, read_json, require, require_list, whole_number
 
@@ -118,13 +119,26 @@ def read_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
     Raises DataError, naming file and line, for a bad header, no rows, lines that are not JSON, missing keys, lists of
     unequal length, unknown categories, RLEs of another size than the picture, and an image id in two rows.
     """
+    stream = stream_store(path, images)
+    rows = list(stream)
+    # A run that was killed has had no time to strike out the pictures that it labelled at its second attempt.
+    labelled = {row["image"] for row in rows} | {row["file_name"] for row in rows}
+    failures = [entry for entry in stream.failures if entry["file"] not in labelled]
+    return InstanceDataset(rows, stream.categories, stream.name, failures)
+
+
+def stream_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> RowStream:
+    """As `read_store`, with one shard in memory at a time; errors of the rows are met when they are reached."""
     path = os.path.abspath(os.fspath(path))
     header = read_header(path)
     categories = read_categories(header["categories"], os.path.join(path, "header.json"))
     known = {category["id"] for category in categories}
     root = os.fspath(images) if images is not None else header.get("image_root")
     image_root = None if root is None else os.path.join(path, root) if images is None else os.path.abspath(root)
-    rows: list[Row] = []
+    return RowStream(lambda: _rows(path, image_root, known), categories, path, read_failures(path))
+
+
+def _rows(path: str, image_root: str | None, known: set[int]) -> Iterator[Row]:
     seen: dict[int | str, str] = {}
     for file in shard_files(path):
         for where, entry in _lines(file):
@@ -137,10 +151,6 @@ def read_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
                     remedy="Two runs wrote into one store; keep one of the two shards.",
                 )
             seen[row["image_id"]] = f"{os.path.basename(file)}, {where}"
-            rows.append(row)
-    if not rows:
+            yield row
+    if not seen:
         raise DataError("holds no finished rows", file=path, remedy="Let the labelling run to its end.")
-    # A run that was killed has had no time to strike out the pictures that it labelled at its second attempt.
-    labelled = {row["image"] for row in rows} | {row["file_name"] for row in rows}
-    failures = [entry for entry in read_failures(path) if entry["file"] not in labelled]
-    return InstanceDataset(rows, categories, path, failures)

@@ -3,6 +3,7 @@
 from .class_map import read_class_map, resolve_class_map
 from .dense_clip import Clip, dense_features, load_clip
 from .encoders import Encoder, load_encoder
+from .export import export_coco, export_parquet, store_to_dataset
 from .foreground import ForegroundLabeler
 from .instances import Proposals
 from .language_vision import DenseClipLabeler
@@ -33,6 +34,8 @@ __all__ = [
     "StoreError",
     "StoreWriter",
     "dense_features",
+    "export_coco",
+    "export_parquet",
     "label_images",
     "load_clip",
     "load_encoder",
@@ -41,4 +44,5 @@ __all__ = [
     "read_class_map",
     "read_vocabulary",
     "resolve_class_map",
+    "store_to_dataset",
 ]

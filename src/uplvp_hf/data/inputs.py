@@ -1,0 +1,276 @@
+"""More ways in: a text file of picture paths, and whatever the `datasets` library loads, streamed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from .dataset import OBJECT_KEYS, InstanceDataset, LazyRows, Row, RowStream, empty_objects
+from .errors import DataError, ImageError
+from .images import bytes_size, image_size
+
+if TYPE_CHECKING:
+    import datasets
+
+LIST_SUFFIXES = (".txt", ".lst")
+CATEGORIES_KEY = b"uplvp_categories"  # of the metadata of a Parquet file: the categories as JSON
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_SIZE_READERS = 16  # threads; reading the head of a file is waiting for the disk
+
+
+def sizes_of(files: list[str]) -> Iterator[tuple[int, int] | ImageError]:
+    """(width, height) of each picture file, or why there is none, in order."""
+
+    def read(file: str) -> tuple[int, int] | ImageError:
+        try:
+            return image_size(file)
+        except ImageError as error:
+            return error
+
+    with ThreadPoolExecutor(_SIZE_READERS) as pool:
+        for start in range(0, len(files), 4096):  # a million waiting calls would be memory for nothing
+            yield from pool.map(read, files[start : start + 4096])
+
+
+def rows_of_files(files: list[str], names: list[str], wheres: list[str]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Unlabelled rows of the files that are pictures, and the failures of the others. `names` become image ids."""
+    rows, failures = [], []
+    for file, name, where, size in zip(files, names, wheres, sizes_of(files)):
+        if isinstance(size, ImageError):
+            failures.append({"file": file, "row": where, "reason": size.reason})
+            continue
+        sides = {"width": size[0], "height": size[1]}
+        rows.append(Row(image=file, image_id=name, file_name=name, **sides, objects=empty_objects()))
+    return rows, failures
+
+
+def read_path_list(path: str | os.PathLike[str]) -> InstanceDataset:
+    """Unlabelled rows for a text file with the path of one picture a line, relative to the file; empty lines are left
+    out. `image_id` and `file_name` are the line.
+
+    Only the heads of the pictures are read; lines without a readable one are listed in `failures`. Raises DataError
+    for a file that is not UTF-8, a path in two lines, and when no picture is left.
+    """
+    path = os.path.abspath(os.fspath(path))
+    try:
+        with open(path, encoding="utf-8") as stream:
+            lines = [(f"line {number}", line.strip()) for number, line in enumerate(stream, start=1) if line.strip()]
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", file=path) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"is no UTF-8 text ({error})", file=path) from error
+    seen: dict[str, str] = {}
+    files = [os.path.normpath(os.path.join(os.path.dirname(path), line)) for _, line in lines]
+    for file, (where, line) in zip(files, lines):
+        if file in seen:
+            raise DataError(f"the picture {line!r} is also in {seen[file]}", file=path, row=where)
+        seen[file] = where
+    rows, failures = rows_of_files(files, [line for _, line in lines], [where for where, _ in lines])
+    if not rows:
+        reason = "names no pictures"
+        if failures:
+            reason = f"none of the {len(failures)} pictures it names can be read; {failures[0]['file']}: "
+            reason += failures[0]["reason"]
+        first = failures[0]["row"] if failures else None
+        raise DataError(reason, file=path, row=first, remedy="Write one path a line, relative to the file itself.")
+    return InstanceDataset(rows, [], path, failures)
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path that does not exist may be the name of a data set, OWNER/NAME, rather than a typing error."""
+    return bool(_HUB_NAME.fullmatch(path)) and not os.path.isdir(os.path.dirname(path))
+
+
+def is_saved_dataset(path: str) -> bool:
+    """Whether a path is a Parquet file, a folder of them, or what `save_to_disk` of `datasets` wrote; a pseudo-label
+    store stays one when it was exported into its own folder."""
+    if os.path.isfile(path):
+        return path.lower().endswith(".parquet")
+    is_store = os.path.isfile(os.path.join(path, "header.json"))
+    return not is_store and bool(_was_saved_to_disk(path) or _parquet_files(path))
+
+
+def _was_saved_to_disk(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, name)) for name in ("dataset_dict.json", "dataset_info.json"))
+
+
+def _parquet_files(path: str) -> list[str]:
+    if os.path.isfile(path):
+        return [path]
+    names = sorted(name for name in os.listdir(path) if name.endswith(".parquet") and not name.startswith("."))
+    return [os.path.join(path, name) for name in names]
+
+
+def read_huggingface(
+    source: str,
+    split: str | None = None,
+    config: str | None = None,
+    streaming: bool = False,
+    image_column: str | None = None,
+    id_column: str | None = None,
+) -> InstanceDataset | RowStream:
+    """Rows of a data set of the `datasets` library; pictures are read one at a time, never all.
+
+    Args:
+        source: OWNER/NAME on the Hub, a folder written by `save_to_disk`, a Parquet file or a folder of them.
+        split: needed where there are several. config: of a Hub data set with several.
+        streaming: rows one after the other as a `RowStream`, without a copy of the data set on the disk.
+        image_column: None: "image", or the only column of pictures.
+        id_column: numbers or texts that name a picture; None: "image_id" if there is such a column, else the running
+            number, which is the same in every run as long as the data set is.
+
+    Objects in the form of `labeling.export_parquet` are read, others are not: the rows are then unlabelled. Category
+    ids are those of the exported file, where it is at hand, else 0, 1, ... in the order of the names.
+    Raises DataError where several splits or columns could be meant and for ids that are in two rows, and whatever
+    `datasets` raises for a source that it cannot load.
+    """
+    data = _load(source, split, config, streaming)
+    features = data.features if data.features is not None else data._resolve_features().features
+    image = _image_column(features, image_column, source)
+    if id_column is None and "image_id" in features:
+        id_column = "image_id"
+    if id_column is not None and id_column not in features:
+        raise DataError(f"has no column {id_column!r}, only {sorted(features)}", file=source)
+    kept = {image, id_column, "file_name", "width", "height", "objects"}
+    data = data.select_columns([name for name in features if name in kept])  # others may hold more pictures
+    if _is_picture(features[image]):
+        import datasets
+
+        data = data.cast_column(image, datasets.Image(decode=False))
+    categories = _categories(features, source)
+    own_ids = _stored_categories(source) is not None
+
+    def row(number: int, example: dict[str, Any]) -> Row:
+        image_id = number if id_column is None else example[id_column]
+        return _row(source, example, example[image], image_id, own_ids if categories else None)
+
+    if streaming:
+        return RowStream(lambda: (row(number, example) for number, example in enumerate(data)), categories, source)
+    identify = _identifier(data, id_column, source)
+    return InstanceDataset(LazyRows(lambda k: row(k, data[k]), identify, range(len(data))), categories, source)
+
+
+def _load(source: str, split: str | None, config: str | None, streaming: bool) -> datasets.Dataset:
+    import datasets
+
+    if os.path.isdir(source) and _was_saved_to_disk(source):
+        data = datasets.load_from_disk(source)
+        data = _choose_split(data, split, source)
+        return data.to_iterable_dataset() if streaming else data
+    if os.path.exists(source):
+        data = datasets.load_dataset("parquet", data_files=_parquet_files(source), streaming=streaming)
+        return _choose_split(data, split, source)
+    try:
+        data = datasets.load_dataset(source, config, streaming=streaming)
+    except (OSError, ValueError) as error:
+        reason = f"no such file or folder, and no data set of this name can be loaded ({error})"
+        raise DataError(reason, file=source) from error
+    return _choose_split(data, split, source)
+
+
+def _choose_split(data: Any, split: str | None, source: str) -> datasets.Dataset:
+    if not isinstance(data, dict):
+        if split is not None:
+            raise DataError(f"has no splits, split {split!r} was asked for", file=source)
+        return data
+    if split is None and len(data) > 1:
+        raise DataError(f"has {len(data)} splits", file=source, remedy=f"Choose one by `split`: {', '.join(data)}.")
+    if split is not None and split not in data:
+        raise DataError(f"has no split {split!r}, only {', '.join(data)}", file=source)
+    return data[split or next(iter(data))]
+
+
+def _is_picture(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.Image)
+
+
+def _image_column(features: dict[str, Any], wanted: str | None, source: str) -> str:
+    if wanted is not None:
+        if wanted not in features:
+            raise DataError(f"has no column {wanted!r}, only {sorted(features)}", file=source)
+        return wanted
+    pictures = [name for name, feature in features.items() if _is_picture(feature)]
+    if "image" in pictures:
+        return "image"
+    if len(pictures) != 1:
+        raise DataError(
+            f"has {len(pictures)} columns of pictures {pictures} among {sorted(features)}",
+            file=source,
+            remedy="Choose one by `image_column`; a column of text is read as paths.",
+        )
+    return pictures[0]
+
+
+def _identifier(data: datasets.Dataset, column: str | None, source: str) -> Callable[[int], int | str]:
+    if column is None:
+        return lambda number: number
+    ids = data.with_format(None)[column][:]
+    seen: dict[int | str, int] = {}
+    for number, image_id in enumerate(ids):
+        if isinstance(image_id, bool) or not isinstance(image_id, (int, str)):
+            raise DataError(f"the image id {image_id!r} is no number or text", file=source, row=f"row {number}")
+        if image_id in seen:
+            raise DataError(f"image id {image_id!r} is also in row {seen[image_id]}", file=source, row=f"row {number}")
+        seen[image_id] = number
+    return ids.__getitem__
+
+
+def _stored_categories(source: str) -> list[dict[str, Any]] | None:
+    """Of the first Parquet file, where our export wrote them."""
+    if not os.path.exists(source) or _was_saved_to_disk(source) or not _parquet_files(source):
+        return None
+    import pyarrow.parquet
+
+    found = (pyarrow.parquet.read_schema(_parquet_files(source)[0]).metadata or {}).get(CATEGORIES_KEY)
+    return None if found is None else json.loads(found)
+
+
+def _categories(features: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    """Of the objects; none where there are no objects that could be read."""
+    objects = features.get("objects")
+    if not isinstance(objects, dict) or not {*OBJECT_KEYS, "category"} <= objects.keys():
+        return []
+    names = objects["category"].feature.names
+    return _stored_categories(source) or [{"id": k, "name": name} for k, name in enumerate(names)]
+
+
+def _row(source: str, example: dict[str, Any], picture: Any, image_id: int | str, own_ids: bool | None) -> Row:
+    """own_ids: whether `category_id` is to be kept, else it is the number of the class; None: no objects are read."""
+    image, path = _picture(picture, source)
+    name = example.get("file_name") or (os.path.basename(path) if path else str(image_id))
+    width, height = example.get("width"), example.get("height")
+    if not (isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0):
+        try:
+            width, height = bytes_size(image, name) if isinstance(image, bytes) else image_size(image)
+        except ImageError:
+            width = height = 0  # opening it will say why
+    objects = empty_objects()
+    if own_ids is not None:
+        objects = {key: list(example["objects"][key]) for key in OBJECT_KEYS}
+        if not own_ids:
+            objects["category_id"] = list(example["objects"]["category"])
+    return Row(image=image, image_id=image_id, file_name=name, width=width, height=height, objects=objects)
+
+
+def _picture(value: Any, source: str) -> tuple[str | bytes, str | None]:
+    """(file or content, its path if it has one) of an encoded picture, or of a path in a column of text."""
+    if value is None:
+        return b"", None
+    if isinstance(value, str):
+        base = source if os.path.isdir(source) else os.path.dirname(source)
+        return os.path.join(os.path.abspath(base), value), value
+    content, path = value["bytes"], value["path"]
+    if content is not None:
+        return content, path
+    if os.path.isfile(path) or "://" not in path:
+        return os.path.abspath(path), path
+    import fsspec
+
+    with fsspec.open(path, "rb") as stream:  # inside of an archive, or remote
+        return stream.read(), path
