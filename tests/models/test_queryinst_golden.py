@@ -147,7 +147,11 @@ def test_masks_in_matched_boxes(run):
     targets = None
     for stage, layer in enumerate(layers):
         picture, query = pairs.picture[stage], pairs.query[stage]
-        close(torch.cat([picture[:, None], boxes[stage, picture, query]], 1), tensors[f"train.stage{stage}.mask_rois"], 1e-4)
+        close(
+            torch.cat([picture[:, None], boxes[stage, picture, query]], 1),
+            tensors[f"train.stage{stage}.mask_rois"],
+            1e-4,
+        )
         assert torch.equal(pairs.label[stage], tensors[f"train.stage{stage}.mask_pos_labels"])
         logits = model.model.predict_masks(stage, layer, features, picture, query)
         close(logits, tensors[f"train.stage{stage}.mask_logits"], LOGITS)
@@ -222,8 +226,7 @@ def test_results_of_single_pictures(run, evaluated):
             scores, place = output.class_scores[row].flatten().topk(rcnn["max_per_img"])
             label, query = place % model.config.num_labels, place // model.config.num_labels
             boxes, grids = output.boxes[row, query], output.roi_mask_logits[row, query, label]
-            theirs = {name: tensors[f"test.img{i}.{name}"] for name in (
-                "topk_labels", "topk_boxes_img_scale", "mask_logits_of_topk", "bboxes_scores", "labels", "masks")}  # fmt: skip
+            theirs = {name.split(".")[2]: tensors[name] for name in tensors if name.startswith(f"test.img{i}.")}
             scale = torch.tensor(meta["scale_factor"])
             # Their lists have no order: line them up by the numbers that identify a row.
             for order, label_name, box_name, factor in (
@@ -240,7 +243,9 @@ def test_results_of_single_pictures(run, evaluated):
                     expected = theirs["masks"][order].bool()
                     differ = (pasted >= rcnn["mask_thr_binary"]) != expected
                     assert expected.any()
-                    assert (pasted[differ] - rcnn["mask_thr_binary"]).abs().max().item() < 1e-4 if differ.any() else True
+                    assert (
+                        (pasted[differ] - rcnn["mask_thr_binary"]).abs().max().item() < 1e-4 if differ.any() else True
+                    )
                     assert differ.float().mean() < 1e-5
                 else:
                     close(grids, theirs["mask_logits_of_topk"][order], LOGITS)

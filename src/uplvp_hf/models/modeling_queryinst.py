@@ -164,7 +164,7 @@ class QueryInstModel(QueryInstPreTrainedModel):
 
     def initial_queries(self, features: QueryInstFeatures) -> Tensor:
         """The learned proposal features, (B, N, D)."""
-        return self.proposal_features.weight[None].expand(len(features.sizes), -1, -1)
+        return self.proposal_features.weight[None].expand(features.sizes.shape[0], -1, -1)
 
     def initial_boxes(self, features: QueryInstFeatures) -> Tensor:
         """The learned proposal boxes on every picture, (B, N, 4) x1, y1, x2, y2 in pixels, float32."""
@@ -201,7 +201,7 @@ class QueryInstModel(QueryInstPreTrainedModel):
     ) -> Tensor:
         """Mask logits (M, K, S, S) of chosen queries, (M,) each, within their detached boxes."""
         head = self.mask_heads[stage]
-        if len(query) == 0 and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and len(query) == 0:
             # A zero that still touches the weights: no statistics can be taken over nothing.
             classes, side = head.class_masks.out_channels, 2 * self.config.mask_pool_size
             return layer.boxes.new_zeros((0, classes, side, side)) + sum(p.sum() for p in head.parameters()) * 0

@@ -88,7 +88,7 @@ class PyramidPooler(nn.Module):
             return torch.cat(parts)[torch.cat(places).argsort()]
         # Without a look at the indices: all boxes from all levels, those of other levels moved to where samples are
         # zero. Kernels for accelerators skip such samples.
-        nowhere = torch.cat([rois[:, :1], boxes.new_tensor([-9e3, -9e3, -8e3, -8e3]).expand(len(rois), 4)], dim=1)
+        nowhere = boxes.new_tensor([0.0, -9e3, -9e3, -8e3, -8e3])
         pooled = 0
         for index, (map_, stride) in enumerate(zip(maps, strides, strict=True)):
             chosen = torch.where((level == index)[:, None], rois, nowhere)

@@ -1,0 +1,169 @@
+"""Boxes and regions against recorded tensors and against one sample at a time."""
+
+import math
+
+import pytest
+import torch
+
+from uplvp_hf.models.roi import MAX_LOG_SCALE, PyramidPooler, apply_deltas, centre_to_corners, crop_masks
+from uplvp_hf.models.roi_masks import paste_masks
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return golden("mmdet_primitives")[0]
+
+
+@pytest.mark.golden
+def test_recorded_box_coder(recorded):
+    deltas = recorded["coder.deltas"]
+    # the recording has changes beyond the limit
+    assert (deltas[:, 2:].abs() > MAX_LOG_SCALE).any()
+    decoded = apply_deltas(recorded["box.a"], deltas, [0.5, 0.5, 1.0, 1.0])
+    torch.testing.assert_close(decoded, recorded["coder.decoded"], rtol=1e-5, atol=1e-4)
+    # decoding what was encoded leads back, where nothing is limited
+    back = apply_deltas(recorded["box.a"], recorded["coder.encoded"], [0.5, 0.5, 1.0, 1.0])
+    torch.testing.assert_close(back, recorded["box.b"], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(("side", "ratio"), [(7, 2), (14, 2)])
+def test_recorded_roi_align(recorded, side, ratio):
+    map_, rois = recorded["roialign.feat"], recorded["roialign.rois"]
+    expected = recorded[f"roialign.out{side}_sr{ratio}_scale0.125"]
+    pooler = PyramidPooler(side, ratio, finest_stride=8)
+    pooled = pooler([map_], rois[:, 1:], rois[:, 0].long())
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+    # pictures that fill the canvas, sample by sample
+    sizes = torch.tensor([[8 * map_.shape[2], 8 * map_.shape[3]]] * len(map_)).float()
+    single = pooler.pool(map_, rois, 8, sizes)
+    torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
+    for picture in range(len(map_)):
+        own = rois[:, 0] == picture
+        for given in (None, sizes[:1]):
+            graded = pooler.sample([map_[picture : picture + 1]], rois[own, 1:][None], given)
+            torch.testing.assert_close(graded, expected[own], rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.golden
+def test_recorded_mask_targets_and_pasting(recorded):
+    masks, boxes = recorded["mask_target.masks"].bool(), recorded["mask_target.boxes"]
+    height, width = masks.shape[-2:]
+    clipped = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
+    targets = crop_masks(masks, recorded["mask_target.gt_inds"], clipped, 28)
+    assert torch.equal(targets, recorded["mask_target.out28"])
+
+    expected = recorded["paste.out60x80"]
+    pasted = paste_masks(recorded["paste.masks"][:, 0], recorded["paste.boxes"], tuple(expected.shape[-2:]))
+    torch.testing.assert_close(pasted, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_pasting_of_an_even_grid_covers_the_box():
+    boxes = torch.tensor([[2.0, 3.0, 10.0, 9.0], [5.0, 5.0, 5.0, 8.0], [-4.0, -4.0, 4.0, 4.0]])
+    pasted = paste_masks(torch.ones(3, 28, 28), boxes, (12, 16))
+    expected = torch.zeros(3, 12, 16)
+    expected[0, 3:9, 2:10] = 1  # pixel centres within; no area: nothing; beyond the border: cut off
+    expected[2, :4, :4] = 1
+    assert torch.equal((pasted > 0.5).float(), expected)
+    assert paste_masks(torch.ones(0, 28, 28), torch.zeros(0, 4), (4, 5)).shape == (0, 4, 5)
+
+
+def align_slowly(map_, box, side, ratio, stride):
+    """RoIAlign of one box from (C, h, w), sample by sample."""
+    channels, height, width = map_.shape
+    x1, y1, x2, y2 = (value / stride - 0.5 for value in box)
+    pooled = torch.zeros(channels, side, side)
+    for row in range(side * ratio):
+        for column in range(side * ratio):
+            y = y1 + (row + 0.5) * (y2 - y1) / (side * ratio)
+            x = x1 + (column + 0.5) * (x2 - x1) / (side * ratio)
+            if y < -1 or y > height or x < -1 or x > width:
+                continue
+            y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+            top, left = int(y), int(x)
+            bottom, right = min(top + 1, height - 1), min(left + 1, width - 1)
+            value = (
+                map_[:, top, left] * (1 - y + top) * (1 - x + left) + map_[:, top, right] * (1 - y + top) * (x - left)
+                + map_[:, bottom, left] * (y - top) * (1 - x + left) + map_[:, bottom, right] * (y - top) * (x - left)
+            )  # fmt: skip
+            pooled[:, row // ratio, column // ratio] += value / ratio**2
+    return pooled
+
+
+@pytest.fixture
+def pyramid():
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 3, 64 // 2**level, 96 // 2**level, generator=generator) for level in range(4)]
+    centre = torch.rand(2, 9, 2, generator=generator) * torch.tensor([384.0, 256.0])
+    side = 300 * torch.rand(2, 9, 2, generator=generator) ** 2 + 4
+    return maps, torch.cat([centre - side / 2, centre + side / 2], -1)
+
+
+@pytest.mark.parametrize("way", ["index", "compiled", "sample"])
+def test_regions_come_from_the_level_of_their_size(pyramid, way, monkeypatch):
+    maps, boxes = pyramid
+    pooler = PyramidPooler(3, 2, finest_scale=28)
+    picture = torch.arange(2).repeat_interleave(9)
+    if way == "compiled":  # the branch without a look at the indices
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    pooled = pooler.sample(maps, boxes) if way == "sample" else pooler(maps, boxes.flatten(0, 1), picture)
+    used = set()
+    for row, (i, box) in enumerate(zip(picture.tolist(), boxes.flatten(0, 1).tolist(), strict=True)):
+        scale = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
+        level = min(max(math.floor(math.log2(scale / 28 + 1e-6)), 0), 3)
+        used.add(level)
+        expected = align_slowly(maps[level][i], box, 3, 2, 4 * 2**level)
+        torch.testing.assert_close(pooled[row], expected, rtol=1e-5, atol=3e-5)
+    assert len(used) >= 3
+
+
+@pytest.mark.parametrize("way", ["index", "compiled", "sample"])
+def test_regions_end_where_the_picture_ends(pyramid, way, monkeypatch):
+    """On a larger canvas, with edges repeated over the padding: as on a canvas of the picture's own size."""
+    maps, boxes = pyramid
+    small = [map_[:, :, : 40 // 2**level, : 56 // 2**level].clone() for level, map_ in enumerate(maps)]
+    pooler, picture = PyramidPooler(3, 2, finest_scale=28), torch.arange(2).repeat_interleave(9)
+    expected = pooler(small, boxes.flatten(0, 1), picture)
+    large = [
+        torch.nn.functional.pad(map_, (0, 24 // 2**level, 0, 8), mode="replicate") for level, map_ in enumerate(small)
+    ]
+    sizes = torch.tensor([[160.0, 224.0]] * 2)
+    if way == "compiled":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if way == "sample":
+        pooled = pooler.sample(large, boxes, sizes)
+    else:
+        pooled = pooler(large, boxes.flatten(0, 1), picture, sizes)
+    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=3e-5)
+    assert expected.abs().sum() > 0
+
+
+def test_gradient_for_boxes_is_that_of_finite_differences(pyramid):
+    maps, boxes = pyramid
+    pooler = PyramidPooler(2, 2, finest_scale=28)
+    maps, boxes = [map_.double() for map_ in maps], boxes[:, :3].double().requires_grad_()
+    weight = torch.randn(6, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (pooler.sample(maps, boxes) * weight).sum().backward()
+    step, numeric = 1e-5, torch.zeros_like(boxes)
+    with torch.no_grad():
+        for place in range(boxes.numel()):
+            change = torch.zeros(boxes.numel(), dtype=torch.float64)
+            change[place] = step
+            change = change.view_as(boxes)
+            both = [(pooler.sample(maps, boxes + sign * change) * weight).sum() for sign in (1, -1)]
+            numeric.view(-1)[place] = (both[0] - both[1]) / (2 * step)
+    torch.testing.assert_close(boxes.grad, numeric, rtol=1e-4, atol=1e-6)
+
+
+def test_mask_targets_are_the_masks_in_their_boxes():
+    mask = torch.zeros(2, 32, 48, dtype=torch.bool)
+    mask[0, 4:20, 8:40] = True
+    boxes = torch.tensor([[8.0, 4.0, 40.0, 20.0], [0.0, 4.0, 16.0, 20.0], [8.0, 4.0, 40.0, 20.0]])
+    targets = crop_masks(mask, torch.tensor([0, 0, 1]), boxes, 8)
+    assert targets[0].all() and not targets[2].any()
+    assert torch.equal(targets[1], torch.tensor([0.0] * 4 + [1.0] * 4).expand(8, 8))
+    assert crop_masks(mask, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4), 8).shape == (0, 8, 8)
+
+
+def test_corners():
+    assert centre_to_corners(torch.tensor([0.5, 0.5, 1.0, 1.0])).tolist() == [0, 0, 1, 1]
