@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from labeling_helpers import blob_picture, tiny_encoder
 
 from uplvp_hf.labeling import instances
-from uplvp_hf.labeling.foreground import ForegroundLabeler, Ridge
 from uplvp_hf.labeling.instances import Proposals
 
 
@@ -132,25 +130,3 @@ def test_matrix_nms_by_loops():
         assert got[j].item() == pytest.approx(scores[j].item() * min(decays), abs=1e-6)
     with pytest.raises(ValueError, match="'cubic' is unknown"):
         instances.matrix_nms(masks, scores, kernel="cubic")
-
-
-def test_ridge_is_the_normal_equation():
-    torch.manual_seed(0)
-    inputs, target = torch.randn(60, 5), torch.randn(6, 10)
-    stacked = torch.cat([inputs, (0.3 * 60) ** 0.5 * torch.eye(5)])  # ridge as least squares with extra rows
-    weights = torch.linalg.lstsq(stacked, torch.cat([target.flatten(), torch.zeros(5)])[:, None]).solution
-    want = (inputs @ weights).view(6, 10)
-    want = (want - want.mean()) / want.std()
-    torch.testing.assert_close(Ridge(inputs, 0.3).fit_predict(target), want, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("refine", [False, True])
-def test_foreground_batches_equal_single_pictures(refine):
-    labeler = ForegroundLabeler(tiny_encoder(), (64, 96), (96,), refine=refine, grid=48)
-    images = [blob_picture(0), blob_picture(1, 64, 80), blob_picture(2)]
-    for image, together in zip(images, labeler(images)):
-        (alone,) = labeler([image])
-        assert together.masks.shape[1:] == image.size[::-1]
-        assert (together.masks == alone.masks).all()
-        assert together.scores == pytest.approx(alone.scores, abs=1e-5)
-        assert ((together.scores >= 0.5) & (together.scores <= 1)).all()

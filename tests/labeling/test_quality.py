@@ -1,9 +1,13 @@
 """Proposal quality against sums over plain boolean arrays."""
 
+import copy
 import math
 
 import numpy as np
 import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from uplvp_hf.data.dataset import InstanceDataset, empty_objects
 from uplvp_hf.data.rle import encode_masks
@@ -45,6 +49,66 @@ def test_against_brute_force():
         assert got["recall" + suffix] == pytest.approx(np.mean(np.array(best_true) >= 0.45))
         assert got["precision" + suffix] == pytest.approx(np.mean(np.array(best_proposal) >= 0.45))
     assert (got["pictures"], got["instances"], got["proposals"]) == (4, 6, 9)
+
+
+def thirds():
+    """Three disjoint thirds of a picture."""
+    masks = np.zeros((3, 10, 12), bool)
+    for k in range(3):
+        masks[k, :, 4 * k : 4 * k + 4] = True
+    return masks
+
+
+def test_class_accuracy_of_covering_proposals():
+    masks = thirds()
+    off = np.zeros((10, 12), bool)
+    off[0, 0] = True  # covers nothing: its name does not count
+    true = dataset([(masks, [1, 1, 2], [0, 0, 0])], {1: "a", 2: "b"})
+    predicted = dataset([([masks[0], masks[1], masks[1], off], [1, 1, 2, 2], [0] * 4)], {1: "a", 2: "b"})
+    assert proposal_quality(predicted, true)["class_accuracy"] == pytest.approx(2 / 3)
+    assert math.isnan(proposal_quality(dataset([([off], [1], [0])], {1: "a"}), true)["class_accuracy"])
+
+
+def test_average_precision_is_pycocotools():
+    rng = np.random.default_rng(3)
+    base = thirds()
+    true = dataset([(base, [1, 1, 2], [0, 0, 0]), (base[:2], [2, 2], [0, 1])], {1: "b", 2: "a"})
+    pictures, scores = [], []
+    for _ in range(2):
+        masks = np.concatenate([base, base]) ^ (rng.random((6, 10, 12)) < 0.15)
+        pictures.append((masks, rng.integers(1, 3, 6), [0] * 6))
+        scores.append(rng.random(6).round(3).tolist())
+    predicted = dataset(pictures, {1: "a", 2: "b"})  # the ids carry swapped names
+    for row, values in zip(predicted.rows, scores):
+        row["objects"]["score"] = values
+    got = proposal_quality(predicted, true, average_precision=True)
+
+    annotations, results = [], []
+    for row in true.rows:
+        o = row["objects"]
+        for rle, label, crowd in zip(o["segmentation"], o["category_id"], o["iscrowd"]):
+            box = coco_mask.toBbox(rle).tolist()
+            entry = {"id": len(annotations) + 1, "image_id": row["image_id"], "category_id": label, "bbox": box}
+            annotations.append(entry | {"segmentation": rle, "iscrowd": crowd, "area": float(coco_mask.area(rle))})
+    for row in predicted.rows:
+        o = row["objects"]
+        for rle, label, score in zip(o["segmentation"], o["category_id"], o["score"]):
+            results.append(
+                {"image_id": row["image_id"], "category_id": 3 - int(label), "segmentation": rle, "score": score}
+            )
+    truth = COCO()
+    images = [{"id": row["image_id"], "width": 12, "height": 10} for row in true.rows]
+    truth.dataset = {"images": images, "annotations": annotations, "categories": [{"id": 1}, {"id": 2}]}
+    truth.createIndex()
+    for suffix, use_classes in (("", 0), ("_named", 1)):
+        evaluation = COCOeval(truth, truth.loadRes(copy.deepcopy(results)), "segm")
+        evaluation.params.useCats = use_classes
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        assert got["ap" + suffix] == pytest.approx(evaluation.stats[0])
+        assert got["ap50" + suffix] == pytest.approx(evaluation.stats[1])
+    assert 0 < got["ap_named"] < got["ap50"] < 1
 
 
 def test_perfect_and_empty():

@@ -18,76 +18,94 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..data.dataset import Row
-from .encoders import Encoder
+from ..data.rows import Row
+from .encoders import Encoder, group_by_size
 from .instances import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
 from .pipeline import LabelerBase
-from .saliency import group_by_size
 
 
 def standardise(values: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
-    """Zero mean, unit standard deviation over all elements."""
-    return (values - values.mean()) / (values.std() + eps)
+    """Zero mean, unit standard deviation over the last two dimensions."""
+    spread, mean = torch.std_mean(values, dim=(-2, -1), keepdim=True)
+    return (values - mean) / (spread + eps)
 
 
-def principal_map(features: torch.Tensor) -> torch.Tensor:
-    """Projection of the cells of (C, h, w) on their first principal component -> (h, w); the sign is arbitrary."""
-    cells = features.flatten(1).T  # (h*w, C)
-    cells = cells - cells.mean(dim=0)
-    left, values, _ = torch.linalg.svd(cells, full_matrices=False)
-    return (left[:, 0] * values[0]).view(features.shape[1:])
+def principal_map(features: torch.Tensor, iterations: int = 12, width: int = 4) -> torch.Tensor:
+    """Projection of the cells of (B, C, h, w) on their first principal component -> (B, h, w); the sign is arbitrary.
+
+    Subspace iteration with `width` vectors in place of a full decomposition: the error falls as (s_(width+1) / s_1)^(2
+    iterations) of the singular values.
+    """
+    cells = features.flatten(2).transpose(1, 2).float()  # (B, h*w, C)
+    cells = cells - cells.mean(dim=1, keepdim=True)
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(cells.shape[2], min(width, *cells.shape[1:]), generator=generator).to(cells)
+    basis = basis.expand(len(cells), -1, -1)
+    for _ in range(iterations):
+        basis = torch.linalg.qr(cells.transpose(1, 2) @ (cells @ basis)).Q
+    projected = cells @ basis
+    direction = torch.linalg.eigh(projected.transpose(1, 2) @ projected).eigenvectors[..., -1:]
+    return (projected @ direction)[..., 0].unflatten(1, features.shape[2:])
 
 
-def foreground_map(features: torch.Tensor, component: float = 1.0) -> torch.Tensor:
-    """Norm plus `component` times the first principal component, signed like the norm: (C, h, w) -> (h, w)."""
-    norm = standardise(features.norm(dim=0))
+def foreground_maps(features: torch.Tensor, component: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Standardised norm, and norm plus `component` times the first principal component, signed like the norm.
+
+    (B, C, h, w) -> two (B, h, w).
+    """
+    norm = standardise(features.norm(dim=1))
     if component == 0:
-        return norm
+        return norm, norm
     principal = standardise(principal_map(features))
-    sign = 1.0 if float((principal * norm).mean()) >= 0 else -1.0
-    return norm + component * sign * principal
+    sign = torch.where((principal * norm).mean(dim=(1, 2), keepdim=True) >= 0, 1.0, -1.0)
+    return norm, norm + component * sign * principal
 
 
 def regression_inputs(maps: Sequence[torch.Tensor], size: tuple[int, int], offsets: Sequence[float]) -> torch.Tensor:
-    """Predictors of every pixel of `size` (H, W): the standardised maps (C_l, h_l, w_l), the position to second order,
-    and 1 -> (H*W, D)."""
+    """Predictors of every cell of `size` (H, W): the standardised maps (B, C_l, h_l, w_l), the position to second
+    order, and 1 -> (B, D, H*W)."""
     columns = []
     for level, offset in zip(maps, offsets):
-        flat = upsample_grid(level, size, offset).flatten(1)
-        columns.append((flat - flat.mean(dim=1, keepdim=True)) / (flat.std(dim=1, keepdim=True) + 1e-3))
+        flat = upsample_grid(level, size, offset).flatten(2)
+        spread, mean = torch.std_mean(flat, dim=2, keepdim=True)
+        columns.append((flat - mean) / (spread + 1e-3))
     y = torch.linspace(-1, 1, size[0], device=columns[0].device)
     x = torch.linspace(-1, 1, size[1], device=columns[0].device)
     yy, xx = torch.meshgrid(y, x, indexing="ij")
-    columns.append(torch.stack([yy, xx, yy * yy, xx * xx, xx * yy, torch.ones_like(yy)]).flatten(1))
-    return torch.cat(columns).T
+    place = torch.stack([yy, xx, yy * yy, xx * xx, xx * yy, torch.ones_like(yy)]).flatten(1)
+    columns.append(place.expand(len(columns[0]), -1, -1))
+    return torch.cat(columns, dim=1)
 
 
 class Ridge:
-    """Closed-form ridge regression with one factorisation for several targets. inputs: (P, D)."""
+    """Closed-form ridge regressions, one a picture, with one factorisation for several targets. inputs: (B, D, P)."""
 
     def __init__(self, inputs: torch.Tensor, strength: float) -> None:
         self.inputs = inputs
-        penalty = strength * len(inputs) * torch.eye(inputs.shape[1], device=inputs.device)
-        self.factor = torch.linalg.cholesky(inputs.T @ inputs + penalty)
+        penalty = strength * inputs.shape[2] * torch.eye(inputs.shape[1], device=inputs.device)
+        self.factor = torch.linalg.cholesky(inputs @ inputs.transpose(1, 2) + penalty)
 
     def fit_predict(self, target: torch.Tensor) -> torch.Tensor:
-        """target: (h, w) with h*w = P -> fitted values (h, w), standardised."""
-        weights = torch.cholesky_solve(self.inputs.T @ target.reshape(-1, 1), self.factor)
-        return standardise((self.inputs @ weights).view(target.shape))
+        """target: (B, h, w) with h*w = P -> fitted values (B, h, w), standardised."""
+        weights = torch.cholesky_solve(self.inputs @ target.flatten(1)[..., None], self.factor)  # (B, D, 1)
+        return standardise((weights.transpose(1, 2) @ self.inputs).view(target.shape))
 
 
 class ForegroundLabeler(LabelerBase):
     """Foreground components as proposals; class-agnostic.
 
     Args:
-        encoder: a frozen backbone.
+        encoder: a frozen backbone. stage: the map whose norm and component are taken, counted from the finest (0) or
+            the last (-1). fine_stages: the maps that the regression reads.
         norm_sizes, component_sizes: longer sides in pixels at which the norm alone, and norm + component, are computed.
         component: weight of the principal component in the latter.
-        refine: sharpen by regression on the maps of stride 8 and 16 at the largest size.
+        refine: sharpen by regression on the maps of `fine_stages` at the largest size.
         strength: ridge penalty per pixel. blend: weight of the coarse map in the result.
-        grid: longer side in pixels of the map that is thresholded.
+        grid: longer side in cells of the map that is thresholded.
         min_area, max_area: shares of the picture's area. top: most instances a picture.
-        cell_offset: in cells of the last map; None takes the encoder's.
+        cell_offset: in cells of `stage`; None takes the encoder's.
+
+    Raises ValueError when there is no size, or nothing to refine with.
     """
 
     name = "foreground"
@@ -105,71 +123,89 @@ class ForegroundLabeler(LabelerBase):
         min_area: float = 0.02,
         max_area: float = 0.95,
         top: int = 20,
+        stage: int = -1,
+        fine_stages: Sequence[int] = (-3, -2),
         cell_offset: float | None = None,
     ) -> None:
         if not norm_sizes and not component_sizes:
             raise ValueError(
                 "foreground labeler: norm_sizes and component_sizes are both empty; give at least one size"
             )
-        self.encoder = encoder
-        self.encoder_name = encoder.name
+        if refine and not fine_stages:
+            raise ValueError("foreground labeler: refine needs fine_stages; give some, or refine=False")
+        self.encoder, self.encoder_name, self.licence = encoder, encoder.name, encoder.licence
         self.norm_sizes, self.component_sizes, self.component = tuple(norm_sizes), tuple(component_sizes), component
         self.refine, self.strength, self.blend, self.grid = refine, strength, blend, grid
         self.min_area, self.max_area, self.top, self.cell_offset = min_area, max_area, top, cell_offset
+        self.stage, self.fine_stages = stage, tuple(fine_stages)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the labels depend on, for the store's header."""
-        names = ("component", "refine", "strength", "blend", "grid", "min_area", "max_area", "top", "cell_offset")
-        sizes = {"norm_sizes": list(self.norm_sizes), "component_sizes": list(self.component_sizes)}
-        return sizes | {name: getattr(self, name) for name in names}
+        names = ("component", "refine", "strength", "blend", "grid", "min_area", "max_area", "top", "stage")
+        lists = {name: list(getattr(self, name)) for name in ("norm_sizes", "component_sizes", "fine_stages")}
+        return lists | {name: getattr(self, name) for name in (*names, "cell_offset")}
 
+    @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
         """One `Proposals` a picture, masks at the picture's size."""
         sizes = sorted({*self.norm_sizes, *self.component_sizes})
-        pyramids = {longest: self._encode(images, longest) for longest in sizes}
-        results = []
-        for index, image in enumerate(images):
-            soft = self.soft_map({longest: pyramids[longest][index] for longest in sizes}, image.size[::-1])
-            results.append(self._components(soft, image.size[::-1]))
-        return results
-
-    def _encode(self, images: Sequence[Image.Image], longest: int) -> list[tuple[tuple[torch.Tensor, ...], int]]:
-        """Per picture: the last three maps, finest first, and the height in pixels of the network's input."""
+        groups = {  # (height, width) at the largest size -> pictures, and the grid that they share
+            size: (indices, tuple(max(1, round(side * self.grid / max(size))) for side in size))
+            for size, indices in group_by_size(images, sizes[-1], self.encoder.fit).items()
+        }
+        grids = {index: grid for indices, grid in groups.values() for index in indices}
+        # Sums over the sizes of the norm, and of norm + component, on each picture's grid.
+        sums = {index: torch.zeros(2, *grid, device=self.encoder.device) for index, grid in grids.items()}
+        for longest in sizes[:-1]:
+            for size, indices in group_by_size(images, longest, self.encoder.fit).items():
+                for chunk in self.encoder.passes(indices, size):
+                    self._add_coarse([images[k] for k in chunk], size, longest, [sums[k] for k in chunk], ())
         results: list[Any] = [None] * len(images)
-        for size, indices in group_by_size(images, longest).items():
-            maps = self.encoder(self.encoder.pixels([images[i] for i in indices], size)).maps[-3:]
-            for position, index in enumerate(indices):
-                results[index] = (tuple(level[position].float() for level in maps), size[0])
+        for size, (indices, grid) in groups.items():
+            for chunk in self.encoder.passes(indices, size):
+                pictures, totals = [images[k] for k in chunk], [sums[k] for k in chunk]
+                fine = self.fine_stages if self.refine else ()
+                maps = self._add_coarse(pictures, size, sizes[-1], totals, fine)
+                soft = self._sharpen(torch.stack(totals), maps, [self._offset(level, size[0]) for level in maps], grid)
+                for index, values in zip(chunk, soft.cpu()):
+                    results[index] = self._components(values, images[index].size[::-1])
         return results
 
-    def _offset(self, level: torch.Tensor, input_height: int, last: bool = False) -> float:
-        if last and self.cell_offset is not None:
-            return self.cell_offset
-        return self.encoder.cell_offset(input_height / level.shape[1])
+    def _offset(self, level: torch.Tensor, input_height: int) -> float:
+        return self.encoder.cell_offset(input_height / level.shape[2])
 
-    def soft_map(self, pyramid: dict[int, tuple[tuple[torch.Tensor, ...], int]], size: tuple[int, int]) -> torch.Tensor:
-        """{longer side: (maps, input height)} of a picture of `size` (H, W) -> soft foreground, `grid` pixels long."""
-        scale = self.grid / max(size)
-        grid = tuple(max(1, round(side * scale)) for side in size)
+    def _add_coarse(
+        self,
+        images: Sequence[Image.Image],
+        size: tuple[int, int],
+        longest: int,
+        totals: Sequence[torch.Tensor],
+        fine_stages: Sequence[int],
+    ) -> tuple[torch.Tensor, ...]:
+        """Encode pictures of one size, add their coarse maps to `totals`, and return the maps of `fine_stages`."""
+        encoded = self.encoder(self.encoder.pixels(images, size), stages=(*fine_stages, self.stage)).maps
+        *fine, last = (level.float() for level in encoded)
+        offset = self._offset(last, size[0]) if self.cell_offset is None else self.cell_offset
+        wanted = longest in self.norm_sizes, longest in self.component_sizes
+        maps = torch.stack(foreground_maps(last, self.component if wanted[1] else 0.0), dim=1)  # (B, 2, h, w)
+        for total, soft in zip(totals, maps):
+            large = standardise(upsample_grid(soft, total.shape[1:], offset))
+            total += large * torch.tensor(wanted, device=large.device)[:, None, None]
+        return tuple(fine)
 
-        def average(longest_sides: Sequence[int], component: float) -> torch.Tensor | float:
-            total: torch.Tensor | float = 0.0
-            for longest in longest_sides:
-                maps, height = pyramid[longest]
-                coarse = foreground_map(maps[-1], component)[None]
-                total = total + standardise(upsample_grid(coarse, grid, self._offset(maps[-1], height, last=True))[0])
-            return standardise(total) if isinstance(total, torch.Tensor) else total
-
-        coarse = standardise(average(self.norm_sizes, 0.0) + average(self.component_sizes, self.component))
+    def _sharpen(
+        self, sums: torch.Tensor, maps: Sequence[torch.Tensor], offsets: Sequence[float], grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """(B, 2, *grid) sums of coarse maps, finer maps (B, C_l, h_l, w_l) -> soft foreground (B, *grid)."""
+        coarse = standardise(standardise(sums).sum(dim=1))
         if not self.refine:
             return coarse
-        maps, height = pyramid[max(pyramid)]
-        inputs = regression_inputs(maps[:-1], grid, [self._offset(level, height) for level in maps[:-1]])
-        ridge = Ridge(inputs, self.strength)
+        ridge = Ridge(regression_inputs(maps, grid, offsets), self.strength)
         first = ridge.fit_predict(coarse)
         # A second fit, to the saturated first one: the outline counts, not how strongly the parts respond.
-        second = ridge.fit_predict(torch.tanh(first - otsu_threshold(first.cpu().numpy())))
+        thresholds = [otsu_threshold(values) for values in first.cpu().numpy()]
+        second = ridge.fit_predict(torch.tanh(first - first.new_tensor(thresholds)[:, None, None]))
         return standardise(second + self.blend * coarse)
 
     def _components(self, soft: torch.Tensor, size: tuple[int, int]) -> Proposals:

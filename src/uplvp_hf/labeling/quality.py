@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -26,44 +27,78 @@ def _instances(row: Row, names: dict[int, str], crowd: bool) -> tuple[list[dict]
     return rles, [names[objects["category_id"][k]] for k in kept]
 
 
-def proposal_quality(predicted: InstanceDataset, true: InstanceDataset, threshold: float = 0.5) -> dict[str, float]:
+def proposal_quality(
+    predicted: InstanceDataset, true: InstanceDataset, threshold: float = 0.5, average_precision: bool = False
+) -> dict[str, float]:
     """Quality of pseudo masks over the pictures that both sets hold.
 
     Returns, class-agnostic and (keys ending in `_named`) counting only pairs of equal class name:
     `mean_best_iou` over the true instances, `recall` = share of true instances, `precision` = share of proposals, whose
-    best IoU reaches `threshold` (several proposals may share an instance); also `pictures`, `instances`, `proposals`,
-    `proposals_per_picture`. Crowd regions of `true` are left out. No true instance gives recall and IoU NaN, no
-    proposal gives precision NaN. Raises DataError when the sets share no picture.
+    best IoU reaches `threshold` (several proposals may share an instance); `class_accuracy` = among the proposals that
+    reach it, the share that is named like the instance they cover best; also `pictures`, `instances`, `proposals`,
+    `proposals_per_picture`. With `average_precision` also `ap` and `ap50`, COCO's mask AP in 0 to 1 with the proposals'
+    scores (`_named`: the mean over the classes of `true`); crowd regions are ignored there as COCO does.
+
+    Crowd regions of `true` are left out of everything else. What has nothing to be a share of is NaN: recall, IoU and
+    AP without true instances, precision without proposals, accuracy without covered instances. Raises DataError when
+    the sets share no picture.
     """
     predicted_keys, true_keys = _row_keys(predicted, true)
     by_key = dict(zip(predicted_keys, predicted.rows))
+    pairs = [(by_key[key], row) for key, row in zip(true_keys, true.rows) if key in by_key]
+    if not pairs:
+        raise DataError("the two sets share neither image ids nor file names", file=predicted.name)
     names = [{category["id"]: category["name"] for category in dataset.categories} for dataset in (predicted, true)]
     best: dict[str, list[np.ndarray]] = {key: [] for key in ("true", "proposal", "true_named", "proposal_named")}
-    pictures = 0
-    for key, row in zip(true_keys, true.rows):
-        if key not in by_key:
-            continue
-        pictures += 1
-        rles, labels = _instances(by_key[key], names[0], crowd=True)
-        true_rles, true_labels = _instances(row, names[1], crowd=False)
+    right: list[np.ndarray] = []
+    for ours, theirs in pairs:
+        rles, labels = _instances(ours, names[0], crowd=True)
+        true_rles, true_labels = _instances(theirs, names[1], crowd=False)
         overlap = np.asarray(mask_iou(rles, true_rles)).reshape(len(rles), len(true_rles))
         same = np.array([[a == b for b in true_labels] for a in labels], dtype=bool).reshape(overlap.shape)
         for suffix, matrix in (("", overlap), ("_named", overlap * same)):
             best["true" + suffix].append(matrix.max(axis=0, initial=0.0))
             best["proposal" + suffix].append(matrix.max(axis=1, initial=0.0))
-    if not pictures:
-        raise DataError("the two sets share neither image ids nor file names", file=predicted.name)
+        if overlap.size:
+            covers = overlap.max(axis=1) >= threshold
+            right.append(same[np.arange(len(rles)), overlap.argmax(axis=1)][covers])
     values = {key: np.concatenate(parts) for key, parts in best.items()}
     result: dict[str, float] = {
-        "pictures": pictures,
+        "pictures": len(pairs),
         "instances": len(values["true"]),
         "proposals": len(values["proposal"]),
     }
-    result["proposals_per_picture"] = result["proposals"] / pictures
+    result["proposals_per_picture"] = result["proposals"] / len(pairs)
     for suffix in ("", "_named"):
         result["mean_best_iou" + suffix] = _mean(values["true" + suffix])
         result["recall" + suffix] = _mean(values["true" + suffix] >= threshold)
         result["precision" + suffix] = _mean(values["proposal" + suffix] >= threshold)
+    result["class_accuracy"] = _mean(np.concatenate(right)) if right else float("nan")
+    return result | (_average_precision(pairs, *names) if average_precision else {})
+
+
+def _average_precision(
+    pairs: Sequence[tuple[Row, Row]], names: dict[int, str], true_names: dict[int, str]
+) -> dict[str, float]:
+    """COCO's mask AP, class-agnostic and by class name."""
+    from ..evaluation import CocoMaskMap  # labeling needs it for this report alone
+
+    ids = {name: k for k, name in enumerate(sorted({*names.values(), *true_names.values()}))}
+    result = {}
+    for suffix, agnostic in (("", True), ("_named", False)):
+        metric = CocoMaskMap()
+        for number, (ours, theirs) in enumerate(pairs):
+            found, truth = ours["objects"], theirs["objects"]
+            rles, labels = _instances(ours, names, crowd=True)
+            true_rles, true_labels = _instances(theirs, true_names, crowd=True)
+            prediction = {"image_id": number, "rle": rles, "labels": [ids[name] for name in labels]}
+            prediction["scores"] = found.get("score") or [1.0] * len(rles)
+            reference = {"image_id": number, "segmentation": true_rles, "iscrowd": truth["iscrowd"]}
+            reference["category_id"] = [ids[name] for name in true_labels]
+            metric.add(prediction=prediction, reference=reference)
+        values = metric.compute(class_agnostic=agnostic)
+        for key in ("AP", "AP50"):
+            result[key.lower() + suffix] = float("nan") if values[key] is None else float(values[key])
     return result
 
 

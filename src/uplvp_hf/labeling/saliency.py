@@ -239,11 +239,12 @@ class SaliencyLabeler(LabelerBase):
         """One `Proposals` a picture, best first, masks at the picture's size."""
         results: list[Proposals | None] = [None] * len(images)
         for size, indices in group_by_size(images, self.image_size, self._fit).items():
-            pixels = self.encoder.pixels([images[i] for i in indices], size)
-            (features,) = self.encoder(pixels, stages=(self.stage,)).maps
-            found = self.propose_pictures(features.float(), [images[i].size[::-1] for i in indices], size[0])
-            for index, proposals in zip(indices, found):
-                results[index] = proposals
+            for chunk in self.encoder.passes(indices, size):
+                pixels = self.encoder.pixels([images[i] for i in chunk], size)
+                (features,) = self.encoder(pixels, stages=(self.stage,)).maps
+                found = self.propose_pictures(features.float(), [images[i].size[::-1] for i in chunk], size[0])
+                for index, proposals in zip(chunk, found):
+                    results[index] = proposals
         return results
 
     @torch.inference_mode()

@@ -1,0 +1,53 @@
+"""Labelers that do not look at the picture: what any mask source has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..data.rows import Row
+from .instances import Proposals
+from .pipeline import LabelerBase
+
+
+class CentreBoxLabeler(LabelerBase):
+    """One box in the middle of every picture. Class-agnostic.
+
+    side: of the box, as a share of the picture's sides. Raises ValueError for a share outside of (0, 1].
+    """
+
+    name = "centre_box"
+    encoder_name = "none"
+
+    def __init__(self, side: float = 0.5**0.5) -> None:
+        if not 0 < side <= 1:
+            raise ValueError(f"centre box: a side of {side} is no share of the picture; use more than 0, at most 1")
+        self.side = side
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the store's header."""
+        return {"side": self.side}
+
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
+        """One mask a picture, of score 1."""
+        results = []
+        for image in images:
+            mask = np.zeros((1, image.height, image.width), dtype=bool)
+            tall, wide = (max(1, round(length * self.side)) for length in (image.height, image.width))
+            top, left = (image.height - tall) // 2, (image.width - wide) // 2
+            mask[0, top : top + tall, left : left + wide] = True
+            results.append(Proposals(mask, np.ones(1, dtype=np.float32)))
+        return results
+
+
+class WholePictureLabeler(CentreBoxLabeler):
+    """One mask over every picture. Class-agnostic."""
+
+    name = "whole_picture"
+
+    def __init__(self) -> None:
+        super().__init__(side=1.0)
