@@ -11,6 +11,7 @@ from .namers import AgnosticNamer, ClassifierNamer, ClipZeroShotNamer
 from .pipeline import LabelSummary, label_images
 from .plugins import PluginSource, load_plugin
 from .quality import proposal_quality
+from .report import write_report
 from .saliency import SaliencyLabeler
 from .sources import MaskFileSource, MaskGeneratorSource, SegmenterSource
 from .store import StoreError, StoreWriter
@@ -44,5 +45,6 @@ __all__ = [
     "read_class_map",
     "read_vocabulary",
     "resolve_class_map",
+    "write_report",
     "store_to_dataset",
 ]

@@ -12,7 +12,7 @@ from ..data.errors import DataError
 from ..data.rle import mask_iou, segmentation_to_rle
 
 
-def _row_keys(predicted: InstanceDataset, true: InstanceDataset) -> tuple[list, list]:
+def row_keys(predicted: InstanceDataset, true: InstanceDataset) -> tuple[list, list]:
     """What both sides call their pictures: the image ids, or the file names where no id is shared."""
     ids = [row["image_id"] for row in predicted.rows], [row["image_id"] for row in true.rows]
     if set(ids[0]) & set(ids[1]):
@@ -43,7 +43,7 @@ def proposal_quality(
     AP without true instances, precision without proposals, accuracy without covered instances. Raises DataError when
     the sets share no picture.
     """
-    predicted_keys, true_keys = _row_keys(predicted, true)
+    predicted_keys, true_keys = row_keys(predicted, true)
     by_key = dict(zip(predicted_keys, predicted.rows))
     pairs = [(by_key[key], row) for key, row in zip(true_keys, true.rows) if key in by_key]
     if not pairs:

@@ -1,0 +1,302 @@
+"""One self-contained HTML page about a pseudo-label store: counts, distributions, examples, agreement with truth."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+from ..data import DataError, ImageError, InstanceDataset, Row, decode_segmentation, load_dataset_rows, open_image
+from ..data.store_reader import read_failures, read_header, read_store, shard_files, stream_store
+from ..files import write_text
+from .quality import proposal_quality, row_keys
+
+SCORE_EDGES = np.linspace(0, 1, 21)
+AREA_EDGES = 10.0 ** np.linspace(-4, 0, 17)  # shares of the picture
+MOST_INSTANCES = 20  # last bar: so many or more
+SIDE = 560  # px, longer side of an example
+MOST_FAILURES = 100  # listed; the rest is counted
+
+
+@dataclass
+class Statistics:
+    """Of the rows of a store. Grows by two numbers a picture, so that a store of millions of pictures fits.
+
+    picture_scores: mean score of each picture's instances, NaN without any, in the order of the rows.
+    """
+
+    pictures: int = 0
+    instances: int = 0
+    picture_scores: array = field(default_factory=lambda: array("f"))
+    per_picture: Counter[int] = field(default_factory=Counter)
+    per_class: Counter[int] = field(default_factory=Counter)
+    pictures_with_class: Counter[int] = field(default_factory=Counter)
+    class_score: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    class_area: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    scores: np.ndarray = field(default_factory=lambda: np.zeros(len(SCORE_EDGES) - 1, np.int64))
+    areas: np.ndarray = field(default_factory=lambda: np.zeros(len(AREA_EDGES) - 1, np.int64))
+
+    def add(self, row: Row) -> None:
+        """Counts one row."""
+        objects = row["objects"]
+        scores = np.asarray(objects["score"], dtype=np.float64)
+        shares = np.asarray(objects["area"], dtype=np.float64) / (row["width"] * row["height"])
+        self.pictures += 1
+        self.instances += len(scores)
+        self.picture_scores.append(float(scores.mean()) if len(scores) else math.nan)
+        self.per_picture[min(len(scores), MOST_INSTANCES)] += 1
+        self.pictures_with_class.update(set(objects["category_id"]))
+        for category_id, score, share in zip(objects["category_id"], scores.tolist(), shares.tolist()):
+            self.per_class[category_id] += 1
+            self.class_score[category_id] += score
+            self.class_area[category_id] += share
+        self.scores += np.histogram(scores.clip(0, 1), SCORE_EDGES)[0]
+        self.areas += np.histogram(shares.clip(AREA_EDGES[0], 1), AREA_EDGES)[0]
+
+    def examples(self, count: int) -> dict[str, list[int]]:
+        """Numbers of the rows of best, median and worst mean score, `count` of each, no row twice; and of pictures
+        without instances, spread over the store."""
+        scores = np.frombuffer(self.picture_scores, dtype=np.float32) if self.pictures else np.zeros(0, np.float32)
+        order = np.argsort(-scores, kind="stable")[: int((~np.isnan(scores)).sum())]  # NaN is sorted to the end
+        taken = min(count, math.ceil(len(order) / 3))
+        best, worst = order[:taken], order[taken:][::-1][:taken][::-1]
+        between = order[taken : len(order) - len(worst)]
+        start = max(0, (len(between) - taken) // 2)
+        empty = np.nonzero(np.isnan(scores))[0]
+        spread = empty[np.linspace(0, len(empty) - 1, min(count, len(empty))).astype(int)] if len(empty) else empty
+        groups = {"best": best, "median": between[start : start + taken], "worst": worst, "empty": spread}
+        return {name: [int(number) for number in numbers] for name, numbers in groups.items()}
+
+
+def write_report(
+    store: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    truth: str | os.PathLike[str] | InstanceDataset | None = None,
+    examples: int = 6,
+) -> dict[str, Any]:
+    """Writes the page in one step, and returns its numbers (plain values; what cannot be computed is None).
+
+    Args:
+        store: folder of a store; it may be unfinished, or hold no picture at all.
+        path: of the page.
+        truth: true instances of the same pictures, anything that `load_dataset_rows` reads. Adds recall and precision
+            at IoU .5, mean best IoU and AP, without and with classes, and draws the truth beside the examples.
+        examples: pictures of best, median and worst mean score to show, and of those without instances.
+
+    Without `truth`, memory holds one shard and two numbers a picture; with it, the rows of both sides.
+    Raises DataError for a store or truth that cannot be read, or that share no picture; OSError for the page.
+    """
+    header = read_header(store)
+    if truth is not None and not isinstance(truth, InstanceDataset):
+        truth = load_dataset_rows(truth)
+    statistics = Statistics()
+    failed = {str(entry["file"]): entry for entry in read_failures(store)}
+    for row in _rows(store):
+        statistics.add(row)
+        for name in (row["image"], row["file_name"]):  # a killed run did not strike out what it labelled in the end
+            failed.pop(name, None)
+    failures = list(failed.values())
+    numbers = _numbers(statistics, failures, header)
+    numbers["quality"] = None if truth is None else _quality(store, truth, statistics.pictures)
+    chosen = statistics.examples(examples)
+    pictures = _draw_examples(store, header, chosen, truth)
+    write_text(path, _page(store, header, statistics, numbers, failures, chosen, pictures))
+    return numbers
+
+
+def _rows(store: str | os.PathLike[str]) -> Iterator[Row]:
+    return iter(stream_store(store)) if shard_files(store) else iter(())
+
+
+def _numbers(statistics: Statistics, failures: list[dict], header: Mapping[str, Any]) -> dict[str, Any]:
+    classes = []
+    for category in header["categories"]:
+        key = category["id"]
+        count = statistics.per_class[key]
+        entry = {"name": category["name"], "instances": count, "pictures": statistics.pictures_with_class[key]}
+        entry["mean_score"] = statistics.class_score[key] / count if count else None
+        entry["mean_area"] = statistics.class_area[key] / count if count else None
+        classes.append(entry)
+    return {
+        "done": statistics.pictures,
+        "failed": len(failures),
+        "empty": statistics.per_picture[0],
+        "instances": statistics.instances,
+        "instances_per_picture": statistics.instances / statistics.pictures if statistics.pictures else None,
+        "classes": classes,
+    }
+
+
+def _quality(store: str | os.PathLike[str], truth: InstanceDataset, pictures: int) -> dict[str, float | None] | None:
+    if not pictures:
+        return None
+    values = proposal_quality(read_store(store), truth, average_precision=True)
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _draw_examples(
+    store: str | os.PathLike[str],
+    header: Mapping[str, Any],
+    chosen: Mapping[str, Sequence[int]],
+    truth: InstanceDataset | None,
+) -> dict[int, dict[str, Any]]:
+    """Overlay, caption and the truth's overlay of the chosen rows, by number: a second pass over the store."""
+    wanted = {number for numbers in chosen.values() for number in numbers}
+    categories = sorted(header["categories"], key=lambda category: category["id"])
+    true_rows = _truth_of(store, truth, wanted) if truth is not None and wanted else {}
+    drawn: dict[int, dict[str, Any]] = {}
+    for number, row in enumerate(_rows(store)):
+        if len(drawn) == len(wanted):
+            break
+        if number not in wanted:
+            continue
+        scores = row["objects"]["score"]
+        masks = "1 mask" if len(scores) == 1 else f"{len(scores)} masks"
+        text = f"{masks}, mean score {np.mean(scores):.2f}" if scores else "no mask"
+        entry = {"name": row["file_name"], "text": text, "overlay": None, "truth": None}
+        try:
+            image = open_image(row["image"], (row["width"], row["height"]))
+            entry["overlay"] = overlay(image, row, categories)
+            if number in true_rows:
+                entry["truth"] = overlay(image, true_rows[number], truth.categories, scored=False)
+        except (ImageError, DataError) as error:
+            entry["text"] += f" ({error.reason})"
+        drawn[number] = entry
+    return drawn
+
+
+def _truth_of(store: str | os.PathLike[str], truth: InstanceDataset, wanted: set[int]) -> dict[int, Row]:
+    keys, true_keys = row_keys(read_store(store), truth)
+    places = {key: place for place, key in enumerate(true_keys)}
+    return {number: truth[places[keys[number]]] for number in wanted if keys[number] in places}
+
+
+def overlay(image: Image.Image, row: Row, categories: Sequence[Mapping[str, Any]], scored: bool = True) -> str:
+    """The row's instances drawn over its picture, as a data URI; masks are decoded one at a time."""
+    # Loads its fonts and the metric; a report is the only part of labelling that draws.
+    from ..evaluation.visualize import draw_instances
+
+    objects, size = row["objects"], image.size
+    scale = min(1.0, SIDE / max(size))
+    small = tuple(max(1, round(side * scale)) for side in size)
+    masks = []
+    for segmentation in objects["segmentation"]:
+        mask = Image.fromarray(decode_segmentation(segmentation, size[1], size[0]))
+        masks.append(np.asarray(mask if scale == 1 else mask.resize(small, Image.Resampling.NEAREST)))
+    places = {category["id"]: place for place, category in enumerate(categories)}
+    labels = [places[category_id] for category_id in objects["category_id"]]
+    names = {place: category["name"] for place, category in enumerate(categories)}
+    picture = image if scale == 1 else image.resize(small, Image.Resampling.BILINEAR)
+    drawn = draw_instances(picture, masks, labels, objects["score"] if scored else None, names)
+    buffer = io.BytesIO()
+    drawn.save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _page(
+    store: str | os.PathLike[str],
+    header: Mapping[str, Any],
+    statistics: Statistics,
+    numbers: Mapping[str, Any],
+    failures: Sequence[Mapping[str, Any]],
+    chosen: Mapping[str, Sequence[int]],
+    pictures: Mapping[int, Mapping[str, Any]],
+) -> str:
+    counts = [statistics.per_picture[k] for k in range(MOST_INSTANCES + 1)]
+    charts = [
+        Chart("Instances a picture", "pictures", counts, [*map(str, range(MOST_INSTANCES)), f"{MOST_INSTANCES}+"], 5),
+        Chart("Score of an instance", "instances", statistics.scores, [f"{edge:.2f}" for edge in SCORE_EDGES], 5, True),
+        Chart("Area, share of the picture", "instances", statistics.areas, [_share(e) for e in AREA_EDGES], 4, True),
+    ]
+    template = (resources.files("uplvp_hf.labeling") / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"number": _number, "percent": _percent}
+    titles = {
+        "best": "Best mean score",
+        "median": "Median",
+        "worst": "Worst mean score",
+        "empty": "Pictures without any mask",
+    }
+    return environment.from_string(template).render(
+        store=os.path.abspath(store),
+        header=header,
+        settings=_flat(header["settings"]),
+        numbers=numbers,
+        charts=charts,
+        reasons=Counter(str(failure["reason"]) for failure in failures).most_common(10),
+        failures=failures[:MOST_FAILURES],
+        groups=[(titles[name], [pictures[n] for n in chosen[name]]) for name in titles if chosen[name]],
+        side=SIDE,
+    )
+
+
+@dataclass
+class Chart:
+    """A bar chart: one label under every `every`-th bar, or, with `edges`, one more label than bars between them."""
+
+    title: str
+    unit: str
+    counts: Sequence[int] | np.ndarray
+    labels: Sequence[str]
+    every: int
+    edges: bool = False
+    width: int = 370
+    height: int = 150
+
+    @property
+    def top(self) -> int:
+        """The largest count, at least 1, so that no chart divides by zero."""
+        return max(1, *(int(count) for count in self.counts))
+
+    @property
+    def bars(self) -> list[dict[str, Any]]:
+        """x, y, width, height in px, and the words shown when the pointer rests on a bar."""
+        step = self.width / len(self.counts)
+        bars = []
+        for place, count in enumerate(self.counts):
+            height = self.height * int(count) / self.top
+            name = f"{self.labels[place]} to {self.labels[place + 1]}" if self.edges else self.labels[place]
+            bars.append({"x": place * step, "y": self.height - height, "width": step - 1.5, "height": height})
+            bars[-1]["text"] = f"{name}: {int(count)} {self.unit}"
+        return bars
+
+    @property
+    def ticks(self) -> list[tuple[float, str]]:
+        """x in px, label."""
+        step = self.width / len(self.counts)
+        shift = 0.0 if self.edges else 0.5
+        return [(step * (place + shift), self.labels[place]) for place in range(0, len(self.labels), self.every)]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    lines: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            lines += _flat(value, f"{prefix}{name}.")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            lines.append((prefix + str(name), text))
+    return lines
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g}%"
+
+
+def _number(value: float | None, digits: int = 0) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{100 * value:.1f}"
