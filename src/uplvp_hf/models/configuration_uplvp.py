@@ -40,6 +40,9 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
         prompt_slots (`int`, *optional*):
             Repeat the prompts of a picture to fill so many slots before matching. The released code does so with 20,
             which changes `sequential` runs where the number of prompts does not divide 20. Not done by default.
+        prompt_slots_shared (`bool`, *optional*, defaults to `False`):
+            Reproduces a defect of the released code, for comparisons only: the slots of every picture are filled from
+            the prompts of the first pictures of its batch. Needs `prompt_slots`, and not with `hungarian`.
         prompt_injection (`str`, *optional*, defaults to `"add"`):
             `add` (once, to the initial queries), `every_stage` (at the start of every stage, the same prompts kept;
             the "conv" variant of the released code) or `concat` (a linear layer on query and prompt, which starts as
@@ -89,6 +92,7 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
     num_prompts: int = 20
     prompt_matching: str = "cosine"
     prompt_slots: int | None = None
+    prompt_slots_shared: bool = False
     prompt_injection: str = "add"
     prompt_pooling: str = "mask"
     prompt_drop: float | int | None = None
@@ -161,6 +165,8 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
         for name in ("kernel_supervision_weight", "guidance_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.prompt_slots_shared and (self.prompt_slots is None or self.prompt_matching == "hungarian"):
+            raise ValueError("prompt_slots_shared needs prompt_slots, and another prompt_matching than `hungarian`.")
         if self.text_temperature <= 0:
             raise ValueError(f"text_temperature must be positive, got {self.text_temperature}.")
 

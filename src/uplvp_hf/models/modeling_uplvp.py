@@ -157,7 +157,8 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         if prompts is None or self.config.prompt_matching == "none":
             return None
         if self.config.prompt_slots is not None:
-            prompts = prompts.to_slots(self.config.prompt_slots)
+            fill = prompts.shared_slots if self.config.prompt_slots_shared else prompts.to_slots
+            prompts = fill(self.config.prompt_slots)
         return match_prompts(queries, prompts.vectors, prompts.valid, self.config.prompt_matching), prompts
 
     def injection(self, match: Tensor, prompts: Prompts, draw: Draw | None) -> Callable[..., Tensor]:

@@ -1,0 +1,386 @@
+"""The method on K-Net and QueryInst against tensors recorded from the authors' code, and its parts."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from uplvp_hf.conversion.knet import config_from_mmdet_knet, convert_mmdet_knet
+from uplvp_hf.conversion.queryinst import config_from_mmdet_queryinst, convert_mmdet_queryinst
+from uplvp_hf.models.configuration_uplvp import UplvpConfig
+from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+from uplvp_hf.models.losses import LayerOutput, kernel_supervision
+from uplvp_hf.models.losses_knet import soft_targets
+from uplvp_hf.models.losses_queryinst import pair_up
+from uplvp_hf.models.modeling_knet import doubled
+from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
+from uplvp_hf.models.prompts import Prompts, box_weights, pool_prompts
+
+pytestmark = pytest.mark.golden
+
+RELATIVE, LOGITS = 1e-5, 1e-4
+KNETS = ["upknet_feature", "upknet_cosine_fixed", "upknet_feature_clip"]
+QUERYINSTS = ["queryinst_prompt", "queryinst_cosine"]
+
+
+def close(ours, theirs, absolute=2e-5):
+    """`absolute`, or the relative tolerance of the largest number: sums of large terms may end near zero."""
+    absolute = max(absolute, RELATIVE * theirs.abs().max().item())
+    torch.testing.assert_close(ours.detach(), theirs, rtol=RELATIVE, atol=absolute)
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def test_box_prompts_and_slots(golden):
+    tensors, info = golden("up_prompts")
+    for case in info["cases"]:
+        name, size = case["name"], tuple(case["image_size"])
+        maps = tensors[f"{name}.feats"]
+        boxes = [tensors[f"{name}.gt_bbox_from_mask.{i}"] for i in range(len(maps))]
+        masks = []
+        for own in boxes:
+            mask = torch.zeros(len(own), *size, dtype=torch.bool)
+            for one, (x1, y1, x2, y2) in zip(mask, own.long().tolist(), strict=True):
+                one[y1:y2, x1:x2] = True
+            masks.append(mask)
+        prompts = pool_prompts(maps, masks, None, 20, "box")
+        assert prompts.valid.sum(1).tolist() == [min(count, 20) for count in case["num_gt"]]
+        slots = len(tensors[f"{name}.feature.expanded"]) // len(maps)
+        expected = tensors[f"{name}.feature.expanded"].view(len(maps), slots, -1)
+        close(prompts.to_slots(slots).vectors, expected)
+        shared = prompts.shared_slots(slots).vectors
+        close(shared, tensors[f"{name}.cosine_buggy.expanded"].view(len(maps), slots, -1))
+        assert not torch.allclose(shared, expected)
+        stride = (size[0] / maps.shape[-2], size[1] / maps.shape[-1])
+        for own in boxes:  # a box never loses all its cells
+            assert (box_weights(own, tuple(maps.shape[-2:]), stride).flatten(1).sum(1) > 0).all()
+
+
+def test_kernel_supervision_pairs_by_the_assignment(golden):
+    tensors, _ = golden("sp_emb_loss")
+    queries = tensors["object_feats"][..., 0, 0].requires_grad_()
+    pictures = len(queries)
+    targets = [tensors[f"gt_kernels.{i}"] for i in range(pictures)]
+    vectors = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True)
+    source = torch.stack([F.pad(torch.arange(len(t)), (0, vectors.shape[1] - len(t)), value=-1) for t in targets])
+    table = Prompts(vectors, source >= 0, source).of_mask(vectors.shape[1])
+    matches, ordered = [], []
+    for i in range(pictures):
+        query = tensors[f"pos_inds.{i}"]
+        matches.append((query, tensors[f"assign_gt_inds.{i}"][query] - 1))
+        ordered.append((query, torch.arange(len(query))))
+    layer = LayerOutput(None, None, queries)
+    ours = kernel_supervision([layer], [matches], vectors, table)
+    close(ours, tensors["loss_emb_matched_pairing"])
+    # The released loss, under which the recorded gradient was taken, pairs by order; the formula is the same.
+    by_order = kernel_supervision([layer], [ordered], vectors, table)
+    close(by_order, tensors["loss.loss_emb"])
+    close(torch.autograd.grad(by_order, queries)[0], tensors["grad.loss_emb.object_feats"][..., 0, 0])
+    assert (ours - by_order).abs() > 0.01
+
+
+# ---- the whole step --------------------------------------------------------------------------------------------------
+
+
+class Recording:
+    """A recorded step, and our model of the same weights after the same step with the recorded draws."""
+
+    def __init__(self, golden, name: str):
+        self.tensors, self.info = golden(name)
+        self.name, self.is_knet = name, name in KNETS
+        self.convert = convert_mmdet_knet if self.is_knet else convert_mmdet_queryinst
+        self.pixels, self.batch = self.tensors["input.img"], len(self.info["img_metas"])
+        self.masks = [self.tensors[f"input.gt_masks.{i}"].bool() for i in range(self.batch)]
+        self.labels = [self.tensors[f"input.gt_labels.{i}"] for i in range(self.batch)]
+        # The original K-Net lets padding take part; QueryInst scales its boxes by the size of each picture.
+        self.pixel_mask = None if self.is_knet else self._pixel_mask()
+        self.model = self.build()
+        self.output = self.model(
+            self.pixels, self.pixel_mask, self.masks, self.labels, draw=self.draw, output_hidden_states=True
+        )
+
+    def _pixel_mask(self):
+        mask = torch.zeros(self.batch, *self.pixels.shape[-2:])
+        for own, meta in zip(mask, self.info["img_metas"], strict=True):
+            own[: meta["img_shape"][0], : meta["img_shape"][1]] = 1
+        return mask
+
+    def config(self) -> UplvpConfig:
+        original = self.info["config"]
+        if self.is_knet:
+            segmenter = {"model_type": "knet", **config_from_mmdet_knet(original)}
+        else:
+            segmenter = {"model_type": "queryinst", **config_from_mmdet_queryinst(original)}
+            segmenter.update(mask_padding=False, pooling_gradient=True)
+        classes = segmenter.pop("num_labels")
+        text = self.tensors.get("input.text_features")
+        return UplvpConfig(
+            segmenter_config=segmenter,
+            id2label={i: f"class{i}" for i in range(classes)},
+            prompt_matching="cosine" if "cosine" in self.name else "sequential",
+            prompt_slots=len(self.tensors["up.expanded20"]) // self.batch,
+            # Recorded with the defect.
+            prompt_slots_shared=self.name in QUERYINSTS,
+            prompt_pooling="box",
+            prompt_drop=self.info["mask_ratio"],
+            kernel_supervision_weight=0.0,
+            text_dim=None if text is None else len(text),
+            text_form="reference",
+        )
+
+    def state(self):
+        return {name.removeprefix("state."): value for name, value in self.tensors.items() if name.startswith("state.")}
+
+    def places(self, names) -> dict[str, list[str]]:
+        """Recorded name -> our names (several for packed projections)."""
+        state, places = self.state(), {}
+        for name in names:
+            if "cls_clip_fcs" in name:
+                _, _, stage, _, place, part = name.rsplit(".", 5)
+                places[name] = [f"text_heads.heads.{stage}.{'projection' if place == '0' else 'norm'}.{part}"]
+            else:
+                places[name] = [f"segmenter.{ours}" for ours in self.convert({name: state[name]})]
+        return places
+
+    def build(self) -> UplvpForPreTraining:
+        model, state = UplvpForPreTraining(self.config()), self.state()
+        plain = {name: value for name, value in state.items() if "cls_clip_fcs" not in name}
+        ours = {f"segmenter.{name}": value for name, value in self.convert(plain).items()}
+        for name in state.keys() - plain.keys():
+            ours[self.places([name])[name][0]] = state[name]
+        missing, unexpected = model.load_state_dict(ours, strict=False)
+        assert not unexpected
+        assert all(name.endswith(("num_batches_tracked", "text_features")) for name in missing)
+        if "input.text_features" in self.tensors:
+            model.set_text_features(self.tensors["input.text_features"].T, list(model.config.id2label.values()))
+        model.train()
+        model.segmenter.backbone.eval()  # norm_eval
+        return model
+
+    def draw(self, layer, kind, picture, shape):
+        assert kind == "keep"
+        drawn = self.tensors["up.rand"][..., 0]
+        return drawn if tuple(drawn.shape) == shape else drawn.T
+
+    def layers(self):
+        """Features, matched prompts and per-stage outputs of the step."""
+        model = self.model
+        features = model.segmenter.encode(self.pixels, self.pixel_mask)
+        queries = model.segmenter.initial_queries(features)
+        match, slots = model.match_prompts(queries, model.make_prompts(features, self.masks, None))
+        prompted = model.injection(match, slots, self.draw)(queries)
+        return features, queries, match, slots, model.segmenter.decode(features, prompted)
+
+
+@pytest.fixture(scope="module", params=KNETS + QUERYINSTS)
+def run(golden, request):
+    return Recording(golden, request.param)
+
+
+def test_prompts_matches_and_injection(run):
+    tensors, model = run.tensors, run.model
+    features, queries, match, slots, _ = run.layers()
+    own = model.make_prompts(features, run.masks, None)
+    close(own.vectors[own.valid], tensors["up.patches"])
+    close(slots.vectors.flatten(0, 1), tensors["up.expanded20"])
+    if f"up.cos_match_index.{0}" in tensors:
+        likeness = F.normalize(queries, dim=-1) @ F.normalize(slots.vectors, dim=-1).transpose(1, 2)
+        for i in range(run.batch):
+            close(likeness[i], tensors[f"up.cos_affinity.{i}"])
+            theirs = tensors["up.expanded20"].view_as(slots.vectors)[i][tensors[f"up.cos_match_index.{i}"]]
+            close(slots.vectors[i][match[i]], theirs)  # repeated prompts tie, so rows are compared, not places
+    else:
+        count, repeats = match.shape[1], match.shape[1] // slots.vectors.shape[1]
+        assert torch.equal(match, (torch.arange(count) // repeats).expand_as(match))
+    before = tensors["rpn.proposal_feats"].view(run.batch, *queries.shape[-2:])
+    after = tensors["stage_in.proposal_feats"].view_as(before)
+    close(queries, before)
+    close(run.output.hidden_states[0], after)
+    kept = tensors["up.keep_mask"][..., 0].bool()
+    kept = kept if tuple(kept.shape) == tuple(match.shape) else kept.T
+    assert torch.equal((run.output.hidden_states[0] != queries).any(-1), kept)
+    assert 0 < kept.float().mean() < 1
+
+
+def test_validity_in_place_of_slots_selects_the_same_prompts(run):
+    """Our default, without repetition, for cosine matching: equal to the recorded rows where these are not mixed up."""
+    if run.model.config.prompt_matching != "cosine" or run.model.config.prompt_slots_shared:
+        pytest.skip("recorded without cosine matching, or with the prompts of other pictures")
+    features, queries, match, slots, _ = run.layers()
+    run.model.config.prompt_slots = None
+    try:
+        plain_match, prompts = run.model.match_prompts(queries, run.model.make_prompts(features, run.masks, None))
+    finally:
+        run.model.config.prompt_slots = slots.vectors.shape[1]
+    for i in range(run.batch):
+        close(prompts.vectors[i][plain_match[i]], slots.vectors[i][match[i]])
+
+
+def test_every_stage(run):
+    layers, tensors = run.layers()[-1], run.tensors
+    texts = run.model._text_logits(layers) if run.model.text_heads is not None else [None] * len(layers)
+    for stage, (layer, text) in enumerate(zip(layers, texts, strict=True)):
+        theirs = {name.removeprefix(f"train.stage{stage}."): value for name, value in tensors.items()}
+        close(layer.queries, theirs["object_feats"].view_as(layer.queries))
+        close(layer.class_logits, theirs["cls_score_head" if text is not None else "cls_score"])
+        close(run.output.hidden_states[stage + 1], theirs["object_feats"].view_as(layer.queries))
+        if text is not None:
+            close(text, theirs["cls_score_clip"])
+        if run.is_knet:
+            close(layer.small_masks, theirs["mask_preds"], LOGITS)
+            close(layer.mask_logits, theirs["scaled_mask_preds"], LOGITS)
+        else:
+            close(layer.attended, theirs["attn_feats"])
+            close(layer.boxes.flatten(0, 1), theirs["decode_bbox_pred"], LOGITS)
+    assert f"train.stage{len(layers)}.object_feats" not in tensors
+
+
+def assigned(tensors, name, i):
+    return sorted(zip(tensors[f"{name}assign_query.{i}"].tolist(), tensors[f"{name}assign_gt.{i}"].tolist()))
+
+
+def test_costs_assignments_and_targets(run):
+    tensors, segmenter = run.tensors, run.model.segmenter
+    features, _, _, _, layers = run.layers()
+    loss, extra = segmenter.loss_function, {}
+    if run.model.text_heads is not None:
+        extra["text_logits"] = run.model._text_logits(layers)
+    if run.is_knet:
+        masks = [doubled(features.masks, None), *(layer.mask_logits for layer in layers)]
+        targets = [soft_targets(mask, masks[0].shape[-2:]) for mask in run.masks]
+        for i, target in enumerate(targets):
+            close(target, tensors[f"gt_masks_assign.{i}"])
+        costs = loss.costs(masks, layers, targets, run.labels, **extra)
+    else:
+        logits, boxes = torch.stack([layer.class_logits for layer in layers]), torch.stack([la.boxes for la in layers])
+        wanted = [tensors[f"input.gt_bboxes.{i}"] for i in range(run.batch)]
+        costs = loss.costs(logits, boxes, wanted, run.labels, features.sizes.flip(1).repeat(1, 2))
+    _, matches = segmenter.loss(layers, features, run.masks, run.labels, **extra)
+    classes = layers[0].class_logits.shape[-1]
+    for stage, match in enumerate(matches):
+        name = f"train.stage{stage}."
+        labels = torch.full(layers[0].class_logits.shape[:2], classes)
+        for i, (query, target) in enumerate(match):
+            close(costs[i][stage], tensors[f"{name}assign_cost.{i}"], LOGITS)
+            assert sorted(zip(query.tolist(), target.tolist())) == assigned(tensors, name, i)
+            labels[i, query] = run.labels[i][target]
+        assert torch.equal(labels.flatten(), tensors[f"{name}labels"])
+    if not run.is_knet:
+        pairs = pair_up(matches, run.labels, torch.device("cpu"))
+        for stage, layer in enumerate(layers):
+            picture, query = pairs.picture[stage], pairs.query[stage]
+            theirs = tensors[f"train.stage{stage}.mask_logits"]
+            close(segmenter.model.predict_masks(stage, layer, features, picture, query), theirs, LOGITS)
+
+
+KNET_NAMES = {"semantic": "loss_rpn_seg", "initial_mask": "loss_rpn_mask", "initial_dice": "loss_rpn_dice"}
+PARTS = {"class": "cls", "text_class": "cls_clip", "mask": "mask", "dice": "dice", "box": "bbox", "giou": "iou"}
+
+
+def test_losses_and_gradients(run):
+    tensors, model, output = run.tensors, run.model, run.output
+    recorded = {name.removeprefix("loss.") for name in tensors if name.startswith("loss.") and "acc" not in name}
+    for ours, value in output.losses.items():
+        kind, _, stage = ours.rpartition("_")
+        theirs = KNET_NAMES.get(ours) or f"{'s' if run.is_knet else 'stage'}{stage}_loss_{PARTS[kind]}"
+        torch.testing.assert_close(value.detach(), tensors[f"loss.{theirs}"], rtol=RELATIVE, atol=1e-6)
+        recorded.remove(theirs)
+    assert not recorded
+    torch.testing.assert_close(output.loss.detach(), tensors["loss_total"].float(), rtol=RELATIVE, atol=0)
+    model.zero_grad()
+    output.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    places = run.places(run.info["grad_norm"])
+    assert {ours for found in places.values() for ours in found} == set(gradients)
+    for name, norm in run.info["grad_norm"].items():
+        total = torch.stack([gradients[ours].double().square().sum() for ours in places[name]]).sum().sqrt().item()
+        assert total == pytest.approx(norm, rel=1e-4, abs=1e-5), name
+    for name in (name.removeprefix("grad.") for name in tensors if name.startswith("grad.")):
+        value = torch.cat([gradients[ours] for ours in places[name]]).view_as(tensors[f"grad.{name}"])
+        torch.testing.assert_close(value, tensors[f"grad.{name}"], rtol=1e-4, atol=1e-5)
+
+
+# ---- final results ---------------------------------------------------------------------------------------------------
+
+
+def results(run, model, rows, threshold_name):
+    """What the image processor makes of the pictures in `rows`, run as one batch."""
+    rcnn, metas = run.info["config"]["test_cfg"]["rcnn"], [run.info["img_metas"][i] for i in rows]
+    mask = None if run.pixel_mask is None else run.pixel_mask[rows]
+    with torch.no_grad():
+        output = model(run.pixels[rows], mask)
+    return UplvpImageProcessor().post_process_instance_segmentation(
+        output,
+        threshold=0.0,
+        mask_threshold=rcnn[threshold_name],
+        target_sizes=[tuple(meta["ori_shape"][:2]) for meta in metas],
+        input_sizes=[tuple(meta["img_shape"][:2]) for meta in metas],
+        top_k=rcnn["max_per_img"],
+        return_segmentation=False,
+    )
+
+
+def plain_model(run):
+    """The prompting path is dropped for inference; the weights of the segmenter are the recorded ones."""
+    model = UplvpForInstanceSegmentation(run.model.config)
+    model.segmenter.load_state_dict(run.build().segmenter.state_dict())  # `run.model` has updated batch statistics
+    return model.eval()
+
+
+def test_final_results(run):
+    """Scores, labels, boxes and masks in the pixels of the original picture."""
+    name = "result_labels.{}" if run.is_knet else "img{}.labels"
+    if f"test.{name.format(0)}" not in run.tensors:
+        pytest.skip("this recording has no inference")
+    check_results(run, plain_model(run))
+
+
+def check_results(run, model):
+    tensors = run.tensors
+    for i in range(run.batch):
+        if run.is_knet:
+            boxes = tensors[f"test.result_bbox_score.{i}"]
+            order = boxes[:, 4].argsort(descending=True, stable=True)
+            by_score = [found[i] for found in [results(run, model, list(range(run.batch)), "mask_thr")]]
+            masks = tensors[f"test.topk_masks.{i}"].bool()  # in order of score
+            labels = tensors[f"test.topk_labels.{i}"]
+        else:
+            # Alone, as recorded, and in a batch, where the original mixes up the pictures.
+            boxes = tensors[f"test.img{i}.bboxes_scores"]
+            order = boxes[:, 4].argsort(descending=True, stable=True)
+            by_score = [
+                results(run, model, [i], "mask_thr_binary")[0],
+                results(run, model, list(range(run.batch)), "mask_thr_binary")[i],
+            ]
+            masks, labels = tensors[f"test.img{i}.masks"].bool()[order], tensors[f"test.img{i}.labels"][order]
+        boxes = boxes[order]
+        present = masks.flatten(1).any(1)  # ours leaves out instances without a pixel
+        for found in by_score:
+            close(found["scores"], boxes[present, 4])
+            assert torch.equal(found["labels"], labels[present])
+            differ = found["masks"] != masks[present]
+            assert differ.float().mean() < 1e-5 and masks.any()
+            same = ~differ.flatten(1).any(1)
+            assert same.float().mean() > 0.8
+            close(found["boxes"][same], boxes[present][same][:, :4], LOGITS)
+
+
+@pytest.mark.parametrize("name", ["knet_inst", "queryinst"])
+def test_final_results_of_the_plain_segmenters(golden, name):
+    run = Recording.__new__(Recording)
+    run.tensors, run.info = golden(name)
+    run.name, run.is_knet = name, name == "knet_inst"
+    run.convert = convert_mmdet_knet if run.is_knet else convert_mmdet_queryinst
+    run.pixels, run.batch = run.tensors["input.img"], len(run.info["img_metas"])
+    run.pixel_mask = None if run.is_knet else run._pixel_mask()
+    original = run.info["config"]
+    if run.is_knet:
+        segmenter = {"model_type": "knet", **config_from_mmdet_knet(original)}
+    else:
+        segmenter = {"model_type": "queryinst", **config_from_mmdet_queryinst(original), "mask_padding": False}
+    classes = segmenter.pop("num_labels")
+    config = UplvpConfig(segmenter_config=segmenter, id2label={i: f"class{i}" for i in range(classes)})
+    model = UplvpForInstanceSegmentation(config).eval()
+    missing, unexpected = model.segmenter.load_state_dict(run.convert(run.state()), strict=False)
+    assert not unexpected and all(entry.endswith("num_batches_tracked") for entry in missing)
+    check_results(run, model)
