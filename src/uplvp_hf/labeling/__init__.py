@@ -45,6 +45,6 @@ __all__ = [
     "read_class_map",
     "read_vocabulary",
     "resolve_class_map",
-    "write_report",
     "store_to_dataset",
+    "write_report",
 ]
