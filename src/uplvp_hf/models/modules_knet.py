@@ -39,7 +39,8 @@ class SemanticPyramid(nn.Module):
         """Four maps (B, D, H / 4, W / 4) to (B, D, H / 32, W / 32) -> two maps (B, D, h, w)."""
         top = pyramid[-1]
         valid = valid_cells(pixel_mask, top.shape[-2:]).to(top.device) if is_padded(pixel_mask) else None
-        position = self.position(top.shape, top.device, torch.float32, valid)
+        shape = top.shape if valid is not None else (1, *top.shape[1:])  # one encoding for all pictures
+        position = self.position(shape, top.device, torch.float32, valid)
         maps = [*pyramid[:-1], top + position.to(top.dtype)]
         total = None
         for level, (convs, x) in enumerate(zip(self.levels, maps, strict=True)):
@@ -75,7 +76,7 @@ class KernelHead(nn.Module):
             localization = block(localization)
         for block in self.semantic:
             semantic = block(semantic)
-        kernels = self.kernels.weight[None].expand(len(localization), -1, -1)
+        kernels = self.kernels.weight[None].expand(localization.shape[0], -1, -1)
         masks = apply_kernels(kernels, localization)
         x = localization + semantic
         return x, masks, self.classifier(semantic), kernels + gather_objects(x, masks, valid)
@@ -147,7 +148,9 @@ class KernelAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # (B, heads, N, D / heads)
         dropout, weights = self.dropout if self.training else 0.0, None
-        if output_attentions or self.config._attn_implementation == "eager":
+        # In training too: where large prompts saturate the weights, the fused backward pass, which recomputes them from
+        # rounded sums, loses digits.
+        if output_attentions or self.training or self.config._attn_implementation == "eager":
             weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).float().softmax(-1)  # (B, heads, N, N)
             mixed = F.dropout(weights, dropout).to(value.dtype) @ value
         else:
