@@ -36,7 +36,7 @@ def test_recorded_roi_align(recorded, side, ratio):
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
     # pictures that fill the canvas, sample by sample
     sizes = torch.tensor([[8 * map_.shape[2], 8 * map_.shape[3]]] * len(map_)).float()
-    single = pooler.pool(map_, rois, 8, sizes)
+    single = pooler([map_], rois[:, 1:], rois[:, 0].long(), sizes)
     torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
     for picture in range(len(map_)):
         own = rois[:, 0] == picture

@@ -373,7 +373,7 @@ class QueryInstForInstanceSegmentation(QueryInstPreTrainedModel):
             loss=None if losses is None else torch.stack(list(losses.values())).sum(),
             losses=losses,
             class_queries_logits=last.class_logits,
-            class_scores=last.class_logits.sigmoid(),
+            class_scores=last.class_logits.float().sigmoid(),
             masks_queries_logits=last.mask_logits,
             boxes=last.boxes,
             roi_mask_logits=last.roi_mask_logits,

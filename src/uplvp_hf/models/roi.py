@@ -77,34 +77,42 @@ class PyramidPooler(nn.Module):
         boxes = boxes.detach().to(maps[0].dtype)
         level = self.levels_of(boxes, len(maps))
         rois = torch.cat([pictures[:, None].to(boxes.dtype), boxes], dim=1)
+        if sizes is None:
+            return self._align(maps, rois, level, self.side, self.sampling_ratio)
+        # Every sample by itself, so that those beyond the picture can be left out of the means.
+        samples = self._align(maps, rois, level, self.side * self.sampling_ratio, 1)
+        stride = self.finest_stride * 2.0 ** level[:, None]
+        end = (sizes[pictures] / stride).ceil()  # (M, 2) rows, columns
+        rows = self._places(boxes[:, 1::2], stride) <= end[:, :1]
+        columns = self._places(boxes[:, ::2], stride) <= end[:, 1:]
+        samples = samples.masked_fill(~(rows[:, None, :, None] & columns[:, None, None, :]), 0.0)
+        return self._means(samples)
+
+    def _align(self, maps: list[Tensor], rois: Tensor, level: Tensor, side: int, ratio: int) -> Tensor:
+        """RoIAlign of rois (M, 5), picture and box, each from the map of its level (M,): (M, C, side, side)."""
         strides = [self.finest_stride * 2**index for index in range(len(maps))]
         if rois.device.type == "cpu" and not torch.compiler.is_compiling():
             # Every box from its own level only; the look at the indices costs nothing here.
             places = [(level == index).nonzero()[:, 0] for index in range(len(maps))]
             parts = [
-                self.pool(map_, rois[place], stride, sizes)
+                roi_align(map_, rois[place], side, 1 / stride, ratio, aligned=True)
                 for map_, place, stride in zip(maps, places, strides, strict=True)
             ]
             return torch.cat(parts)[torch.cat(places).argsort()]
         # Without a look at the indices: all boxes from all levels, those of other levels moved to where samples are
         # zero. Kernels for accelerators skip such samples.
-        nowhere = boxes.new_tensor([0.0, -9e3, -9e3, -8e3, -8e3])
-        pooled = 0
-        for index, (map_, stride) in enumerate(zip(maps, strides, strict=True)):
-            chosen = torch.where((level == index)[:, None], rois, nowhere)
-            pooled = pooled + self.pool(map_, chosen, stride, sizes)
-        return pooled
+        nowhere = rois.new_tensor([0.0, -9e3, -9e3, -8e3, -8e3])
+        return sum(
+            roi_align(
+                map_, torch.where((level == index)[:, None], rois, nowhere), side, 1 / stride, ratio, aligned=True
+            )
+            for index, (map_, stride) in enumerate(zip(maps, strides, strict=True))
+        )
 
-    def pool(self, map_: Tensor, rois: Tensor, stride: int, sizes: Tensor | None) -> Tensor:
-        """RoIAlign of rois (M, 5), picture and box, from one map: (M, C, side, side)."""
-        if sizes is None:
-            return roi_align(map_, rois, self.side, 1 / stride, self.sampling_ratio, aligned=True)
-        # Every sample by itself, so that those beyond the picture can be left out of the means.
-        samples = roi_align(map_, rois, self.side * self.sampling_ratio, 1 / stride, 1, aligned=True)
-        end = (sizes[rois[:, 0].long()] / stride).ceil()  # (M, 2) rows, columns
-        inside = self._places(rois[:, 2:5:2], stride) <= end[:, :1], self._places(rois[:, 1:4:2], stride) <= end[:, 1:]
-        samples = samples.masked_fill(~(inside[0][:, None, :, None] & inside[1][:, None, None, :]), 0.0)
-        return F.avg_pool2d(samples, self.sampling_ratio)
+    def _means(self, samples: Tensor) -> Tensor:
+        """Mean of the samples of every cell: (M, C, side * ratio, side * ratio) -> (M, C, side, side)."""
+        shape = (*samples.shape[:2], self.side, self.sampling_ratio, self.side, self.sampling_ratio)
+        return samples.reshape(shape).mean((3, 5))  # unlike pooling, it keeps no samples for the gradient
 
     def sample(self, maps: list[Tensor], boxes: Tensor, sizes: Tensor | None = None) -> Tensor:
         """As `forward` for boxes (B, N, 4), with gradients for the boxes too: (B * N, C, side, side).
@@ -129,11 +137,11 @@ class PyramidPooler(nn.Module):
             values = F.grid_sample(map_, grid.flatten(1, 2), padding_mode="border", align_corners=False)
             values = values.view(batch, channels, *grid.shape[1:4]).transpose(1, 2)  # (B, N, C, count, count)
             kept = (inside[0][..., :, None] & inside[1][..., None, :])[:, :, None]
-            values = F.avg_pool2d(torch.where(kept, values, 0.0).flatten(0, 1), self.sampling_ratio)
+            values = self._means(torch.where(kept, values, 0.0).flatten(0, 1))
             pooled = pooled + torch.where((level == index)[:, None, None, None], values, 0.0)
         return pooled
 
-    def _places(self, ends: Tensor, stride: int) -> Tensor:
+    def _places(self, ends: Tensor, stride: int | Tensor) -> Tensor:
         """Where samples lie between two ends in pixels, (..., 2) -> (..., side * ratio), in cells from the first."""
         count = self.side * self.sampling_ratio
         step = (torch.arange(count, device=ends.device, dtype=ends.dtype) + 0.5) / count
