@@ -16,10 +16,11 @@ from .class_map import resolve_class_map
 from .encoders import Encoder, group_by_size
 from .instances import Proposals
 from .pipeline import AGNOSTIC_NAME
-from .text import TEMPLATES, embed_classes, split_synonyms
+from .prompt_templates import TEMPLATES, read_background, read_templates
+from .text import TextEmbeddings, embed_classes, split_synonyms
 
 if TYPE_CHECKING:
-    from .dense_clip import Clip
+    from .clip import Clip
 
 SURROUNDINGS = ("none", "blur", "mean")
 
@@ -101,14 +102,15 @@ class ClipZeroShotNamer:
 
     Args:
         clip: see `load_clip`. entries: vocabulary entries, synonyms separated by commas; the best synonym counts.
-        templates: prompts, {} for the name.
-        background: names of what is no object. They take their share of the probability: a crop of background keeps
-            its best class at a low confidence, for `min_confidence` to drop or to leave unnamed.
+        templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name.
+        background: names of what is no object, or the preset "stuff". They take their share of the probability: a crop
+            of background keeps its best class at a low confidence, for `min_confidence` to drop or to leave unnamed.
         context: share of the box's longer side added on every side of the crop.
         surroundings: pixels of the crop outside of the mask: "none" leaves them, "blur" blurs them, "mean" paints them
             in CLIP's mean colour.
         temperature: divides the logits, which CLIP's own logit scale multiplies; 1 gives CLIP's probabilities.
         batch_size: crops a forward pass.
+        text: precomputed embeddings of the entries, then the background names (`load_text_embeddings`).
 
     Raises ValueError for an empty vocabulary, unknown surroundings, a temperature of 0 or less.
     """
@@ -119,21 +121,31 @@ class ClipZeroShotNamer:
         self,
         clip: Clip,
         entries: Sequence[str],
-        templates: Sequence[str] = TEMPLATES,
-        background: Sequence[str] = (),
+        templates: str | Sequence[str] = TEMPLATES,
+        background: str | Sequence[str] = (),
         context: float = 0.1,
         surroundings: str = "none",
         temperature: float = 1.0,
         batch_size: int = 64,
+        text: TextEmbeddings | None = None,
     ) -> None:
         _check_surroundings(surroundings)
         if not temperature > 0:
             raise ValueError(f"temperature {temperature} cannot divide logits; use a number above 0")
         self.clip, self.context, self.surroundings = clip, context, surroundings
         self.temperature, self.batch_size = temperature, batch_size
-        self.entries, self.templates, self.background = list(entries), list(templates), list(background)
+        self.entries, self.templates = list(entries), list(read_templates(templates)) if text is None else None
+        self.background = read_background(background, entries)
         self.names = [split_synonyms(entry)[0] for entry in entries]
-        self.text = embed_classes(clip.model, clip.tokenizer, [*self.entries, *self.background], templates)
+        wanted = [*self.entries, *self.background]
+        if text is None:
+            text = embed_classes(clip.model, clip.tokenizer, wanted, self.templates)
+        elif text.count != len(wanted) or text.vectors.shape[1] != clip.dimension:
+            raise ValueError(
+                f"text embeddings of {text.count} classes and {text.vectors.shape[1]} numbers; {len(wanted)} entries "
+                f"and background names of {clip.dimension} numbers are needed"
+            )
+        self.text = text.to(clip.device)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -145,7 +157,7 @@ class ClipZeroShotNamer:
     def probabilities(self, crops: Sequence[Image.Image]) -> torch.Tensor:
         """(N, K) softmax over the classes and the background names, without the latter."""
         size = (self.clip.image_size, self.clip.image_size)
-        features = self.clip.model.get_image_features(pixel_values=self.clip.pixels(crops, size)).pooler_output.float()
+        features = self.clip.encode_images(self.clip.pixels(crops, size))
         cosine = torch.nn.functional.normalize(features, dim=-1) @ self.text.vectors.T
         scale = self.clip.model.logit_scale.float().exp() / self.temperature
         return (self.text.per_class(cosine) * scale).softmax(dim=-1)[:, : len(self.entries)]
