@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -82,6 +82,8 @@ class DenseClipLabeler(LabelerBase):
         cache_mb: float = 64.0,
         **options: Any,
     ) -> None:
+        if not entries:
+            raise ValueError("the vocabulary is empty: give at least one class name")
         self.source, self.encoder_name, self.licence = clip, clip.name, clip.licence
         self.entries, self.templates = list(entries), list(read_templates(templates))
         self.background = read_background(background, entries)
@@ -232,19 +234,24 @@ class DenseClipLabeler(LabelerBase):
     def _probabilities(self, similarities: torch.Tensor) -> torch.Tensor:
         return self.text.per_class((similarities * self.logit_scale).softmax(dim=0), dim=0)
 
-    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` a picture, with labels unless class-agnostic, masks at the picture's size."""
+    def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Callable[[], list[Proposals]]:
+        """The forward passes; what it returns cuts the instances: one `Proposals` a picture, with labels unless
+        class-agnostic, masks at the picture's size."""
         if not images:
-            return []
+            return list
         encoded = self.cache.pop(images, rows)
         if encoded is None:
             encoded = self._encode(images, rows)
-        results = []
-        for image, (maps, features) in zip(images, encoded):
-            maps = maps.to(self.device)
-            features = None if features is None else features.to(self.device)
-            results.append(self.instances(self.evidence(maps), image.size[::-1], image, features))
-        return results
+
+        def cut() -> list[Proposals]:
+            results = []
+            for image, (maps, features) in zip(images, encoded):
+                maps = maps.to(self.device)
+                features = None if features is None else features.to(self.device)
+                results.append(self.instances(self.evidence(maps), image.size[::-1], image, features))
+            return results
+
+        return cut
 
     def instances(
         self,

@@ -1,0 +1,236 @@
+"""What labelling costs beside the encoder, and whether its memory depends on the number of pictures.
+
+Commands:
+
+    python scripts/benchmark_label.py
+    python scripts/benchmark_label.py --pictures 32 --rounds 5 --image-size 448
+    python scripts/benchmark_label.py --only throughput --device cuda --dtype bfloat16 --pictures 256 --rounds 5
+    python scripts/benchmark_label.py --only memory --memory-pictures 200 2000
+
+throughput_ratio: pictures a second of `label_images` with all that it does by default (decoding JPEG files, resizing,
+windows, calibration, class maps, components, filters, RLE, synced shards), over those of the bare vision transformer on
+tensors of the same windows in the same batches. Both arms take turns in one process, in changing order, so that drift
+of the machine cancels; the times of all rounds are summed. The encoder is a CLIP ViT-B/16 with random weights. The
+labeler's own attention leaves out the last block's MLP, about a twentieth of the work, so that the ratio can exceed 1.
+cpu_ratio is the same with the seconds of all cores together, which other load on the machine disturbs less.
+
+rss_ratio: highest resident memory of a process that labels the larger number of pictures, over that of one that labels
+the smaller; a small encoder, as only what grows with the number matters.
+
+The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GOALS = {"throughput_ratio": 0.85, "rss_ratio": 1.3}
+SHAPES = {  # hidden size, MLP, layers, heads
+    "vit-b/16": (768, 3072, 12, 12),
+    "small": (96, 192, 2, 3),
+}
+SECTIONS = ("throughput", "memory")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--only", choices=SECTIONS, action="append", help="repeatable (default: all)")
+    add("--pictures", type=int, default=8, help="a round (default: 8)")
+    add("--rounds", type=int, default=4, help="of both arms (default: 4)")
+    add("--batch-size", type=int, default=8)
+    add("--picture-size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
+    add("--image-size", type=int, default=224, help="shorter side that the encoder sees; the labeler's default is 448")
+    add("--classes", type=int, default=20)
+    add("--threads", type=int, help="of torch, for both arms (default: as torch chooses)")
+    add("--device", default="cpu")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--memory-pictures", type=int, nargs=2, default=(200, 2000), metavar=("FEW", "MANY"))
+    add("--label-folder", help=argparse.SUPPRESS)  # the child process of the memory section
+    return parser
+
+
+def write_pictures(folder: Path, count: int, size: tuple[int, int], distinct: int = 50) -> Path:
+    """JPEG files with the detail of photographs: noise of all scales. The first ones recur under other names."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for number in range(count):
+        file = folder / f"{number:06d}.jpg"
+        if number >= distinct:
+            os.link(folder / f"{number % distinct:06d}.jpg", file)
+            continue
+        rng = np.random.default_rng(number)
+        pixels = np.zeros((size[1], size[0], 3), dtype=np.float32)
+        for scale in (4, 16, 64, 640):
+            sides = (max(2, size[0] * scale // 640), max(2, size[1] * scale // 640))
+            noise = Image.fromarray(rng.integers(0, 256, (*sides[::-1], 3), dtype=np.uint8))
+            pixels += np.asarray(noise.resize(size, Image.Resampling.BICUBIC)) / (1 + scale / 32)
+        Image.fromarray((pixels * 255 / pixels.max()).astype(np.uint8)).save(file, quality=90)
+    return folder
+
+
+def build_labeler(shape: str, image_size: int, classes: int, device: str = "cpu", dtype: str = "float32"):
+    """The dense CLIP labeler with its defaults, on random weights and random text embeddings."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from uplvp_hf.labeling import Clip, DenseClipLabeler
+    from uplvp_hf.labeling.text import TextEmbeddings
+
+    torch.manual_seed(0)
+    hidden, mlp, layers, heads = SHAPES[shape]
+    sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers}
+    config = CLIPVisionConfig(**sizes, num_attention_heads=heads, patch_size=16, image_size=224, projection_dim=512)
+    model = CLIPVisionModelWithProjection(config).eval().requires_grad_(False)
+    clip = Clip(model.to(device, getattr(torch, dtype)), None, f"random {shape}")
+    vectors = torch.nn.functional.normalize(torch.randn(classes, 512), dim=-1)
+    names = tuple(f"class {k}" for k in range(classes))
+    text = TextEmbeddings(vectors, torch.arange(classes), classes, names)
+    return DenseClipLabeler(clip, names, text=text, image_size=image_size)
+
+
+def bare_forward(labeler, windows, device: str) -> float:
+    """Seconds for the vision transformer alone on all windows, in the labeler's batches."""
+    import torch
+
+    synchronise(device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        for batch in windows:
+            labeler.source.model(pixel_values=batch)
+    synchronise(device)
+    return time.perf_counter() - started
+
+
+def synchronise(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def windows_of(labeler, dataset, batch_size: int) -> list:
+    """The very tensors that the labeler's encoder sees, one a forward pass, recorded from it."""
+    seen = []
+    embed = labeler.source.vision.embeddings.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append((args[0] if args else kwargs["pixel_values"]).clone()),
+        with_kwargs=True,
+    )
+    for start in range(0, len(dataset), batch_size):
+        chosen = range(start, min(len(dataset), start + batch_size))
+        labeler.similarities([dataset.load_image(k) for k in chosen], [dataset[k] for k in chosen])
+    embed.remove()
+    return seen
+
+
+def measure_throughput(arguments: argparse.Namespace, folder: Path) -> dict:
+    import torch
+
+    from uplvp_hf.data import load_dataset_rows
+    from uplvp_hf.labeling import label_images
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    dataset = load_dataset_rows(write_pictures(folder / "pictures", arguments.pictures, tuple(arguments.picture_size)))
+    labeler = build_labeler("vit-b/16", arguments.image_size, arguments.classes, arguments.device, arguments.dtype)
+    windows = windows_of(labeler, dataset, arguments.batch_size)
+    bare_forward(labeler, windows[:1], arguments.device)  # warm up
+    times: dict[str, list[float]] = {"bare": [], "label": []}
+    work = {"bare": 0.0, "label": 0.0}  # seconds of all cores together
+    instances = 0
+    for number in range(arguments.rounds):
+        for arm in ("bare", "label") if number % 2 == 0 else ("label", "bare"):
+            before = time.process_time()
+            if arm == "bare":
+                times[arm].append(bare_forward(labeler, windows, arguments.device))
+            else:
+                started = time.perf_counter()
+                output = folder / f"labels-{number}"
+                options = {"batch_size": arguments.batch_size, "progress": False, "max_failed": 0.0}
+                instances = label_images(dataset, labeler, None, output, **options).instances
+                times[arm].append(time.perf_counter() - started)
+            work[arm] += time.process_time() - before
+        print(f"round {number}: {times['bare'][-1]:.2f} s bare, {times['label'][-1]:.2f} s labelled", flush=True)
+    bare, label = (sum(times[arm]) for arm in ("bare", "label"))
+    pictures = arguments.pictures * arguments.rounds
+    return {
+        "throughput_ratio": round(bare / label, 4),
+        "cpu_ratio": round(work["bare"] / work["label"], 4),
+        "label_pictures_per_second": round(pictures / label, 4),
+        "bare_pictures_per_second": round(pictures / bare, 4),
+        "ratios_by_round": [round(alone / whole, 4) for alone, whole in zip(times["bare"], times["label"])],
+        "windows_per_picture": sum(len(batch) for batch in windows) / arguments.pictures,
+        "instances_per_picture": round(instances / arguments.pictures, 2),
+        "pictures": pictures,
+        "batch_size": arguments.batch_size,
+        "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "cpu",
+        "dtype": arguments.dtype,
+        "torch_threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def measure_memory(arguments: argparse.Namespace, folder: Path) -> dict:
+    peaks = []
+    for count in arguments.memory_pictures:
+        pictures = write_pictures(folder / f"pictures-{count}", count, tuple(arguments.picture_size))
+        words = ["--label-folder", str(pictures), "--batch-size", str(arguments.batch_size)]
+        words += ["--threads", str(arguments.threads or 1), "--image-size", "112", "--classes", str(arguments.classes)]
+        child = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
+        measured = json.loads(child.stdout.splitlines()[-1])
+        peaks.append(measured["peak_bytes"])
+        print(f"{count} pictures: peak {peaks[-1] / 2**20:.0f} MiB, {measured['seconds']:.0f} s", flush=True)
+    return {
+        "rss_ratio": round(peaks[1] / peaks[0], 4),
+        "rss_pictures": list(arguments.memory_pictures),
+        "rss_mib": [round(peak / 2**20, 1) for peak in peaks],
+    }
+
+
+def label_folder(arguments: argparse.Namespace) -> dict:
+    """The child: labels a folder of pictures and says how much memory it took at most."""
+    import torch
+
+    from uplvp_hf.data import load_dataset_rows
+    from uplvp_hf.labeling import label_images
+
+    torch.set_num_threads(arguments.threads)
+    pictures = Path(arguments.label_folder)
+    labeler = build_labeler("small", arguments.image_size, arguments.classes)
+    dataset, output = load_dataset_rows(pictures), pictures.with_name(f"{pictures.name}-labels")
+    summary = label_images(
+        dataset, labeler, None, output, batch_size=arguments.batch_size, progress=False, max_failed=0.0
+    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"peak_bytes": peak, "seconds": summary.seconds, "instances": summary.instances}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    if arguments.label_folder:
+        print(json.dumps(label_folder(arguments)))
+        return 0
+    results: dict = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if "throughput" in (arguments.only or SECTIONS):
+            results |= measure_throughput(arguments, Path(folder) / "throughput")
+        if "memory" in (arguments.only or SECTIONS):
+            results |= measure_memory(arguments, Path(folder) / "memory")
+    results["goals"] = {name: goal for name, goal in GOALS.items() if name in results}
+    print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
