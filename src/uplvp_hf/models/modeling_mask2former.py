@@ -2,7 +2,8 @@
 
 Built on transformers' Mask2Former blocks (arXiv 2112.01527), with the same parameter names, so checkpoints go both
 ways. What is added: the three steps, padding masked in attention and losses, prompts' feature map, one loss for all
-layers. With a full pixel mask the predictions equal `Mask2FormerForUniversalSegmentation` on the same weights.
+layers, faster deformable attention and losses. Without padding the predictions equal those of
+`Mask2FormerForUniversalSegmentation` on the same weights, to rounding.
 """
 
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackbone
 
+from .deformable_attention import use_deformable_attention
 from .losses import Draw, LayerOutput, MaskClassificationLoss, Normalizers
 from .matching import LabelGuide
 from .padding import extend_edges, is_padded, padding_masked, upsample, valid_cells
@@ -52,7 +54,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
     predicts_first = True  # the first output of `decode` comes before any update of the queries
     shares_class_head = True  # by all layers
     has_no_object = True  # a class of its own, the last
-    _no_split_modules = ["Mask2FormerMaskedAttentionDecoderLayer", "Mask2FormerPixelDecoderEncoderLayer"]
+    _no_split_modules = ["Mask2FormerMaskedAttentionDecoderLayer", "DeformableEncoderLayer"]
     class_sized = ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight")
 
     def __init__(self, config: Mask2FormerConfig):
@@ -60,6 +62,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         extra = getattr(config.backbone_config, "timm_kwargs", None)
         if extra:
             self.model.pixel_level_module.encoder = TimmBackbone(config.backbone_config, **extra)
+        use_deformable_attention(self.model.pixel_level_module.decoder.encoder)
 
     @classmethod
     def is_custom_code(cls) -> bool:
