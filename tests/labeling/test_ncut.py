@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from labeling_helpers import FixedEncoder, blob_picture, tiny_encoder
+from PIL import Image
 
 from uplvp_hf.labeling import ncut
+from uplvp_hf.labeling.ncut import NcutLabeler
 
 
 def cut_cost(weights, side):
@@ -89,3 +92,78 @@ def test_limits_of_splitting():
     assert len(ncut.split_by_ncut(one_way, whole, centre=True)[0]) == 3
     with pytest.raises(ValueError, match="do not lie on features"):
         ncut.split_by_ncut(features, whole[:, 1:])
+
+
+def test_cost_of_given_sides():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(2, 8, 8, generator=generator)
+    weights = weights + weights.transpose(1, 2)
+    sides = torch.rand(2, 8, generator=generator) > 0.5
+    for w, side, got in zip(weights.numpy(), sides.numpy(), ncut.cut_cost(weights, sides)):
+        assert got == pytest.approx(cut_cost(w, side), rel=1e-4)
+
+
+def two_objects():
+    """(1, 12, 16, 20) features: a background and two objects, (3:9, 2:7) and (8:14, 11:18), of other directions."""
+    generator = torch.Generator().manual_seed(2)
+    directions = torch.linalg.qr(torch.randn(12, 3, generator=generator))[0].T
+    region = torch.zeros(16, 20, dtype=torch.int64)
+    region[3:9, 2:7], region[8:14, 11:18] = 1, 2
+    features = directions[region] + 0.02 * torch.randn(16, 20, 12, generator=generator)
+    return features.permute(2, 0, 1)[None], region
+
+
+def test_objects_are_cut_out_one_after_another():
+    features, region = two_objects()
+    found, soft, scores = ncut.cut_out(features.expand(2, -1, -1, -1), masks=4)
+    for masks, values in zip(found, scores):
+        assert sorted(int(mask.sum()) for mask in masks) == [0, 0, 30, 42]
+        assert {tuple(region[mask].unique().tolist()) for mask in masks if mask.any()} == {(1,), (2,)}
+        assert (values[:2] > 0.9).all() and (values[2:] == -1).all()
+    assert torch.equal((soft > 0) & (scores >= 0)[..., None, None], found)
+
+
+def test_foreground_avoids_the_corners():
+    """Where the object is the larger part, the corners tell which side is background."""
+    features, _ = two_objects()
+    inside = torch.zeros(16, 20, dtype=torch.bool)
+    inside[2:14, 2:18] = True
+    large = torch.where(inside, features[0, :, :1, :1], features[0, :, 8:9, 12:13])[None]
+    found, _, _ = ncut.cut_out(large, masks=1)
+    assert torch.equal(found[0, 0], inside)
+
+
+def test_small_masks_are_rejected():
+    features, _ = two_objects()
+    found, _, scores = ncut.cut_out(features, min_area=35 / 320)
+    assert found[0].flatten(1).sum(dim=1).max() in (0, 42) and (scores[0] >= 0).sum() <= 1
+    flat, _, none = ncut.cut_out(torch.ones(1, 4, 6, 6))
+    assert ((none == -1) | flat.any(dim=3).any(dim=2)).all()
+
+
+@pytest.mark.parametrize("refine", [None, "pamr"])
+def test_labeler_enlarges_its_masks(refine):
+    features, _ = two_objects()
+    labeler = NcutLabeler(FixedEncoder(features[0]), image_size=320, refine=refine)
+    picture = np.full((160, 200, 3), 30, np.uint8)
+    picture[30:90, 20:70], picture[80:140, 110:180] = (200, 40, 40), (40, 200, 40)
+    (found,) = labeler([Image.fromarray(picture)])
+    assert found.masks.shape == (2, 160, 200) and (found.scores > 0.9).all()
+    for area in (np.s_[30:90, 20:70], np.s_[80:140, 110:180]):
+        want = np.zeros((160, 200), bool)
+        want[area] = True
+        best = max((mask & want).sum() / (mask | want).sum() for mask in found.masks)
+        assert best > (0.85 if refine is None else 0.95)
+
+
+def test_labeler_keeps_pictures_in_their_place():
+    images = [blob_picture(0), blob_picture(1, 64, 80), blob_picture(2)]
+    labeler = NcutLabeler(tiny_encoder(), image_size=160, centre=True, tau=0.0)
+    together = labeler(images)
+    assert sum(len(p) for p in together) > 0
+    for image, found in zip(images, together):
+        (alone,) = labeler([image])
+        assert found.masks.shape == alone.masks.shape and (found.masks != alone.masks).mean() < 0.01
+    assert labeler.settings["tau"] == 0.0 and labeler.settings["masks"] == 3
+    with pytest.raises(ValueError, match="'crf' is unknown"):
+        NcutLabeler(tiny_encoder(), refine="crf")

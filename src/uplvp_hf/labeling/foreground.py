@@ -101,7 +101,7 @@ class ForegroundLabeler(LabelerBase):
         component: weight of the principal component in the latter.
         refine: sharpen by regression on the maps of `fine_stages` at the largest size.
         strength: ridge penalty per pixel. blend: weight of the coarse map in the result.
-        grid: longer side in cells of the map that is thresholded.
+        grid: longer side in cells of the map that is thresholded; 160 gives the same masks of large animals, slower.
         min_area, max_area: shares of the picture's area. top: most instances a picture.
         cell_offset: in cells of `stage`; None takes the encoder's.
 
@@ -119,7 +119,7 @@ class ForegroundLabeler(LabelerBase):
         refine: bool = True,
         strength: float = 3.0,
         blend: float = 0.5,
-        grid: int = 160,
+        grid: int = 96,
         min_area: float = 0.02,
         max_area: float = 0.95,
         top: int = 20,

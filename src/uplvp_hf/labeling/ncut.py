@@ -10,9 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+
+from ..data.rows import Row
+from .encoders import Encoder, group_by_size, pictures_to_pixels
+from .instances import Proposals, filter_proposals, upsample_grid
+from .pipeline import LabelerBase
+from .refine import pamr
 
 EPS = 1e-5
 # Floats of one batch of affinities: 64 MiB.
@@ -185,3 +195,185 @@ def _evaluate_batch(features, pieces: list[_Piece], size: int, tau: float, min_c
         smaller = min(int(sides.sum()), len(sides) - int(sides.sum()))
         piece.ncut = ncut if smaller >= max(1, min_cells) else float("inf")
         piece.sides = sides
+
+
+def cut_cost(weights: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
+    """Normalised cut of given sides: (B, n, n), (B, n) bool -> cut / vol(a) + cut / vol(b) (B,), in 0 to 2."""
+    inside = sides.to(weights.dtype)
+    degree = weights.sum(dim=-1)
+    volume = (degree * inside).sum(dim=-1)
+    cut = volume - torch.einsum("bi,bij,bj->b", inside, weights, inside)
+    return cut / volume.clamp_min(1e-12) + cut / (degree.sum(dim=-1) - volume).clamp_min(1e-12)
+
+
+def _seed_components(sides: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """The 4-connected component of (B, h, w) bool that holds cell `seeds` (B,). One transfer for the batch."""
+    kept = []
+    for side, seed in zip(sides.cpu().numpy(), seeds.cpu().tolist()):
+        labelled, _ = ndimage.label(side)
+        kept.append(labelled == labelled.flat[seed])
+    return torch.from_numpy(np.stack(kept)).to(sides.device)
+
+
+def cut_foreground(features: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The foreground of a two-way cut.
+
+    features: (B, C, h, w), for the shape alone; weights: (B, h*w, h*w) affinities. The eigenvector is split at its
+    mean; foreground is the side of its largest absolute value, unless that holds three or more of the grid's corners;
+    of it, the component of its most extreme cell.
+    Returns (B, h, w) bool and the eigenvector above its mean, positive in the foreground (B, h, w).
+    """
+    height, width = features.shape[2:]
+    vectors = second_eigenvector(weights)
+    vectors = vectors - vectors.mean(dim=1, keepdim=True)
+    strongest = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    vectors = torch.where(strongest < 0, -vectors, vectors)
+    corners = torch.tensor([0, width - 1, (height - 1) * width, height * width - 1], device=vectors.device)
+    background = (vectors[:, corners] > 0).sum(dim=1, keepdim=True) >= 3
+    vectors = torch.where(background, -vectors, vectors)
+    components = _seed_components((vectors > 0).unflatten(1, (height, width)), vectors.argmax(dim=1))
+    return components, vectors.unflatten(1, (height, width))
+
+
+def _balanced(vectors: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Magnitudes of (B, h, w) in units of the typical cell on the same side of the masks, at most 1; negative outside
+    of them. An edge between two plain regions so lies halfway, a gradual one where the eigenvector has it."""
+    size = vectors.abs()
+    typical = [
+        (size * side).flatten(1).sum(dim=1) / side.flatten(1).sum(dim=1).clamp_min(1) for side in (masks, ~masks)
+    ]
+    inside, outside = (size / value.clamp_min(1e-12)[:, None, None] for value in typical)
+    return torch.where(masks, inside, -outside).clamp(-1, 1)
+
+
+def cut_out(
+    features: torch.Tensor,
+    masks: int = 3,
+    tau: float = 0.2,
+    min_area: float = 0.01,
+    max_iou: float = 0.5,
+    centre: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """MaskCut (arXiv 2301.11320): cut out a foreground, remove its features, repeat.
+
+    Args:
+        features: (B, C, h, w); an eigenproblem of h*w unknowns is solved for every picture and mask.
+        masks: most masks a picture. tau: see `affinity`. centre: subtract each picture's mean feature first.
+        min_area: share of the cells; max_iou: with any earlier mask. A mask beyond them is rejected, and its picture
+            is finished, for the next cut would be the same one.
+
+    Returns masks (B, masks, h, w) bool, disjoint, in the order they were cut out; soft maps (B, masks, h, w) that are
+    positive in the mask and negative elsewhere, for enlarging; scores (B, masks), 1 - normalised cut of the mask
+    against the rest, at least 0, and -1 where there is no mask.
+    """
+    count, _, height, width = features.shape
+    cells = features.flatten(2).transpose(1, 2).float()  # (B, n, C)
+    if centre:
+        cells = cells - cells.mean(dim=1, keepdim=True)
+    found = torch.zeros(count, masks, height, width, dtype=torch.bool, device=features.device)
+    soft = torch.full(found.shape, -1.0, device=features.device)
+    scores = torch.full((count, masks), -1.0, device=features.device)
+    todo = torch.arange(count, device=features.device)
+    step = max(1, BATCH_FLOATS // (height * width) ** 2)
+    for position in range(masks):
+        still = [todo[:0]]
+        for rows in todo.split(step):
+            earlier = found[rows].any(dim=1)
+            weights = affinity(cells[rows] * ~earlier.flatten(1)[..., None], tau)
+            fresh, vectors = cut_foreground(features[rows], weights)
+            inter = (found[rows] & fresh[:, None]).sum(dim=(2, 3))
+            union = (found[rows] | fresh[:, None]).sum(dim=(2, 3)).clamp_min(1)
+            repeated = (inter / union > max_iou).any(dim=1)
+            fresh &= ~earlier
+            good = ~repeated & (fresh.flatten(1).sum(dim=1) > min_area * height * width)
+            found[rows, position] = fresh & good[:, None, None]
+            soft[rows, position] = _balanced(vectors, fresh)
+            scores[rows, position] = torch.where(good, (1 - cut_cost(weights, fresh.flatten(1))).clamp_min(0), -1.0)
+            still.append(rows[good])
+        todo = torch.cat(still)
+        if not len(todo):
+            break
+    return found, soft, scores
+
+
+class NcutLabeler(LabelerBase):
+    """Class-agnostic proposals by normalised cuts of a backbone's features (MaskCut's recipe, on any backbone).
+
+    Args:
+        encoder: a frozen backbone; MaskCut has DINO's ViT-B/8. stage: which of its maps, counted from the finest (0)
+            or the last (-1).
+        image_size: longer side in pixels that pictures are stretched to (MaskCut: 480). The eigenproblem grows with
+            the third power of the number of cells: 900 (480 pixels at stride 16) take .2 s a mask on a CPU core.
+        masks, tau, min_area, max_iou, centre: see `cut_out` (MaskCut: 3 masks, tau .15, 1 %, IoU .5).
+        refine: None, or "pamr": pixel-adaptive refinement at the working size. A mask whose IoU with itself before
+            refinement is below `min_agreement` is dropped, as MaskCut does around its CRF.
+        max_area, max_border: shares of the picture. cell_offset: in cells; None takes the encoder's.
+
+    Raises ValueError for an unknown refine.
+    """
+
+    name = "ncut"
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        image_size: int = 480,
+        stage: int = -1,
+        masks: int = 3,
+        tau: float = 0.15,
+        min_area: float = 0.01,
+        max_iou: float = 0.5,
+        centre: bool = False,
+        refine: str | None = None,
+        min_agreement: float = 0.5,
+        max_area: float = 1.0,
+        max_border: float = 1.0,
+        cell_offset: float | None = None,
+    ) -> None:
+        if refine not in (None, "pamr"):
+            raise ValueError(f"ncut: refine {refine!r} is unknown; use 'pamr' or None")
+        self.encoder, self.encoder_name, self.licence = encoder, encoder.name, encoder.licence
+        self.image_size, self.stage, self.cell_offset = image_size, stage, cell_offset
+        self.search = {"masks": masks, "tau": tau, "min_area": min_area, "max_iou": max_iou, "centre": centre}
+        self.refine, self.min_agreement = refine, min_agreement
+        self.filters = {"max_area": max_area, "max_border": max_border}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the labels depend on, for the store's header."""
+        own = ("image_size", "stage", "cell_offset", "refine", "min_agreement")
+        return {name: getattr(self, name) for name in own} | self.search | self.filters
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
+        """One `Proposals` a picture, in the order they were cut out, masks at the picture's size."""
+        results: list[Any] = [None] * len(images)
+        for size, indices in group_by_size(images, self.image_size, self.encoder.fit).items():
+            for chunk in self.encoder.passes(indices, size):
+                pictures = [images[index] for index in chunk]
+                (features,) = self.encoder(self.encoder.pixels(pictures, size), stages=(self.stage,)).maps
+                _, soft, scores = cut_out(features, **self.search)
+                stride = size[0] / features.shape[2]
+                offset = self.encoder.cell_offset(stride) if self.cell_offset is None else self.cell_offset
+                for index, picture, maps, values in zip(chunk, pictures, soft, scores.cpu()):
+                    results[index] = self._enlarge(picture, maps, values, size, offset)
+        return results
+
+    def _enlarge(
+        self, picture: Image.Image, soft: torch.Tensor, scores: torch.Tensor, size: tuple[int, int], offset: float
+    ) -> Proposals:
+        keep = scores >= 0
+        soft, kept = soft[keep.to(soft.device)], scores[keep].numpy().astype(np.float32)
+        shape = picture.size[::-1]
+        if self.refine is None or not len(soft):
+            masks = upsample_grid(soft, shape, offset) > 0
+        else:
+            before = upsample_grid(soft, size, offset) > 0
+            pixels = pictures_to_pixels([picture], size, (0.0,) * 3, (1.0,) * 3, soft.device)
+            after = pamr(pixels, before[None].float())[0]
+            refined = after > 0.5
+            agreement = (before & refined).sum(dim=(1, 2)) / (before | refined).sum(dim=(1, 2)).clamp_min(1)
+            masks = upsample_grid(after, shape) > 0.5
+            masks &= (agreement >= self.min_agreement)[:, None, None]
+        proposals = Proposals(masks.cpu().numpy(), kept)
+        return filter_proposals(proposals.take(proposals.masks.any(axis=(1, 2))), **self.filters)
