@@ -141,6 +141,7 @@ def config_from_mmdet_knet(config: dict[str, Any]) -> dict[str, Any]:
         "dice_cost": costs["dice_cost"],
         "focal_alpha": stage["loss_cls"]["alpha"],
         "focal_gamma": stage["loss_cls"]["gamma"],
+        "dice_eps": stage["loss_dice"].get("eps", 1e-3),
         "text_class_weight": clip.get("loss_weight", 2.0),
         "text_class_cost": assigners[-1].get("cls_cost_clip", {}).get("weight", 2.0),
         "semantic_targets": "touched",
@@ -157,7 +158,11 @@ def _check_structure(config: dict[str, Any]) -> None:
     stages, fpn = iterative["mask_head"], head["localization_fpn"]
     stage = stages[0]
     _require("stages", [_sizes(one) for one in stages], [_sizes(stage)] * iterative["num_stages"])
-    _require("stage weights", list(iterative.get("stage_loss_weights", [])), [1] * iterative["num_stages"])
+    _require(
+        "stage weights",
+        list(iterative.get("stage_loss_weights", [1] * iterative["num_stages"])),
+        [1] * iterative["num_stages"],
+    )
     channels = stage["in_channels"]
     found = [stage["out_channels"], head["in_channels"], head["out_channels"], config["neck"]["out_channels"]]
     found += [fpn[name] for name in ("in_channels", "feat_channels", "out_channels")]
