@@ -1,185 +1,210 @@
-"""`uplvp label`: pictures and class names in, a pseudo-label store out. See scripts/label.py for command lines."""
+"""`uplvp label`: pictures and class names in, a pseudo-label store out. See docs/labelling.md for a guide."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 from typing import Any
 
-from ._terminal import add_verbosity, check_device
+from ._terminal import add_verbosity, check_device, is_main_process
 from ._terminal import run as run_command
 
-ATTENTIONS = ("vanilla", "maskclip", "clearclip", "naclip", "identity")
+LABELERS = ("clip", "saliency", "foreground", "ncut", "file", "sam", "segmenter")
+NAMERS = ("none", "clip", "classifier", "map")
+EPILOG = """
+Every other setting of the labeler and the namer is --set NAME=VALUE; `uplvp label --list-settings --labeler NAME
+--namer NAME` lists them. Recommended with CLIP: --background sky,grass,wall,background --min-confidence 0.5. Masks of
+what is no object then lose their probability to the background names and are dropped; without, every mask is named
+after a class. An existing store alone, `uplvp label STORE --report`, is reported on or exported, not labelled.
+"""
 
-RECOMMENDED = (
-    "Recommended with CLIP: --background sky,grass,wall,background --min-confidence 0.5. Masks of what is no object "
-    "then lose their probability to the background names and are dropped; without, every mask is named after a class."
-)
+logger = logging.getLogger(__name__)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The arguments; imports nothing heavy."""
-    parser = argparse.ArgumentParser(prog="uplvp label", description=__doc__, epilog=RECOMMENDED)
-    add = parser.add_argument
-    add("images", help="folder of pictures (recursive), COCO json, or folder with annotations/ and images/")
-    add("--output", required=True, help="folder of the pseudo-label store; an unfinished one is continued")
-    add("--split", help="annotations/{SPLIT}.json of a COCO folder")
-    add("--labeler", choices=("clip", "saliency", "foreground"), default="clip", help="mask source (default: clip)")
-    add(
-        "--namer",
-        choices=("none", "clip", "classifier", "map"),
-        help="default: clip for the clip labeler, none for the others",
-    )
-    add("--vocabulary", help="file with one class a line (synonyms after commas), or bear,deer,otter")
-    add("--clip", help="CLIPModel: folder or hub id, for the clip labeler or namer")
-    add("--backbone", help="timm:NAME, timm:hf-hub:REPO or a transformers backbone, for saliency and foreground")
-    add("--backbone-weights", help="safetensors file for timm:NAME")
-    add("--pad-type", choices=("same", ""), help="'same' for networks trained with TensorFlow's padding")
-    add("--class-map", help="YAML or JSON, {class name: [classifier classes]}, for the classifier namer")
-    add("--classify", choices=("picture", "crop"), default="picture", help="what the classifier sees")
-    add("--min-confidence", type=float, default=0.0, help="drop masks that the namer is less sure of (default: 0)")
-    add("--attention", choices=ATTENTIONS, help="last block of the clip labeler (default: naclip)")
-    add("--sigma", type=float, help="width of naclip's gaussian, patches (default: 5)")
-    add("--scale", type=float, help="height of naclip's gaussian (default: 1)")
-    add("--calibration", choices=("zscore", "none"), help="of the clip labeler")
-    add(
-        "--template",
-        action="append",
-        help="CLIP prompt such as 'a photo of a {}'; repeatable. Default: seven of CLIP's",
-    )
-    add("--background", help="names of what is no object (sky,wall,grass), for the clip namer and labeler")
-    add("--threshold", type=float, help="of the clip or saliency labeler")
-    add("--image-size", type=int, help="of the clip or saliency labeler, pixels")
-    add("--window", type=int, help="of the clip labeler, pixels")
-    add("--stride", type=int, help="of the clip labeler, pixels")
-    add("--min-area", type=float, help="of the clip or foreground labeler, share of the picture")
-    add("--max-area", type=float, help="of the clip or foreground labeler, share of the picture")
-    add("--batch-size", type=int, default=8)
-    add("--limit", type=int, help="only the first pictures")
-    add("--device", help="default: cuda where there is one, else cpu")
-    add("--image-root", help="write picture paths relative to this folder")
-    add("--no-resume", action="store_true", help="refuse an output folder that holds labels already")
+    parser = argparse.ArgumentParser(prog="uplvp label", description=__doc__, epilog=EPILOG)
+    _add_input(parser.add_argument_group("pictures"))
+    _add_labeler(parser.add_argument_group("mask source"))
+    _add_namer(parser.add_argument_group("names"))
+    _add_clip(parser.add_argument_group("of the clip labeler, and others that have them"))
+    _add_run(parser.add_argument_group("run"))
+    _add_output(parser.add_argument_group("output"))
     add_verbosity(parser)
     return parser
 
 
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+def _add_input(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    images = (
+        "folder of pictures (recursive), COCO json, folder with annotations/ and images/, text file of paths, data set "
+        "of the datasets library (name on the Hub, saved folder, Parquet)"
+    )
+    add("images", nargs="?", help=images)
+    add("--split", help="annotations/{SPLIT}.json of a COCO folder, or a split of a datasets data set")
+    add("--config", help="configuration of a datasets data set")
+    add("--image-column", help="of a datasets data set")
+    add("--id-column", help="of a datasets data set")
+    add("--streaming", action="store_true", help="read a datasets data set as a stream, without downloading all of it")
+    add("--limit", type=int, help="only the first pictures")
 
 
-# Options that only some labelers read; anything else that was given is an error, not silence.
-OPTIONS = {
-    "clip": ("attention", "sigma", "scale", "threshold", "image_size", "window", "stride", "min_area", "max_area"),
-    "saliency": ("threshold", "image_size"),
-    "foreground": ("min_area", "max_area"),
-}
+def _add_labeler(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--labeler",
+        help=f"{', '.join(LABELERS)}, or your own as my_package.my_module:factory (default: clip)",
+    )
+    add("--set", action="append", metavar="NAME=VALUE", help="a setting of labeler or namer; repeatable")
+    add("--options", metavar="JSON", help="many settings at once: a JSON or YAML mapping, or a file with one")
+    add("--list-settings", action="store_true", help="list the settings of --labeler and --namer, and stop")
+    add("--backbone", help="timm:NAME, timm:hf-hub:REPO or a transformers backbone, for saliency, foreground and ncut")
+    add("--backbone-weights", help="safetensors file for timm:NAME")
+    add("--pad-type", choices=("same", ""), help="'same' for networks trained with TensorFlow's padding")
+    add("--masks", help="for file: COCO json, COCO results list, pseudo-label store or Parquet file")
+    add("--model", help="for sam: a mask generator of transformers; for segmenter: a trained model. Folder or hub id")
+
+
+def _add_namer(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--namer",
+        choices=NAMERS,
+        help="clip: zero-shot on each mask's crop; classifier; map: the labeler's own classes; none: one class. "
+        "Default: clip for clip, map for file, segmenter and your own, none for the others",
+    )
+    add("--vocabulary", help="file with one class a line (synonyms after commas), or bear,deer,otter")
+    add("--clip", help="CLIP, SigLIP or SigLIP 2: folder or hub id, for the clip labeler or namer")
+    add("--class-map", help="YAML or JSON, {class name: [classifier classes, by index, range or name]}")
+    add("--classify", choices=("picture", "crop"), help="what the classifier sees (default: picture)")
+    add("--classifier", help="timm:NAME or an image classifier of transformers (default: that of --backbone)")
+    add("--classifier-weights", help="safetensors file for timm:NAME")
+    add("--min-confidence", type=float, default=0.0, help="of the namer; what becomes of masks below: --unnamed")
+    add(
+        "--unnamed",
+        choices=("drop", "keep"),
+        default="drop",
+        help="masks without a sure name are dropped, or kept as class 'object' (default: drop)",
+    )
+
+
+def _add_clip(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--attention", help="last block: vanilla, maskclip, sclip, clearclip, naclip (default), gem, proxy, identity")
+    add("--sigma", type=float, help="width of naclip's gaussian, patches (default: 5)")
+    add("--scale", type=float, help="height of naclip's gaussian (default: 1)")
+    add("--guide", help="second backbone of --attention proxy, such as a DINO")
+    add("--calibration", choices=("zscore", "none"))
+    add(
+        "--template",
+        action="append",
+        help="prompt such as 'a photo of a {}', repeatable; or bare, openai7, openai80, or a file",
+    )
+    add("--background", help="names of what is no object (sky,wall,grass), or stuff; for the clip namer and labeler")
+    add("--features", help="precomputed dense features in place of CLIP's: a folder, .safetensors or .npz")
+    add("--features-layout", choices=("dhw", "hwd"), help="axes of the features (default: dhw)")
+    add("--text-embeddings", help="safetensors file with embeddings of the class names, in place of a text tower")
+    add("--threshold", type=float, help="evidence or similarity that a pixel needs")
+    add("--image-size", type=int, help="pixels")
+    add("--window", type=int, help="pixels")
+    add("--stride", type=int, help="pixels")
+    add("--min-area", type=float, help="share of the picture; of file and segmenter: pixels")
+    add("--max-area", type=float, help="share of the picture")
+
+
+def _add_run(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--batch-size", type=int, default=8)
+    add("--device", help="default: cuda where there is one, else cpu")
+    add("--dtype", choices=("fp32", "bf16"), help="of the networks (default: fp32)")
+    add("--workers", type=int, help="threads that decode pictures (default: this process's share of the cores)")
+    add("--calibration-pictures", type=int, default=200, help="to calibrate the clip labeler on (default: 200)")
+    add("--max-failed", type=float, default=0.5, help="share of failed pictures that is an error (default: 0.5)")
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--output", help="folder of the pseudo-label store; an unfinished one is continued")
+    add("--image-root", help="write picture paths relative to this folder")
+    add("--no-resume", action="store_true", help="refuse an output folder that holds labels already")
+    add("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (default: report.html in the store)")
+    add("--truth", help="true instances of the same pictures, for the report: COCO json or folder, store")
+    add("--export-coco", metavar="PATH", help="also write the labels as a COCO json")
+    add("--export-parquet", metavar="PATH", help="also write the labels as a Parquet file")
+
+
+# What goes with a store that is only reported on or exported.
+AFTERWARDS = ("images", "report", "truth", "export_coco", "export_parquet", "quiet", "verbose", "list_settings")
 
 
 def _check(args: argparse.Namespace) -> None:
-    read = {*OPTIONS[args.labeler], *(("calibration",) if args.labeler == "clip" else ())}
-    if args.attention not in (None, "naclip"):
-        read -= {"sigma", "scale"}
-    if "clip" in (args.labeler, args.namer):
-        read.add("template")
-    if args.namer == "clip" or (args.labeler == "clip" and args.calibration == "none"):
-        read.add("background")
-    for name in sorted(
-        {name for names in OPTIONS.values() for name in names} | {"calibration", "background", "template"}
-    ):
-        if getattr(args, name) is not None and name not in read:
-            option = name.replace("_", "-")
-            chosen = f"--labeler {args.labeler} --namer {args.namer}"
-            if name in ("sigma", "scale") and args.labeler == "clip":
-                chosen = f"--attention {args.attention}"
-            raise ValueError(f"--{option} has no effect with {chosen}; leave it out")
-    uses_clip = "clip" in (args.labeler, args.namer)
-    uses_backbone = args.labeler != "clip" or args.namer == "classifier"
-    needs = {
-        "clip": uses_clip,
-        "vocabulary": uses_clip,
-        "backbone": uses_backbone,
-        "class_map": args.namer == "classifier",
-    }
-    for name, needed in needs.items():
-        if needed and getattr(args, name) is None:
-            raise ValueError(f"--labeler {args.labeler} with --namer {args.namer} needs --{name.replace('_', '-')}")
-    if args.namer == "map" and args.labeler != "clip":
-        raise ValueError(
-            f"--namer map: the {args.labeler} labeler has no classes of its own; use clip, classifier or none"
-        )
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise ValueError("--batch-size and --limit must be at least 1")
+    if args.labeler not in LABELERS and ":" not in args.labeler:
+        known = ", ".join(LABELERS)
+        raise ValueError(f"--labeler {args.labeler} is unknown; use {known}, or your own as my_package.module:factory")
+    if args.truth is not None and args.report is None:
+        raise ValueError("--truth is for the report; add --report")
+    for name in ("batch_size", "limit", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if args.classifier_weights is not None and args.classifier is None:
+        raise ValueError("--classifier-weights has no effect without --classifier; use --backbone-weights")
+    if args.truth is not None and not os.path.exists(args.truth):
+        raise ValueError(f"--truth {args.truth}: no such file or folder")
+    if args.images is None:
+        swallowed = " (--report takes the next word as its path: write it last)" if args.report else ""
+        raise ValueError(f"no pictures are named{swallowed}")
 
 
-def _build(args: argparse.Namespace):
-    """The labeler and the namer that the arguments describe."""
-    import torch
+def _default_namer(labeler: str) -> str:
+    from ._label_build import DEFAULT_NAMERS
 
-    from ..labeling import class_map as class_maps
-    from ..labeling import encoders, namers, text
-
-    device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    entries = text.read_vocabulary(args.vocabulary) if args.vocabulary is not None else []
-    class_map = class_maps.read_class_map(args.class_map) if args.class_map is not None else {}
-    if class_map and entries:
-        names = [text.split_synonyms(entry)[0] for entry in entries]
-        lacking = [name for name in names if name not in class_map]
-        if lacking:
-            raise ValueError(f"class map {args.class_map} has no entry for {lacking[0]!r} of the vocabulary")
-        class_map = {name: class_map[name] for name in names}
-    background = text.split_synonyms(args.background or "")
-    clip = encoder = None
-    if args.clip is not None:
-        from ..labeling.dense_clip import load_clip
-
-        clip = load_clip(args.clip, device=device)
-    if args.backbone is not None:
-        encoder = encoders.load_encoder(args.backbone, args.backbone_weights, args.pad_type or None, device=device)
-    namer = {
-        "none": namers.AgnosticNamer,
-        "clip": lambda: namers.ClipZeroShotNamer(clip, entries, background=background, **_templates(args)),
-        "classifier": lambda: namers.ClassifierNamer(encoder, class_map, args.classify),
-        "map": lambda: None,
-    }[args.namer]()
-    return _build_labeler(args, clip, encoder, entries), namer
+    return "map" if ":" in labeler else DEFAULT_NAMERS.get(labeler, "none")
 
 
-def _templates(args: argparse.Namespace) -> dict[str, Any]:
-    return {} if args.template is None else {"templates": args.template}
-
-
-def _build_labeler(args: argparse.Namespace, clip, encoder, entries: list[str]):
-    options = _given(args, *OPTIONS[args.labeler])
-    if args.labeler == "clip":
-        from ..labeling.language_vision import DenseClipLabeler
-        from ..labeling.text import split_synonyms
-
-        if args.calibration is not None:
-            options["calibration"] = None if args.calibration == "none" else args.calibration
-        if args.background is not None and args.calibration == "none":
-            options["background"] = split_synonyms(args.background)
-        return DenseClipLabeler(clip, entries, **options, **_templates(args))
-    if args.labeler == "saliency":
-        from ..labeling.saliency import SaliencyLabeler
-
-        return SaliencyLabeler(encoder, **options)
-    from ..labeling.foreground import ForegroundLabeler
-
-    return ForegroundLabeler(encoder, **options)
+def _afterwards_only(args: argparse.Namespace) -> bool:
+    """Whether an existing store is to be reported on or exported. Raises ValueError for what then has no effect."""
+    if args.output is not None:
+        return False
+    asked = args.report is not None or args.export_coco is not None or args.export_parquet is not None
+    if not asked or not os.path.isfile(os.path.join(args.images or "", "header.json")):
+        store = " (without it, only a pseudo-label store can be reported on or exported)" if asked else ""
+        raise ValueError(f"--output is needed: the folder that the labels are written to{store}")
+    defaults = vars(build_parser().parse_args([]))
+    for name, value in vars(args).items():
+        if name not in AFTERWARDS and value != defaults[name]:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect on a finished store; name an --output to label")
+    return True
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Label; returns the summary. Raises ValueError and OSError for whatever the user can put right."""
-    args.namer = args.namer or ("clip" if args.labeler == "clip" else "none")
+    """Label, report, export; returns the summary. Raises ValueError and OSError for what the user can put right."""
+    if args.images is not None and _afterwards_only(args):
+        if args.truth is not None and args.report is None:
+            raise ValueError("--truth is for the report; add --report")
+        return {"output": args.images} | _write_more(args, args.images)
+    args.labeler = args.labeler or "clip"
+    args.namer = args.namer or ("map" if args.features and not args.clip else _default_namer(args.labeler))
     _check(args)
     check_device(args.device)
     from ..data import load_dataset_rows
     from ..labeling import label_images
+    from ._label_build import Builder, check_needs, describe_labeler, describe_namer, read_settings
 
-    dataset = load_dataset_rows(args.images, split=args.split)
-    labeler, namer = _build(args)
+    labeler_part, namer_part = describe_labeler(args.labeler), describe_namer(args.namer)
+    settings, names = read_settings(args, labeler_part, namer_part)
+    check_needs(args, settings)
+    names |= _classify(args, names)
+    columns = {"config": args.config, "image_column": args.image_column, "id_column": args.id_column}
+    dataset = load_dataset_rows(args.images, split=args.split, streaming=args.streaming, **columns)
+    builder = Builder(args)
+    namer = builder.namer(namer_part, names)
+    labeler = builder.labeler(labeler_part, settings)
+    if is_main_process():
+        _print_licences(labeler, namer)
     summary = label_images(
         dataset,
         labeler,
@@ -190,16 +215,78 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         progress=not args.quiet,
         limit=args.limit,
         min_confidence=args.min_confidence,
+        unnamed=args.unnamed,
+        calibration_pictures=args.calibration_pictures,
         image_root=args.image_root,
-    )
-    return summary.as_dict()
+        workers=args.workers,
+        max_failed=args.max_failed,
+    ).as_dict()
+    for note in getattr(labeler, "notes", ()):
+        logger.warning("%s", note)
+    return summary | (_write_more(args, args.output) if is_main_process() else {})
+
+
+def _classify(args: argparse.Namespace, names: dict[str, Any]) -> dict[str, Any]:
+    if args.classify is None:
+        return {}
+    if args.namer != "classifier":
+        raise ValueError(f"--classify has no effect with --namer {args.namer}; leave it out")
+    if "mode" in names:
+        raise ValueError("--classify and --set namer.mode say the same; give one")
+    return {"mode": args.classify}
+
+
+def _print_licences(labeler: Any, namer: Any) -> None:
+    """Whose terms the labels come under, as far as the model cards say."""
+    used = {labeler.encoder_name: getattr(labeler, "licence", None)}
+    network = getattr(namer, "clip", None) or getattr(namer, "encoder", None)
+    if network is not None:
+        used[network.name] = getattr(network, "licence", None)
+    for name, licence in used.items():
+        if licence is not None:
+            print(f"Licence of the weights of {name}: {licence}", flush=True)
+
+
+def _write_more(args: argparse.Namespace, store: str) -> dict[str, Any]:
+    """Report and exports, as far as they are asked for; {what: path}."""
+    from ..labeling import export_coco, export_parquet, write_report
+
+    written: dict[str, Any] = {}
+    for name, export in (("export_coco", export_coco), ("export_parquet", export_parquet)):
+        path = getattr(args, name)
+        if path is not None:
+            export(store, path)
+            written[name] = path
+    if args.report is not None:
+        written["report"] = args.report or os.path.join(store, "report.html")
+        numbers = write_report(store, written["report"], args.truth)
+        if numbers["quality"] is not None:
+            written["quality"] = numbers["quality"]
+    return written
+
+
+def _list_settings(args: argparse.Namespace) -> None:
+    from ._label_build import describe_labeler, describe_namer
+    from ._settings import describe
+
+    args.labeler = args.labeler or "clip"
+    if args.labeler not in LABELERS and ":" not in args.labeler:
+        raise ValueError(f"--labeler {args.labeler} is unknown; use {', '.join(LABELERS)}, or module:factory")
+    parts = [describe_labeler(args.labeler), describe_namer(args.namer or _default_namer(args.labeler))]
+    for part in parts:
+        print(describe(f"Settings of the {part.title}, for --set NAME=VALUE:", part.settings))
 
 
 def _label(args: argparse.Namespace) -> None:
+    if args.list_settings:
+        _list_settings(args)
+        return
     summary = run(args)
-    if summary["failed"]:
+    if not is_main_process():
+        return  # the summary is of all processes
+    if summary.get("failed"):
         # On stderr, because the last line of stdout is for programs.
-        where = os.path.join(args.output, "failures*.jsonl" if "RANK" in os.environ else "failures.jsonl")
+        where = os.path.join(args.output, "failures.jsonl")
         print(f"{summary['failed']} pictures could not be labelled: {where}", file=sys.stderr)
     print(json.dumps(summary))
 

@@ -223,6 +223,8 @@ def _fingerprint(source: str | os.PathLike[str] | InstanceDataset) -> str:
         files = [path / "header.json", *map(Path, shard_files(path))]
     elif (path / "annotations").is_dir():
         files = sorted((path / "annotations").glob("*.json"))
+    elif path.is_dir():
+        files = sorted(file for kind in ("*.parquet", "*.arrow", "*.json") for file in path.rglob(kind))
     else:
         files = [path] if path.is_file() else []
     return _hash_files(files)
