@@ -10,7 +10,8 @@ import torch
 from labeling_helpers import picture_folder, tiny_clip
 from safetensors.torch import save_file
 
-from uplvp_hf.commands.label import main
+from uplvp_hf.commands._label_build import describe_labeler, describe_namer
+from uplvp_hf.commands.label import LABELERS, main
 from uplvp_hf.data import read_store
 
 
@@ -41,6 +42,7 @@ def backbone(folder):
         ("foreground", "none", ["object"]),
         ("foreground", "classifier", ["bear", "deer"]),
         ("saliency", "clip", ["bear", "deer"]),
+        ("ncut", "none", ["object"]),
         ("clip", "map", ["bear", "deer"]),
         ("clip", None, ["bear", "deer"]),
     ],
@@ -87,6 +89,27 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
         (["--labeler", "clip", "--clip", "CLIP", "--vocabulary", "bear", "--namer", "classifier"], "needs --backbone"),
         (["--labeler", "saliency", "--namer", "map", "--backbone", "x"], "no classes of its own"),
         (["--labeler", "clip", "--clip", "/nowhere/clip", "--vocabulary", "bear"], "/nowhere/clip"),
+        (["--labeler", "clops"], "--labeler clops is unknown; use clip, saliency"),
+        (["--labeler", "file"], "needs --masks"),
+        (["--labeler", "sam"], "needs --model"),
+        (["--labeler", "file", "--masks", "/nowhere.json"], "/nowhere.json: no such file"),
+        (["--labeler", "file", "--masks", "x", "--model", "y"], "--model has no effect"),
+        (["--labeler", "segmenter", "--model", "/nowhere/model"], "/nowhere/model"),
+        (["--labeler", "no_such_module_here:make"], "no module no_such_module_here"),
+        (["--labeler", "saliency", "--set", "treshold=0.3"], "Did you mean threshold?"),
+        (["--labeler", "saliency", "--set", "threshold=high"], "threshold=high: must be float, got 'high'"),
+        (["--labeler", "saliency", "--set", "threshold=0.3", "--threshold", "0.3"], "threshold is given twice"),
+        (["--labeler", "saliency", "--namer", "clip", "--set", "namer.kontext=1"], "Did you mean context?"),
+        (["--labeler", "saliency", "--namer", "classifier", "--set", "image_size=64"], "write labeler.image_size or"),
+        (["--clip", "CLIP", "--vocabulary", "bear", "--set", "gem_depth=3"], "--set gem_depth has no effect with"),
+        (["--clip", "CLIP", "--vocabulary", "bear", "--attention", "proxy"], "needs --guide"),
+        (["--clip", "CLIP", "--vocabulary", "bear", "--features", "f"], "--features needs --text-embeddings"),
+        (["--labeler", "saliency", "--features", "f", "--backbone", "x"], "--features has no effect"),
+        (["--labeler", "file", "--masks", "x", "--dtype", "bf16"], "--dtype has no effect"),
+        (["--labeler", "saliency", "--classify", "crop", "--backbone", "x"], "--classify has no effect"),
+        (["--truth", "t.json"], "--truth is for the report"),
+        (["--truth", "/nowhere.json", "--report"], "--truth /nowhere.json: no such file"),
+        (["--workers", "0"], "--workers must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, capsys, more, message):
@@ -124,3 +147,95 @@ def test_help_does_not_import_torch():
         "import sys; from uplvp_hf.commands.label import build_parser; build_parser(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_settings_reach_labeler_and_namer(folder, tmp_path, capsys):
+    call = arguments(folder, "--output", tmp_path / "labels", "--clip", folder / "clip", "--vocabulary", "bear,deer")
+    call += ["--image-size", "48", "--set", "peak=1.5", "--set", "side=longer", "--set", "nms_kind=matrix"]
+    call += ["--options", '{"top": 3, "namer.context": 0.3, "surroundings": "mean"}', "--set", "max_border=0.5"]
+    call += ["--unnamed", "keep", "--min-confidence", "0.99", "--workers", "1", "--calibration-pictures", "2"]
+    assert main(call) == 0
+    header = json.loads((tmp_path / "labels" / "header.json").read_text())
+    settings = header["settings"]
+    want = {"peak": 1.5, "side": "longer", "nms_kind": "matrix", "top": 3, "max_border": 0.5, "image_size": 48}
+    assert {name: settings[name] for name in want} == want
+    assert (settings["namer"]["context"], settings["namer"]["surroundings"]) == (0.3, "mean")
+    assert [category["name"] for category in header["categories"]] == ["bear", "deer", "object"]
+    stored = read_store(tmp_path / "labels")
+    unsure = [k for row in stored.rows for k in row["objects"]["category_id"]]
+    assert unsure and stored.id2label[stored.category_ids.index(unsure[0])] == "object"
+
+
+@pytest.mark.parametrize(
+    "words, lines",
+    [
+        (["--labeler", "clip"], ["attention = 'naclip'", "peak = None", "surroundings = 'none'", "logit_scale = 50.0"]),
+        (["--labeler", "saliency", "--namer", "classifier"], ["threshold = 0.5", "others = 'ignore'"]),
+        (["--labeler", "segmenter"], ["min_score = 0.5", "min_area = 32"]),
+        (["--labeler", "uplvp_hf.labeling.baselines:CentreBoxLabeler"], ["side = "]),
+    ],
+)
+def test_settings_are_listed(capsys, words, lines):
+    assert main(["--list-settings", *words]) == 0
+    output = capsys.readouterr().out
+    assert all(f"\n  {line}" in output for line in lines)
+
+
+@pytest.mark.parametrize("labeler", LABELERS)
+def test_every_setting_has_a_meaning(labeler):
+    for part in (describe_labeler(labeler), describe_namer("clip"), describe_namer("classifier")):
+        assert part.settings and [name for name, setting in part.settings.items() if not setting.meaning] == []
+
+
+def test_self_training_and_files_in_turn(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    base = [str(scenes_dir / "images"), "--quiet", "--device", "cpu", "--batch-size", "4"]
+    one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
+    call = ["--labeler", "segmenter", "--model", str(tiny_model_dir), "--set", "min_score=0.05"]
+    assert main([*base, "--output", one, *call, "--export-coco", str(tmp_path / "one.json")]) == 0
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert first["instances"] > 0 and first["export_coco"] == str(tmp_path / "one.json")
+    assert main([*base, "--output", two, "--labeler", "file", "--masks", str(tmp_path / "one.json")]) == 0
+    parquet = str(tmp_path / "one.parquet")
+    assert main([one, "--export-parquet", parquet]) == 0
+    assert main([*base, "--output", three, "--labeler", "file", "--masks", parquet]) == 0
+    stores = [read_store(folder) for folder in (one, two, three)]
+    assert list(stores[0].rows) == list(stores[1].rows) == list(stores[2].rows)
+    assert [store.id2label for store in stores[1:]] == [stores[0].id2label] * 2
+
+
+def test_a_source_of_ones_own(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "own_masks.py").write_text(
+        "import numpy as np\n\n\n"
+        "def bright(level: int = 200, **rest):\n"
+        "    def source(images, rows):\n"
+        "        return [{'masks': [np.asarray(i.convert('L')) > level]} for i in images]\n\n"
+        "    return source\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    call = arguments(folder, "--output", tmp_path / "labels", "--labeler", "own_masks:bright")
+    assert main([*call, "--set", "level=120", "--set", "other=x"]) == 0
+    stored = read_store(tmp_path / "labels")
+    assert [category["name"] for category in stored.categories] == ["object"]
+    assert [len(row["objects"]["score"]) for row in stored.rows] == [1, 1, 1]
+    assert json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]["options"]["level"] == 120
+    assert main([*call, "--set", "level=dark"]) == 2
+    assert "level=dark: must be int" in capsys.readouterr().err
+
+
+def test_classes_by_name_and_half_precision(folder, tmp_path, capsys):
+    from transformers import ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+
+    labels = dict(enumerate(["brown bear, bruin", "red deer", "tench"]))
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=labels)
+    ResNetForImageClassification(config).save_pretrained(tmp_path / "classifier")
+    ViTImageProcessor().save_pretrained(tmp_path / "classifier")
+    (tmp_path / "map.yaml").write_text("bear: Bruin\ndeer: red deer\n")
+    call = arguments(folder, "--output", tmp_path / "labels", "--labeler", "foreground", *backbone(folder))
+    call += ["--namer", "classifier", "--class-map", str(tmp_path / "map.yaml"), "--dtype", "bf16"]
+    call += ["--classifier", str(tmp_path / "classifier"), "--classify", "crop", "--set", "others=count"]
+    assert main(call) == 0
+    settings = json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]["namer"]
+    assert settings["class_map"] == {"bear": [0], "deer": [1]} and settings["mode"] == "crop"
+    (tmp_path / "map.yaml").write_text("bear: Bruin\ndeer: roe deer\n")
+    assert main(call) == 2
+    assert "'deer': " in capsys.readouterr().err.splitlines()[-1]

@@ -40,7 +40,8 @@ from torch import nn
 class Recipe:
     """A last-block recipe and its knobs (module docstring); each is read by its own recipe alone.
 
-    sigma: patches, above 0. scale: of the gaussian. gem_depth: blocks, at most all. gem_temperature: None for the
+    attention: vanilla, maskclip, sclip, clearclip, naclip, gem, proxy or identity. sigma: patches, above 0. scale: of
+    the gaussian. gem_depth: blocks, at most all. gem_temperature: None for the
     adaptive one. key_smoothing: replace every patch's feature by the mean of all, weighted with the positive cosines of
     the last block's keys (after MaskCLIP); not for gem and proxy.
 

@@ -1,0 +1,29 @@
+"""`uplvp label --report`: while labelling, and of a finished store."""
+
+import json
+
+from uplvp_hf.cli import main as uplvp
+from uplvp_hf.commands.label import main
+
+
+def test_a_report_with_truth_at_once_and_afterwards(label, scenes_dir, tmp_path, capsys):
+    store, page = tmp_path / "labels", tmp_path / "page.html"
+    assert uplvp([*label(scenes_dir / "images", store), "--truth", str(scenes_dir), "--report"]) == 0
+    output = capsys.readouterr()
+    summary = json.loads(output.out.splitlines()[-1])
+    assert summary["report"] == str(store / "report.html") and 0 <= summary["quality"]["recall"] <= 1
+    assert "Licence of the weights of " in output.out and "apache-2.0" in output.out and output.err == ""
+    assert json.loads((store / "header.json").read_text())["licence"] == "apache-2.0"
+    assert uplvp(["label", str(store), "--truth", str(scenes_dir), "--report", str(page)]) == 0
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert again == {"output": str(store), "report": str(page), "quality": summary["quality"]}
+    assert page.read_bytes() == (store / "report.html").read_bytes()
+    for words, message in [
+        ([str(store), "--report", "--clip", "x"], "--clip has no effect on a finished store"),
+        ([str(scenes_dir), "--report"], "only a pseudo-label store can be reported on"),
+        ([str(store)], "--output is needed"),
+        (["--report", str(store), "--output", "x"], "write it last"),
+        (["--output", "x"], "no pictures are named"),
+    ]:
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
