@@ -338,7 +338,7 @@ def test_a_stream_is_labelled_like_its_files_and_resumed(tmp_path):
         assert row["objects"] == want[row["image_id"]]["objects"]
         assert row["image"] == str(tmp_path / "labels" / "images" / f"{row['image_id']:09d}.png")
         assert stored.load_image(index).tobytes() == want.load_image(row["image_id"]).tobytes()
-    with pytest.raises(DataError, match="the picture is in no file"):
+    with pytest.raises(StoreError, match="the picture is in no file"):
         label_images(stream, foreground(), None, tmp_path / "unsaved", save_images=False, **QUIET)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -20,9 +20,9 @@ from .cutting import Cutting, cut_instances
 from .dense_clip import View, dense_grids
 from .encoders import Encoder
 from .instances import Proposals
-from .pipeline import LabelerBase
 from .precomputed import PrecomputedFeatures
 from .prompt_templates import TEMPLATES, read_background, read_templates
+from .protocol import Finish, LabelerBase
 from .text import TextEmbeddings, embed_classes, split_synonyms
 
 # Calibration spread below this is a class whose similarity never changes; dividing by it would make noise evidence.
@@ -234,7 +234,7 @@ class DenseClipLabeler(LabelerBase):
     def _probabilities(self, similarities: torch.Tensor) -> torch.Tensor:
         return self.text.per_class((similarities * self.logit_scale).softmax(dim=0), dim=0)
 
-    def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Callable[[], list[Proposals]]:
+    def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
         """The forward passes; what it returns cuts the instances: one `Proposals` a picture, with labels unless
         class-agnostic, masks at the picture's size."""
         if not images:
@@ -243,13 +243,11 @@ class DenseClipLabeler(LabelerBase):
         if encoded is None:
             encoded = self._encode(images, rows)
 
-        def cut() -> list[Proposals]:
-            results = []
+        def cut() -> Iterator[Proposals]:
             for image, (maps, features) in zip(images, encoded):
                 maps = maps.to(self.device)
                 features = None if features is None else features.to(self.device)
-                results.append(self.instances(self.evidence(maps), image.size[::-1], image, features))
-            return results
+                yield self.instances(self.evidence(maps), image.size[::-1], image, features)
 
         return cut
 

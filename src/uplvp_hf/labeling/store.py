@@ -227,15 +227,14 @@ class StoreWriter:
         """What a row calls its picture: an absolute path, or one relative to `image_root`.
 
         A picture in memory is saved, with `save`, as `images/{number}`: the content of a picture file as it is, any
-        other as PNG. Raises DataError when it must not be saved, or the path lies outside of `image_root`.
+        other as PNG. Raises StoreError when it must not be saved, or the path lies outside of `image_root`.
         """
         image = row["image"]
         if isinstance(image, (bytes, Image.Image)):
             if not save:
-                raise DataError(
-                    "the picture is in no file; a store refers to picture files",
-                    file=row["file_name"],
-                    remedy="Let the pictures be saved beside their labels, or save them first.",
+                raise StoreError(
+                    f"{row['file_name']}: the picture is in no file, and a store refers to picture files. "
+                    "Let the pictures be saved beside their labels, or save them first."
                 )
             image = self._save_picture(image, number)
         path = os.path.abspath(os.fspath(image))
@@ -243,7 +242,7 @@ class StoreWriter:
             return path
         relative = os.path.relpath(path, os.path.abspath(image_root))
         if relative.startswith(os.pardir):
-            raise DataError(f"lies outside image_root {image_root}", file=path, remedy="Leave image_root out.")
+            raise StoreError(f"{path}: lies outside image_root {image_root}. Leave image_root out.")
         return relative.replace(os.sep, "/")
 
     def _save_picture(self, image: bytes | Image.Image, number: int) -> Path:

@@ -1,0 +1,89 @@
+"""What a mask source and a namer have to be for `label_images`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from PIL import Image
+
+from ..data.dataset import Row
+from .instances import Proposals
+
+AGNOSTIC_NAME = "object"
+Finish = Callable[[], Iterable[Proposals]]  # one `Proposals` a picture, made when it is asked for
+
+
+class Labeler(Protocol):
+    """A mask source. `vocabulary` is empty for a class-agnostic one; `settings` must survive JSON and hold everything
+    that the labels depend on. `licence`: of the weights, where it is known. `LabelerBase` has the rest for a source
+    that calibrates nothing.
+
+    `rows` are the data set's rows of the same pictures, for sources that look something up; None: there are none.
+    """
+
+    name: str
+    encoder_name: str
+    vocabulary: Sequence[str]
+    licence: str | None
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
+        """One JSON value a picture, for `calibrate`; [] when there is nothing to calibrate."""
+        ...
+
+    def calibrate(self, statistics: list[Any]) -> dict[str, Any]:
+        """From what `measure` gave for all calibration pictures, in the data set's order, to a state: JSON values."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over a state that `calibrate` returned, in this run, another process or an earlier run."""
+        ...
+
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]: ...
+
+    def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
+        """The part of `__call__` that keeps the device busy; what it returns is called in another thread and does the
+        rest, while this one begins with the next pictures."""
+        ...
+
+
+class LabelerBase:
+    """A labeler without calibration, without classes and of unknown licence; subclasses replace what differs."""
+
+    vocabulary: Sequence[str] = ()
+    licence: str | None = None
+
+    def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
+        """Nothing to measure."""
+        return []
+
+    def calibrate(self, statistics: list[Any]) -> dict[str, Any]:
+        """Nothing to calibrate."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Nothing to restore."""
+
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
+        """One `Proposals` a picture. A subclass defines this, or `begin`."""
+        return list(self.begin(images, rows)())
+
+    def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
+        """All the work at once, for a labeler that does not part it."""
+        results = self(images, rows)
+        return lambda: results
+
+
+class Namer(Protocol):
+    """Gives proposals `labels` (indices into `names`; -1: none of them) and `confidences`."""
+
+    name: str
+    names: Sequence[str]
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]: ...
