@@ -38,7 +38,7 @@ class Cutting:
         over all when class-agnostic. Exclusive areas never overlap: it matters for `exclusive=False` and `fill_holes`.
     class_agnostic: forget the classes after cutting. top: most instances a picture (20: the papers' number).
 
-    Raises ValueError for an unknown choice.
+    Raises ValueError for an unknown choice, or a top, max_parts or refine_size below 1.
     """
 
     threshold: float | None = None
@@ -64,6 +64,10 @@ class Cutting:
     top: int = 20
 
     def __post_init__(self) -> None:
+        if self.top < 1 or self.max_parts < 1 or self.refine_size < 1:
+            raise ValueError(
+                f"top {self.top}, max_parts {self.max_parts}, refine_size {self.refine_size}: at least 1 each"
+            )
         for name, choices in (("split", SPLITS), ("refine", REFINEMENTS), ("nms_kind", NMS_KINDS)):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -99,10 +103,10 @@ def cut_instances(
     if cutting.split == "ncut" and segments:
         segments = _split(segments, values, features, size, cutting)
         segments = [segment for segment in segments if segment.peak >= cutting.peak]
-    proposals = _best(segments, labels, size, cutting, score)
-    overlapping = cutting.fill_holes or not cutting.exclusive
-    kind = cutting.nms_kind if overlapping else "none"
-    return top_k(apply_nms(proposals, kind, cutting.nms, cutting.nms_sigma, cutting.min_score), cutting.top)
+    if cutting.exclusive and not cutting.fill_holes:
+        return _best(segments, labels, size, cutting, score, cutting.top)  # nothing overlaps
+    proposals = _best(segments, labels, size, cutting, score, 5 * cutting.top)
+    return top_k(apply_nms(proposals, cutting.nms_kind, cutting.nms, cutting.nms_sigma, cutting.min_score), cutting.top)
 
 
 def _refine(maps: torch.Tensor, image: Image.Image | None, shorter: int) -> torch.Tensor:
@@ -122,7 +126,8 @@ def _segments(
     least = max(1, int(cutting.min_area * size[0] * size[1]))
     if cutting.exclusive:
         owners, values = class_map(maps, size, cutting.threshold)
-        return connected_segments(owners, values, least, cutting.fill_holes), {None: values}
+        strong = set(torch.nonzero(maps.amax(dim=(1, 2)) >= cutting.peak)[:, 0].tolist())  # nowhere more when enlarged
+        return connected_segments(owners, values, least, cutting.fill_holes, strong), {None: values}
     segments, layers = [], {}
     whole = slice(0, size[0]), slice(0, size[1])
     for label, area, values in class_layers(maps, size, cutting.threshold):
@@ -174,14 +179,14 @@ def _best(
     size: tuple[int, int],
     cutting: Cutting,
     score: Callable[[float], float],
+    wanted: int,
 ) -> Proposals:
-    """The best segments that pass the filters, five times as many as will be kept; full masks of a few at a time."""
+    """The best segments that pass the filters, best first, at most `wanted`; full masks of a few at a time."""
     scores = np.asarray([score(segment.mean) for segment in segments], dtype=np.float32)
     order = np.argsort(-scores, kind="stable")
-    wanted, step = 5 * cutting.top, max(1, 2 * cutting.top)
     kept, count = [], 0
-    for start in range(0, len(order), step):
-        chosen = order[start : start + step]
+    for start in range(0, len(order), wanted):
+        chosen = order[start : start + wanted]
         proposals = Proposals.build(
             [segments[k].full(size) for k in chosen],
             scores[chosen],
@@ -203,6 +208,8 @@ def _best(
             break
     if not kept:
         return Proposals.build([], [], size, labels=None if cutting.class_agnostic else [])
+    if len(kept) == 1:
+        return kept[0]
     masks, values = (np.concatenate([getattr(part, name) for part in kept]) for name in ("masks", "scores"))
     names = None if cutting.class_agnostic else np.concatenate([part.labels for part in kept])
     return top_k(Proposals(masks, values, names), wanted)

@@ -5,15 +5,22 @@ Enlarging is bilinear with the grid covering the picture, as `instances.upsample
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from .instances import upsample_grid
+
+# Below this share of places that still have a class to try, picking their pixels out is faster than trying all.
+DENSE_SHARE = 0.15
+# Evidence of a class that a place does not have: interpolates without NaN, loses against everything.
+NOWHERE = -1e30
 
 
 @dataclass(frozen=True)
@@ -50,34 +57,63 @@ def class_map(evidence: torch.Tensor, size: tuple[int, int], threshold: float) -
 
     Between four neighbouring cells a bilinear map stays between its smallest and largest corner, so a class can win
     there only if its largest corner exceeds the threshold and reaches the best of all classes' smallest corners. Mostly
-    one or two classes are left: the work grows with those, not with K.
+    few classes are left: the work grows with those, not with K.
     """
+    device = evidence.device
     padded = F.pad(evidence[None].float(), (1, 1, 1, 1), mode="replicate")[0]
     corners = torch.stack([padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]])
     highest, lowest = corners.amax(dim=0), corners.amin(dim=0)  # (K, h + 1, w + 1)
     alive = ((highest > threshold) & (highest >= lowest.amax(dim=0))).flatten(1)
-    cell, label = torch.nonzero(alive.T, as_tuple=True)  # by cell, then by class
-    corners = corners.flatten(2)[:, label, cell]  # (4, pairs)
+    corners = corners.flatten(2)
+    place, label = torch.nonzero(alive.T, as_tuple=True)  # by place between cells, then by class
     counts = alive.sum(dim=0)
     offsets = counts.cumsum(dim=0) - counts
-
-    device = evidence.device
     (iy, fy), (ix, fx) = (_positions(length, cells, device) for length, cells in zip(size, evidence.shape[1:]))
-    cell_of_pixel = (iy[:, None] * (evidence.shape[2] + 1) + ix).flatten()
-    candidates = counts[cell_of_pixel]
-    best = torch.full((size[0] * size[1],), -torch.inf, device=device)
-    owner = torch.full((size[0] * size[1],), -1, dtype=torch.int32, device=device)
-    for turn in range(int(counts.max()) if len(label) else 0):
-        pixels = torch.nonzero(candidates > turn)[:, 0]
-        pair = offsets[cell_of_pixel[pixels]] + turn
-        down, right = fy[pixels // size[1]], fx[pixels % size[1]]
-        top, bottom = (torch.lerp(corners[k][pair], corners[k + 1][pair], right) for k in (0, 2))
-        value = torch.lerp(top, bottom, down)
-        wins = (value > best[pixels]) & (value > threshold)
-        won = pixels[wins]
-        best[won] = value[wins]
-        owner[won] = label[pair[wins]].int()
-    return owner.view(*size).cpu().numpy(), best.view(*size).cpu().numpy()
+    between = (evidence.shape[1] + 1, evidence.shape[2] + 1)
+
+    best = torch.full(size, -torch.inf, device=device)
+    winner = torch.zeros(size, dtype=torch.int64, device=device)  # which of its place's classes a pixel belongs to
+    turns = torch.bincount(counts).flip(0).cumsum(0).flip(0)[1:].tolist()  # places with more than 0, 1, ... classes
+    dense = sum(places > DENSE_SHARE * len(counts) for places in turns)
+    columns = torch.arange(between[1], device=device)[:, None] == ix  # (w + 1, W)
+    left, right = torch.where(columns, 1 - fx, 0.0), torch.where(columns, fx, 0.0)
+    for turn in range(dense):  # the turn-th class of every place, all pixels at once
+        pair = (offsets + turn).clamp_max(len(label) - 1)
+        corner = torch.where(counts > turn, corners[:, label[pair], place[pair]], NOWHERE)
+        corner = corner.view(4, *between)[:, iy]  # (4, H, w + 1)
+        sides = (torch.lerp(corner[k], corner[k + 2], fy[:, None]) for k in (0, 1))
+        value = next(sides) @ left + next(sides) @ right
+        winner = torch.where(value > best, turn, winner) if turn else winner
+        best = torch.maximum(best, value)
+    home = (iy[:, None] * between[1] + ix).view(-1)
+    if dense < len(turns):  # further classes of the few places that have them
+        rest = range(dense, len(turns))
+        _contest(corners, place, label, counts, offsets, home, (fy, fx), rest, best.view(-1), winner.view(-1))
+    owner = torch.full(size, -1, dtype=torch.int32, device=device)
+    if len(label):
+        above = best > threshold
+        winners = (offsets[home] + winner.view(-1)).clamp_max(len(label) - 1)
+        owner = torch.where(above, label.int()[winners].view(size), owner)
+        best = torch.where(above, best, -torch.inf)
+    return owner.cpu().numpy(), best.cpu().numpy()
+
+
+def _contest(corners, place, label, counts, offsets, home, shares, turns, best, winner) -> None:
+    """Turns of `class_map` that concern few pixels, which are picked out; `best` and `winner` are changed in place."""
+    width = len(shares[1])
+    pixels = torch.nonzero((counts > turns[0])[home])[:, 0]
+    home, down, right = home[pixels], shares[0][pixels // width], shares[1][pixels % width]
+    for turn in turns:
+        if turn > turns[0]:
+            keep = torch.nonzero((counts > turn)[home])[:, 0]
+            pixels, home, down, right = pixels[keep], home[keep], down[keep], right[keep]
+        pair = offsets[home] + turn
+        corner = corners[:, label[pair], place[pair]]
+        value = torch.lerp(torch.lerp(corner[0], corner[2], down), torch.lerp(corner[1], corner[3], down), right)
+        better = value > best[pixels]
+        pixels_won = pixels[better]
+        best[pixels_won] = value[better]
+        winner[pixels_won] = turn
 
 
 def class_layers(
@@ -91,19 +127,78 @@ def class_layers(
 
 
 def connected_segments(
-    owners: np.ndarray, values: np.ndarray, min_area: int = 1, fill_holes: bool = False
+    owners: np.ndarray,
+    values: np.ndarray,
+    min_area: int = 1,
+    fill_holes: bool = False,
+    labels: Collection[int] | None = None,
 ) -> list[Segment]:
     """4-connected pieces of every class of a class map, of at least `min_area` pixels; by class, then in reading order.
 
-    owners: (H, W) int, -1 for none. Classes with too few pixels are skipped, the others labelled inside their own box.
+    owners: (H, W) int, -1 for none. labels: the classes to look at, None for all. All classes are labelled at once, by
+    their runs along the rows.
     """
+    if fill_holes:
+        boxes = enumerate(ndimage.find_objects(owners + 1))
+        areas = ((k, box) for k, box in boxes if box is not None and (labels is None or k in labels))
+        pieces = (area_segments(k, owners[box] == k, values[box], box, min_area, True) for k, box in areas)
+        return [segment for group in pieces for segment in group]
+    runs = label_runs(owners)
+    areas = np.bincount(runs.piece, runs.stops - runs.starts)
+    first = np.unique(runs.piece, return_index=True)[1]  # the run in which each piece begins
+    keep = (areas >= min_area) & (runs.owners[first] >= 0)
+    if labels is not None:
+        keep &= np.isin(runs.owners[first], list(labels))
+    order = np.argsort(runs.piece, kind="stable")
+    bounds = np.searchsorted(runs.piece[order], np.arange(len(areas) + 1))
+    chosen = sorted(np.flatnonzero(keep), key=lambda piece: (runs.owners[first[piece]], first[piece]))
     segments = []
-    areas = np.bincount(owners.ravel() + 1)
-    for label, box in enumerate(ndimage.find_objects(owners + 1)):
-        if box is None or areas[label + 1] < min_area:
-            continue
-        segments.extend(area_segments(label, owners[box] == label, values[box], box, min_area, fill_holes))
+    for piece in chosen:
+        mask, box = runs.paint(order[bounds[piece] : bounds[piece + 1]], owners.shape[1])
+        segments.append(make_segment(int(runs.owners[first[piece]]), mask, values[box], box))
     return segments
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Stretches of equal owners along the rows of a map, in reading order. starts, stops: in the flattened map.
+    owners: of each. piece: number of the 4-connected piece that each belongs to."""
+
+    starts: np.ndarray
+    stops: np.ndarray
+    owners: np.ndarray
+    piece: np.ndarray
+
+    def paint(self, members: np.ndarray, width: int) -> tuple[np.ndarray, tuple[slice, slice]]:
+        """The mask of some runs within its box, and the box, in a map of that width."""
+        rows, left = np.divmod(self.starts[members], width)
+        right = left + self.stops[members] - self.starts[members]
+        box = slice(int(rows.min()), int(rows.max()) + 1), slice(int(left.min()), int(right.max()))
+        edges = np.zeros((box[0].stop - box[0].start, box[1].stop - box[1].start + 1), dtype=np.int8)
+        edges[rows - box[0].start, left - box[1].start] += 1  # runs of a piece never touch within a row
+        edges[rows - box[0].start, right - box[1].start] -= 1
+        return edges.cumsum(axis=1, dtype=np.int8)[:, :-1].astype(bool), box
+
+
+def label_runs(owners: np.ndarray) -> Runs:
+    """Runs of a (H, W) int map and the 4-connected pieces they form with equal neighbours above and below."""
+    width = owners.shape[1]
+    flat = owners.ravel()
+    begins = np.empty(flat.size, dtype=bool)
+    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    begins[::width] = True
+    starts = np.flatnonzero(begins)
+    stops = np.append(starts[1:], flat.size)
+    names = flat[starts]
+    # The runs of the next row that lie under each run are neighbours in the list: from `low` to `high`.
+    low = np.searchsorted(stops, starts + width, side="right")
+    high = np.searchsorted(starts, np.minimum(stops + width, flat.size), side="left")
+    count = np.maximum(high - low, 0)
+    upper = np.repeat(np.arange(len(starts)), count)
+    lower = np.arange(len(upper)) - np.repeat(count.cumsum() - count, count) + low[upper]
+    same = names[upper] == names[lower]
+    graph = coo_array((np.ones(same.sum(), dtype=bool), (upper[same], lower[same])), shape=(len(starts), len(starts)))
+    return Runs(starts, stops, names, connected_components(graph, directed=False)[1])
 
 
 def area_segments(
