@@ -1,4 +1,5 @@
-"""How good pseudo labels are, against true ones: recall, precision and mean best IoU, with and without classes.
+"""How good pseudo labels are, against true ones: recall, precision, mean best IoU and mask AP (0 to 1), with and
+without classes.
 
 Commands:
 
@@ -25,11 +26,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         truth = load_dataset_rows(arguments.truth, split=arguments.split)
         for folder in arguments.labels:
-            quality = proposal_quality(load_dataset_rows(folder), truth)
+            quality = proposal_quality(load_dataset_rows(folder), truth, average_precision=True)
             print(f"{folder}: {quality['proposals']} masks on {quality['pictures']} pictures")
             for title, suffix in (("whatever the class", ""), ("right class", "_named")):
-                values = (quality[key + suffix] for key in ("mean_best_iou", "recall", "precision"))
-                print("  {:18}  mean best IoU {:.3f}  recall@.5 {:.3f}  precision@.5 {:.3f}".format(title, *values))
+                keys = ("mean_best_iou", "recall", "precision", "ap", "ap50")
+                line = "mean best IoU {:.3f}  recall@.5 {:.3f}  precision@.5 {:.3f}  AP {:.3f}  AP50 {:.3f}"
+                print(f"  {title:18}  " + line.format(*(quality[key + suffix] for key in keys)))
+            print(f"  class accuracy of the masks that cover an instance: {quality['class_accuracy']:.3f}")
     except (ValueError, OSError) as error:
         print(f"measure_labels: {error}", file=sys.stderr)
         return 2
