@@ -12,11 +12,14 @@ def test_a_report_with_truth_at_once_and_afterwards(label, scenes_dir, tmp_path,
     output = capsys.readouterr()
     summary = json.loads(output.out.splitlines()[-1])
     assert summary["report"] == str(store / "report.html") and 0 <= summary["quality"]["recall"] <= 1
-    assert "Licence of the weights of " in output.out and "apache-2.0" in output.out and output.err == ""
+    assert list(summary["licences"].values()) == ["apache-2.0"] and output.err == ""
     assert json.loads((store / "header.json").read_text())["licence"] == "apache-2.0"
     assert uplvp(["label", str(store), "--truth", str(scenes_dir), "--report", str(page)]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again == {"output": str(store), "report": str(page), "quality": summary["quality"]}
+    loud = [word for word in label(scenes_dir / "images", store) if word != "--quiet"]
+    assert uplvp(loud) == 0
+    assert "synthetic_clip: apache-2.0" in capsys.readouterr().out.splitlines()[0]
     assert page.read_bytes() == (store / "report.html").read_bytes()
     for words, message in [
         ([str(store), "--report", "--clip", "x"], "--clip has no effect on a finished store"),

@@ -203,8 +203,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     builder = Builder(args)
     namer = builder.namer(namer_part, names)
     labeler = builder.labeler(labeler_part, settings)
-    if is_main_process():
-        _print_licences(labeler, namer)
+    licences = _licences(labeler, namer)
+    if is_main_process() and not args.quiet:
+        for name, licence in licences.items():
+            print(f"Licence of the weights of {name}: {licence}", flush=True)
     summary = label_images(
         dataset,
         labeler,
@@ -223,6 +225,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ).as_dict()
     for note in getattr(labeler, "notes", ()):
         logger.warning("%s", note)
+    summary["licences"] = licences
     return summary | (_write_more(args, args.output) if is_main_process() else {})
 
 
@@ -236,15 +239,13 @@ def _classify(args: argparse.Namespace, names: dict[str, Any]) -> dict[str, Any]
     return {"mode": args.classify}
 
 
-def _print_licences(labeler: Any, namer: Any) -> None:
-    """Whose terms the labels come under, as far as the model cards say."""
+def _licences(labeler: Any, namer: Any) -> dict[str, str]:
+    """{network: licence of its weights}, whose terms the labels may come under, as far as the model cards say."""
     used = {labeler.encoder_name: getattr(labeler, "licence", None)}
     network = getattr(namer, "clip", None) or getattr(namer, "encoder", None)
     if network is not None:
         used[network.name] = getattr(network, "licence", None)
-    for name, licence in used.items():
-        if licence is not None:
-            print(f"Licence of the weights of {name}: {licence}", flush=True)
+    return {name: licence for name, licence in used.items() if licence is not None}
 
 
 def _write_more(args: argparse.Namespace, store: str) -> dict[str, Any]:
