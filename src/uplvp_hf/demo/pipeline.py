@@ -9,6 +9,7 @@ pretrained           pre-trained, then fine-tuned on the 20 labelled pictures
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import shutil
 import time
@@ -29,7 +30,7 @@ from ..labeling import ClipZeroShotNamer, DenseClipLabeler, label_images, load_c
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation
 from ..training.config import TrainSettings, load_settings
 from ..training.loop import train
-from .report import write_report
+from .report import share, write_report
 
 ARMS = {
     "scratch": "from scratch, equal fine-tuning steps",
@@ -71,7 +72,7 @@ def write_demo_scenes(folder: Path, sizes: DemoSizes, seed: int) -> dict[str, st
 
 
 def label_scenes(pictures: str, output: Path) -> dict[str, Any]:
-    """Pseudo labels for a folder of scenes, by the small CLIP; returns counts and their quality."""
+    """Pseudo labels for a folder of scenes, by the small CLIP; returns counts and their quality (None: undefined)."""
     clip = load_clip(synthetic_clip_path())
     # Chosen for this CLIP and these scenes: a small network sees best with windows of its own training size and
     # attention that stays close by. What they give is measured in every run, against the hidden truth.
@@ -89,7 +90,9 @@ def label_scenes(pictures: str, output: Path) -> dict[str, Any]:
     namer = ClipZeroShotNamer(clip, CLASSES, templates=TEMPLATES, background=[BACKGROUND])
     truth = load_dataset_rows(pictures)
     summary = label_images(truth.unlabelled(), labeler, namer, output, min_confidence=0.7)
-    quality = {key: round(value, 4) for key, value in proposal_quality(load_dataset_rows(output), truth).items()}
+    measured = proposal_quality(load_dataset_rows(output), truth)
+    # Without any mask there is no precision: nan, which JSON cannot hold.
+    quality = {key: None if math.isnan(value) else round(value, 4) for key, value in measured.items()}
     return {"masks": summary.instances, "pictures": summary.done, "seconds": round(summary.seconds, 1), **quality}
 
 
@@ -120,7 +123,7 @@ def run_demo(output: str = "runs/demo", seed: int = 0, scale: float = 1.0) -> di
     proposals = label_scenes(scenes["unlabelled"], folder / "labels")
     print(
         f"Pseudo labels: {proposals['masks']} masks on {proposals['pictures']} pictures, recall@.5 "
-        f"{proposals['recall']:.2f}, precision@.5 {proposals['precision']:.2f} (against the hidden truth).",
+        f"{share(proposals['recall'])}, precision@.5 {share(proposals['precision'])} (against the hidden truth).",
         flush=True,
     )
     test = load_dataset_rows(scenes["test"])

@@ -23,19 +23,22 @@ def write_report(
 ) -> None:
     """Writes the page atomically. `curves`: AP (0..1) by optimiser steps, for every arm; `samples`: see `_samples`."""
     template = (resources.files("uplvp_hf.demo") / "report.html.j2").read_text()
-    page = (
-        jinja2.Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            summary=summary,
-            names=names,
-            curves=_curves(curves, names),
-            pseudo=_pairs(samples["pseudo"], _truth(samples)),
-            predictions=_predictions(samples),
-            cell=CELL,
-        )
+    environment = jinja2.Environment(autoescape=True)
+    environment.filters["share"] = share
+    page = environment.from_string(template).render(
+        summary=summary,
+        names=names,
+        curves=_curves(curves, names),
+        pseudo=_pairs(samples["pseudo"], _truth(samples)),
+        predictions=_predictions(samples),
+        cell=CELL,
     )
     write_text(path, page)
+
+
+def share(value: float | None) -> str:
+    """Two decimals; "none" for a share of nothing."""
+    return "none" if value is None else f"{value:.2f}"
 
 
 def _curves(curves: dict[str, dict[int, float]], names: dict[str, str]) -> str:
