@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from uplvp_hf.models.configuration_queryinst import QueryInstConfig
+from uplvp_hf.models.losses import Normalizers
 from uplvp_hf.models.modeling_queryinst import QueryInstForInstanceSegmentation, QueryInstModel
 from uplvp_hf.models.roi_masks import paste_masks
 
@@ -408,6 +409,39 @@ def test_compiles_in_one_piece():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pictures)
     for name in ("class_scores", "boxes", "masks_queries_logits"):
         torch.testing.assert_close(compiled[name], expected[name], rtol=1e-4, atol=1e-3)
+
+
+def fixed_norms(model):
+    """Statistics over the regions of one process are not those over all regions."""
+    model.train().backbone.eval()
+    model.model.mask_heads.eval()
+    return model
+
+
+def one_of_two(rank, folder, batch):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(fixed_norms(make()))
+    own = {name: value[rank : rank + 1] for name, value in batch.items()}
+    for _ in range(2):  # the second forward complains when the first backward has missed a parameter
+        model.zero_grad()
+        model(**own, normalizers=Normalizers(masks=1.5)).loss.backward()  # the mean over processes
+    if rank == 0:
+        torch.save({name: p.grad for name, p in model.module.named_parameters()}, f"{folder}/gradients.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_are_as_one(tmp_path, make_batch):
+    """The second process has no object at all."""
+    batch = make_batch((3, 0))
+    torch.multiprocessing.spawn(one_of_two, (str(tmp_path), batch), nprocs=2)
+    theirs = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    model = fixed_norms(make())
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        largest = parameter.grad.abs().max().item()
+        torch.testing.assert_close(theirs[name], parameter.grad, rtol=1e-4, atol=1e-4 * largest + 1e-7)
 
 
 @pytest.mark.slow

@@ -107,7 +107,11 @@ class QueryInstStage(GradientCheckpointingLayer):
 
 
 class DynamicMaskHead(nn.Module):
-    """Masks of every class in the boxes of queries: (M, C, s, s), (M, C) -> logits (M, K, 2s, 2s)."""
+    """Masks of every class in the boxes of queries: (M, C, s, s), (M, C) -> logits (M, K, 2s, 2s).
+
+    In training mode the batch norms take their statistics over the matched regions of this process, as in the
+    original; `torch.nn.SyncBatchNorm.convert_sync_batchnorm` takes them over all processes on GPUs.
+    """
 
     def __init__(self, config: QueryInstConfig):
         super().__init__()

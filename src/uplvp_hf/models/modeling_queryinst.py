@@ -290,13 +290,7 @@ class QueryInstForInstanceSegmentation(QueryInstPreTrainedModel):
         """See `QueryInstModel.initial_queries`."""
         return self.model.initial_queries(features)
 
-    def decode(
-        self,
-        features: QueryInstFeatures,
-        queries: Tensor,
-        inject: Inject | None = None,
-        output_attentions: bool = False,
-    ) -> list[QueryInstStageOutput]:
+    def decode(self, features: QueryInstFeatures, queries: Tensor, inject=None, output_attentions: bool = False):
         """See `QueryInstModel.decode`."""
         return self.model.decode(features, queries, inject, output_attentions)
 
