@@ -97,11 +97,11 @@ def test_an_interrupt_keeps_the_rows_in_hand(tmp_path):
     calls = []
 
     class Interrupted(ForegroundLabeler):
-        def __call__(self, images, rows=None):
+        def begin(self, images, rows=None):
             calls.append(len(images))
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return super().__call__(images, rows)
+            return super().begin(images, rows)
 
     labeler.__class__ = Interrupted
     with pytest.raises(KeyboardInterrupt):
@@ -236,10 +236,10 @@ def test_a_labeler_may_fail_for_one_picture(tmp_path):
     dataset = picture_folder(tmp_path / "pictures", 4)
 
     class Picky(ForegroundLabeler):
-        def __call__(self, images, rows=None):
+        def begin(self, images, rows=None):
             if any(row["image_id"] == "001.png" for row in rows):
                 raise DataError("has no features", file="features.npz", row="001")
-            return super().__call__(images, rows)
+            return super().begin(images, rows)
 
     labeler = foreground()
     labeler.__class__ = Picky
@@ -356,9 +356,9 @@ def test_memory_holds_a_few_blocks_whatever_the_number_of_pictures(tmp_path):
     ahead = []
 
     class Watching(ForegroundLabeler):
-        def __call__(self, images, rows=None):
+        def begin(self, images, rows=None):
             ahead.append(read[-1] - rows[-1]["image_id"])
-            return super().__call__(images, rows)
+            return super().begin(images, rows)
 
     labeler = foreground()
     labeler.__class__ = Watching

@@ -137,6 +137,7 @@ class StoreWriter:
         before = read_failures(self.folder) if self.resumed else []
         self._failed_before = {entry["file"] for entry in before}
         self._failures = {entry["file"]: entry for entry in before} if rank == 0 else {}
+        self._failures_changed = False
 
     def _check(self, header: dict[str, Any], resume: bool) -> None:
         old = read_header(self.folder)
@@ -205,8 +206,8 @@ class StoreWriter:
     def add_block(self, lines: Sequence[str], files: Sequence[str]) -> None:
         """Append rows, as JSON, of the pictures `files`, which stay together in one shard. Clears earlier failures."""
         self._rows += lines
-        for file in files:
-            self._failures.pop(file, None)
+        cleared = [file for file in files if self._failures.pop(file, None)]
+        self._failures_changed |= bool(cleared)
         self.repaired |= self._failed_before.intersection(files)
         if len(self._rows) >= self.shard_size:
             self.flush()
@@ -214,10 +215,12 @@ class StoreWriter:
     def fail(self, file: str, row: int | str, reason: str) -> None:
         """Note a picture that could not be labelled."""
         self._failures[file] = {"file": file, "row": row, "reason": reason}
+        self._failures_changed = True
 
     def merge_failures(self, repaired: Collection[str]) -> None:
         """For rank 0 when all others have flushed: one `failures.jsonl`, without the pictures that have a row now."""
         merged = {entry["file"]: entry for entry in read_failures(self.folder)} | self._failures
+        self._failures_changed |= merged.keys() != self._failures.keys() or bool(repaired)
         self._failures = {file: entry for file, entry in merged.items() if file not in repaired}
         self.flush()
         for file in self.folder.glob("failures-*.jsonl"):
@@ -263,8 +266,9 @@ class StoreWriter:
             name = f"rows-{self.rank:05d}-{self._next_shard:05d}.jsonl"
             write_text(self.folder / name, "\n".join(self._rows) + "\n")
             self._rows, self._next_shard = [], self._next_shard + 1
-        if self._failures or self.failures_file.exists():
+        if self._failures_changed:  # else another process may be about to merge the file
             write_json_lines(self.failures_file, self._failures.values())
+            self._failures_changed = False
 
     def __enter__(self) -> StoreWriter:
         return self
