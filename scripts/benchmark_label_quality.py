@@ -62,12 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", nargs="*", metavar="FOLDER[:SPLIT]", help="COCO-style folders for the sources without text")
-    add("--backbone", help="see `load_encoder`; also the second backbone of recipe proxy")
+    add("--backbone", help="of the sources without text, see `load_encoder`")
     add("--backbone-weights", help="safetensors file of a timm backbone")
     add("--pad-type", help="'same' for networks trained with TensorFlow's padding")
     add("--pictures", type=int, default=100, help="most a data set, drawn with --seed (default: 100)")
     add("--clip", action="store_true", help="the recipes of dense CLIP on synthetic scenes")
     add("--scenes", type=int, default=60, help="for --clip (default: 60)")
+    add("--proxy-backbone", help="a vision transformer such as DINO, for recipe proxy (default: it is left out)")
     add("--variants-of", default="naclip-local", help="recipe that the options are added to (default: naclip-local)")
     add("--only", nargs="+", help="names of sources or recipes (default: all)")
     add("--batch-size", type=int, default=8)
@@ -136,14 +137,17 @@ def measure_pictures(arguments: argparse.Namespace, encoder) -> dict[str, Any]:
     return results
 
 
-def measure_clip(arguments: argparse.Namespace, encoder) -> dict[str, Any]:
+def measure_clip(arguments: argparse.Namespace) -> dict[str, Any]:
     """{recipe, evidence: numbers} on synthetic scenes, and {option: numbers} for one recipe."""
     from uplvp_hf.data import load_dataset_rows
     from uplvp_hf.data.synthetic import BACKGROUND, CLASSES, write_scenes
     from uplvp_hf.demo.pipeline import TEMPLATES, synthetic_clip_path
-    from uplvp_hf.labeling import ClipZeroShotNamer, DenseClipLabeler, load_clip
+    from uplvp_hf.labeling import ClipZeroShotNamer, DenseClipLabeler, load_clip, load_encoder
 
     clip = load_clip(synthetic_clip_path(), device=arguments.device)
+    guide = None
+    if arguments.proxy_backbone is not None:
+        guide = load_encoder(arguments.proxy_backbone, device=arguments.device)
     view = {"templates": TEMPLATES, "image_size": 128, "stride": 16, "min_area": 0.01}
     evidence: dict[str, dict[str, Any]] = {
         "calibrated": {},
@@ -159,14 +163,14 @@ def measure_clip(arguments: argparse.Namespace, encoder) -> dict[str, Any]:
                 namer = ClipZeroShotNamer(clip, CLASSES, templates=TEMPLATES, background=[BACKGROUND])
                 floor = {"min_confidence": 0.7}
             if options["attention"] == "proxy":
-                options["guide"] = encoder
+                options["guide"] = guide
             labeler = DenseClipLabeler(clip, CLASSES, **view, **options)
             results[name] = measure(scenes, labeler, namer, arguments.batch_size, **floor)
             print_line(name, results[name])
 
         print_head(f"synthetic scenes, {arguments.scenes} pictures", NAMED_KEYS)
         for recipe, options in RECIPES.items():
-            if (arguments.only is not None and recipe not in arguments.only) or (recipe == "proxy" and encoder is None):
+            if (arguments.only is not None and recipe not in arguments.only) or (recipe == "proxy" and guide is None):
                 continue
             for kind, extra in evidence.items():
                 run(f"{recipe}, {kind}", options | extra)
@@ -195,18 +199,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("nothing to measure: give data folders, --clip, or both")
     if arguments.variants_of not in RECIPES:
         parser.error(f"--variants-of: no recipe {arguments.variants_of!r}; there are {', '.join(RECIPES)}")
-    from uplvp_hf.labeling import load_encoder
-
-    encoder = None
-    if arguments.backbone is not None:
-        encoder = load_encoder(
-            arguments.backbone, arguments.backbone_weights, arguments.pad_type, device=arguments.device
-        )
     results: dict[str, Any] = {"seed": arguments.seed, "backbone": arguments.backbone}
     if arguments.data:
-        results["pictures"] = measure_pictures(arguments, encoder)
+        from uplvp_hf.labeling import load_encoder
+
+        backbone = (arguments.backbone, arguments.backbone_weights, arguments.pad_type)
+        results["pictures"] = measure_pictures(arguments, load_encoder(*backbone, device=arguments.device))
     if arguments.clip:
-        results["clip"] = measure_clip(arguments, encoder)
+        results["clip"] = measure_clip(arguments)
     print(json.dumps(results))
     return 0
 

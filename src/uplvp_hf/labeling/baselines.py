@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..data.rows import Row
 from .instances import Proposals
-from .pipeline import LabelerBase
+from .protocol import LabelerBase
 
 
 class CentreBoxLabeler(LabelerBase):

@@ -21,7 +21,7 @@ from PIL import Image
 from ..data.rows import Row
 from .encoders import Encoder, group_by_size
 from .instances import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
-from .pipeline import LabelerBase
+from .protocol import Finish, LabelerBase
 
 
 def standardise(values: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -147,8 +147,10 @@ class ForegroundLabeler(LabelerBase):
         return lists | {name: getattr(self, name) for name in (*names, "cell_offset")}
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` a picture, masks at the picture's size."""
+    def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
+        """The soft maps; what it returns cuts them into components: one `Proposals` a picture, masks at its size."""
+        if not images:
+            return lambda: iter(())
         sizes = sorted({*self.norm_sizes, *self.component_sizes})
         groups = {  # (height, width) at the largest size -> pictures, and the grid that they share
             size: (indices, tuple(max(1, round(side * self.grid / max(size))) for side in size))
@@ -161,16 +163,16 @@ class ForegroundLabeler(LabelerBase):
             for size, indices in group_by_size(images, longest, self.encoder.fit).items():
                 for chunk in self.encoder.passes(indices, size):
                     self._add_coarse([images[k] for k in chunk], size, longest, [sums[k] for k in chunk], ())
-        results: list[Any] = [None] * len(images)
+        found: list[Any] = [None] * len(images)
         for size, (indices, grid) in groups.items():
             for chunk in self.encoder.passes(indices, size):
                 pictures, totals = [images[k] for k in chunk], [sums[k] for k in chunk]
                 fine = self.fine_stages if self.refine else ()
                 maps = self._add_coarse(pictures, size, sizes[-1], totals, fine)
                 soft = self._sharpen(torch.stack(totals), maps, [self._offset(level, size[0]) for level in maps], grid)
-                for index, values in zip(chunk, soft.cpu()):
-                    results[index] = self._components(values, images[index].size[::-1])
-        return results
+                for index, values in zip(chunk, soft):
+                    found[index] = values
+        return lambda: (self._components(soft.cpu(), image.size[::-1]) for soft, image in zip(found, images))
 
     def _offset(self, level: torch.Tensor, input_height: int) -> float:
         return self.encoder.cell_offset(input_height / level.shape[2])

@@ -21,7 +21,7 @@ from scipy import ndimage
 from ..data.rows import Row
 from .encoders import Encoder, group_by_size, pictures_to_pixels
 from .instances import Proposals, filter_proposals, upsample_grid
-from .pipeline import LabelerBase
+from .protocol import Finish, LabelerBase
 from .refine import pamr
 
 EPS = 1e-5
@@ -345,9 +345,9 @@ class NcutLabeler(LabelerBase):
         return {name: getattr(self, name) for name in own} | self.search | self.filters
 
     @torch.inference_mode()
-    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` a picture, in the order they were cut out, masks at the picture's size."""
-        results: list[Any] = [None] * len(images)
+    def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
+        """The cuts; what it returns enlarges the masks: one `Proposals` a picture, in the order they were cut out."""
+        found: list[Any] = [None] * len(images)
         for size, indices in group_by_size(images, self.image_size, self.encoder.fit).items():
             for chunk in self.encoder.passes(indices, size):
                 pictures = [images[index] for index in chunk]
@@ -355,9 +355,9 @@ class NcutLabeler(LabelerBase):
                 _, soft, scores = cut_out(features, **self.search)
                 stride = size[0] / features.shape[2]
                 offset = self.encoder.cell_offset(stride) if self.cell_offset is None else self.cell_offset
-                for index, picture, maps, values in zip(chunk, pictures, soft, scores.cpu()):
-                    results[index] = self._enlarge(picture, maps, values, size, offset)
-        return results
+                for index, *values in zip(chunk, pictures, soft, scores.cpu()):
+                    found[index] = (*values, size, offset)
+        return lambda: (self._enlarge(*values) for values in found)
 
     def _enlarge(
         self, picture: Image.Image, soft: torch.Tensor, scores: torch.Tensor, size: tuple[int, int], offset: float

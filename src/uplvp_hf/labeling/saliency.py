@@ -10,7 +10,7 @@ better source.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from PIL import Image
 from ..data.rows import Row
 from .encoders import Encoder, group_by_size
 from .instances import Proposals, matrix_nms, upsample_grid
-from .pipeline import LabelerBase
+from .protocol import Finish, LabelerBase
 
 # The filters of the authors' three scripts: the offline generator, the one inside the detector, and the supervised one.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -235,36 +235,37 @@ class SaliencyLabeler(LabelerBase):
         multiple = self.encoder.size_multiple
         return self.encoder.fixed_size or tuple(max(multiple, round(s / multiple) * multiple) for s in longest)
 
-    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` a picture, best first, masks at the picture's size."""
-        results: list[Proposals | None] = [None] * len(images)
+    @torch.inference_mode()
+    def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
+        """Everything on the grid; what it returns enlarges the masks: one `Proposals` a picture, best first, at the
+        picture's size."""
+        found: list[Any] = [None] * len(images)
         for size, indices in group_by_size(images, self.image_size, self._fit).items():
             for chunk in self.encoder.passes(indices, size):
                 pixels = self.encoder.pixels([images[i] for i in chunk], size)
                 (features,) = self.encoder(pixels, stages=(self.stage,)).maps
-                found = self.propose_pictures(features.float(), [images[i].size[::-1] for i in chunk], size[0])
-                for index, proposals in zip(chunk, found):
-                    results[index] = proposals
-        return results
+                stride = size[0] / features.shape[2]
+                offset = self.encoder.cell_offset(stride) if self.cell_offset is None else self.cell_offset
+                for index, kept in zip(chunk, self.propose_maps(features.float())):
+                    found[index] = (*kept, offset)
+
+        def enlarge() -> Iterator[Proposals]:
+            for image, (soft, scores, offset) in zip(images, found):
+                large = upsample_grid(soft, image.size[::-1], offset) >= self.threshold
+                proposals = Proposals(large.cpu().numpy(), scores)
+                yield proposals.take(proposals.masks.any(axis=(1, 2)))  # a median filter can empty a mask
+
+        return enlarge
 
     @torch.inference_mode()
-    def propose_pictures(
-        self, features: torch.Tensor, sizes: Sequence[tuple[int, int]], input_height: int
-    ) -> list[Proposals]:
-        """features: (B, C, h, w) of an input `input_height` pixels high; sizes: (H, W) of the B pictures."""
+    def propose_maps(self, features: torch.Tensor) -> list[tuple[torch.Tensor, np.ndarray]]:
+        """(B, C, h, w) -> for each picture the soft masks that pass the filters (N, h, w), scores (N,) best first."""
         soft, scores, valid = propose_batch(features, **self.search)
         if self.median:
             soft = median_filter(soft, self.median)
         keep = valid & keep_plausible((soft >= self.threshold).float(), scores, **self.filters)
         if self.when_empty == "best":
             keep[:, 0] |= valid[:, 0] & ~keep.any(dim=1)
-        stride = input_height / features.shape[2]
-        offset = self.encoder.cell_offset(stride) if self.cell_offset is None else self.cell_offset
-        kept, ranked = keep.cpu(), scores.cpu().numpy()  # one transfer a batch; the masks themselves are one a picture
-        results = []
-        for index, size in enumerate(sizes):
-            picked = torch.nonzero(kept[index])[:, 0]
-            large = upsample_grid(soft[index, picked.to(soft.device)], size, offset) >= self.threshold
-            proposals = Proposals(large.cpu().numpy(), ranked[index, picked.numpy()].astype(np.float32))
-            results.append(proposals.take(proposals.masks.any(axis=(1, 2))))  # a median filter can empty a mask
-        return results
+        kept, ranked = keep.cpu(), scores.cpu().numpy().astype(np.float32)  # one transfer for the batch
+        picked = [torch.nonzero(row)[:, 0] for row in kept]
+        return [(maps[index.to(maps.device)], rank[index.numpy()]) for maps, index, rank in zip(soft, picked, ranked)]
