@@ -1,0 +1,72 @@
+"""docs/labelling.md: its commands have options and settings that exist, its Python runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from labeling_helpers import picture_folder
+
+from uplvp_hf.cli import VERBS
+from uplvp_hf.commands._label_build import describe_labeler, describe_namer, read_settings
+from uplvp_hf.commands.label import _default_namer, build_parser
+from uplvp_hf.labeling.class_map import read_class_map
+
+GUIDE = Path(__file__).parents[2] / "docs" / "labelling.md"
+TEXT = GUIDE.read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [
+    shlex.split(line, comments=True)
+    for block in blocks("bash")
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("uplvp")
+]
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 10 and {command[1] for command in COMMANDS} <= set(VERBS)
+
+
+@pytest.mark.parametrize("words", [c[2:] for c in COMMANDS if c[1] == "label"], ids=lambda words: " ".join(words)[:60])
+def test_options_and_settings_exist(words, tmp_path, monkeypatch):
+    (tmp_path / "my_masks.py").write_text(next(block for block in blocks("python") if "my_masks.py" in block))
+    monkeypatch.chdir(tmp_path)
+    args = build_parser().parse_args(words)
+    if args.output is None:
+        return
+    args.labeler = args.labeler or "clip"
+    args.namer = args.namer or _default_namer(args.labeler)
+    read_settings(args, describe_labeler(args.labeler), describe_namer(args.namer))
+
+
+def test_settings_in_the_text_exist():
+    known = set().union(*(describe_labeler(name).settings for name in ("clip", "file", "sam", "segmenter")))
+    known |= describe_namer("clip").settings.keys() | describe_namer("classifier").settings.keys() | {"NAME", "level"}
+    named = re.findall(r"--set (\w+)=", TEXT)
+    assert len(named) > 10 and set(named) <= known
+    options = {word for action in build_parser()._actions for word in action.option_strings} | {"--processes"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--num_processes", "--num"}
+    assert used <= options, used - options
+
+
+def test_python_and_class_map(tmp_path, monkeypatch):
+    from uplvp_hf.labeling.plugins import load_plugin
+
+    (tmp_path / "my_masks.py").write_text(next(block for block in blocks("python") if "my_masks.py" in block))
+    monkeypatch.chdir(tmp_path)
+    pictures = picture_folder(tmp_path / "pictures", 1)
+    image = pictures.load_image(0)
+    (found,) = load_plugin("my_masks:bright_regions", {"level": 100})([image], pictures.rows)
+    assert (found.masks[0] == (np.asarray(image.convert("L")) > 100)).all()
+    (tmp_path / "classes.yaml").write_text(blocks("yaml")[0])
+    assert read_class_map(tmp_path / "classes.yaml")["bear"] == [294, 295, 296, 297]
+    assert yaml.safe_load(blocks("yaml")[0]).keys() == {"bear", "deer", "otter"}
+    for block in blocks("python"):
+        compile(block, "guide", "exec")
