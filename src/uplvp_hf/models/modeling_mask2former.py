@@ -11,12 +11,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, TimmBackbone
+from torch.nn import functional as F
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
+from .backbones import build_backbone
 from .deformable_attention import use_deformable_attention
 from .losses import Draw, LayerOutput, MaskClassificationLoss, Normalizers
 from .matching import LabelGuide
 from .padding import extend_edges, is_padded, padding_masked, upsample, valid_cells
+from .point_sampling import mask_products
 
 
 @dataclass
@@ -42,6 +45,23 @@ class Mask2FormerLayerOutput(LayerOutput):
     attentions: Tensor | None = None
 
 
+class MaskedCrossAttention(nn.MultiheadAttention):
+    """torch's attention with one mask for all heads, without its average weights: nothing (heads, N, hw) is kept."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **unused) -> tuple[Tensor, None]:
+        """query (N, B, D), key and value (S, B, D), attn_mask (B, N, S) True where a query may not look."""
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        heads = [
+            F.linear(x, weight, bias)
+            .unflatten(-1, (self.num_heads, -1))
+            .permute(1, 2, 0, 3)  # (B, heads, ., D / heads)
+            for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
+        ]
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(*heads, attn_mask=~attn_mask[:, None], dropout_p=dropout)
+        return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2)), None
+
+
 class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
     """The Mask2Former query segmenter.
 
@@ -59,10 +79,11 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__(config)
-        extra = getattr(config.backbone_config, "timm_kwargs", None)
-        if extra:
-            self.model.pixel_level_module.encoder = TimmBackbone(config.backbone_config, **extra)
+        if config.backbone_config.model_type == "timm_backbone":
+            self.model.pixel_level_module.encoder = build_backbone(config.backbone_config)
         use_deformable_attention(self.model.pixel_level_module.decoder.encoder)
+        for layer in self.model.transformer_module.decoder.layers:
+            layer.cross_attn.__class__ = MaskedCrossAttention
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -140,8 +161,11 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         keys, positions, sizes = self._memory(features)
         query_positions = module.queries_embedder.weight[:, None].expand(-1, queries.shape[0], -1)
         hidden = (queries if inject is None else inject(queries, 0)).transpose(0, 1)  # (N, B, D)
-        output, blocked = self._predict(hidden, features, sizes[0])
-        outputs = [output]
+        # Mask logits are put into the graph at the end, for all layers together.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        late = torch.is_grad_enabled() and not traced
+        output, embedding, blocked = self._predict(hidden, features, sizes[0], late)
+        outputs, embeddings = [output], [embedding]
         for index, layer in enumerate(module.decoder.layers):
             level = index % len(sizes)
             blocked = self._blocked(blocked, features, level)
@@ -157,20 +181,29 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
                 encoder_attention_mask=blocked,
                 output_attentions=output_attentions,
             )
-            output, blocked = self._predict(hidden, features, sizes[(index + 1) % len(sizes)])
+            output, embedding, blocked = self._predict(hidden, features, sizes[(index + 1) % len(sizes)], late)
             output.attentions = weights[0] if weights else None
             outputs.append(output)
+            embeddings.append(embedding)
+        if late:
+            masks = mask_products(features.mask_features, embeddings, [output.mask_logits for output in outputs])
+            for output, logits in zip(outputs, masks, strict=True):
+                output.mask_logits = logits
         return outputs
 
     def _predict(
-        self, hidden: Tensor, features: SegmenterFeatures, size: torch.Size
-    ) -> tuple[Mask2FormerLayerOutput, Tensor]:
-        """Classes and masks of queries (N, B, D), and where their masks are not, (B * heads, N, hw) at `size`."""
+        self, hidden: Tensor, features: SegmenterFeatures, size: torch.Size, late: bool
+    ) -> tuple[Mask2FormerLayerOutput, Tensor, Tensor]:
+        """Classes and masks of queries (N, B, D), the queries' mask embeddings (B, N, C), and where their masks are
+        not, (B, N, hw) at `size`. `late`: the masks without gradients."""
         decoder = self.model.transformer_module.decoder
-        normed = decoder.layernorm(hidden)
-        masks, blocked = decoder.mask_predictor(normed, features.mask_features, size)
-        content = normed.transpose(0, 1)  # (B, N, D)
-        return Mask2FormerLayerOutput(self.class_predictor(content), masks, content), blocked
+        content = decoder.layernorm(hidden).transpose(0, 1)  # (B, N, D)
+        embedding = decoder.mask_predictor.mask_embedder(content)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not late):
+            masks = torch.einsum("bqc,bchw->bqhw", embedding, features.mask_features)
+        resized = F.interpolate(masks.detach(), size=size, mode="bilinear", align_corners=False)
+        blocked = (resized.sigmoid() < 0.5).flatten(2)
+        return Mask2FormerLayerOutput(self.class_predictor(content), masks, content), embedding, blocked
 
     def _memory(self, features: SegmenterFeatures) -> tuple[list[Tensor], list[Tensor], list[torch.Size]]:
         """Keys and their positions, (hw, B, D) a level, and the level sizes."""
@@ -180,18 +213,17 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
             real = None if features.padding is None else (~features.padding[index])
             position = module.position_embedder(level.shape, level.device, level.dtype, real)
             key = module.input_projections[index](level).flatten(2) + module.level_embed.weight[index][None, :, None]
-            keys.append(key.permute(2, 0, 1))
+            keys.append(key.permute(2, 0, 1).contiguous())
             positions.append(position.flatten(2).permute(2, 0, 1))
             sizes.append(level.shape[-2:])
         return keys, positions, sizes
 
     def _blocked(self, blocked: Tensor, features: SegmenterFeatures, level: int) -> Tensor:
-        """Attention mask (B * heads, N, hw), True where a query may not look. A query with nowhere to look, looks
-        everywhere on the picture."""
-        heads = self.config.num_attention_heads
+        """Attention mask (B, N, hw), True where a query may not look. A query with nowhere to look, looks everywhere
+        on the picture."""
         if features.padding is None:
             return blocked & ~blocked.all(-1, keepdim=True)
-        outside = features.padding[level].flatten(1).repeat_interleave(heads, dim=0)[:, None]
+        outside = features.padding[level].flatten(1)[:, None]
         blocked = blocked | outside
         return torch.where(blocked.all(-1, keepdim=True), outside, blocked)
 
