@@ -5,13 +5,6 @@ import pytest
 from uplvp_hf.labeling.class_map import read_class_map, resolve_class_map
 
 LABELS = dict(enumerate(["tench, Tinca tinca", "brown bear, bruin", "crane", "ice bear, polar bear", "crane", "bruin"]))
-    0: "tench, Tinca tinca",
-    1: "brown bear, bruin",
-    2: "crane",
-    3: "ice bear, polar bear",
-    4: "crane",
-    5: "bruin",
-}
 
 
 def test_reading(tmp_path):
