@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from uplvp_hf.labeling.attention import ATTENTIONS, Layout, Recipe, run_blocks
-from uplvp_hf.labeling.dense_clip import View, dense_features, dense_grids, window_starts
+from uplvp_hf.labeling.dense_clip import View, dense_features, dense_grids, guide_features, window_starts
 from uplvp_hf.labeling.encoders import Encoder, pictures_to_pixels
 
 H, W = 48, 40  # not the native 32 x 32, not square: 6 x 5 patches
@@ -144,6 +144,22 @@ def test_proxy_runs_its_guide_on_the_same_windows_of_non_square_pictures(clip):
     with pytest.raises(ValueError, match="cells are shifted"):
         shifted = Encoder(GuideNet(), "mobile", (0.5,) * 3, (0.5,) * 3, shift=0.5)
         dense_grids(clip, [image], vectors, View(48), recipe, shifted)
+
+
+def test_a_dino_guide_sees_pixels_that_fit_its_own_patches(clip):
+    from transformers import Dinov2Backbone, Dinov2Config
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 14, "image_size": 56}
+    model = Dinov2Backbone(Dinov2Config(**sizes)).eval()
+    guide = Encoder(model, "dino", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    pixels = clip.pixels([blob_picture(0)], (64, 96))
+    plain = pictures_to_pixels([blob_picture(0)], (64, 96), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    with torch.inference_mode():
+        want = model(F.interpolate(plain, (70, 98), mode="bilinear")).feature_maps[-1]
+    got = guide_features(guide, clip, pixels)
+    assert got.shape == (1, 48, 5, 7)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-3)
 
 
 def test_view_refuses_what_it_cannot_do():

@@ -97,7 +97,7 @@ class Clip:
 
     def pixels(self, images: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
         """Stretch pictures to `size` (height, width) and normalise: (B, 3, H, W) float32 on the model's device."""
-        return pictures_to_pixels(images, size, self.image_mean, self.image_std).to(self.device)
+        return pictures_to_pixels(images, size, self.image_mean, self.image_std, self.device)
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
