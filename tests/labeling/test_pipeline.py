@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import label_tiny
 import numpy as np
 import pytest
@@ -364,3 +365,20 @@ def test_memory_holds_a_few_blocks_whatever_the_number_of_pictures(tmp_path):
     labeler.__class__ = Watching
     label_images(stream, labeler, None, tmp_path / "labels", **QUIET)
     assert len(ahead) == 20 and 0 < max(ahead) <= 2 * QUIET["batch_size"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_data_set_of_the_datasets_library_is_labelled_and_resumed(tmp_path, streaming):
+    files = picture_folder(tmp_path / "pictures", 5)
+    rows = [{"bytes": Path(row["image"]).read_bytes(), "path": None} for row in files.rows]
+    table = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
+    table.to_parquet(tmp_path / "data.parquet")
+    dataset = load_dataset_rows(tmp_path / "data.parquet", streaming=streaming)
+    assert label_images(dataset, foreground(), None, tmp_path / "labels", limit=2, **QUIET).done == 2
+    rest = label_images(dataset, foreground(), None, tmp_path / "labels", **QUIET)
+    assert (rest.done, rest.skipped) == (3, 2)
+    label_images(files, foreground(), None, tmp_path / "files", **QUIET)
+    stored, want = read_store(tmp_path / "labels"), read_store(tmp_path / "files")
+    assert [row["image_id"] for row in stored.rows] == [0, 1, 2, 3, 4]
+    assert [row["objects"] for row in stored.rows] == [row["objects"] for row in want.rows]
+    assert Path(stored[3]["image"]).read_bytes() == rows[3]["bytes"]

@@ -168,6 +168,8 @@ class Run:
         resumed = any(self.processes.gather(self.store.resumed))  # nobody writes before all have looked
         if resumed:
             self._check_calibration(possible)
+            if self.processes.rank == 0:
+                self.store.merge_failures()
         else:
             statistics = self._measure(deal)
             parts = sorted(entry for part in self.processes.gather(statistics) for entry in part)

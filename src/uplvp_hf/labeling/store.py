@@ -217,13 +217,18 @@ class StoreWriter:
         self._failures[file] = {"file": file, "row": row, "reason": reason}
         self._failures_changed = True
 
-    def merge_failures(self, repaired: Collection[str]) -> None:
-        """For rank 0 when all others have flushed: one `failures.jsonl`, without the pictures that have a row now."""
-        merged = {entry["file"]: entry for entry in read_failures(self.folder)} | self._failures
-        self._failures_changed |= merged.keys() != self._failures.keys() or bool(repaired)
-        self._failures = {file: entry for file, entry in merged.items() if file not in repaired}
+    def merge_failures(self, repaired: Collection[str] = ()) -> None:
+        """One `failures.jsonl`, without the `repaired` pictures. For rank 0, while no other process writes: when an
+        earlier run is taken up, and when all others have flushed."""
         self.flush()
-        for file in self.folder.glob("failures-*.jsonl"):
+        others = list(self.folder.glob("failures-*.jsonl"))
+        if not others and not repaired:
+            return
+        merged = {entry["file"]: entry for entry in read_failures(self.folder)}
+        self._failures = {file: entry for file, entry in merged.items() if file not in repaired}
+        self._failures_changed = True
+        self.flush()
+        for file in others:
             file.unlink()
 
     def picture_reference(self, row: Row, number: int, image_root: str | None, save: bool) -> str:
