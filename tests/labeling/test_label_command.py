@@ -239,3 +239,39 @@ def test_classes_by_name_and_half_precision(folder, tmp_path, capsys):
     (tmp_path / "map.yaml").write_text("bear: Bruin\ndeer: roe deer\n")
     assert main(call) == 2
     assert "'deer': " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_precomputed_features_and_text(folder, tmp_path, capsys):
+    from uplvp_hf.labeling.text import TextEmbeddings, save_text_embeddings
+
+    torch.manual_seed(0)
+    (tmp_path / "features").mkdir()
+    for k in range(3):
+        save_file({"map": torch.randn(12, 5, 7)}, tmp_path / "features" / f"{k:03d}.safetensors")
+    names = ("deer", "bear", "sky", "grass")
+    save_text_embeddings(tmp_path / "text.safetensors", TextEmbeddings(torch.randn(4, 12), torch.arange(4), 4, names))
+    call = arguments(folder, "--vocabulary", "bear,deer", "--features", tmp_path / "features")
+    call += ["--text-embeddings", str(tmp_path / "text.safetensors"), "--set", "logit_scale=5"]
+    assert main([*call, "--output", str(tmp_path / "one"), "--calibration", "none", "--background", "sky,grass"]) == 0
+    header = json.loads((tmp_path / "one" / "header.json").read_text())
+    assert header["settings"]["background"] == ["sky", "grass"] and header["settings"]["namer"] is None
+    assert header["settings"]["features"] == "features" and header["settings"]["logit_scale"] == 5.0
+    assert [category["name"] for category in read_store(tmp_path / "one").categories] == ["bear", "deer"]
+    assert main([*call, "--output", str(tmp_path / "two"), "--features-layout", "hwd"]) == 2
+    assert "channels" in capsys.readouterr().err
+    assert main([*call, "--output", str(tmp_path / "two"), "--clip", str(folder / "clip")]) == 2
+    assert "12 numbers" in capsys.readouterr().err  # the namer's CLIP has another text space
+
+
+def test_proxy_attention_with_a_guide(folder, tmp_path):
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
+    config.patch_size = 8
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "guide")
+    ViTImageProcessor().save_pretrained(tmp_path / "guide")
+    call = arguments(folder, "--output", tmp_path / "labels", "--clip", folder / "clip", "--vocabulary", "bear,deer")
+    call += ["--attention", "proxy", "--guide", str(tmp_path / "guide"), "--set", "gamma=2", "--image-size", "48"]
+    assert main([*call, "--limit", "1"]) == 0
+    settings = json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]
+    assert settings["guide"] == str(tmp_path / "guide") and (settings["attention"], settings["gamma"]) == ("proxy", 2.0)
