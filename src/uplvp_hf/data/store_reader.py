@@ -43,7 +43,8 @@ def read_failures(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The pictures that could not be labelled, of all the processes that write or wrote into the store in `path`."""
     path = os.path.abspath(os.fspath(path))
     entries: dict[str, dict[str, Any]] = {}
-    for name in sorted(os.listdir(path)):
+    # Last those of processes that still write or were killed: they are newer than what was merged into failures.jsonl.
+    for name in sorted(os.listdir(path), key=lambda name: (name != "failures.jsonl", name)):
         if _FAILURES.fullmatch(name):
             entries |= {entry["file"]: entry for _, entry in _lines(os.path.join(path, name))}
     return list(entries.values())
