@@ -37,13 +37,12 @@ SHAPES = {  # hidden size, MLP, layers, heads
     "vit-b/16": (768, 3072, 12, 12),
     "small": (96, 192, 2, 3),
 }
-SECTIONS = ("throughput", "memory")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", choices=SECTIONS, action="append", help="repeatable (default: all)")
+    add("--only", choices=("throughput", "memory"), action="append", help="repeatable (default: all)")
     add("--pictures", type=int, default=8, help="a round (default: 8)")
     add("--rounds", type=int, default=4, help="of both arms (default: 4)")
     add("--batch-size", type=int, default=8)
@@ -216,6 +215,9 @@ def label_folder(arguments: argparse.Namespace) -> dict:
     return {"peak_bytes": peak, "seconds": summary.seconds, "instances": summary.instances}
 
 
+SECTIONS = {"throughput": measure_throughput, "memory": measure_memory}  # (arguments, empty folder) -> results
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.label_folder:
@@ -223,10 +225,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     results: dict = {}
     with tempfile.TemporaryDirectory() as folder:
-        if "throughput" in (arguments.only or SECTIONS):
-            results |= measure_throughput(arguments, Path(folder) / "throughput")
-        if "memory" in (arguments.only or SECTIONS):
-            results |= measure_memory(arguments, Path(folder) / "memory")
+        for name, measure in SECTIONS.items():
+            if name in (arguments.only or SECTIONS):
+                results |= measure(arguments, Path(folder) / name)
     results["goals"] = {name: goal for name, goal in GOALS.items() if name in results}
     print(json.dumps(results))
     return 0

@@ -2,7 +2,8 @@
 
 decode (threads, ahead) -> labeler's forward -> instances (threads, behind) -> namer -> floor, RLE, rows (the same
 threads) -> store. Models are called by the main thread alone. Threads, as what takes long in them (decoders, torch,
-numpy) works outside of Python's lock; processes would have to copy every mask.
+numpy) works outside of Python's lock. Processes would not pay: to copy 20 masks of 640x480 to one takes 7 ms, to encode
+them 8 ms.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def label_images(
         workers: threads that decode pictures; None: this process's share of the cores, at most 8.
         max_failed: share of the pictures, 0 to 1.
 
-    Memory does not grow with the number of pictures: two batches wait decoded, and the masks of two to four exist.
+    Memory does not grow with the number of pictures, their ids and paths aside: two batches wait decoded, and the masks
+    of two to four exist. Rows are equal to the byte for equal batches and torch threads, whatever the processes.
     Undecodable pictures, and those for which the labeler raises a DataError, are skipped, counted and listed. Raises
     StoreError as `StoreWriter` does and, when all is written, when more than `max_failed` of the pictures failed;
     OSError when the store cannot be written. Finished shards stay valid whatever happens.
