@@ -5,6 +5,7 @@ import torch
 
 from uplvp_hf.conversion import config_from_mmdet, convert_mmdet_mask2former
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
+from uplvp_hf.models.losses import stack_masks
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
 pytestmark = pytest.mark.golden
@@ -75,9 +76,9 @@ def test_logits_of_all_layers(run):
 def test_matching_costs_and_assignments(run):
     tensors, labels, model = run["tensors"], run["labels"], run["model"]
     batch = len(labels["mask_labels"])
-    extent = torch.ones(batch, 2)
+    masks, _ = stack_masks(labels["mask_labels"])
     costs = model.segmenter.loss_function._costs(
-        run["layers"], labels["mask_labels"], labels["class_labels"], extent, RecordedDraw(tensors, batch)
+        run["layers"], masks, labels["class_labels"], None, RecordedDraw(tensors, batch)
     )
     _, matches = model.segmenter.loss(run["layers"], run["features"], **labels, draw=RecordedDraw(tensors, batch))
     for layer in range(len(run["layers"])):

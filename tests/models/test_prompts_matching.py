@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from uplvp_hf.models.losses import LayerOutput, kernel_supervision, sample_binary, sample_points
+from uplvp_hf.models.losses import LayerOutput, kernel_supervision
 from uplvp_hf.models.matching import hungarian, match_prompts
 from uplvp_hf.models.prompts import PromptFusion, Prompts, box_weights, inject_prompts, kept_prompts, pool_prompts
 
@@ -253,11 +253,3 @@ def test_hungarian_is_optimal_and_survives_nan():
     assert 2 not in query.tolist() and (0, 1) not in zip(query.tolist(), target.tolist(), strict=True)
     with pytest.warns(UserWarning):
         assert len(hungarian([torch.full((1, 4, 2), float("nan"))])[0][0][0]) == 2
-
-
-def test_sampling_bool_masks_equals_sampling_dense_maps():
-    masks = torch.rand(4, 37, 21) > 0.5
-    ids, points = torch.tensor([3, 0, 0, 2, 1]), torch.rand(5, 400, 2)
-    points[:, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.5, 0.999]])
-    dense = sample_points(masks[ids].float()[:, None], points)[:, 0]
-    torch.testing.assert_close(sample_binary(masks, ids, points), dense, rtol=0, atol=2e-5)

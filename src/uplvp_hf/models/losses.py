@@ -4,18 +4,15 @@ Everything is computed in float32 whatever the dtype of the predictions. Formula
 section 3.3; kernel supervision: Saliency Prompt (arXiv 2302.01171), eq. 3.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .matching import LabelGuide, hungarian
-
-# (layer, kind, picture, shape) -> uniform numbers in [0, 1). kind: "match" | "oversample" | "uniform"; picture is -1
-# for draws over all matched masks of a layer. Lets a test feed recorded draws.
-Draw = Callable[[int, str, int, tuple[int, ...]], Tensor]
+from .point_sampling import BinaryMasks, Draw, PointSampler, point_terms, sample_points
 
 
 @dataclass
@@ -46,47 +43,14 @@ class LayerOutput:
     queries: Tensor
 
 
-def sample_points(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of maps (M, C, h, w) at points (M, P, 2), x and y in [0, 1] -> (M, C, P) float32."""
-    grid = 2 * points.float()[:, :, None] - 1
-    return F.grid_sample(maps.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)[..., 0]
-
-
-def sample_binary(masks: Tensor, ids: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of bool masks (G, H, W), chosen by ids (M,), at points (M, P, 2) -> (M, P) float32.
-
-    Equals `sample_points(masks[ids].float())` without a dense copy of the masks: four gathers a point.
-    """
-    height, width = masks.shape[-2:]
-    x, y = points[..., 0].float() * width - 0.5, points[..., 1].float() * height - 0.5
-    left, top = x.floor(), y.floor()
-    flat, base = masks.reshape(-1), (ids * (height * width))[:, None]
-    total = torch.zeros_like(x)
-    for dy in (0, 1):
-        for dx in (0, 1):
-            column, row = (left + dx).long(), (top + dy).long()
-            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-            value = flat[base + row.clamp(0, height - 1) * width + column.clamp(0, width - 1)] & inside
-            weight = (1 - (x - left - dx).abs()) * (1 - (y - top - dy).abs())
-            total = total + weight * value
-    return total
-
-
 def pairwise_mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean binary cross-entropy and dice cost of every pair: (..., N, P) logits, (G, P) targets -> two (..., N, G)."""
-    points = logits.shape[-1]
-    positive, negative = F.softplus(-logits), F.softplus(logits)
-    cross_entropy = (positive @ targets.T + negative @ (1 - targets).T) / points
+    # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
+    cross_entropy = (F.softplus(logits).sum(-1, keepdim=True) - logits @ targets.T) / logits.shape[-1]
     probability = logits.sigmoid()
     overlap = 2 * (probability @ targets.T)
     total = probability.sum(-1, keepdim=True) + targets.sum(-1)
     return cross_entropy, 1 - (overlap + 1) / (total + 1)
-
-
-def dice_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 - (2 <p, t> + 1) / (sum p + sum t + 1) a row: (M, P), (M, P) -> (M,)."""
-    probability = logits.sigmoid()
-    return 1 - (2 * (probability * targets).sum(-1) + 1) / (probability.sum(-1) + targets.sum(-1) + 1)
 
 
 @dataclass
@@ -125,47 +89,50 @@ class MaskClassificationLoss:
 
     def _losses(self, layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide):
         device = layers[0].mask_logits.device
-        draw = draw or (lambda layer, kind, picture, shape: torch.rand(shape, device=device))
         _check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1] - 1)
         class_labels = [labels.to(device).long() for labels in class_labels]
         mask_labels = [masks.to(device).bool() for masks in mask_labels]
-        extent = picture_extent(pixel_mask, len(mask_labels), device)
+        extent = None if pixel_mask is None else picture_extent(pixel_mask, len(mask_labels), device)
+        masks, offsets = stack_masks(mask_labels)
         normalizers = normalizers or Normalizers()
         num_masks = normalizers.masks or max(sum(len(labels) for labels in class_labels), 1)
-        costs = self._costs(layers, mask_labels, class_labels, extent, draw)
+        costs = self._costs(layers, masks, class_labels, extent, draw)
         if label_guide is not None:
             costs = [label_guide(cost, i) for i, cost in enumerate(costs)]
         matches = hungarian(costs)
-        masks, offsets = stack_masks(mask_labels)
+        logits = [layer.class_logits for layer in layers]
+        class_terms = self._class_terms(logits, class_labels, matches, normalizers.class_weight)
+        pairs = _pairs(matches, offsets, device)
         losses = {}
-        for index, (layer, match) in enumerate(zip(layers, matches, strict=True)):
-            terms = self._mask_terms(index, layer, masks, offsets, match, extent, num_masks, draw)
-            losses[f"class_{index}"] = self.class_weight * self._class_term(
-                layer.class_logits, class_labels, match, normalizers.class_weight
-            )
-            losses[f"mask_{index}"], losses[f"dice_{index}"] = terms
+        for index, (layer, class_term) in enumerate(zip(layers, class_terms, strict=True)):
+            losses[f"class_{index}"] = self.class_weight * class_term
+            mask_term, dice_term = self._mask_terms(index, layer.mask_logits, masks, pairs[index], extent, draw)
+            losses[f"mask_{index}"] = self.mask_weight * mask_term / num_masks
+            losses[f"dice_{index}"] = self.dice_weight * dice_term / num_masks
         return losses, matches
 
     @torch.no_grad()
-    def _costs(self, layers, mask_labels, class_labels, extent, draw) -> list[Tensor]:
+    def _costs(self, layers, masks: BinaryMasks, class_labels, extent, draw) -> list[Tensor]:
         """Per picture the (L, N, G_i) matching costs. All layers share one set of points unless `draw` differs."""
-        costs = []
-        shared = [draw(0, "match", i, (1, self.num_points, 2)) for i in range(len(mask_labels))]
-        for i, (masks, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
+        costs, start = [], 0
+        for i, labels in enumerate(class_labels):
             probability = torch.stack([layer.class_logits[i] for layer in layers]).float().softmax(-1)
-            if len(labels) == 0:
-                costs.append(probability[..., :0])
-                continue
-            rows, ids = [], torch.arange(len(masks), device=masks.device)
+            ids = torch.arange(start, start + len(labels), device=labels.device)
+            start += len(labels)
+            points, target, rows = None, None, []
             for index, layer in enumerate(layers):
-                drawn = shared[i] if index == 0 else draw_again(draw, index, i, shared[i])
-                if index == 0 or drawn is not shared[i]:
-                    points = drawn * extent[i]
-                    target = sample_binary(masks, ids, points.expand(len(masks), -1, -1))
+                if points is None or getattr(draw, "per_layer", False):
+                    shape = (1, self.num_points, 2)
+                    points = draw(index, "match", i, shape) if draw else torch.rand(shape, device=labels.device)
+                    points = points if extent is None else points * extent[i]
+                    target = masks.sample(ids, points.expand(len(labels), -1, -1))
+                if len(labels) == 0:
+                    continue
                 logits = sample_points(layer.mask_logits[i][None], points)[0]  # (N, P)
                 cross_entropy, dice = pairwise_mask_costs(logits, target)
                 rows.append(self.mask_weight * cross_entropy + self.dice_weight * dice)
-            costs.append(torch.stack(rows) - self.class_weight * probability[..., labels])
+            cost = -self.class_weight * probability[..., labels]
+            costs.append(cost + torch.stack(rows) if rows else cost)
         return costs
 
     def with_text_cost(self, text_logits: list[Tensor], class_labels: list[Tensor], then: LabelGuide | None):
@@ -183,62 +150,62 @@ class MaskClassificationLoss:
         """Weighted cross-entropies of a further class head under the same assignments: `text_class_0`, ..."""
         divisor = None if normalizers is None else normalizers.class_weight
         labels = [labels.to(text_logits[0].device).long() for labels in class_labels]
-        return {
-            f"text_class_{index}": self.class_weight * self._class_term(logits, labels, match, divisor)
-            for index, (logits, match) in enumerate(zip(text_logits, matches, strict=True))
-        }
+        terms = self._class_terms(text_logits, labels, matches, divisor)
+        return {f"text_class_{index}": self.class_weight * term for index, term in enumerate(terms)}
 
-    def _class_term(self, logits: Tensor, class_labels: list[Tensor], match, divisor) -> Tensor:
-        logits = logits.float()
-        background = logits.shape[-1] - 1
-        target = torch.full(logits.shape[:2], background, dtype=torch.int64, device=logits.device)
-        for i, (query, label) in enumerate(match):
-            target[i, query.to(logits.device)] = class_labels[i][label.to(logits.device)]
-        weight = logits.new_ones(background + 1)
+    def _class_terms(self, logits: list[Tensor], class_labels: list[Tensor], matches, divisor) -> list[Tensor]:
+        """Cross-entropies of all layers' (B, N, K + 1) logits: weighted sums over their divisors."""
+        stacked = torch.stack(logits).float()  # (L, B, N, K + 1)
+        background = stacked.shape[-1] - 1
+        target = torch.full(stacked.shape[:3], background, dtype=torch.int64, device=stacked.device)
+        offsets = np.cumsum([0, *(len(labels) for labels in class_labels)]).tolist()
+        pairs = torch.cat(_host_pairs(matches, offsets), 1).to(stacked.device)
+        layer, picture, query, label = pairs
+        target[layer, picture, query] = torch.cat(class_labels)[label]
+        weight = stacked.new_ones(background + 1)
         weight[background] = self.no_object_weight
-        total = F.cross_entropy(logits.transpose(1, 2), target, weight=weight, reduction="sum")
-        return total / (divisor if divisor is not None else weight[target].sum().clamp(min=1e-6))
+        total = F.cross_entropy(stacked.flatten(0, 2), target.flatten(), weight=weight, reduction="none")
+        if divisor is None:
+            divisor = weight[target].sum((1, 2)).clamp(min=1e-6)
+        return list((total.view(len(logits), -1).sum(1) / divisor).unbind())
 
     def class_weight_sum(self, num_queries: int, counts: list[int]) -> float:
         """Sum of the cross-entropy weights of pictures with `counts` true masks each: known before matching."""
         matched = sum(min(count, num_queries) for count in counts)
         return matched + self.no_object_weight * (num_queries * len(counts) - matched)
 
-    def _mask_terms(self, index, layer, masks, offsets, match, extent, num_masks, draw) -> tuple[Tensor, Tensor]:
-        """Point-sampled cross-entropy and dice of the matched masks of one layer, summed and divided."""
-        device = layer.mask_logits.device
-        picture = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(match)]).to(device)
-        query = torch.cat([query for query, _ in match]).to(device)
-        ids = torch.cat([target + offsets[i] for i, (_, target) in enumerate(match)]).to(device)
+    def _mask_terms(self, index, logits, masks: BinaryMasks, pairs, extent, draw) -> tuple[Tensor, Tensor]:
+        """Point-sampled cross-entropy and dice of the matched masks of one layer, summed."""
+        picture, query, ids = pairs
         if len(query) == 0:
-            nothing = layer.mask_logits.float().sum() * 0
+            nothing = logits.float().sum() * 0
             return nothing, nothing
-        logits = layer.mask_logits[picture, query][:, None]  # (M, 1, h, w)
-        points = self._uncertain_points(logits, index, extent[picture], draw)
-        target = sample_binary(masks, ids, points)
-        value = sample_points(logits, points)[:, 0]
-        cross_entropy = F.binary_cross_entropy_with_logits(value, target, reduction="none").mean(1).sum()
-        dice = dice_loss(value, target).sum()
-        return self.mask_weight * cross_entropy / num_masks, self.dice_weight * dice / num_masks
-
-    @torch.no_grad()
-    def _uncertain_points(self, logits: Tensor, layer: int, extent: Tensor, draw: Draw) -> Tensor:
-        """Three quarters of the points where |logit| is smallest among 3x as many, the rest uniform: (M, P, 2)."""
-        count = len(logits)
-        wanted, certain = self.num_points, int(self.importance_ratio * self.num_points)
-        candidates = draw(layer, "oversample", -1, (count, int(wanted * self.oversample_ratio), 2)) * extent[:, None]
-        uncertainty = -sample_points(logits, candidates)[:, 0].abs()
-        best = uncertainty.topk(certain, dim=1).indices
-        chosen = candidates.gather(1, best[..., None].expand(-1, -1, 2))
-        if wanted > certain:
-            uniform = draw(layer, "uniform", -1, (count, wanted - certain, 2)) * extent[:, None]
-            chosen = torch.cat([chosen, uniform], dim=1)
-        return chosen
+        sampler = PointSampler(
+            self.num_points, self.oversample_ratio, self.importance_ratio, index,
+            None if extent is None else extent[picture], draw,
+        )  # fmt: skip
+        return point_terms(logits, picture, query, masks, ids, sampler)
 
 
-def draw_again(draw: Draw, layer: int, picture: int, shared: Tensor) -> Tensor:
-    """The matching points of a later layer: the shared ones, unless `draw` was made to give each layer its own."""
-    return draw(layer, "match", picture, tuple(shared.shape)) if getattr(draw, "per_layer", False) else shared
+def _host_pairs(matches: list, offsets: list[int]) -> list[Tensor]:
+    """Per layer (4, M) int64 on the host: layer, picture, query, target counted over the batch."""
+    return [
+        torch.cat(
+            [
+                torch.stack([torch.full_like(query, index), torch.full_like(query, i), query, target + offsets[i]])
+                for i, (query, target) in enumerate(match)
+            ],
+            dim=1,
+        )
+        for index, match in enumerate(matches)
+    ]
+
+
+def _pairs(matches: list, offsets: list[int], device: torch.device) -> list[tuple[Tensor, ...]]:
+    """Per layer: picture, query and mask of every matched pair, on the device, in one transfer."""
+    pairs = _host_pairs(matches, offsets)
+    moved = torch.cat(pairs, 1).to(device).split([layer.shape[1] for layer in pairs], 1)
+    return [tuple(layer[1:]) for layer in moved]
 
 
 def picture_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
@@ -250,13 +217,10 @@ def picture_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) 
     return torch.stack([width, height], dim=1)
 
 
-def stack_masks(mask_labels: list[Tensor]) -> tuple[Tensor, list[int]]:
-    """All masks of a batch as (G, H, W) bool, and where each picture's begin."""
-    offsets, total = [], 0
-    for masks in mask_labels:
-        offsets.append(total)
-        total += len(masks)
-    return torch.cat(mask_labels), offsets
+def stack_masks(mask_labels: list[Tensor]) -> tuple[BinaryMasks, list[int]]:
+    """All masks of a batch together, and where each picture's begin."""
+    offsets = np.cumsum([0, *(len(masks) for masks in mask_labels)]).tolist()
+    return BinaryMasks(torch.cat(mask_labels)), offsets
 
 
 def kernel_supervision(
