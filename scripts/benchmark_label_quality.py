@@ -106,7 +106,7 @@ def image_sources(encoder) -> dict[str, Callable[[], Any]]:
     }
     for variant in VARIANTS:
         sources[f"saliency {variant}"] = lambda variant=variant: SaliencyLabeler(encoder, variant=variant)
-    sources["saliency offline, 512 px"] = lambda: SaliencyLabeler(encoder, image_size=512)
+    sources["saliency offline, 256 px"] = lambda: SaliencyLabeler(encoder, image_size=256)
     sources["saliency online, score .5"] = lambda: SaliencyLabeler(encoder, variant="online", min_score=0.5)
     # MaskCut's own numbers, and what suited a convolutional map of stride 32 best of those tried.
     sources["ncut 480 px, tau .15"] = lambda: NcutLabeler(encoder)

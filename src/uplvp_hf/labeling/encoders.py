@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from .folding import fold_batch_norms
 from .licence import weights_licence
 
 # timm modules behind the last feature map: a weights file without them is a headless backbone, not a broken one.
@@ -336,6 +337,9 @@ def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, dev
     embed = getattr(model, "patch_embed", None)
     if embed is not None and getattr(embed, "strict_img_size", False):
         options["fixed_size"] = tuple(embed.img_size)
+    example = torch.randn(1, 3, *options.get("fixed_size", (64, 64)), generator=torch.Generator().manual_seed(0))
+    if all(side % options["size_multiple"] == 0 for side in example.shape[2:]):
+        model = fold_batch_norms(model.eval(), example)
     # Each strided layer of one-sided padding looks half a (finer) cell to the right: (stride - 1) / 2 pixels in all.
     shift = 0.5 if pad_type == "same" else 0.0
     return Encoder(model.to(dtype), f"timm:{name}", mean, std, shift, num_classes, device, **options)
