@@ -1,0 +1,45 @@
+"""The benchmark script: it measures what it says. Its numbers are not asserted, they are the machine's."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from uplvp_hf.data import load_dataset_rows
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_label.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark_label", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_arms_see_the_same_windows(script, tmp_path):
+    dataset = load_dataset_rows(script.write_pictures(tmp_path / "pictures", 5, (96, 64), distinct=3))
+    labeler = script.build_labeler("small", 224, classes=4)
+    windows = script.windows_of(labeler, dataset, batch_size=2)
+    # 64 to 224 pixels, 96 to 336: windows at 0 and 112, in one forward pass for each block of 2, 2 and 1 pictures.
+    assert [tuple(batch.shape) for batch in windows] == [(4, 3, 224, 224), (4, 3, 224, 224), (2, 3, 224, 224)]
+    whole = labeler.source.pixels([dataset.load_image(4)], (224, 336))[0]
+    torch.testing.assert_close(windows[2], torch.stack([whole[..., :224], whole[..., 112:]]))
+    assert script.bare_forward(labeler, windows, "cpu") > 0
+    assert len({Path(row["image"]).read_bytes() for row in dataset.rows}) == 3
+
+
+@pytest.mark.slow
+def test_the_last_line_is_one_json_object():
+    words = ["--only", "memory", "--memory-pictures", "2", "6", "--picture-size", "96", "64"]
+    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    few, many = results["rss_mib"]
+    assert results["rss_ratio"] == pytest.approx(many / few, abs=1e-3) and few > 100
+    assert results["rss_pictures"] == [2, 6] and results["goals"] == {"rss_ratio": 1.3}
