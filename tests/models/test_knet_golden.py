@@ -8,7 +8,7 @@ from uplvp_hf.conversion.knet import config_from_mmdet_knet, convert_mmdet_knet
 from uplvp_hf.models.configuration_knet import KNetConfig
 from uplvp_hf.models.losses_knet import semantic_targets, soft_targets
 from uplvp_hf.models.modeling_knet import KNetForInstanceSegmentation, doubled
-from uplvp_hf.models.postprocessing_knet import knet_instances, resized_probabilities
+from uplvp_hf.models.postprocessing_uplvp import best_scores, boxes_of, resized_probabilities
 
 pytestmark = pytest.mark.golden
 
@@ -188,11 +188,14 @@ def test_final_scores_labels_and_masks(run):
     close(output.masks_queries_logits, tensors[f"{last}scaled_mask_preds"], LOGITS)
     close(output.queries, tensors[f"{last}object_feats"][..., 0, 0])
     close(output.class_scores, tensors[f"{last}cls_score"].sigmoid())
-    canvas, settings = tuple(tensors["input.img"].shape[-2:]), info["config"]["test_cfg"]["rcnn"]
+    settings = info["config"]["test_cfg"]["rcnn"]
     for i, meta in enumerate(info["img_metas"]):
-        sizes = canvas, tuple(meta["img_shape"][:2]), tuple(meta["ori_shape"][:2])
-        logits = output.class_queries_logits[i], output.masks_queries_logits[i]
-        found = knet_instances(*logits, *sizes, settings["max_per_img"], settings["mask_thr"])
+        sizes = tuple(meta["img_shape"][:2]), tuple(meta["ori_shape"][:2])
+        best = best_scores(output.class_scores[i], 0.0, settings["max_per_img"])
+        found = dict(zip(("scores", "labels", "queries"), best, strict=True))
+        probability = resized_probabilities(output.masks_queries_logits[i][found["queries"]], *sizes)
+        found["masks"] = probability > settings["mask_thr"]
+        found["boxes"] = boxes_of(found["masks"])
         close(found["scores"], tensors[f"test.topk_scores.{i}"])
         assert torch.equal(found["labels"], tensors[f"test.topk_labels.{i}"])
         assert torch.equal(found["queries"], tensors[f"test.topk_query.{i}"])
@@ -201,8 +204,7 @@ def test_final_scores_labels_and_masks(run):
         assert (wrong[sure] == 0).all() and (wrong <= 1).all()
         if f"test.topk_mask_probs_first4.{i}" in tensors:
             first = tensors[f"test.topk_mask_probs_first4.{i}"]
-            ours = resized_probabilities(logits[1][found["queries"][: len(first)]], *sizes)
-            close(ours, first)
+            close(probability[: len(first)], first)
         # The recorded result is grouped by class, in order of score within a class.
         order = found["labels"].argsort(stable=True)
         assert torch.equal(found["labels"][order], tensors[f"test.result_labels.{i}"])

@@ -55,21 +55,26 @@ def best_scores(
     return class_scores.flatten()[order], order % class_scores.shape[1], queries
 
 
+def resized_probabilities(
+    logits: torch.Tensor, input_size: tuple[int, int], target_size: tuple[int, int]
+) -> torch.Tensor:
+    """Mask logits (n, h, w) at stride 4 of the padded input -> probabilities (n, H, W) float32 of the target size.
+
+    As in K-Net: probabilities are interpolated, to the padded input, cut to the picture, then to the target.
+    """
+    canvas = [MASK_STRIDE * side for side in logits.shape[-2:]]
+    values = F.interpolate(logits[None].float().sigmoid(), size=canvas, mode="bilinear", align_corners=False)
+    values = values[..., : input_size[0], : input_size[1]]
+    return F.interpolate(values, size=target_size, mode="bilinear", align_corners=False)[0]
+
+
 def probability_masks(
     logits: torch.Tensor, input_size: tuple[int, int], target_size: tuple[int, int], mask_threshold: float
 ) -> Iterator[torch.Tensor]:
-    """Bool masks (n, H, W) of the target size, a chunk of queries at a time, by the rule of K-Net.
-
-    Probabilities, not logits, are interpolated: to the padded input, cut to the picture, then to the target.
-    logits (Q, h, w) at stride 4 of the padded input.
-    """
-    canvas = [MASK_STRIDE * side for side in logits.shape[-2:]]
+    """Bool masks (n, H, W) of the target size, a chunk of queries at a time, from `resized_probabilities`."""
     for chunk in logits.split(MASKS_PER_CHUNK):
         if len(chunk):
-            masks = F.interpolate(chunk[None].float().sigmoid(), size=canvas, mode="bilinear", align_corners=False)
-            masks = masks[..., : input_size[0], : input_size[1]]
-            masks = F.interpolate(masks, size=target_size, mode="bilinear", align_corners=False)[0]
-            yield masks > mask_threshold
+            yield resized_probabilities(chunk, input_size, target_size) > mask_threshold
 
 
 def pasted_masks(
