@@ -213,6 +213,25 @@ def test_forward_and_backward(kind, make_batch, cls, counts):
         assert any(value > 0 for value in output.losses.values())
 
 
+@pytest.mark.parametrize("matching", ["cosine", "hungarian"])
+def test_one_transfer_to_the_host_a_step(kind, make_batch, monkeypatch, matching):
+    """Only the matching costs leave the device (the solver runs on the host): everything else stays there."""
+    model, batch = make_model(kind, prompt_matching=matching, text_dim=16).train(), make_batch(scores=True)
+    model.set_text_features(torch.eye(3, 16), list(CLASSES.values()))
+    calls = []
+    for name in ("cpu", "item", "tolist"):
+        inner = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, name=name, inner=inner, **kwargs):
+            calls.append(name)
+            return inner(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    loss = model(**batch).loss
+    monkeypatch.undo()
+    assert calls == ["cpu"] and torch.isfinite(loss)
+
+
 def test_gradient_checkpointing_gives_equal_gradients(kind, batch):
     model = quiet(make_model(kind).train())
     runs = []
