@@ -49,7 +49,8 @@ class MaskedCrossAttention(nn.MultiheadAttention):
     """torch's attention with one mask for all heads, without its average weights: nothing (heads, N, hw) is kept."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **unused) -> tuple[Tensor, None]:
-        """query (N, B, D), key and value (S, B, D), attn_mask (B, N, S) True where a query may not look."""
+        """query (N, B, D), key and value (S, B, D), attn_mask True where a query may not look: (B, N, S), or
+        (B * heads, N, S) from transformers' own decoder."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         heads = [
             F.linear(x, weight, bias)
@@ -58,7 +59,8 @@ class MaskedCrossAttention(nn.MultiheadAttention):
             for x, weight, bias in zip((query, key, value), weights, biases, strict=True)
         ]
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(*heads, attn_mask=~attn_mask[:, None], dropout_p=dropout)
+        allowed = ~attn_mask.unflatten(0, (query.shape[1], -1))
+        attended = F.scaled_dot_product_attention(*heads, attn_mask=allowed, dropout_p=dropout)
         return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2)), None
 
 
