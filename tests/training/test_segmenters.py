@@ -5,10 +5,11 @@ from types import MethodType
 
 import pytest
 import torch
+from pycocotools import mask as coco_mask
 from safetensors.torch import load_file, save_file
 
 from uplvp_hf.data import load_dataset_rows
-from uplvp_hf.evaluation.predictor import load_segmenter
+from uplvp_hf.evaluation.predictor import load_segmenter, predict_dataset
 from uplvp_hf.hub.card import build_card
 from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
 from uplvp_hf.training import loop
@@ -104,6 +105,11 @@ def test_from_pretraining_to_predictions_and_card(run, tmp_path, scenes_dir):
         output = model(torch.randn(1, 3, 64, 64))
     found = processor.post_process_instance_segmentation(output, threshold=0.0, top_k=5)[0]
     assert len(found["scores"]) <= 5 and found["masks"].shape[1:] == (64, 64)
+    rows, pixels = load_dataset_rows(scenes_dir), []
+    for bound in (0.3, 0.7):
+        results = predict_dataset(model, processor, rows, progress=False, mask_threshold=bound)
+        pixels.append(sum(coco_mask.area(rle) for _, result in results for rle in result["rle"]))
+    assert pixels[0] > pixels[1]  # the lower the bound, the larger the masks
     card = str(build_card(tmp_path / "fine", "user/name", "apache-2.0"))
     assert f"An instance segmenter ({run.segmenter})" in card and f"- {run.segmenter}" in card
 

@@ -75,6 +75,7 @@ def predict_dataset(
     device: str | torch.device | None = None,
     progress: bool = True,
     failures: list[dict[str, Any]] | None = None,
+    mask_threshold: float = 0.5,
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Instances of every picture, in the order of the data set, with overlaps, masks as run lengths.
 
@@ -91,6 +92,8 @@ def predict_dataset(
         device: the model is moved there; default: where it is.
         progress: whether to show a progress bar.
         failures: pictures that cannot be decoded are left out and appended here as {"file", "row", "reason"}.
+        mask_threshold: a pixel belongs to a mask when its probability is above this (0.3 in the released K-Net recipes
+            for small shares of COCO).
 
     Yields:
         (row, {"scores": (N,) float32, "labels": (N,) int64 class indices, "boxes": (N, 4) float32 x1, y1, x2, y2 in
@@ -115,6 +118,7 @@ def predict_dataset(
                 results = processor.post_process_instance_segmentation(
                     outputs,
                     threshold=threshold,
+                    mask_threshold=mask_threshold,
                     target_sizes=sizes,
                     input_sizes=processor.get_input_sizes(inputs["pixel_mask"]),
                     top_k=top_k,
@@ -230,11 +234,12 @@ def evaluate_model(
     progress: bool = True,
     device: str | torch.device | None = None,
     on_result: Callable[[Row, dict[str, Any]], None] | None = None,
+    mask_threshold: float = 0.5,
 ) -> dict[str, Any]:
     """COCO mask AP of a model on a labelled data set.
 
     Args:
-        model, processor, dataset, batch_size, progress, device: as for `predict_dataset`.
+        model, processor, dataset, batch_size, progress, device, mask_threshold: as for `predict_dataset`.
         class_agnostic: compare masks only, as for proposals; the classes need not agree then.
         on_result: called with every (row, result), for example to keep them.
 
@@ -248,9 +253,8 @@ def evaluate_model(
     """
     category_ids = evaluated_classes(model.config, dataset, class_agnostic)
     metric, failures, started, instances = CocoMaskMap(), [], time.perf_counter(), 0
-    for row, result in predict_dataset(
-        model, processor, dataset, batch_size, device=device, progress=progress, failures=failures
-    ):
+    options = {"device": device, "progress": progress, "failures": failures, "mask_threshold": mask_threshold}
+    for row, result in predict_dataset(model, processor, dataset, batch_size, **options):
         metric.add(prediction=_prediction(row, result, category_ids), reference=_reference(row))
         instances += len(row["objects"]["category_id"])
         if on_result is not None:

@@ -168,7 +168,7 @@ def _text_features(path: str) -> tuple[torch.Tensor, list[str]]:
         raise ConfigError(f"`model.text_features`: no file {path}.")
     with safe_open(path, "pt") as archive:
         names = json.loads((archive.metadata() or {}).get("classes", "[]"))
-        if "text_features" not in archive.keys() or not names:
+        if "text_features" not in list(archive.keys()) or not names:
             raise ConfigError(f"{path} needs a tensor `text_features` and class names as JSON in metadata `classes`.")
         return archive.get_tensor("text_features"), names
 

@@ -109,11 +109,14 @@ class OptimSettings:
 
 @dataclass
 class EvaluationSettings:
-    """at: steps after which `data.val` is evaluated (the last step always is). class_agnostic ignores classes."""
+    """at: steps after which `data.val` is evaluated (the last step always is). class_agnostic ignores classes.
+    mask_threshold: a pixel belongs to a mask when its probability is above this.
+    """
 
     at: list[int] = field(default_factory=list)
     batch_size: int = 8
     class_agnostic: bool = False
+    mask_threshold: float = 0.5
 
 
 @dataclass
@@ -158,6 +161,8 @@ class TrainSettings:
         _at_least("data.workers", self.data.workers, 0)
         _at_least("data.max_instances", self.data.max_instances, 1)
         _at_least("evaluation.batch_size", self.evaluation.batch_size, 1)
+        if not 0 < self.evaluation.mask_threshold < 1:
+            raise ConfigError(f"evaluation.mask_threshold lies between 0 and 1, got {self.evaluation.mask_threshold}.")
         _at_least("checkpoint.every", self.checkpoint.every, 0)
         _at_least("checkpoint.keep", self.checkpoint.keep, 1)
         if self.data.size is not None and (self.data.size < 32 or self.data.size % 32):

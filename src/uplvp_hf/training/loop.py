@@ -238,6 +238,7 @@ class _Run:
                 batch_size=self.settings.evaluation.batch_size,
                 class_agnostic=_evaluates_agnostic(self.settings),
                 progress=self.progress,
+                mask_threshold=self.settings.evaluation.mask_threshold,
             )
             self.result.evaluations[step] = metrics
             self._log(step, {f"val_{key}": metrics[key] for key in ("AP", "AP50", "AP75")})
