@@ -1,0 +1,43 @@
+"""The benchmark runs, both models give the same loss on the same points, and its last line can be read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_train_step.py"
+
+
+@pytest.mark.slow
+def test_small_run():
+    small = ["--size", "64", "--points", "64", "--rounds", "1", "--queries", "6", "--objects", "9"]
+    done = subprocess.run([sys.executable, str(SCRIPT), *small], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    result = json.loads(lines[-1])
+    assert 0 < result["time_ratio_9"] < 5 and 0 < result["memory_ratio_9"] < 5 and result["peak_mib_9"] > 0
+    assert min(result[f"{name}seconds_9"] for name in ("", "knet_", "queryinst_")) > 0
+    differences = [float(line.split("loss difference ")[1].split()[0]) for line in lines if "loss difference" in line]
+    assert len(differences) == 1 and differences[0] < 1e-5
+
+
+@pytest.mark.slow
+def test_losses_that_differ_are_refused(monkeypatch):
+    sys.path.insert(0, str(SCRIPT.parent))
+    try:
+        import benchmark_train_step as benchmark
+    finally:
+        sys.path.pop(0)
+    inner = benchmark.build
+
+    def skewed(name, arguments):
+        model = inner(name, arguments)
+        if name == "theirs":
+            model.weight_dict["loss_mask"] *= 1.001
+        return model
+
+    monkeypatch.setattr(benchmark, "build", skewed)
+    with pytest.raises(SystemExit, match="losses at 2 objects differ"):
+        benchmark.main(["--size", "64", "--points", "64", "--queries", "6", "--objects", "2", "--no-memory"])
