@@ -4,6 +4,7 @@ Same weights, pictures and objects for both; steps alternate in one process, and
 median over the rounds. Before anything is timed both must give the same loss on the same random points. Peak memory is
 that of a first step over what model and batch take: on CPU the growth of the resident set in a fresh process each, on
 CUDA the allocator's peak. K-Net and QueryInst steps are timed beside it. The last line is one JSON object.
+`time_ratio_N` is of elapsed time, `processor_ratio_N` of processor time, which other processes disturb less.
 
 Commands:
 
@@ -76,14 +77,22 @@ def compare(arguments: argparse.Namespace, objects: int) -> dict[str, float]:
         for name in ("knet", "queryinst"):
             step(models[name], name, pictures)  # a first step is slower than those after it
     seconds: dict[str, list[float]] = {name: [] for name in models}
+    busy: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(arguments.rounds):
         for name in list(models) if turn % 2 == 0 else list(models)[::-1]:
-            seconds[name].append(timed(models[name], name, pictures, arguments.device))
-    ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
+            elapsed, processor = timed(models[name], name, pictures, arguments.device)
+            seconds[name].append(elapsed)
+            busy[name].append(processor)
+    ratios, processor_ratios = (
+        [ours / theirs for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
+        for times in (seconds, busy)
+    )
     print(f"{objects} objects a picture, loss difference {difference:.1e} (share)")
     print("  transformers {:.2f} s, ours {:.2f} s".format(median(seconds["theirs"]), median(seconds["ours"])), end="")
     print(f", ratio {median(ratios):.3f} (of the rounds: {', '.join(f'{ratio:.3f}' for ratio in ratios)})", flush=True)
+    print("  processor time: transformers {:.2f} s, ours {:.2f} s".format(median(busy["theirs"]), median(busy["ours"])))
     result = {f"time_ratio_{objects}": median(ratios), f"seconds_{objects}": median(seconds["ours"])}
+    result[f"processor_ratio_{objects}"] = median(processor_ratios)
     for name in list(models)[2:]:
         share = median(other / own for other, own in zip(seconds[name], seconds["ours"], strict=True))
         print(f"  {name} {median(seconds[name]):.2f} s, {share:.3f} of our Mask2Former", flush=True)
@@ -196,16 +205,17 @@ def recorded_points() -> Iterator[list]:
         torch.rand = rand
 
 
-def timed(model: Any, name: str, pictures: dict[str, Any], device: str) -> float:
+def timed(model: Any, name: str, pictures: dict[str, Any], device: str) -> tuple[float, float]:
+    """Elapsed and processor seconds of one step."""
     import torch
 
     model.zero_grad(set_to_none=True)
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     step(model, name, pictures)
     wait()
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start, time.process_time() - busy
     model.zero_grad(set_to_none=True)
     return seconds
 

@@ -68,7 +68,7 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         """Writes a plain `Mask2FormerForUniversalSegmentation` directory: no custom code is needed to load it.
 
         With our image `processor` a `Mask2FormerImageProcessor` of the same size, mean and deviation is written beside
-        it. On pictures without padding the plain model gives the same bits; on padded ones it does not, because
+        it. On pictures without padding the plain model gives the same results; on padded ones it does not, because
         transformers' class lets the padding take part. Raises ValueError when the backbone has `timm_kwargs`, which
         that class does not pass on.
         """
