@@ -35,11 +35,17 @@ _DROPPED = {
     r"linear\.(weight|bias)": "joins query and prompt, which only pre-training uses",
     r"(?!panoptic_head|rpn_head|roi_head|backbone|neck|sem_seg_head).*(queue|ema_).*": "state of the optimiser",
 }
-_PROMPTS = r"(?:panoptic_head\.)?patch2query\.(weight|bias)"
+# Tensors of the original pre-training that `UplvpForPreTraining` has, where its configuration builds them.
+_PRETRAINING = [
+    (r"(?:panoptic_head\.)?patch2query\.(weight|bias)", r"prompt_projection.\1"),
+    (r"linear\.(weight|bias)", r"prompt_fusion.linear.\1"),
+    (r"roi_head\.mask_head\.(\d+)\.cls_clip_fcs\.0\.weight", r"text_heads.heads.\1.projection.weight"),
+    (r"roi_head\.mask_head\.(\d+)\.cls_clip_fcs\.1\.(weight|bias)", r"text_heads.heads.\1.norm.\2"),
+]
 _GAPS = {
     "num_batches_tracked": "counter that starts at zero",
     "criterion.empty_weight": "follows from the configuration",
-    "prompt_projection.weight": "not in the checkpoint: initialised",
+    "text_heads.text_features": "the original does not save them: call set_text_features",
 }
 
 
@@ -157,7 +163,8 @@ def convert_checkpoint(
         output: new folder. A ResNet becomes a `ResNetBackbone`, whose model.safetensors recipes take as
             `model.backbone_weights`; everything else as `kind` says.
         kind: "instance" (`UplvpForInstanceSegmentation`), "pretraining" (`UplvpForPreTraining`, which keeps
-            Mask2Former's prompt projection) or "segmenter" (the network alone, as transformers or we have it).
+            Mask2Former's prompt projection, the joint of query and prompt, and the class head on text embeddings)
+            or "segmenter" (the network alone, as transformers or we have it).
         config: JSON file of the original's configuration, its `model` section or a file that holds one. Without it
             sizes are read off the tensors.
         classes, category_ids: names and original ids; None: COCO's for 80 classes, else "class 0", ... and 1, 2, ...
@@ -205,9 +212,6 @@ def _backbone(source: dict[str, Tensor]):
 
 def _segmenter(source, form: _Format, kind: str, config, classes, category_ids, settings):
     dropped = {name: reason for name in source if (reason := _drop_reason(name))}
-    projection = (
-        {name: source[name] for name in source if re.fullmatch(_PROMPTS, name)} if kind == "pretraining" else {}
-    )
     converted = form.convert({name: tensor for name, tensor in source.items() if name not in dropped})
     found = form.infer(converted)
     if config is not None:
@@ -221,24 +225,43 @@ def _segmenter(source, form: _Format, kind: str, config, classes, category_ids, 
         model = _plain(segmenter_config, labels)
         _load(model, converted)
         return model, converted, dropped
-    model, converted = _uplvp(kind, segmenter_config, labels, category_ids, converted, projection)
-    dropped = {name: reason for name, reason in dropped.items() if name not in projection}
+    model, converted, extras = _uplvp(kind, segmenter_config, labels, category_ids, converted, source)
+    dropped = {name: reason for name, reason in dropped.items() if name not in extras}
     return model, converted, dropped
 
 
-def _uplvp(kind: str, segmenter_config: dict, labels: dict[int, str], category_ids, converted, projection):
+def _uplvp(kind: str, segmenter_config: dict, labels: dict[int, str], category_ids, converted, source):
+    """The model, its tensors, and the names of those that only pre-training has and that found a place."""
     from ..models.configuration_uplvp import UplvpConfig
     from ..models.modeling_base_uplvp import coco_category_ids
     from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
     ids = list(category_ids) if category_ids is not None else coco_category_ids(labels)
-    config = UplvpConfig(segmenter_config=segmenter_config, id2label=labels, category_ids=ids)
-    converted = {f"segmenter.{name}": tensor for name, tensor in converted.items()}
-    for name, tensor in projection.items():
-        converted[f"prompt_projection.{name.rsplit('.', 1)[-1]}"] = tensor
+    extras = _pretraining_tensors(source) if kind == "pretraining" else {}
+    method: dict[str, Any] = {}
+    if "prompt_fusion.linear.weight" in extras:
+        method["prompt_injection"] = "concat"
+    if "text_heads.heads.0.projection.weight" in extras:
+        width = extras["text_heads.heads.0.projection.weight"][1].shape[0]
+        method |= {"text_dim": width, "text_form": "reference"}
+    config = UplvpConfig(segmenter_config=segmenter_config, id2label=labels, category_ids=ids, **method)
     model = (UplvpForPreTraining if kind == "pretraining" else UplvpForInstanceSegmentation)(config)
+    built = model.state_dict()
+    extras = {ours: pair for ours, pair in extras.items() if ours in built}
+    converted = {f"segmenter.{name}": tensor for name, tensor in converted.items()}
+    converted |= {ours: tensor for ours, (_, tensor) in extras.items()}
     _load(model, converted)
-    return model, converted
+    return model, converted, {original for original, _ in extras.values()}
+
+
+def _pretraining_tensors(source: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """{our name: (original name, tensor)} of what only pre-training has."""
+    return {
+        match.expand(ours): (name, tensor)
+        for name, tensor in source.items()
+        for pattern, ours in _PRETRAINING
+        if (match := re.fullmatch(pattern, name))
+    }
 
 
 def _plain(segmenter_config: dict, labels: dict[int, str]):
