@@ -112,3 +112,18 @@ def test_pixel_decoder_masks_padding_behind_a_window_backbone(tiny_segmenter):
     for layer, padded in zip(one, other, strict=True):
         torch.testing.assert_close(padded.class_logits, layer.class_logits, rtol=0, atol=1e-4)
         torch.testing.assert_close(padded.mask_logits[..., :32, :32], layer.mask_logits, rtol=0, atol=1e-4)
+
+
+def test_a_repeated_step_gives_the_same_bits(tiny_segmenter):
+    pixels, mask = canvases()
+    masks = [torch.rand(3, *CANVAS, generator=torch.Generator().manual_seed(i)) > 0.5 for i in range(len(SIZES))]
+    steps = []
+    for _ in range(2):
+        model = build(tiny_segmenter("resnet"))
+        torch.manual_seed(3)
+        features = model.encode(pixels, mask)
+        layers = model.decode(features, model.initial_queries(features))
+        terms, _ = model.loss(layers, features, masks, [torch.tensor([0, 1, 0])] * len(masks))
+        sum(terms.values()).backward()
+        steps.append([*terms.values(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(steps[0]) > 100 and all(torch.equal(*pair) for pair in zip(*steps, strict=True))
