@@ -144,7 +144,7 @@ def _windows(
     """Batches (row indices, (height, width) of the pictures, model inputs), and how many rows they came from.
 
     Every picture is padded by itself, and only pictures of equal padded size share a batch. So a result does not depend
-    on the other pictures: convolutions and window attention see padding, whatever is masked later.
+    on the other pictures, whatever the backbone: window attention sees padding.
     """
     window = 2 * batch_size  # wide enough to fill batches with pictures of both orientations
     for start in range(0, len(dataset), window):
