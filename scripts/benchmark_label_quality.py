@@ -5,20 +5,23 @@ Commands:
 
     python scripts/benchmark_label_quality.py photos/animals7:train photos/balloon:train --pictures 100 \
         --backbone timm:mobilenetv2_100 --backbone-weights mobilenetv2.safetensors --pad-type same
-    python scripts/benchmark_label_quality.py --clip --scenes 60
-    python scripts/benchmark_label_quality.py --clip --only clearclip naclip-local
+    python scripts/benchmark_label_quality.py --clip --scenes 100
+    python scripts/benchmark_label_quality.py --clip --only clearclip naclip --output rows.jsonl
+    python scripts/benchmark_label_quality.py --clip --variants-of identity --only "without PAMR" --seed 1
 
 Pictures: COCO-style folders, as FOLDER or FOLDER:SPLIT, each labelled without classes by the saliency labeler (every
 variant), the foreground labeler, a MaskCut-style normalised cut on the same backbone, and two sources that do not look
 (centre box, whole picture).
 
 --clip: synthetic scenes with the small CLIP that ships with the package: every last-block recipe, with calibrated
-evidence and with a background name, then what the options of cutting and naming add to one recipe. Settings of windows
-are the demo's, chosen for this CLIP; a real CLIP may rank the recipes differently (see `labeling.attention`).
+evidence and with a background name, then what options of cutting and naming change for the recipes of --variants-of.
+All other settings are the defaults of the library; those of the windows are what this CLIP's folder recommends. A real
+CLIP may rank the recipes differently (see `labeling.attention`).
 
-Columns: mean best IoU of the true instances, recall and precision at IoU .5 whatever the class, share of the covering
-proposals that carry the right class (--clip), class-aware recall (--clip), proposals a picture, pictures a second with
-labels written. One seed gives one table: pictures are drawn, and scenes made, with --seed.
+Columns: mean best IoU of the true instances, recall and precision at IoU .5 whatever the class (several proposals may
+cover an instance), COCO's AP at IoU .5 (which counts repetitions as wrong), proposals a picture; with --clip also the
+share of the covering proposals that carry the right class, recall and AP at IoU .5 with the class. Then pictures a
+second with labels written. Pictures are drawn, and scenes made, with --seed. --output appends each row to a file.
 
 The last line is one JSON object.
 """
@@ -40,22 +43,32 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sclip": {"attention": "sclip"},
     "clearclip": {"attention": "clearclip"},
     "gem": {"attention": "gem"},
-    "naclip": {"attention": "naclip"},
+    "naclip": {"attention": "naclip", "sigma": 5.0, "scale": 1.0},
     "naclip-local": {"attention": "naclip", "sigma": 1.5, "scale": 5.0},
     "identity": {"attention": "identity"},
     "proxy": {"attention": "proxy"},
 }
-# On top of the recipe of --variants-of, calibrated. "namer" is no option of the labeler: names by zero-shot on crops.
+# Changes to the calibrated defaults. "namer" is no option of the labeler: names by zero-shot on crops.
 CUTTING: dict[str, dict[str, Any]] = {
-    "split by ncut": {"split": "ncut"},
-    "PAMR": {"refine": "pamr"},
-    "holes filled": {"fill_holes": True},
+    "without PAMR": {"refine": None},
+    "PAMR at 336 px": {"refine_size": 336},
     "overlapping classes": {"exclusive": False},
+    "without PAMR, overlapping": {"refine": None, "exclusive": False},
     "overlapping, matrix NMS": {"exclusive": False, "nms_kind": "matrix"},
+    "holes filled": {"fill_holes": True},
+    "split by ncut": {"split": "ncut"},
+    "threshold .75": {"threshold": 0.75},
+    "threshold 1.25": {"threshold": 1.25},
+    "peak 1.5": {"peak": 1.5},
+    "peak 2.5": {"peak": 2.5},
+    "areas from .5 %": {"min_area": 0.005},
     "named on crops": {"namer": True},
+    "without PAMR, named on crops": {"refine": None, "namer": True},
+    "overlapping, named on crops": {"exclusive": False, "namer": True},
+    "peak 1.5, named on crops": {"peak": 1.5, "namer": True},
 }
-KEYS = ("mean_best_iou", "recall", "precision", "proposals_per_picture")
-NAMED_KEYS = ("class_accuracy", "recall_named")
+KEYS = ("mean_best_iou", "recall", "precision", "ap50", "proposals_per_picture")
+NAMED_KEYS = ("class_accuracy", "recall_named", "ap50_named")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,10 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pad-type", help="'same' for networks trained with TensorFlow's padding")
     add("--pictures", type=int, default=100, help="most a data set, drawn with --seed (default: 100)")
     add("--clip", action="store_true", help="the recipes of dense CLIP on synthetic scenes")
-    add("--scenes", type=int, default=60, help="for --clip (default: 60)")
+    add("--scenes", type=int, default=100, help="for --clip (default: 100)")
     add("--proxy-backbone", help="a vision transformer such as DINO, for recipe proxy (default: it is left out)")
-    add("--variants-of", default="naclip-local", help="recipe that the options are added to (default: naclip-local)")
-    add("--only", nargs="+", help="names of sources or recipes (default: all)")
+    add("--variants-of", nargs="+", default=["naclip"], help="recipes that the options are tried on (default: naclip)")
+    add("--only", nargs="+", help="names of sources, recipes or options (default: all)")
+    add("--output", help="append a line of JSON for every row of the tables to this file")
     add("--batch-size", type=int, default=8)
     add("--device", default="cpu")
     add("--seed", type=int, default=0)
@@ -87,10 +101,20 @@ def measure(dataset, labeler, namer, batch_size: int, **options: Any) -> dict[st
         summary = label_images(
             dataset.unlabelled(), labeler, namer, output, batch_size=batch_size, progress=False, **options
         )
-        quality = proposal_quality(load_dataset_rows(output), dataset)
+        quality = proposal_quality(load_dataset_rows(output), dataset, average_precision=True)
     keys = (*KEYS, *(NAMED_KEYS if labeler.vocabulary or namer is not None else ()))
     speed = summary.done / summary.seconds
     return {key: round(quality[key], 4) for key in keys} | {"pictures_per_second": round(speed, 2)}
+
+
+def keep_row(arguments: argparse.Namespace, where: dict[str, Any], source: str, values: dict[str, float]) -> None:
+    """Print a row, and append it to --output. What only says how fast this machine is stays out of the file."""
+    print_line(source, values)
+    if arguments.output is not None:
+        row = {**where, "seed": arguments.seed, "source": source}
+        row |= {key: value for key, value in values.items() if key != "pictures_per_second"}
+        with open(arguments.output, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row) + "\n")
 
 
 def image_sources(encoder) -> dict[str, Callable[[], Any]]:
@@ -131,10 +155,11 @@ def measure_pictures(arguments: argparse.Namespace, encoder) -> dict[str, Any]:
         name = Path(folder).name
         print_head(f"{name}, {len(dataset)} pictures", ())
         results[name] = {"pictures": len(dataset)}
+        where = {"set": name, "split": split or None, "pictures": len(dataset), "backbone": arguments.backbone}
         for source, build in image_sources(encoder).items():
             if arguments.only is None or source in arguments.only:
                 results[name][source] = measure(dataset, build(), None, arguments.batch_size)
-                print_line(source, results[name][source])
+                keep_row(arguments, where, source, results[name][source])
     return results
 
 
@@ -142,32 +167,32 @@ def measure_clip(arguments: argparse.Namespace) -> dict[str, Any]:
     """{recipe, evidence: numbers} on synthetic scenes, and {option: numbers} for one recipe."""
     from uplvp_hf.data import load_dataset_rows
     from uplvp_hf.data.synthetic import BACKGROUND, CLASSES, write_scenes
-    from uplvp_hf.demo.pipeline import TEMPLATES, synthetic_clip_path
+    from uplvp_hf.demo.pipeline import synthetic_clip_path
     from uplvp_hf.labeling import ClipZeroShotNamer, DenseClipLabeler, load_clip, load_encoder
 
     clip = load_clip(synthetic_clip_path(), device=arguments.device)
     guide = None
     if arguments.proxy_backbone is not None:
         guide = load_encoder(arguments.proxy_backbone, device=arguments.device)
-    view = {"templates": TEMPLATES, "image_size": 128, "stride": 16, "min_area": 0.01}
     evidence: dict[str, dict[str, Any]] = {
         "calibrated": {},
         "background": {"calibration": None, "background": [BACKGROUND]},
     }
     results: dict[str, Any] = {"scenes": arguments.scenes}
+    where = {"set": "synthetic scenes", "pictures": arguments.scenes}
     with tempfile.TemporaryDirectory() as folder:
         scenes = load_dataset_rows(write_scenes(Path(folder) / "scenes", arguments.scenes, arguments.seed))
 
         def run(name: str, options: dict[str, Any]) -> None:
             options, namer, floor = dict(options), None, {}
             if options.pop("namer", False):
-                namer = ClipZeroShotNamer(clip, CLASSES, templates=TEMPLATES, background=[BACKGROUND])
+                namer = ClipZeroShotNamer(clip, CLASSES, background=[BACKGROUND])
                 floor = {"min_confidence": 0.7}
             if options["attention"] == "proxy":
                 options["guide"] = guide
-            labeler = DenseClipLabeler(clip, CLASSES, **view, **options)
+            labeler = DenseClipLabeler(clip, CLASSES, **options)
             results[name] = measure(scenes, labeler, namer, arguments.batch_size, **floor)
-            print_line(name, results[name])
+            keep_row(arguments, where, name, results[name])
 
         print_head(f"synthetic scenes, {arguments.scenes} pictures", NAMED_KEYS)
         for recipe, options in RECIPES.items():
@@ -175,20 +200,21 @@ def measure_clip(arguments: argparse.Namespace) -> dict[str, Any]:
                 continue
             for kind, extra in evidence.items():
                 run(f"{recipe}, {kind}", options | extra)
-        for name, extra in CUTTING.items():
-            if arguments.only is None or name in arguments.only:
-                run(f"{arguments.variants_of}, {name}", RECIPES[arguments.variants_of] | extra)
+        for recipe in arguments.variants_of:
+            for name, extra in CUTTING.items():
+                if arguments.only is None or name in arguments.only:
+                    run(f"{recipe}, {name}", RECIPES[recipe] | extra)
     return results
 
 
 def print_head(title: str, named: tuple[str, ...]) -> None:
-    words = {"class_accuracy": "class acc.", "recall_named": "class R@.5"}
-    columns = ["mean IoU", "recall@.5", "prec.@.5", "masks/pic", *(words[key] for key in named), "pics/s"]
-    print(f"\n{title:36}" + "".join(f"{column:>11}" for column in columns), flush=True)
+    words = {"class_accuracy": "class acc.", "recall_named": "class R@.5", "ap50_named": "class AP50"}
+    columns = ["mean IoU", "recall@.5", "prec.@.5", "AP50", "masks/pic", *(words[key] for key in named), "pics/s"]
+    print(f"\n{title:42}" + "".join(f"{column:>11}" for column in columns), flush=True)
 
 
 def print_line(name: str, values: dict[str, float]) -> None:
-    print(f"{name:36}" + "".join(f"{value:11.3f}" for value in values.values()), flush=True)
+    print(f"{name:42}" + "".join(f"{value:11.3f}" for value in values.values()), flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,8 +224,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("pictures need a --backbone")
     if not arguments.data and not arguments.clip:
         parser.error("nothing to measure: give data folders, --clip, or both")
-    if arguments.variants_of not in RECIPES:
-        parser.error(f"--variants-of: no recipe {arguments.variants_of!r}; there are {', '.join(RECIPES)}")
+    unknown = sorted(set(arguments.variants_of) - set(RECIPES))
+    if unknown:
+        parser.error(f"--variants-of: no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}")
     results: dict[str, Any] = {"seed": arguments.seed, "backbone": arguments.backbone}
     if arguments.data:
         from uplvp_hf.labeling import load_encoder

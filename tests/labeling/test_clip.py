@@ -95,6 +95,17 @@ def test_siglip_round_trip(tmp_path, naflex, pixels):
             torch.testing.assert_close(got, want)
 
 
+def test_recommended_settings_beside_the_weights(tmp_path):
+    folder = saved(tiny_clip(), tmp_path)
+    assert load_clip(folder).recommended == {}
+    (tmp_path / "labeling.json").write_text('{"sigma": 2.5}')
+    assert load_clip(folder).recommended == {"sigma": 2.5}
+    for content, message in (("[1]", "labeling.json: must map settings .* got a list"), ("{", "not JSON")):
+        (tmp_path / "labeling.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_clip(folder)
+
+
 def test_bfloat16_weights_give_float32_features_near_the_exact_ones(tmp_path, pixels):
     folder = saved(tiny_clip(), tmp_path)
     exact, rounded = load_clip(folder), load_clip(folder, dtype="bfloat16")

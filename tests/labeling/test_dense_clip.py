@@ -11,7 +11,8 @@ from torch import nn
 
 from uplvp_hf.labeling.attention import ATTENTIONS, Layout, Recipe, run_blocks
 from uplvp_hf.labeling.dense_clip import View, dense_features, dense_grids, guide_features, window_starts
-from uplvp_hf.labeling.encoders import Encoder, pictures_to_pixels
+from uplvp_hf.labeling.encoders import Encoder
+from uplvp_hf.labeling.pixels import pictures_to_pixels
 
 H, W = 48, 40  # not the native 32 x 32, not square: 6 x 5 patches
 

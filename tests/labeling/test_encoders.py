@@ -8,7 +8,8 @@ from labeling_helpers import blob_picture
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTModel
 
-from uplvp_hf.labeling.encoders import fit_longest, group_by_size, load_classifier, load_encoder, pictures_to_pixels
+from uplvp_hf.labeling.encoders import load_classifier, load_encoder
+from uplvp_hf.labeling.pixels import fit_longest, group_by_size, pictures_to_pixels
 
 
 @pytest.fixture(scope="module")

@@ -67,3 +67,4 @@ def test_refusals_and_settings():
     with pytest.raises(ValueError, match="refine needs fine_stages"):
         ForegroundLabeler(tiny_encoder(), fine_stages=())
     assert ForegroundLabeler(tiny_encoder()).settings["fine_stages"] == [-3, -2]
+    assert ForegroundLabeler(tiny_encoder()).settings["dtype"] == "float32"

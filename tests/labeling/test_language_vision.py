@@ -14,6 +14,7 @@ from uplvp_hf.labeling import language_vision
 from uplvp_hf.labeling.attention import Recipe
 from uplvp_hf.labeling.cutting import Cutting
 from uplvp_hf.labeling.language_vision import DenseClipLabeler, MapCache
+from uplvp_hf.labeling.namers import ClipZeroShotNamer
 from uplvp_hf.labeling.text import embed_classes, read_vocabulary
 
 TEMPLATES = ["a photo of a {}", "the {}"]
@@ -82,7 +83,7 @@ def test_the_best_name_of_a_class_counts_after_the_softmax(clip):
 
 
 def test_denoising_drops_classes_that_are_nowhere_probable(clip):
-    labeler = make(clip, calibration=None, denoise=0.5, logit_scale=10.0, threshold=0.0, peak=0.0)
+    labeler = make(clip, calibration=None, denoise=0.5, logit_scale=10.0, threshold=0.0, peak=0.0, refine=None)
     similarities = torch.tensor([[0.5, 0.4], [0.45, 0.39]]).view(2, 1, 2)  # class 1: at most .475
     assert labeler.evidence(similarities)[1].isneginf().all()
     torch.testing.assert_close(labeler.evidence(similarities)[0], similarities[0])
@@ -144,7 +145,7 @@ def test_settings_hold_every_option(clip):
     changes |= {"attention": "gem", "sigma": 2.0, "scale": 2.0, "gem_depth": 3, "gem_iterations": 2}
     changes |= {"gem_temperature": 9.0, "beta": 1.0, "gamma": 2.0, "key_smoothing": True}
     changes |= {"threshold": 0.3, "peak": 0.4, "min_score": 0.3, "exclusive": False, "fill_holes": True}
-    changes |= {"split": "ncut", "max_parts": 3, "split_tau": 0.3, "max_ncut": 0.4, "refine": "pamr"}
+    changes |= {"split": "ncut", "max_parts": 3, "split_tau": 0.3, "max_ncut": 0.4, "refine": None}
     changes |= {"refine_size": 100, "min_area": 0.1, "max_area": 0.8, "max_border": 0.5, "max_aspect": 4.0}
     changes |= {"min_side": 3, "nms_kind": "matrix", "nms": 0.6, "nms_sigma": 3.0, "class_agnostic": True, "top": 9}
     plain = DenseClipLabeler(clip, ["bear", "deer"], **base).settings
@@ -161,6 +162,25 @@ def test_settings_hold_every_option(clip):
     other = replace(text, vectors=text.vectors.flip(0))
     texts = [DenseClipLabeler(clip, ["bear", "deer"], text=one, **base).settings for one in (text, other)]
     assert plain != texts[0] != texts[1]
+
+
+def test_what_an_encoder_recommends_comes_before_the_defaults(clip):
+    advised = replace(clip, recommended={"sigma": 2.0, "image_size": 56, "templates": ["the {}"]})
+    labeler = DenseClipLabeler(advised, ["bear"])
+    assert labeler.recommended == advised.recommended
+    settings = labeler.settings
+    assert (settings["sigma"], settings["image_size"], settings["templates"]) == (2.0, 56, ["the {}"])
+    assert settings["scale"] == Recipe().scale and settings["side"] == "shorter"
+    assert settings == DenseClipLabeler(clip, ["bear"], ["the {}"], sigma=2.0, image_size=56).settings
+    own = DenseClipLabeler(advised, ["bear"], templates="bare", sigma=3.0)
+    assert (
+        own.recommended == {"image_size": 56} and own.settings["sigma"] == 3.0 and own.settings["templates"] == ["{}"]
+    )
+    other = DenseClipLabeler(advised, ["bear"], attention="clearclip")  # the knobs were naclip's
+    assert "sigma" not in other.recommended and other.settings["sigma"] == Recipe().sigma
+    assert ClipZeroShotNamer(advised, ["bear"]).settings["templates"] == ["the {}"]
+    with pytest.raises(ValueError, match=r"tiny, labeling\.json: 'refine' is no setting that an encoder decides"):
+        DenseClipLabeler(replace(clip, recommended={"refine": None}), ["bear"])
 
 
 def test_precomputed_text_takes_the_place_of_the_text_tower(clip):
@@ -211,7 +231,7 @@ def test_what_cannot_work_is_refused(clip):
 
 def test_instances_of_a_drawn_evidence_map(clip):
     """Two blobs of class 0, one of class 1 that overlaps none, one too small, on a grid of the picture's size."""
-    labeler = make(clip, calibration=None, threshold=0.5, min_area=0.02)
+    labeler = make(clip, calibration=None, threshold=0.5, min_area=0.02, refine=None)
     evidence = torch.zeros(2, 40, 60)
     evidence[0, 5:15, 5:15] = 0.9
     evidence[0, 25:35, 40:55] = 0.7
@@ -224,7 +244,7 @@ def test_instances_of_a_drawn_evidence_map(clip):
     assert found.masks.sum(axis=(1, 2)).tolist() == [100, 100, 150]
     assert found.masks[0, 5:15, 5:15].all()
     assert len(labeler.instances(torch.zeros(2, 40, 60), (40, 60))) == 0
-    peaked = make(clip, calibration=None, threshold=0.5, min_area=0.02, peak=0.75)
+    peaked = make(clip, calibration=None, threshold=0.5, min_area=0.02, peak=0.75, refine=None)
     assert peaked.instances(evidence, (40, 60)).labels.tolist() == [0, 1]
 
 

@@ -164,6 +164,7 @@ def test_labeler_keeps_pictures_in_their_place():
     for image, found in zip(images, together):
         (alone,) = labeler([image])
         assert found.masks.shape == alone.masks.shape and (found.masks != alone.masks).mean() < 0.01
+    assert labeler.settings["dtype"] == "float32"
     assert labeler.settings["tau"] == 0.0 and labeler.settings["masks"] == 3
     with pytest.raises(ValueError, match="'crf' is unknown"):
         NcutLabeler(tiny_encoder(), refine="crf")

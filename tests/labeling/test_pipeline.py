@@ -262,12 +262,14 @@ def test_unnamed_masks_are_dropped_or_kept_as_objects(tmp_path):
                 for p in proposals
             ]
 
-    masks = {"all": len(foreground()([dataset.load_image(0)])[0])}
+    (found,) = foreground()([dataset.load_image(0)])
+    masks = {"all": len(found)}
     label_images(dataset, foreground(), Alternating(), tmp_path / "drop", **QUIET)
     label_images(dataset, foreground(), Alternating(), tmp_path / "keep", unnamed="keep", **QUIET)
     drop, keep = rows_of(tmp_path / "drop"), rows_of(tmp_path / "keep")
     assert [category["name"] for category in read_store(tmp_path / "keep").categories] == ["bear", "object"]
     kept = keep["000.png"]["objects"]
+    assert kept["score"] == pytest.approx(found.scores * 0.5, abs=1e-4)  # unnamed masks are no surer than named ones
     assert len(kept["score"]) == masks["all"] and kept["category_id"] == [2, 1] * (masks["all"] // 2) + [2] * (
         masks["all"] % 2
     )

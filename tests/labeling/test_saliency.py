@@ -112,6 +112,9 @@ def test_median_filter_of_masks():
 def test_settings_and_refusals():
     labeler = SaliencyLabeler(tiny_encoder(), variant="sup", min_score=0.5, kernel="linear", median=3)
     assert labeler.settings["max_extent"] == 0.8 and labeler.settings["min_score"] == 0.5
+    half = tiny_encoder()
+    half.dtype = torch.bfloat16
+    assert (labeler.settings["dtype"], SaliencyLabeler(half).settings["dtype"]) == ("float32", "bfloat16")
     assert labeler.settings["when_empty"] == "best" and labeler.settings["scales"] == [1.0, 0.5, 0.25]
     assert labeler.calibrate(labeler.measure([])) == {}
     for options, message in [

@@ -1,5 +1,7 @@
 """Class maps, components and the whole cutting against brute force."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from uplvp_hf.labeling.refine import pamr
 from uplvp_hf.labeling.segments import class_layers, class_map, connected_segments
 
 SIZE = 53, 71
+unrefined = partial(Cutting, refine=None)  # without a picture
 
 
 def noise(seed, classes=7, height=9, width=13, smooth=True):
@@ -105,7 +108,7 @@ def brute_force(evidence, size, threshold, peak, min_area, max_area, max_border,
 @pytest.mark.parametrize("seed", range(4))
 def test_cutting_equals_brute_force(seed):
     evidence = noise(seed)
-    cutting = Cutting(0.3, 0.8, 0.0, min_area=0.01, max_area=0.2, max_border=0.1, top=6)
+    cutting = unrefined(0.3, 0.8, 0.0, min_area=0.01, max_area=0.2, max_border=0.1, top=6)
     got = cut_instances(evidence, SIZE, cutting, lambda mean: mean)
     want = brute_force(evidence, SIZE, 0.3, 0.8, 0.01, 0.2, 0.1, 6)
     assert len(got) == len(want) > 1 and got.labels.tolist() == [label for _, label, _ in want]
@@ -119,7 +122,7 @@ def test_cutting_equals_brute_force(seed):
 def test_few_masks_are_kept_whatever_the_number_of_components():
     """Thousands of specks and no least area: the best ones come back, as when all are looked at."""
     evidence = noise(5, 9, 60, 60, smooth=False)
-    cutting = Cutting(0.0, 0.0, 0.0, min_area=0.0, top=5)
+    cutting = unrefined(0.0, 0.0, 0.0, min_area=0.0, top=5)
     got = cut_instances(evidence, (120, 120), cutting, lambda mean: mean)
     want = brute_force(evidence, (120, 120), 0.0, 0.0, 0.0, 0.9, 1.0, 5)
     np.testing.assert_allclose(got.scores, [score for score, _, _ in want], atol=1e-4)
@@ -131,9 +134,11 @@ def test_overlapping_classes_compete_only_when_agnostic(kind, count):
     evidence[0, 4:14, 4:14] = 0.9
     evidence[1, 4:14, 4:15] = 0.8
     options = {"exclusive": False, "nms_kind": kind, "nms_sigma": 4.0, "max_area": 1.0}
-    each = cut_instances(evidence, (20, 20), Cutting(0.5, 0.5, 0.1, **options), lambda mean: mean)
+    each = cut_instances(evidence, (20, 20), unrefined(0.5, 0.5, 0.1, **options), lambda mean: mean)
     assert each.labels.tolist() == [0, 1]
-    both = cut_instances(evidence, (20, 20), Cutting(0.5, 0.5, 0.1, class_agnostic=True, **options), lambda mean: mean)
+    both = cut_instances(
+        evidence, (20, 20), unrefined(0.5, 0.5, 0.1, class_agnostic=True, **options), lambda mean: mean
+    )
     assert len(both) == count
 
 
@@ -143,30 +148,30 @@ def test_ncut_splits_what_the_features_tell_apart():
     evidence[0, 2:6, 2:10] = 1.0
     features[0], features[1, 2:6, 2:6], features[2, 2:6, 6:10] = 1.0, 5.0, 5.0
     size = 80, 120
-    whole = cut_instances(evidence, size, Cutting(0.5, 0.5, 0.0), lambda mean: mean)
-    parts = cut_instances(evidence, size, Cutting(0.5, 0.5, 0.0, split="ncut"), lambda mean: mean, features=features)
+    whole = cut_instances(evidence, size, unrefined(0.5, 0.5, 0.0), lambda mean: mean)
+    parts = cut_instances(evidence, size, unrefined(0.5, 0.5, 0.0, split="ncut"), lambda mean: mean, features=features)
     assert len(whole) == 1 and len(parts) == 2
     assert (parts.masks.sum(axis=0) == whole.masks[0]).all()  # nothing lost, nothing twice
     columns = sorted(mask.any(axis=0).nonzero()[0].mean() for mask in parts.masks)
     assert columns[0] < 60 < columns[1]
     assert abs(parts.masks[0].sum() - parts.masks[1].sum()) < 0.05 * whole.masks.sum()
     with pytest.raises(ValueError, match="needs the features"):
-        cut_instances(evidence, size, Cutting(0.5, 0.5, 0.0, split="ncut"), lambda mean: mean)
+        cut_instances(evidence, size, unrefined(0.5, 0.5, 0.0, split="ncut"), lambda mean: mean)
 
 
 def test_pamr_is_applied_to_the_enlarged_evidence_before_the_class_map():
     from labeling_helpers import blob_picture
 
     image, evidence = blob_picture(3, 96, 64), noise(6, 3, 8, 12)
-    cutting = Cutting(0.4, 0.4, 0.0, refine="pamr", refine_size=32)
+    cutting = Cutting(0.4, 0.4, 0.0, refine_size=32)
     got = cut_instances(evidence, (64, 96), cutting, lambda mean: mean, image)
     small = torch.from_numpy(np.asarray(image.resize((48, 32), 2)).copy()).permute(2, 0, 1)[None] / 255
-    refined = pamr(small, enlarged(evidence, (32, 48))[None], 10, (8, 16))[0]
-    want = brute_force(refined, (64, 96), 0.4, 0.4, 0.005, 0.9, 1.0, 20)
+    refined = pamr(small, enlarged(evidence, (32, 48))[None], 10, (1, 2))[0]  # 8 and 16 pixels in 336
+    want = brute_force(refined, (64, 96), 0.4, 0.4, 0.01, 0.9, 1.0, 20)
     assert len(got) == len(want) > 0 and got.labels.tolist() == [label for _, label, _ in want]
     for mask, (_, _, other) in zip(got.masks, want):
         assert (mask != other).sum() <= 2
-    plain = cut_instances(evidence, (64, 96), Cutting(0.4, 0.4, 0.0), lambda mean: mean)
+    plain = cut_instances(evidence, (64, 96), unrefined(0.4, 0.4, 0.0), lambda mean: mean)
     assert len(plain) != len(got) or (plain.masks != got.masks).any()
     with pytest.raises(ValueError, match="needs the picture"):
         cut_instances(evidence, (64, 96), cutting, lambda mean: mean)
@@ -176,7 +181,7 @@ def test_filters_on_the_box():
     evidence = torch.zeros(1, 40, 60)
     evidence[0, 5:15, 5:15], evidence[0, 25:29, 5:50] = 0.9, 0.8
     for options, count in (({}, 2), ({"max_aspect": 3.0}, 1), ({"min_side": 6}, 1), ({"min_score": 0.85}, 1)):
-        cutting = Cutting(**{"threshold": 0.5, "peak": 0.5, "min_score": 0.0, **options})
+        cutting = unrefined(**{"threshold": 0.5, "peak": 0.5, "min_score": 0.0, **options})
         assert len(cut_instances(evidence, (40, 60), cutting, lambda mean: mean)) == count
 
 

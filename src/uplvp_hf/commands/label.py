@@ -204,7 +204,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     namer = builder.namer(namer_part, names)
     labeler = builder.labeler(labeler_part, settings)
     licences = _licences(labeler, namer)
+    recommended = getattr(labeler, "recommended", {})
     if is_main_process() and not args.quiet:
+        if recommended:
+            words = ", ".join(f"{name}={value}" for name, value in recommended.items())
+            print(f"Settings that {labeler.encoder_name} recommends: {words}", flush=True)
         for name, licence in licences.items():
             print(f"Licence of the weights of {name}: {licence}", flush=True)
     summary = label_images(

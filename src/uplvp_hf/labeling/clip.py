@@ -16,9 +16,10 @@ names, denoising, namers) rank classes but are not its own probabilities.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .encoders import pictures_to_pixels
 from .licence import weights_licence
+from .pixels import pictures_to_pixels
 from .text import encode_texts
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+RECOMMENDED_FILE = "labeling.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # model_type -> class with both towers, class of the image tower alone, mean, std. Fixed-size SigLIP 2 checkpoints call
 # themselves "siglip"; "siglip2" are those with packed patches of any size (NaFlex).
@@ -49,6 +51,7 @@ class Clip:
 
     model: CLIPModel, SiglipModel, Siglip2Model, or their image tower alone (then `tokenizer` is None).
     licence: of the weights, as their model card names it; None: not known.
+    recommended: settings of the labeler that suit this encoder, from `labeling.json` beside it; see `load_clip`.
     """
 
     model: nn.Module
@@ -57,6 +60,7 @@ class Clip:
     image_mean: tuple[float, ...] = OPENAI_MEAN
     image_std: tuple[float, ...] = OPENAI_STD
     licence: str | None = None
+    recommended: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def vision(self) -> nn.Module:
@@ -170,8 +174,10 @@ def load_clip(
     dtype: "float32" (default), "bfloat16" or "float16"; similarities are float32 whatever it is.
     text_tower: False loads the image tower alone, for precomputed text embeddings.
     Mean and standard deviation: the arguments, else the preprocessor configuration beside the model, else the family's.
-    Raises ValueError when it is another kind of model, or its checkpoint lacks tensors; OSError when it cannot be
-    found.
+    A file `labeling.json` beside the model, a mapping of names to values, holds settings of the dense labeler that were
+    measured to suit this encoder; `DenseClipLabeler` takes them where it is given nothing.
+    Raises ValueError when it is another kind of model, its checkpoint lacks tensors, or `labeling.json` is no mapping;
+    OSError when it cannot be found.
     """
     import transformers
 
@@ -209,6 +215,7 @@ def load_clip(
         tuple(image_mean or family_mean),
         tuple(image_std or family_std),
         weights_licence(name_or_path),
+        _read_recommended(name_or_path),
     )
     if kind != "clip" and not hasattr(clip.vision, "head"):
         raise ValueError(f"{name_or_path} has no pooling head (vision_use_head false): its patches have no text space")
@@ -227,10 +234,28 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype:
 
 def _has_preprocessor(name_or_path: str) -> bool:
     files = ("preprocessor_config.json", "processor_config.json")
+    return any(_find_file(name_or_path, file) is not None for file in files)
+
+
+def _find_file(name_or_path: str, file: str) -> str | None:
+    """Path of a file of a model folder or hub repository, or None where it has none."""
     if os.path.isdir(name_or_path):
-        return any(os.path.isfile(os.path.join(name_or_path, file)) for file in files)
+        path = os.path.join(name_or_path, file)
+        return path if os.path.isfile(path) else None
     from transformers.utils import cached_file
 
-    return any(
-        cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False) is not None for file in files
-    )
+    return cached_file(name_or_path, file, _raise_exceptions_for_missing_entries=False)
+
+
+def _read_recommended(name_or_path: str) -> dict[str, Any]:
+    path = _find_file(name_or_path, RECOMMENDED_FILE)
+    if path is None:
+        return {}
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = json.load(stream)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must map settings of the labeler to values, got a {type(content).__name__}")
+    return content

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -23,6 +22,7 @@ from torch import nn
 
 from .folding import fold_batch_norms
 from .licence import weights_licence
+from .pixels import fit_longest, pictures_to_pixels
 
 # timm modules behind the last feature map: a weights file without them is a headless backbone, not a broken one.
 HEAD_MODULES = ("conv_head", "bn2", "norm_head", "classifier", "head", "head_fc", "head_drop", "fc", "fc_norm")
@@ -83,6 +83,11 @@ class Encoder:
         self.id2label = None if id2label is None else dict(id2label)
         self.licence = licence
         self.maps = maps
+
+    @property
+    def dtype_name(self) -> str:
+        """Precision of weights and activations, such as "float32"."""
+        return str(self.dtype).removeprefix("torch.")
 
     def cell_offset(self, stride: float) -> float:
         """Offset of the cells of a stride-`stride` map, in cells (see `instances.upsample_grid`)."""
@@ -150,43 +155,6 @@ def _pick(maps: tuple[torch.Tensor, ...], stages: Sequence[int] | None, name: st
         if not -len(maps) <= stage < len(maps):
             raise ValueError(f"{name} has {len(maps)} feature maps: stage {stage} is none of them")
     return tuple(maps[stage] for stage in stages)
-
-
-def pictures_to_pixels(
-    images: Sequence[Image.Image],
-    size: tuple[int, int],
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: str | torch.device = "cpu",
-) -> torch.Tensor:
-    """Bilinear (antialiased) resize to `size` (height, width), scale to [0, 1], normalise: (B, 3, H, W) float32.
-
-    Bytes travel to the device; the arithmetic happens there. The memory format is channels last.
-    """
-    resized = np.stack([np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR)) for image in images])
-    pixels = torch.from_numpy(resized).to(device).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-    return (pixels - mean) / std
-
-
-def fit_longest(width: int, height: int, longest: int, multiple: int = 32) -> tuple[int, int]:
-    """(height, width) with the longer side about `longest`, each rounded to a multiple (at least one), so that the
-    grid of a strided network covers the picture exactly."""
-    scale = longest / max(width, height)
-    return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
-
-
-def group_by_size(
-    images: Sequence[Image.Image], longest: int, fit: Callable[[int, int, int], tuple[int, int]] = fit_longest
-) -> dict[tuple[int, int], list[int]]:
-    """Indices of the pictures by the (height, width) they are resized to, so that each group is one batch.
-
-    fit: (width, height, longest) -> (height, width), such as `Encoder.fit`.
-    """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, image in enumerate(images):
-        groups.setdefault(fit(*image.size, longest), []).append(index)
-    return groups
 
 
 def load_encoder(

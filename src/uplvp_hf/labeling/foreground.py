@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 from ..data.rows import Row
-from .encoders import Encoder, group_by_size
+from .encoders import Encoder
 from .instances import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
+from .pixels import group_by_size
 from .protocol import Finish, LabelerBase
 
 
@@ -144,7 +145,8 @@ class ForegroundLabeler(LabelerBase):
         """What the labels depend on, for the store's header."""
         names = ("component", "refine", "strength", "blend", "grid", "min_area", "max_area", "top", "stage")
         lists = {name: list(getattr(self, name)) for name in ("norm_sizes", "component_sizes", "fine_stages")}
-        return lists | {name: getattr(self, name) for name in (*names, "cell_offset")}
+        values = lists | {name: getattr(self, name) for name in (*names, "cell_offset")}
+        return values | {"dtype": self.encoder.dtype_name}
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:

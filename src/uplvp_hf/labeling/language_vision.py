@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..data.dataset import Row
 from .attention import Recipe
-from .clip import Clip
+from .clip import RECOMMENDED_FILE, Clip
 from .cutting import Cutting, cut_instances
 from .dense_clip import View, dense_grids
 from .encoders import Encoder
@@ -27,6 +27,8 @@ from .text import TextEmbeddings, embed_classes, split_synonyms
 
 # Calibration spread below this is a class whose similarity never changes; dividing by it would make noise evidence.
 MIN_STD = 1e-4
+VIEW_SETTINGS = ("templates", "image_size", "side", "window", "stride")
+RECOMMENDABLE = (*VIEW_SETTINGS, *(knob.name for knob in fields(Recipe)))  # an encoder's folder may recommend these
 # Evidence by kind: threshold of a pixel, peak of an instance (None: the threshold), least score.
 # cosine: UPLVP's own values, read off the name of its label file (..._02_015_ann.json): t1 = .2 for pixels, t2 = .15
 # for an instance. They were made for OpenSeg's features and CLIP ViT-L/14@336 text; another encoder's cosines lie
@@ -40,7 +42,7 @@ class DenseClipLabeler(LabelerBase):
     Args:
         clip: see `clip.load_clip`; or `PrecomputedFeatures`, which take the place of an image tower and need `text`.
         entries: vocabulary entries, synonyms separated by commas (the best one counts).
-        templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name.
+        templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name; None: "openai7".
         calibration: "zscore" measures each class's mean and deviation over some pictures (`measure`, `calibrate`) and
             takes the deviations above the mean as evidence; None uses `background` if given, else the plain cosine.
         background: names of what is no object, or the preset "stuff"; evidence is then the softmax probability among
@@ -48,14 +50,17 @@ class DenseClipLabeler(LabelerBase):
         denoise: drop classes whose best probability in the picture, among all names, stays below this (MaskCLIP: .5).
         text: precomputed embeddings of the entries, then the background names (`text.load_text_embeddings`).
         guide: the other backbone for attention "proxy".
-        image_size, side, window, stride: see `dense_clip.View`; image_size None: twice the model's own size; window
-            None: the model's own size, 0: whole pictures; stride None: half a window.
+        image_size, side, window, stride: see `dense_clip.View`; image_size None: twice the model's own size; side
+            None: "shorter"; window None: the model's own size, 0: whole pictures; stride None: half a window.
         window_batch: windows a forward pass. cache_mb: most memory for maps of calibration pictures, which are then not
             encoded again.
         options: fields of `attention.Recipe` (attention, sigma, scale, gem_depth, ...) and of `cutting.Cutting`
             (threshold, peak, min_score, split, refine, nms, top, ...). By evidence, threshold, peak and min_score
             default to 1, 2, 0 deviations (zscore), .5, .5, 0 (background), .2, .2, .15 (cosine; UPLVP's t1 and t2, see
             DEFAULTS).
+
+    What depends on the encoder (RECOMMENDABLE) is taken from `clip.recommended` where it is not given here, before
+    these defaults; attribute `recommended` says what was. Knobs of a recipe come only with that recipe.
 
     Raises ValueError for an empty vocabulary, an unknown choice, background names together with calibration, or text
     that does not fit; TypeError for an unknown option.
@@ -67,7 +72,7 @@ class DenseClipLabeler(LabelerBase):
         self,
         clip: Clip | PrecomputedFeatures,
         entries: Sequence[str],
-        templates: str | Sequence[str] = TEMPLATES,
+        templates: str | Sequence[str] | None = None,
         calibration: str | None = "zscore",
         background: str | Sequence[str] = (),
         logit_scale: float = 50.0,
@@ -75,7 +80,7 @@ class DenseClipLabeler(LabelerBase):
         text: TextEmbeddings | None = None,
         guide: Encoder | None = None,
         image_size: int | None = None,
-        side: str = "shorter",
+        side: str | None = None,
         window: int | None = None,
         stride: int | None = None,
         window_batch: int = 32,
@@ -85,18 +90,24 @@ class DenseClipLabeler(LabelerBase):
         if not entries:
             raise ValueError("the vocabulary is empty: give at least one class name")
         self.source, self.encoder_name, self.licence = clip, clip.name, clip.licence
-        self.entries, self.templates = list(entries), list(read_templates(templates))
+        views = {"templates": templates, "image_size": image_size, "side": side, "window": window, "stride": stride}
+        given = {name: value for name, value in views.items() if value is not None} | options
+        self.recommended = _recommended(clip, given)
+        chosen = given | self.recommended
+        self.entries, self.templates = list(entries), list(read_templates(chosen.get("templates", TEMPLATES)))
         self.background = read_background(background, entries)
         _check_calibration(calibration, self.background)
         self.calibration, self.logit_scale, self.denoise = calibration, logit_scale, denoise
-        knobs, cuts = _sort_options(options)
+        view = {name: chosen.pop(name, None) for name in VIEW_SETTINGS}
+        knobs, cuts = _sort_options(chosen)
         self.recipe, self.guide = Recipe(**knobs), guide
         if self.recipe.attention == "proxy" and guide is None and isinstance(clip, Clip):
             raise ValueError("attention 'proxy' needs a second backbone: give a guide encoder, such as a DINO")
         self.view = None
         if isinstance(clip, Clip):
-            window = clip.image_size if window is None else window
-            self.view = View(image_size or 2 * clip.image_size, side, window or None, stride)
+            window = clip.image_size if view["window"] is None else view["window"]
+            side, size = view["side"] or "shorter", view["image_size"] or 2 * clip.image_size
+            self.view = View(size, side, window or None, view["stride"])
         self.text_digest = None if text is None else _digest(text)
         self.text = self._embed() if text is None else self._check_text(text)
         self.cutting = _with_defaults(Cutting(**cuts), self._evidence_kind)
@@ -310,6 +321,21 @@ class MapCache:
 
 def _bytes(encoded: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> int:
     return sum(tensor.numel() * tensor.element_size() for pair in encoded for tensor in pair if tensor is not None)
+
+
+def _recommended(clip: Clip | PrecomputedFeatures, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the encoder recommends and the user did not give. Raises ValueError for settings that no encoder decides."""
+    values = dict(getattr(clip, "recommended", {}))
+    wrong = sorted(values.keys() - set(RECOMMENDABLE))
+    if wrong:
+        raise ValueError(
+            f"{clip.name}, {RECOMMENDED_FILE}: {wrong[0]!r} is no setting that an encoder decides; these are "
+            f"{', '.join(RECOMMENDABLE)}"
+        )
+    recipe = values.get("attention", Recipe().attention)
+    if given.get("attention", recipe) != recipe:
+        values = {name: value for name, value in values.items() if name in VIEW_SETTINGS}
+    return {name: value for name, value in values.items() if name not in given}
 
 
 def _sort_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

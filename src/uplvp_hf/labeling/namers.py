@@ -13,9 +13,10 @@ from PIL import Image, ImageFilter
 
 from ..data.rle import masks_to_boxes
 from .class_map import resolve_class_map
-from .encoders import Encoder, group_by_size
+from .encoders import Encoder
 from .instances import Proposals
 from .pipeline import AGNOSTIC_NAME
+from .pixels import group_by_size
 from .prompt_templates import TEMPLATES, read_background, read_templates
 from .text import TextEmbeddings, embed_classes, split_synonyms
 
@@ -102,7 +103,8 @@ class ClipZeroShotNamer:
 
     Args:
         clip: see `load_clip`. entries: vocabulary entries, synonyms separated by commas; the best synonym counts.
-        templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name.
+        templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name; None: those that
+            `clip.recommended` has, else "openai7".
         background: names of what is no object, or the preset "stuff". They take their share of the probability: a crop
             of background keeps its best class at a low confidence, for `min_confidence` to drop or to leave unnamed.
         context: share of the box's longer side added on every side of the crop.
@@ -121,7 +123,7 @@ class ClipZeroShotNamer:
         self,
         clip: Clip,
         entries: Sequence[str],
-        templates: str | Sequence[str] = TEMPLATES,
+        templates: str | Sequence[str] | None = None,
         background: str | Sequence[str] = (),
         context: float = 0.1,
         surroundings: str = "none",
@@ -134,6 +136,7 @@ class ClipZeroShotNamer:
             raise ValueError(f"temperature {temperature} cannot divide logits; use a number above 0")
         self.clip, self.context, self.surroundings = clip, context, surroundings
         self.temperature, self.batch_size = temperature, batch_size
+        templates = clip.recommended.get("templates", TEMPLATES) if templates is None else templates
         self.entries, self.templates = list(entries), list(read_templates(templates)) if text is None else None
         self.background = read_background(background, entries)
         self.names = [split_synonyms(entry)[0] for entry in entries]

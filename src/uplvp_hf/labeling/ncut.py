@@ -19,8 +19,9 @@ from PIL import Image
 from scipy import ndimage
 
 from ..data.rows import Row
-from .encoders import Encoder, group_by_size, pictures_to_pixels
+from .encoders import Encoder
 from .instances import Proposals, filter_proposals, upsample_grid
+from .pixels import group_by_size, pictures_to_pixels
 from .protocol import Finish, LabelerBase
 from .refine import pamr
 
@@ -342,7 +343,8 @@ class NcutLabeler(LabelerBase):
     def settings(self) -> dict[str, Any]:
         """What the labels depend on, for the store's header."""
         own = ("image_size", "stage", "cell_offset", "refine", "min_agreement")
-        return {name: getattr(self, name) for name in own} | self.search | self.filters
+        values = {name: getattr(self, name) for name in own} | self.search | self.filters
+        return values | {"dtype": self.encoder.dtype_name}
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 NEIGHBOURS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
+CHUNK = 8  # channels at a time, so that they stay in a CPU's cache: measured at 128 x 171 pixels
 
 
 def _shifted(values: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -52,24 +53,25 @@ def pamr(
         maps: (B, K, H, W) soft values of any range; every result is a convex combination of a channel's values.
         iterations: steps. dilations: distances in pixels of the eight neighbours.
 
-    Memory beyond the inputs is (8 * len(dilations) + 3 * K) maps of (H, W) a picture, whatever the iterations: pictures
-    are taken one after another. Returns (B, K, H, W) float32.
+    Memory beyond inputs and result is 8 * len(dilations) maps of (H, W) and a few channels' maps, whatever B, K and the
+    iterations: pictures and channels are taken one after another. Returns (B, K, H, W) float32.
     Raises ValueError for batch sizes that differ or dilations below 1.
     """
     if len(pixels) != len(maps):
         raise ValueError(f"pamr: {len(pixels)} pictures but maps of {len(maps)}")
     if not dilations or min(dilations) < 1:
         raise ValueError(f"pamr: dilations {tuple(dilations)} must be one or more distances of at least 1 pixel")
-    results = []
-    for picture, soft in zip(pixels.float(), maps.float()):
-        picture, soft = picture[None], soft[None]
+    results = torch.empty_like(maps, dtype=torch.float32)
+    for picture, soft, result in zip(pixels.float()[:, None], maps, results):
         if picture.shape[-2:] != soft.shape[-2:]:
             picture = F.interpolate(picture, soft.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        weights = local_affinity(picture, dilations)
-        for _ in range(iterations):
-            mixed = torch.zeros_like(soft)
-            for k, part in enumerate(_shifted(soft, dilations)):
-                mixed.addcmul_(part, weights[:, k : k + 1])
-            soft = mixed
-        results.append(soft)
-    return torch.cat(results) if results else maps.float()
+        weights = local_affinity(picture, dilations)[0]
+        for start in range(0, len(soft), CHUNK):
+            values = soft[None, start : start + CHUNK].float()
+            for _ in range(iterations):
+                mixed = torch.zeros_like(values)
+                for weight, part in zip(weights, _shifted(values, dilations)):
+                    mixed.addcmul_(part, weight)
+                values = mixed
+            result[start : start + CHUNK] = values[0]
+    return results

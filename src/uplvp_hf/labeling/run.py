@@ -72,7 +72,7 @@ class _Finished:
 
 def apply_floor(proposals: Proposals, min_confidence: float, unnamed: int | None = None) -> Proposals:
     """Masks that the namer left unnamed (label -1) or was less sure of than `min_confidence` are dropped, or get the
-    label `unnamed` with their mask's score alone."""
+    label `unnamed`. They keep the namer's low confidence, so that they score below the named masks of equal outline."""
     if proposals.labels is None and proposals.confidences is None:
         return proposals
     count = len(proposals)
@@ -81,8 +81,7 @@ def apply_floor(proposals: Proposals, min_confidence: float, unnamed: int | None
     named = (labels >= 0) & (confidences >= min_confidence)
     if unnamed is None:
         return proposals.take(named)
-    ones = np.ones_like(confidences)
-    return replace(proposals, labels=np.where(named, labels, unnamed), confidences=np.where(named, confidences, ones))
+    return replace(proposals, labels=np.where(named, labels, unnamed), confidences=confidences)
 
 
 def proposals_to_row(

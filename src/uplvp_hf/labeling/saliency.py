@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..data.rows import Row
-from .encoders import Encoder, group_by_size
+from .encoders import Encoder
 from .instances import Proposals, matrix_nms, upsample_grid
+from .pixels import group_by_size
 from .protocol import Finish, LabelerBase
 
 # The filters of the authors' three scripts: the offline generator, the one inside the detector, and the supervised one.
@@ -228,7 +229,7 @@ class SaliencyLabeler(LabelerBase):
         search = {**self.search, "scales": list(self.search["scales"])}
         size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)
         own = {name: getattr(self, name) for name in ("stage", "cell_offset", "median", "when_empty")}
-        return {"image_size": size, **own, **search, **self.filters}
+        return {"image_size": size, "dtype": self.encoder.dtype_name, **own, **search, **self.filters}
 
     def _fit(self, width: int, height: int, longest: Any) -> tuple[int, int]:
         if isinstance(longest, int):
