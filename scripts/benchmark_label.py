@@ -1,4 +1,4 @@
-"""What labelling costs beside the encoder, and whether its memory depends on the number of pictures.
+"""What labelling costs beside the encoder, whether its memory depends on the number of pictures, how good labels are.
 
 Commands:
 
@@ -6,6 +6,9 @@ Commands:
     python scripts/benchmark_label.py --pictures 32 --rounds 5 --image-size 448
     python scripts/benchmark_label.py --only throughput --device cuda --dtype bfloat16 --pictures 256 --rounds 5
     python scripts/benchmark_label.py --only memory --memory-pictures 200 2000
+    python scripts/benchmark_label.py --quality
+    python scripts/benchmark_label.py photos/animals7:train --only quality --backbone timm:mobilenetv2_100 \
+        --backbone-weights mobilenetv2.safetensors --pad-type same
 
 throughput_ratio: pictures a second of `label_images` with all that it does by default (decoding JPEG files, resizing,
 windows, calibration, class maps, components, filters, RLE, synced shards), over those of the bare vision transformer on
@@ -16,6 +19,9 @@ cpu_ratio is the same with the seconds of all cores together, which other load o
 
 rss_ratio: highest resident memory of a process that labels the larger number of pictures, over that of one that labels
 the smaller; a small encoder, as only what grows with the number matters.
+
+quality: the tables of `benchmark_label_quality.py`, which has more options: with --quality of dense CLIP on synthetic
+scenes, with data folders of the sources without text on those.
 
 The last line is one JSON object.
 """
@@ -42,7 +48,13 @@ SHAPES = {  # hidden size, MLP, layers, heads
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--only", choices=("throughput", "memory"), action="append", help="repeatable (default: all)")
+    add("data", nargs="*", metavar="FOLDER[:SPLIT]", help="COCO-style folders, to measure sources without text on")
+    add("--only", choices=tuple(SECTIONS), action="append", help="repeatable (default: all that is asked for)")
+    add("--quality", action="store_true", help="also the quality of dense CLIP on synthetic scenes")
+    add("--quality-pictures", type=int, default=100, help="scenes, and pictures of each data folder (default: 100)")
+    add("--backbone", help="of the sources without text; also --backbone-weights and --pad-type")
+    add("--backbone-weights", help=argparse.SUPPRESS)
+    add("--pad-type", help=argparse.SUPPRESS)
     add("--pictures", type=int, default=8, help="a round (default: 8)")
     add("--rounds", type=int, default=4, help="of both arms (default: 4)")
     add("--batch-size", type=int, default=8)
@@ -215,7 +227,28 @@ def label_folder(arguments: argparse.Namespace) -> dict:
     return {"peak_bytes": peak, "seconds": summary.seconds, "instances": summary.instances}
 
 
-SECTIONS = {"throughput": measure_throughput, "memory": measure_memory}  # (arguments, empty folder) -> results
+def load_quality():
+    """The sibling script as a module."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    import benchmark_label_quality
+
+    return benchmark_label_quality
+
+
+def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
+    """{"quality": {"pictures": {data set: rows}, "clip": rows}}, as far as asked for."""
+    quality = load_quality()
+    words = [*arguments.data, "--device", arguments.device, "--batch-size", str(arguments.batch_size)]
+    words += ["--pictures", str(arguments.quality_pictures), "--scenes", str(arguments.quality_pictures)]
+    for name in ("backbone", "backbone_weights", "pad_type"):
+        value = getattr(arguments, name)
+        words += [] if value is None else [f"--{name.replace('_', '-')}", value]
+    words += ["--clip"] if arguments.quality or not arguments.data else []
+    return {"quality": quality.measure_all(quality.parse(words))}
+
+
+# (arguments, empty folder) -> results
+SECTIONS = {"throughput": measure_throughput, "memory": measure_memory, "quality": measure_quality}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -223,10 +256,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.label_folder:
         print(json.dumps(label_folder(arguments)))
         return 0
+    asked = arguments.only or ["throughput", "memory", *(["quality"] if arguments.quality or arguments.data else [])]
     results: dict = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, measure in SECTIONS.items():
-            if name in (arguments.only or SECTIONS):
+            if name in asked:
                 results |= measure(arguments, Path(folder) / name)
     results["goals"] = {name: goal for name, goal in GOALS.items() if name in results}
     print(json.dumps(results))

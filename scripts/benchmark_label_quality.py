@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import sys
 import tempfile
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def measure(dataset, labeler, namer, batch_size: int, **options: Any) -> dict[str, float]:
+def measure(dataset, labeler, namer, batch_size: int, **options: Any) -> dict[str, float | None]:
     """Label the pictures into a store that is thrown away, and compare it with the truth."""
     from uplvp_hf.data import load_dataset_rows
     from uplvp_hf.labeling import label_images, proposal_quality
@@ -104,10 +105,13 @@ def measure(dataset, labeler, namer, batch_size: int, **options: Any) -> dict[st
         quality = proposal_quality(load_dataset_rows(output), dataset, average_precision=True)
     keys = (*KEYS, *(NAMED_KEYS if labeler.vocabulary or namer is not None else ()))
     speed = summary.done / summary.seconds
-    return {key: round(quality[key], 4) for key in keys} | {"pictures_per_second": round(speed, 2)}
+    values = {key: None if math.isnan(quality[key]) else round(quality[key], 4) for key in keys}
+    return values | {"pictures_per_second": round(speed, 2)}
 
 
-def keep_row(arguments: argparse.Namespace, where: dict[str, Any], source: str, values: dict[str, float]) -> None:
+def keep_row(
+    arguments: argparse.Namespace, where: dict[str, Any], source: str, values: dict[str, float | None]
+) -> None:
     """Print a row, and append it to --output. What only says how fast this machine is stays out of the file."""
     print_line(source, values)
     if arguments.output is not None:
@@ -213,11 +217,13 @@ def print_head(title: str, named: tuple[str, ...]) -> None:
     print(f"\n{title:42}" + "".join(f"{column:>11}" for column in columns), flush=True)
 
 
-def print_line(name: str, values: dict[str, float]) -> None:
-    print(f"{name:42}" + "".join(f"{value:11.3f}" for value in values.values()), flush=True)
+def print_line(name: str, values: dict[str, float | None]) -> None:
+    cells = ["-" if value is None else f"{value:.3f}" for value in values.values()]  # no precision without proposals
+    print(f"{name:42}" + "".join(f"{cell:>11}" for cell in cells), flush=True)
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Arguments that go together; ends the program with a message where they do not."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.data and arguments.backbone is None:
@@ -227,6 +233,11 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(arguments.variants_of) - set(RECIPES))
     if unknown:
         parser.error(f"--variants-of: no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}")
+    return arguments
+
+
+def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All tables that the arguments ask for."""
     results: dict[str, Any] = {"seed": arguments.seed, "backbone": arguments.backbone}
     if arguments.data:
         from uplvp_hf.labeling import load_encoder
@@ -235,7 +246,11 @@ def main(argv: list[str] | None = None) -> int:
         results["pictures"] = measure_pictures(arguments, load_encoder(*backbone, device=arguments.device))
     if arguments.clip:
         results["clip"] = measure_clip(arguments)
-    print(json.dumps(results))
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    print(json.dumps(measure_all(parse(argv))))
     return 0
 
 

@@ -43,3 +43,27 @@ def test_the_last_line_is_one_json_object():
     few, many = results["rss_mib"]
     assert results["rss_ratio"] == pytest.approx(many / few, abs=1e-3) and few > 100
     assert results["rss_pictures"] == [2, 6] and results["goals"] == {"rss_ratio": 1.3}
+
+
+@pytest.mark.slow
+def test_quality_of_a_few_scenes_and_pictures(script, tmp_path, capsys):
+    """The whole script with little to do: the same rows on stdout, in the file, and in the last line's object."""
+    from uplvp_hf.data.synthetic import write_scenes
+
+    quality = script.load_quality()
+    data = write_scenes(tmp_path / "few", 3, seed=5)
+    words = ["--clip", "--scenes", "3", "--only", "identity", "without PAMR", "--output", str(tmp_path / "rows.jsonl")]
+    assert quality.main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    found = json.loads(printed[-1])["clip"]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    names = ["identity, calibrated", "identity, background", "naclip, without PAMR"]
+    assert [row["source"] for row in rows] == names == [name for name in found if name != "scenes"]
+    for row in rows:
+        assert row["seed"] == 0 and row["pictures"] == 3 and "pictures_per_second" not in row
+        assert all(found[row["source"]][key] == row[key] for key in (*quality.KEYS, *quality.NAMED_KEYS))
+    sources = {name: build() for name, build in quality.image_sources(None).items() if name in ("whole picture",)}
+    dataset = load_dataset_rows(data)
+    values = quality.measure(dataset, sources["whole picture"], None, 2)
+    shares = [max(row["objects"]["area"]) / (row["width"] * row["height"]) for row in dataset.rows]
+    assert values["proposals_per_picture"] == 1 and values["precision"] == (max(shares) >= 0.5)
