@@ -6,9 +6,10 @@ from types import MethodType
 import pytest
 import torch
 from pycocotools import mask as coco_mask
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from uplvp_hf.data import load_dataset_rows
+from uplvp_hf.data.text_embeddings import write_text_matrix
 from uplvp_hf.evaluation.predictor import load_segmenter, predict_dataset
 from uplvp_hf.hub.card import build_card
 from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
@@ -56,7 +57,7 @@ def run(request, tmp_path, scenes_dir, tiny_segmenter):
 def text_file(folder, names, channels=16):
     file = folder / "text.safetensors"
     features = torch.randn(len(names), channels, generator=torch.Generator().manual_seed(0))
-    save_file({"text_features": features}, file, {"classes": json.dumps(list(names))})
+    write_text_matrix(file, features, list(names))
     return str(file)
 
 
@@ -151,7 +152,7 @@ def test_settings_of_the_method_reach_the_model(run, tmp_path, scenes_dir):
     assert config.prompt_drop == (0.1 if run.segmenter == "knet" else 0.05)
     with pytest.raises(ConfigError, match="No text feature for the classes"):
         run(start=build, model={"text_features": text_file(tmp_path, ["nothing"])})
-    with pytest.raises(ConfigError, match="no file"):
+    with pytest.raises(ConfigError, match="no such file"):
         run(start=build, model={"text_features": str(tmp_path / "missing.safetensors")})
     with pytest.raises(ConfigError, match=r"model.segmenter.hidden_sise.*Did you mean `model.segmenter.hidden_size`"):
         run("x", "model.segmenter.hidden_sise=4", start=build)

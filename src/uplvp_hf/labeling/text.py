@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,9 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..data.text_embeddings import read_text_matrix, write_text_matrix
 from .prompt_templates import TEMPLATES, read_templates
 
 
@@ -116,10 +114,7 @@ def embed_classes(
 def save_text_embeddings(path: str | os.PathLike[str], text: TextEmbeddings, **metadata: str) -> None:
     """Write embeddings as safetensors: `text_embeds` (T, D) float32, and `names`, a JSON list of T names, in the
     metadata beside further words such as the encoder's name. Raises ValueError for embeddings without names."""
-    if len(text.names) != len(text.vectors):
-        raise ValueError(f"{path}: {len(text.vectors)} text embeddings but {len(text.names)} names")
-    tensors = {"text_embeds": text.vectors.float().cpu().contiguous()}
-    save_file(tensors, os.fspath(path), metadata={**metadata, "names": json.dumps(list(text.names))})
+    write_text_matrix(path, text.vectors, text.names, **metadata)
 
 
 def load_text_embeddings(
@@ -138,16 +133,9 @@ def load_text_embeddings(
     Raises ValueError naming the file and what is wrong: no names, no or several matrices, sizes that do not fit, names
     that occur twice, or vocabulary names that are not in the file.
     """
-    path = os.fspath(path)
-    matrix, metadata = _read_matrix(path)
-    known = _read_names(path, names, metadata)
-    if len(known) not in matrix.shape:
-        raise ValueError(f"text embeddings {path}: {len(known)} names for a matrix of {tuple(matrix.shape)}")
-    vectors = F.normalize((matrix if matrix.shape[0] == len(known) else matrix.T).float(), dim=-1)
+    matrix, known = read_text_matrix(path, names)
+    vectors = F.normalize(matrix.float(), dim=-1)
     place = {name: row for row, name in enumerate(known)}
-    if len(place) < len(known):
-        doubled = next(name for name in known if known.count(name) > 1)
-        raise ValueError(f"text embeddings {path}: the name {doubled!r} occurs twice")
     wanted = [split_synonyms(entry) for entry in entries] if entries is not None else [[name] for name in known]
     missing = [name for synonyms in wanted for name in synonyms if name not in place]
     if missing:
@@ -158,42 +146,3 @@ def load_text_embeddings(
     flat = tuple(name for synonyms in wanted for name in synonyms)
     owners = torch.tensor([k for k, synonyms in enumerate(wanted) for _ in synonyms])
     return TextEmbeddings(vectors[[place[name] for name in flat]], owners, len(wanted), flat)
-
-
-def _read_matrix(path: str) -> tuple[torch.Tensor, dict[str, str]]:
-    if not os.path.isfile(path):
-        raise ValueError(f"text embeddings {path}: no such file")
-    try:
-        with safe_open(path, "pt") as file:
-            keys = file.keys()
-            shapes = {key: file.get_slice(key).get_shape() for key in keys}
-            matrices = [key for key, shape in shapes.items() if len(shape) == 2]
-            key = "text_embeds" if "text_embeds" in matrices else matrices[0] if len(matrices) == 1 else None
-            if key is None:
-                raise ValueError(f"text embeddings {path}: needs one matrix, has tensors of shapes {shapes}")
-            return file.get_tensor(key), file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"text embeddings {path}: not a safetensors file ({error})") from error
-
-
-def _read_names(path: str, names: Sequence[str] | str | os.PathLike[str] | None, metadata: dict[str, str]) -> list[str]:
-    where = path
-    if names is not None and not isinstance(names, (str, os.PathLike)):
-        return list(names)
-    if names is None and "names" in metadata:
-        content = metadata["names"]
-    else:
-        where = os.fspath(names) if names is not None else os.path.splitext(path)[0] + ".json"
-        if not os.path.isfile(where):
-            raise ValueError(
-                f"text embeddings {path}: no names in its metadata and no file {where}; give a JSON list of the names"
-            )
-        with open(where, encoding="utf-8") as stream:
-            content = stream.read()
-    try:
-        values = json.loads(content)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"names in {where}: not JSON ({error})") from error
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise ValueError(f"names in {where}: must be a JSON list of words")
-    return values

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import logging
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.splits import sample_labels_per_class
+from ..data.text_embeddings import read_text_matrix
 from ..files import check_model_name
 from ..models.configuration_uplvp import UplvpConfig
 from ..models.image_processing_uplvp import UplvpImageProcessor
@@ -164,13 +164,10 @@ def _method(model: ModelSettings) -> dict:
 
 def _text_features(path: str) -> tuple[torch.Tensor, list[str]]:
     """Embeddings (classes, channels) of class names, and the names, from a safetensors file."""
-    if not Path(path).is_file():
-        raise ConfigError(f"`model.text_features`: no file {path}.")
-    with safe_open(path, "pt") as archive:
-        names = json.loads((archive.metadata() or {}).get("classes", "[]"))
-        if "text_features" not in list(archive.keys()) or not names:
-            raise ConfigError(f"{path} needs a tensor `text_features` and class names as JSON in metadata `classes`.")
-        return archive.get_tensor("text_features"), names
+    try:
+        return read_text_matrix(path)
+    except ValueError as error:
+        raise ConfigError(f"`model.text_features`: {error}") from error
 
 
 def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:

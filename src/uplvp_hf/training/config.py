@@ -62,9 +62,9 @@ class ModelSettings:
     queryinst, `backbone_config` and its own).
     backbone_weights: safetensors with the backbone's weights. freeze_backbone: no gradients, norms in eval mode.
     class_head: "remap" keeps rows of classes that the checkpoint knows by name, "new" starts afresh.
-    class_agnostic: pre-train with one class, "object". text_features: a safetensors file with `text_features`
-    (classes, channels) and, as metadata `classes`, a JSON list of their names: pre-trains with an additional class head
-    on these embeddings. The others: see `UplvpConfig`; None keeps those of `init`.
+    class_agnostic: pre-train with one class, "object". text_features: text embeddings of the class names, a file that
+    scripts/embed_classes.py writes: pre-trains with an additional class head on them. The others: see `UplvpConfig`;
+    None keeps those of `init`.
     """
 
     init: str | None = None
