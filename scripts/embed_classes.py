@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         entries = read_vocabulary(arguments.vocabulary)
         clip = load_clip(arguments.clip)
-        text = embed_classes(clip.model, clip.tokenizer, entries, arguments.template or TEMPLATES)
+        given = arguments.template or TEMPLATES
+        templates = given[0] if len(given) == 1 else given  # one may name a list
+        text = embed_classes(clip.model, clip.tokenizer, entries, templates)
         save_text_embeddings(arguments.output, text, encoder=arguments.clip)
     except (ValueError, OSError) as error:
         print(f"embed_classes: {error}", file=sys.stderr)
