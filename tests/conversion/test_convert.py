@@ -15,7 +15,7 @@ import uplvp_hf
 from uplvp_hf.commands.convert import main
 from uplvp_hf.conversion.backbones import resnet_config_of
 from uplvp_hf.conversion.checkpoint_file import CheckpointError, detect_format, read_checkpoint
-from uplvp_hf.conversion.convert import convert_checkpoint
+from uplvp_hf.conversion.convert import convert_checkpoint, knet_settings, queryinst_settings
 from uplvp_hf.conversion.detectron2 import convert_detectron2_mask2former, torchvision_name
 
 
@@ -122,7 +122,7 @@ def test_mask2former_of_mmdetection_predicts_as_recorded(golden, tmp_path, with_
     if with_config:
         arguments += ["--config", str(tmp_path / "config.json")]
     assert main(arguments) == 0
-    assert uplvp_hf.UplvpConfig.from_pretrained(tmp_path / "out").id2label[0] == "class 0"
+    assert len(uplvp_hf.UplvpConfig.from_pretrained(tmp_path / "out").id2label) == count(tensors)
     model = AutoModelForInstanceSegmentation.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         output = model(tensors["input.img"])
@@ -136,9 +136,7 @@ def test_mask2former_of_mmdetection_predicts_as_recorded(golden, tmp_path, with_
 def test_mask2former_alone_is_transformers_own_class(golden, tmp_path):
     tensors, _ = golden("mask2former")
     save_file({k: v.contiguous() for k, v in state_of(tensors).items()}, tmp_path / "m2f.safetensors")
-    convert_checkpoint(
-        tmp_path / "m2f.safetensors", tmp_path / "out", kind="segmenter", classes=list("abcde")[: count(tensors)]
-    )
+    convert_checkpoint(tmp_path / "m2f.safetensors", tmp_path / "out", kind="segmenter", classes=names(count(tensors)))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "mask2former"
     Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "out")
@@ -148,6 +146,10 @@ def test_mask2former_alone_is_transformers_own_class(golden, tmp_path):
 
 def count(tensors):
     return tensors["state.panoptic_head.cls_embed.weight"].shape[0] - 1
+
+
+def names(count):
+    return [f"kind {index}" for index in range(count)]
 
 
 @pytest.mark.golden
@@ -165,15 +167,13 @@ def test_pre_training_checkpoints_keep_the_prompt_projection(golden, tmp_path):
     assert report.renamed["panoptic_head.patch2query.bias"] == ["prompt_projection.bias"]
     report = convert_checkpoint(tmp_path / "pre.pth", tmp_path / "plain")
     assert "panoptic_head.patch2query.bias" in report.dropped
-    with pytest.raises(CheckpointError, match="2 names were given"):
-        convert_checkpoint(tmp_path / "pre.pth", tmp_path / "again", classes=["a", "b"])
-
-
-RECORDED = {"knet_inst": "test.stage2.cls_score", "queryinst": "test.cls_score"}
+    more = count(tensors) + 1
+    with pytest.raises(CheckpointError, match=f"{more} names were given"):
+        convert_checkpoint(tmp_path / "pre.pth", tmp_path / "again", classes=names(more))
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", ["knet_inst", "queryinst"])
 @pytest.mark.parametrize("with_config", [True, False])
 def test_knet_and_queryinst_predict_as_recorded(golden, tmp_path, name, with_config):
     tensors, info = golden(name)
@@ -183,8 +183,18 @@ def test_knet_and_queryinst_predict_as_recorded(golden, tmp_path, name, with_con
     # What the weights cannot tell has to be given where it is not the paper's.
     settings = {"mask_padding": False} if name == "queryinst" else {}
     if not with_config:
-        settings |= {"num_attention_heads": 4}
-        settings |= {"finest_scale": 14} if name == "queryinst" else {"norm_groups": 8}
+        head = info["config"]["roi_head"]
+        if name == "queryinst":
+            settings |= {
+                "num_attention_heads": head["bbox_head"][0]["num_heads"],
+                "finest_scale": head["bbox_roi_extractor"]["finest_scale"],
+                "mask_pool_size": head["mask_roi_extractor"]["roi_layer"]["output_size"],
+            }
+        else:
+            settings |= {
+                "num_attention_heads": head["mask_head"][0]["num_heads"],
+                "norm_groups": info["config"]["rpn_head"]["norm_cfg"]["num_groups"],
+            }
     report = convert_checkpoint(
         tmp_path / "model.pth",
         tmp_path / "out",
@@ -198,7 +208,8 @@ def test_knet_and_queryinst_predict_as_recorded(golden, tmp_path, name, with_con
         one[: meta["img_shape"][0], : meta["img_shape"][1]] = 1
     with torch.no_grad():  # the original K-Net does not look at the mask
         output = model(tensors["input.img"], pixel_mask=pixel_mask if name == "queryinst" else None)
-    torch.testing.assert_close(output.class_queries_logits, tensors[RECORDED[name]], rtol=1e-4, atol=1e-4)
+    last = "" if name == "queryinst" else f"stage{model.segmenter.num_stages - 1}."
+    torch.testing.assert_close(output.class_queries_logits, tensors[f"test.{last}cls_score"], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.golden
@@ -211,7 +222,7 @@ def test_the_text_class_head_of_pre_training_is_kept(golden, tmp_path):
     model = uplvp_hf.UplvpForPreTraining.from_pretrained(tmp_path / "out").eval()
     names = list(model.config.id2label.values())
     model.set_text_features(tensors["input.text_features"].T, names)
-    queries = [tensors[f"train.stage{s}.object_feats"].flatten(2) for s in range(3)]
+    queries = [tensors[f"train.stage{s}.object_feats"].flatten(2) for s in range(model.segmenter.num_stages)]
     for stage, logits in enumerate(model.text_heads(queries)):
         torch.testing.assert_close(logits, tensors[f"train.stage{stage}.cls_score_clip"], rtol=1e-4, atol=1e-5)
 
@@ -285,3 +296,20 @@ def test_detectron2_names():
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none.pth"), str(tmp_path / "out")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layers", [0, 2])
+def test_numbers_of_layers_are_read_off_the_tensors(tiny_segmenter, layers):
+    """None is a number too: predictors may follow the last norm directly."""
+    shared = {"hidden_size": 16, "num_attention_heads": 2, "num_queries": 5, "num_stages": 2, "num_mask_layers": layers,
+              "num_class_layers": layers, "backbone_config": tiny_segmenter()["backbone_config"]}  # fmt: skip
+    knet = {**shared, "norm_groups": 4, "num_semantic_layers": layers, "num_localization_layers": layers}
+    state = uplvp_hf.KNetForInstanceSegmentation(uplvp_hf.KNetConfig(**knet)).state_dict()
+    found = knet_settings(state)
+    assert {name: found[name] for name in knet if name in found and name != "backbone_config"} == {
+        name: value for name, value in knet.items() if name in found and name != "backbone_config"
+    }
+    queryinst = {**shared, "num_box_layers": layers, "dynamic_channels": 4}
+    state = uplvp_hf.QueryInstForInstanceSegmentation(uplvp_hf.QueryInstConfig(**queryinst)).state_dict()
+    found = queryinst_settings(state)
+    assert [found[f"num_{part}_layers"] for part in ("class", "box", "mask")] == [layers] * 3

@@ -100,8 +100,8 @@ def knet_settings(state: dict[str, Tensor]) -> dict[str, Any]:
         "num_localization_layers": _count(state, r"model\.kernel_head\.localization\.(\d+)\..+"),
         "num_semantic_layers": _count(state, r"model\.kernel_head\.semantic\.(\d+)\..+"),
         # linear layer, norm and ReLU stand in one list
-        "num_class_layers": (_count(state, r"model\.stages\.0\.class_layers\.(\d+)\..+") + 1) // 3 or 1,
-        "num_mask_layers": (_count(state, r"model\.stages\.0\.mask_layers\.(\d+)\..+") + 1) // 3 or 1,
+        "num_class_layers": (_count(state, r"model\.stages\.0\.class_layers\.(\d+)\..+") + 1) // 3,
+        "num_mask_layers": (_count(state, r"model\.stages\.0\.mask_layers\.(\d+)\..+") + 1) // 3,
     }
 
 
@@ -132,8 +132,8 @@ def _inside(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _count(state: dict[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that group 1 of the pattern takes."""
-    return max(int(match[1]) for name in state if (match := re.fullmatch(pattern, name))) + 1
+    """One more than the largest number that group 1 of the pattern takes, 0 where no name fits."""
+    return max((int(match[1]) for name in state if (match := re.fullmatch(pattern, name))), default=-1) + 1
 
 
 def _formats() -> dict[str, _Format]:
