@@ -44,7 +44,8 @@ class Prompts:
         """Reproduces a defect of the released code, for comparisons with what it recorded: as `to_slots`, but every
         picture takes its prompts from the start of the list of the whole batch, so from the first pictures.
 
-        A picture without prompts counts as one prompt of zeros there. `source` is -1 throughout.
+        A picture without prompts counts as one prompt of zeros in that list, and gets prompts of others all the same.
+        `source` is -1 throughout.
         """
         zero = self.vectors.new_zeros((1, self.vectors.shape[-1]))
         own = [row[known] if known.any() else zero for row, known in zip(self.vectors, self.valid, strict=True)]
@@ -54,7 +55,7 @@ class Prompts:
             runs = every[:count].repeat_interleave(slots // count, dim=0)
             filled.append(torch.cat([runs, every[: slots - len(runs)]]))
         vectors = torch.stack(filled)
-        valid = self.valid.any(1, keepdim=True).expand(-1, slots)
+        valid = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
         return Prompts(vectors, valid, torch.full(valid.shape, -1, device=valid.device))
 
     def of_mask(self, count: int) -> Tensor:
