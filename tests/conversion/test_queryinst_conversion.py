@@ -43,15 +43,17 @@ def test_names_cover_the_whole_model(golden):
     [
         (("backbone", "type"), "SwinTransformer", "ResNet"),
         (("roi_head", "stage_loss_weights"), [1, 2, 1], "stage_loss_weights"),
-        (("roi_head", "bbox_head", 1, "num_classes"), 7, "every stage of bbox_head"),
+        (("roi_head", "bbox_head", -1, "num_classes"), -7, "every stage of bbox_head"),
         (("roi_head", "mask_head", slice(None), "class_agnostic"), True, "class_agnostic"),
         (("roi_head", "bbox_head", slice(None), "dropout"), 0.1, "dropout"),
-        (("roi_head", "mask_roi_extractor", "finest_scale"), 56, "finest_scale"),
-        (("train_cfg", "rcnn", slice(None), "mask_size"), 14, "mask_size"),
+        (("roi_head", "mask_roi_extractor", "finest_scale"), 1, "finest_scale"),
+        (("train_cfg", "rcnn", slice(None), "mask_size"), 1, "mask_size"),
     ],
 )
 def test_settings_that_cannot_be_had(golden, where, value, message):
     config = copy.deepcopy(golden("queryinst")[1]["config"])
+    if -1 in where and config["roi_head"]["num_stages"] == 1:
+        pytest.skip("the recording has a single stage")
     targets = [config]
     for key in where[:-1]:
         targets = targets[0][key] if isinstance(key, slice) else [target[key] for target in targets]

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from uplvp_hf.conversion.knet import config_from_mmdet_knet, convert_mmdet_knet
-from uplvp_hf.models.configuration_knet import KNetConfig
+from uplvp_hf.models.configuration_knet import SEMANTIC_TARGETS, KNetConfig
 from uplvp_hf.models.losses_knet import semantic_targets, soft_targets
 from uplvp_hf.models.modeling_knet import KNetForInstanceSegmentation, doubled
 from uplvp_hf.models.postprocessing_uplvp import best_scores, boxes_of, resized_probabilities
@@ -18,7 +18,8 @@ RELATIVE, LOGITS = 1e-5, 1e-4
 
 def close(ours, theirs, absolute=1e-5):
     """`absolute`, or the relative tolerance of the largest number: sums of large terms may end near zero."""
-    absolute = max(absolute, RELATIVE * theirs.abs().max().item())
+    largest = theirs.abs().max().item() if theirs.numel() else 0.0
+    absolute = max(absolute, RELATIVE * largest)
     torch.testing.assert_close(ours.detach(), theirs, rtol=RELATIVE, atol=absolute)
 
 
@@ -158,7 +159,9 @@ def test_losses_and_gradients(run):
         total = torch.stack([gradients[n].double().square().sum() for n in places[name]]).sum().sqrt().item()
         assert total == pytest.approx(norm, rel=1e-4, abs=1e-5), name
     covered = {ours for name in info["grad_norm"] for ours in places[name]}
-    assert covered == set(gradients) and None not in gradients.values()
+    frozen = info["config"]["backbone"].get("frozen_stages", -1) >= 0  # what is frozen has no recorded gradient
+    assert covered <= set(gradients) and None not in gradients.values()
+    assert all(frozen and name.startswith("model.backbone.") for name in set(gradients) - covered)
     for name in (name.removeprefix("grad.") for name in tensors if name.startswith("grad.")):
         found = convert_mmdet_knet({name: state[name]})
         value = torch.cat([gradients[ours] for ours in found]).view_as(tensors[f"grad.{name}"])
@@ -215,11 +218,15 @@ def test_final_scores_labels_and_masks(run):
 
 def test_the_default_class_map_targets_differ(run):
     """Why the option exists: half-covered cells and overlaps."""
-    tensors, model = run["tensors"], run["model"]
+    tensors, model, labels = run["tensors"], run["model"], run["labels"]
+    pairs = list(zip(targets_of(run), labels, strict=True))
+    rules = [[semantic_targets(*pair, model.config.num_labels, rule) for pair in pairs] for rule in SEMANTIC_TARGETS]
+    if all(torch.equal(*both) for both in zip(*rules, strict=True)):
+        pytest.skip("the masks of this recording end on cell borders and do not overlap")
     model.config.semantic_targets = "majority"
     try:
         output = model(tensors["input.img"], mask_labels=run["masks"], class_labels=run["labels"])
     finally:
         model.config.semantic_targets = "touched"
-    assert abs(output.losses["semantic"].item() - tensors["loss.loss_rpn_seg"].item()) > 1e-4
+    assert output.losses["semantic"].item() != pytest.approx(tensors["loss.loss_rpn_seg"].item(), rel=1e-4)
     torch.testing.assert_close(output.losses["mask_0"].detach(), tensors["loss.s0_loss_mask"], rtol=RELATIVE, atol=1e-6)

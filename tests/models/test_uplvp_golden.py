@@ -24,7 +24,8 @@ QUERYINSTS = ["queryinst_prompt", "queryinst_cosine"]
 
 def close(ours, theirs, absolute=2e-5):
     """`absolute`, or the relative tolerance of the largest number: sums of large terms may end near zero."""
-    absolute = max(absolute, RELATIVE * theirs.abs().max().item())
+    largest = theirs.abs().max().item() if theirs.numel() else 0.0
+    absolute = max(absolute, RELATIVE * largest)
     torch.testing.assert_close(ours.detach(), theirs, rtol=RELATIVE, atol=absolute)
 
 
@@ -43,9 +44,9 @@ def test_box_prompts_and_slots(golden):
             for one, (x1, y1, x2, y2) in zip(mask, own.long().tolist(), strict=True):
                 one[y1:y2, x1:x2] = True
             masks.append(mask)
-        prompts = pool_prompts(maps, masks, None, 20, "box")
-        assert prompts.valid.sum(1).tolist() == [min(count, 20) for count in case["num_gt"]]
         slots = len(tensors[f"{name}.feature.expanded"]) // len(maps)
+        prompts = pool_prompts(maps, masks, None, slots, "box")
+        assert prompts.valid.sum(1).tolist() == [min(count, slots) for count in case["num_gt"]]
         expected = tensors[f"{name}.feature.expanded"].view(len(maps), slots, -1)
         close(prompts.to_slots(slots).vectors, expected)
         shared = prompts.shared_slots(slots).vectors
@@ -181,7 +182,10 @@ def test_prompts_matches_and_injection(run):
     tensors, model = run.tensors, run.model
     features, queries, match, slots, _ = run.layers()
     own = model.make_prompts(features, run.masks, None)
-    close(own.vectors[own.valid], tensors["up.patches"])
+    patches, empty = tensors["up.patches"], [len(labels) == 0 for labels in run.labels]
+    counts = [max(len(labels), 1) for labels in run.labels]
+    recorded = [rows for rows, none in zip(patches.split(counts), empty, strict=True) if not none]
+    close(own.vectors[own.valid], torch.cat(recorded))
     close(slots.vectors.flatten(0, 1), tensors["up.expanded20"])
     if f"up.cos_match_index.{0}" in tensors:
         likeness = F.normalize(queries, dim=-1) @ F.normalize(slots.vectors, dim=-1).transpose(1, 2)
@@ -191,15 +195,19 @@ def test_prompts_matches_and_injection(run):
             close(slots.vectors[i][match[i]], theirs)  # repeated prompts tie, so rows are compared, not places
     else:
         count, repeats = match.shape[1], match.shape[1] // slots.vectors.shape[1]
-        assert torch.equal(match, (torch.arange(count) // repeats).expand_as(match))
+        prompted = slots.valid.any(1)
+        assert torch.equal(match[prompted], (torch.arange(count) // repeats).expand_as(match)[prompted])
+        assert (match[~prompted] == -1).all()
     before = tensors["rpn.proposal_feats"].view(run.batch, *queries.shape[-2:])
     after = tensors["stage_in.proposal_feats"].view_as(before)
     close(queries, before)
     close(run.output.hidden_states[0], after)
     kept = tensors["up.keep_mask"][..., 0].bool()
     kept = kept if tuple(kept.shape) == tuple(match.shape) else kept.T
-    assert torch.equal((run.output.hidden_states[0] != queries).any(-1), kept)
-    assert 0 < kept.float().mean() < 1
+    # A picture without objects has a prompt of zeros there, and none here.
+    chosen = slots.vectors.gather(1, match.clamp(min=0)[..., None].expand(-1, -1, slots.vectors.shape[-1]))
+    kept = kept & (match >= 0) & (chosen != 0).any(-1)
+    assert torch.equal((run.output.hidden_states[0] != queries).any(-1), kept) and kept.any()
 
 
 def test_validity_in_place_of_slots_selects_the_same_prompts(run):
@@ -236,6 +244,8 @@ def test_every_stage(run):
 
 
 def assigned(tensors, name, i):
+    if f"{name}assign_query.{i}" not in tensors:
+        return []
     return sorted(zip(tensors[f"{name}assign_query.{i}"].tolist(), tensors[f"{name}assign_gt.{i}"].tolist()))
 
 
@@ -249,7 +259,8 @@ def test_costs_assignments_and_targets(run):
         masks = [doubled(features.masks, None), *(layer.mask_logits for layer in layers)]
         targets = [soft_targets(mask, masks[0].shape[-2:]) for mask in run.masks]
         for i, target in enumerate(targets):
-            close(target, tensors[f"gt_masks_assign.{i}"])
+            if len(target):
+                close(target, tensors[f"gt_masks_assign.{i}"])
         costs = loss.costs(masks, layers, targets, run.labels, **extra)
     else:
         logits, boxes = torch.stack([layer.class_logits for layer in layers]), torch.stack([la.boxes for la in layers])
@@ -261,7 +272,8 @@ def test_costs_assignments_and_targets(run):
         name = f"train.stage{stage}."
         labels = torch.full(layers[0].class_logits.shape[:2], classes)
         for i, (query, target) in enumerate(match):
-            close(costs[i][stage], tensors[f"{name}assign_cost.{i}"], LOGITS)
+            if len(run.labels[i]):  # nothing is recorded for a picture without objects
+                close(costs[i][stage], tensors[f"{name}assign_cost.{i}"], LOGITS)
             assert sorted(zip(query.tolist(), target.tolist())) == assigned(tensors, name, i)
             labels[i, query] = run.labels[i][target]
         assert torch.equal(labels.flatten(), tensors[f"{name}labels"])
@@ -291,7 +303,10 @@ def test_losses_and_gradients(run):
     output.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     places = run.places(run.info["grad_norm"])
-    assert {ours for found in places.values() for ours in found} == set(gradients)
+    covered = {ours for found in places.values() for ours in found}
+    frozen = run.info["config"]["backbone"].get("frozen_stages", -1) >= 0  # what is frozen has no recorded gradient
+    assert covered <= set(gradients)
+    assert all(frozen and name.startswith("segmenter.model.backbone.") for name in set(gradients) - covered)
     for name, norm in run.info["grad_norm"].items():
         total = torch.stack([gradients[ours].double().square().sum() for ours in places[name]]).sum().sqrt().item()
         assert total == pytest.approx(norm, rel=1e-4, abs=1e-5), name
@@ -359,9 +374,9 @@ def check_results(run, model):
             close(found["scores"], boxes[present, 4])
             assert torch.equal(found["labels"], labels[present])
             differ = found["masks"] != masks[present]
-            assert differ.float().mean() < 1e-5 and masks.any()
+            assert differ.sum() <= 1e-5 * differ.numel()
             same = ~differ.flatten(1).any(1)
-            assert same.float().mean() > 0.8
+            assert same.sum() >= 0.8 * len(same)
             close(found["boxes"][same], boxes[present][same][:, :4], LOGITS)
 
 
