@@ -15,7 +15,7 @@ from uplvp_hf.commands.label import _default_namer, build_parser
 from uplvp_hf.labeling.class_map import read_class_map
 
 GUIDE = Path(__file__).parents[2] / "docs" / "labelling.md"
-TEXT = GUIDE.read_text()
+TEXT = GUIDE.read_text().split("\n## Measured\n")[0]  # after that come tables and other commands
 
 
 def blocks(language):
