@@ -217,6 +217,8 @@ never saw, prompt "{template}":
 | the same with backgrounds, "background" as one more name | {objects_and_background:.1%} |
 | boxes cut from 250 scenes, {classes} names | {scene_boxes:.1%} |
 
+`labeling.json` holds what the labeler takes for this encoder where it is given nothing: small windows, close together.
+
 Limits: toy pictures only. It cannot read words outside its {vocabulary} tokens (they become `<unk>`), nor count, nor
 name anything in photographs. Do not use it on real pictures.
 
@@ -228,6 +230,8 @@ def save(output: Path, model: CLIPModel, tokenizer, image_processor, record: dic
     for part in (model, tokenizer, image_processor):
         part.save_pretrained(output)
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    recommended = {"templates": ["a photo of a {}"], "image_size": 2 * IMAGE_SIZE, "stride": IMAGE_SIZE // 4}
+    (output / "labeling.json").write_text(json.dumps(recommended, indent=2) + "\n", encoding="utf-8")
     card = CARD.format(
         parameters=record["parameters"],
         image_size=IMAGE_SIZE,

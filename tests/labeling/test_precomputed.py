@@ -122,7 +122,8 @@ def test_labels_from_features_through_the_whole_pipeline(tmp_path):
         grid[:, 2:5, 3:7] = (basis[k % 2] + 0.1 * basis[4]).view(6, 1, 1)
         np.save(features / f"{k:03d}.npy", grid.numpy() * 7)
     text = TextEmbeddings(basis[:2], torch.arange(2), 2, ("bear", "deer"))
-    labeler = DenseClipLabeler(PrecomputedFeatures(features), ["bear", "deer"], calibration=None, text=text)
+    options = {"calibration": None, "refine": None}  # the features, and nothing of the pictures' edges
+    labeler = DenseClipLabeler(PrecomputedFeatures(features), ["bear", "deer"], text=text, **options)
     assert labeler.settings["threshold"] == 0.2 and labeler.settings["min_score"] == 0.15  # UPLVP's t1, t2
     for rows in ([dataset[k] for k in range(3)],):
         images = [blob_picture(k) for k in range(3)]
