@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
+import uplvp_hf
 from uplvp_hf.commands import push
 from uplvp_hf.hub import build_card, prepare_folder, push_folder
 
@@ -109,16 +110,41 @@ from transformers import pipeline
 
 segmenter = pipeline("image-segmentation", sys.argv[1], trust_remote_code=True)
 found = segmenter(Image.new("RGB", (90, 50), (90, 120, 30)), threshold=0.0, overlap_mask_area_threshold=0.0)
-assert type(segmenter.model).__name__ == "UplvpForInstanceSegmentation", type(segmenter.model)
+assert type(segmenter.model).__name__ == sys.argv[2], type(segmenter.model)
 assert type(segmenter.image_processor).__name__ == "UplvpImageProcessor", type(segmenter.image_processor)
 assert found and all(entry["mask"].size == (90, 50) for entry in found), found
 """
 
 
 def test_folder_works_without_the_library(model_dir, tmp_path):
+    loads_without_the_library(model_dir, tmp_path, "UplvpForInstanceSegmentation")
+
+
+def loads_without_the_library(model_dir, tmp_path, name):
     folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", REMOTE, str(folder)], check=True, env=environment, timeout=300)
+    subprocess.run([sys.executable, "-c", REMOTE, str(folder), name], check=True, env=environment, timeout=300)
+
+
+@pytest.mark.parametrize("name", ["KNet", "QueryInst"])
+def test_a_segmenter_alone_is_pushed_as_what_it_is(name, tiny_segmenter, tmp_path):
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_queries": 6, "num_stages": 1, "intermediate_size": 16}
+    small |= {"norm_groups": 4} if name == "KNet" else {"dynamic_channels": 4, "num_mask_layers": 1}
+    backbone = tiny_segmenter()["backbone_config"]
+    config = getattr(uplvp_hf, f"{name}Config")(backbone_config=backbone, id2label={0: "cat"}, **small)
+    getattr(uplvp_hf, f"{name}ForInstanceSegmentation")(config).save_pretrained(tmp_path / "model")
+    uplvp_hf.UplvpImageProcessor(size={"longest_edge": 64}).save_pretrained(tmp_path / "model")
+    loads_without_the_library(tmp_path / "model", tmp_path, f"{name}ForInstanceSegmentation")
+    card = ModelCard.load(tmp_path / "repository" / "README.md")
+    assert name.lower() in card.data.tags and "cat" in card.text and "unknown" not in card.text
+
+
+def test_a_model_of_transformers_gets_no_code(model_dir, tmp_path):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config["segmenter_config"], "id2label": {"0": "cat"}}))
+    folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+    assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
+    assert "custom_code" not in ModelCard.load(folder / "README.md").data.tags
 
 
 def test_wrong_input_fails_in_one_line(model_dir, tmp_path, capsys):

@@ -42,14 +42,15 @@ def build_card(
         FileNotFoundError, ValueError: for a missing or malformed file, which is named.
     """
     model_dir = Path(model_dir)
-    config = _read_json(model_dir / "config.json")
-    processor = _read_json(model_dir / "preprocessor_config.json")
-    summary = _read_json(model_dir / "training_summary.json", optional=True)
+    config = read_json(model_dir / "config.json")
+    processor = read_json(model_dir / "preprocessor_config.json")
+    summary = read_json(model_dir / "training_summary.json", optional=True)
     if metrics_file is None and (model_dir / "metrics.json").is_file():
         metrics_file = model_dir / "metrics.json"
-    results = _results(repo_id, summary, None if metrics_file is None else _read_json(Path(metrics_file)))
-    segmenter = config.get("segmenter_config") or {}
-    names = [name for _, name in sorted((int(key), name) for key, name in config["id2label"].items())]
+    results = _results(repo_id, summary, None if metrics_file is None else read_json(Path(metrics_file)))
+    segmenter = config.get("segmenter_config") or config  # a segmenter alone describes itself
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out
+    names = [name for _, name in sorted((int(key), name) for key, name in labels.items())]
     pretrained_only = "UplvpForPreTraining" in (config.get("architectures") or [])
     architecture = segmenter.get("model_type", "unknown")
     data = ModelCardData(
@@ -85,7 +86,8 @@ def build_card(
     )
 
 
-def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError or ValueError, which name the file."""
     if optional and not path.is_file():
         return {}
     try:

@@ -13,9 +13,15 @@ from typing import Any
 from huggingface_hub import HfApi
 from PIL import Image
 
-from .card import build_card
+from .card import build_card, read_json
 
-_MODEL = "modeling_uplvp.UplvpForInstanceSegmentation"
+# Per `model_type`: the file after `configuration_` and `modeling_`, the prefix of the classes, and what further auto
+# classes find in the repository.
+_OWN = {
+    "uplvp": ("uplvp", "Uplvp", {"AutoModelForPreTraining": "UplvpForPreTraining"}),
+    "knet": ("knet", "KNet", {"AutoModel": "KNetModel"}),
+    "queryinst": ("queryinst", "QueryInst", {"AutoModel": "QueryInstModel"}),
+}
 # The stock pipeline asks for AutoModelForImageSegmentation only; the others are what users look for.
 _AUTO_MODELS = (
     "AutoModelForImageSegmentation",
@@ -42,7 +48,7 @@ def prepare_folder(
         license, metrics_file: see `build_card`.
         examples: pictures for the widget; the model is run on them.
         remote_code: add the model's source files, so that the repository loads with `trust_remote_code=True` where
-            this library is not installed.
+            this library is not installed. A model that transformers has itself needs none and gets none.
 
     Returns:
         `output`.
@@ -54,6 +60,8 @@ def prepare_folder(
     model_dir, output = Path(model_dir), Path(output)
     check_repo_id(repo_id)
     weights = _weights(model_dir)
+    model_type = read_json(model_dir / "config.json").get("model_type")
+    remote_code = remote_code and model_type in _OWN
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} already exists and is not an empty folder; choose another or remove it.")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +71,7 @@ def prepare_folder(
         for file in (*weights, model_dir / "config.json", model_dir / "preprocessor_config.json"):
             shutil.copyfile(file, folder / file.name)
         if remote_code:
-            _add_code(folder)
+            _add_code(folder, model_type)
         shown = _add_examples(model_dir, folder, examples)
         card = build_card(model_dir, repo_id, license, metrics_file, shown, remote_code)
         card.save(folder / "README.md")
@@ -118,7 +126,7 @@ def _weights(model_dir: Path) -> list[Path]:
     return files
 
 
-def _add_code(folder: Path) -> None:
+def _add_code(folder: Path, model_type: str) -> None:
     """Copies the model's source files, and names the classes in the two settings files (`auto_map`).
 
     A folder with them loads with `trust_remote_code=True` where this library is not installed. The stock pipeline then
@@ -130,13 +138,15 @@ def _add_code(folder: Path) -> None:
     import uplvp_hf.models
 
     source = Path(uplvp_hf.models.__path__[0])
+    module, prefix, further = _OWN[model_type]
     files: set[str] = set()
-    for name in ("configuration_uplvp.py", "modeling_uplvp.py", "image_processing_uplvp.py"):
+    for name in (f"configuration_{module}.py", f"modeling_{module}.py", "image_processing_uplvp.py"):
         files |= {str(source / name), *get_relative_import_files(source / name)}
     for file in sorted(files):
         shutil.copyfile(file, folder / Path(file).name)
-    config = {"AutoConfig": "configuration_uplvp.UplvpConfig", **dict.fromkeys(_AUTO_MODELS, _MODEL)}
-    config["AutoModelForPreTraining"] = "modeling_uplvp.UplvpForPreTraining"
+    config = {"AutoConfig": f"configuration_{module}.{prefix}Config"}
+    config |= dict.fromkeys(_AUTO_MODELS, f"modeling_{module}.{prefix}ForInstanceSegmentation")
+    config |= {auto: f"modeling_{module}.{name}" for auto, name in further.items()}
     _set_auto_map(folder / "config.json", config)
     processor = {"AutoImageProcessor": "image_processing_uplvp.UplvpImageProcessor"}
     _set_auto_map(folder / "preprocessor_config.json", processor)
