@@ -280,3 +280,26 @@ def test_hf_dataset(load, annotation):
     assert rows[1]["objects"]["segmentation"] == [] and rows[0]["image_id"] == 10
     in_memory = InstanceDataset([{**dataset[0], "image": dataset.load_image(0), "image_id": "ten"}], dataset.categories)
     assert in_memory.to_hf_dataset()[0]["image_id"] == "ten"
+
+
+def test_pictures_alone_need_no_annotations(tmp_path):
+    """As COCO's own image_info_unlabeled2017.json has it, whose pictures lie in unlabeled2017/."""
+    (tmp_path / "unlabeled2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    Image.new("RGB", (9, 7)).save(tmp_path / "unlabeled2017" / "a.png")
+    entry = {"id": 5, "file_name": "a.png", "width": 9, "height": 7}
+    file = tmp_path / "annotations" / "image_info_unlabeled2017.json"
+    file.write_text(json.dumps({"images": [entry]}))
+    with pytest.raises(DataError, match="has no 'annotations'"):
+        load_dataset_rows(file)
+    dataset = load_dataset_rows(file, unlabelled=True)
+    assert dataset[0]["image_id"] == 5 and dataset.load_image(0).size == (9, 7)
+
+
+def test_file_names_relative_to_the_file_itself(tmp_path):
+    """`images/a.png` in a file beside the folder images/, as Label Studio writes it."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (9, 7)).save(tmp_path / "images" / "a.png")
+    entry = {"id": 5, "file_name": "images/a.png", "width": 9, "height": 7}
+    (tmp_path / "result.json").write_text(json.dumps({"images": [entry], "annotations": [], "categories": []}))
+    assert load_dataset_rows(tmp_path / "result.json").load_image(0).size == (9, 7)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 
 import datasets
 import numpy as np
@@ -154,3 +155,28 @@ def test_a_store_that_was_exported_into_its_own_folder_is_still_a_store(folder):
     table(1).to_parquet(folder / "export.parquet")
     with pytest.raises(DataError, match=r"header\.json: has no 'labeler'"):
         load_dataset_rows(folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_path(folder):
+    names = ["z.png", "a/x.png"]
+    (folder / "windows.txt").write_bytes("\r\n".join(names).encode("utf-8-sig"))
+    dataset = load_dataset_rows(folder / "windows.txt")
+    assert [row["file_name"] for row in dataset.rows] == names and not dataset.failures
+
+
+def test_columns_and_configurations_that_cannot_be_meant(tmp_path):
+    table(2, label=(datasets.Value("int64"), [3, 4])).to_parquet(tmp_path / "some.parquet")
+    with pytest.raises(DataError, match="an image or a path, got 3.*image_column"):
+        load_dataset_rows(tmp_path / "some.parquet", image_column="label")[0]
+    with pytest.raises(DataError, match="no configurations, 'large' was asked for"):
+        load_dataset_rows(tmp_path / "some.parquet", config="large")
+
+
+def test_names_that_are_no_text_are_listed(folder):
+    file = os.path.join(os.fsencode(folder), b"bad\xff.png")
+    with open(file, "wb") as stream:
+        stream.write(encoded(0))
+    dataset = load_dataset_rows(folder)
+    assert len(dataset) == 3
+    assert dataset.failures[0]["reason"] == "its name is no UTF-8 text; rename it"
+    assert dataset.failures[0]["file"].encode().endswith(b"bad\\udcff.png")

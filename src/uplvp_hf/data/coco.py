@@ -64,12 +64,12 @@ def _clean_segmentation(
 class _Reader:
     """One pass over a parsed COCO file."""
 
-    def __init__(self, content: Any, path: str, image_dir: str) -> None:
-        require(content, ("images", "annotations", "categories"), path, None)
+    def __init__(self, content: Any, path: str, image_dir: str, unlabelled: bool) -> None:
+        require(content, ("images",) if unlabelled else ("images", "annotations", "categories"), path, None)
         self.content, self.path, self.image_dir = content, path, image_dir
         self.failures: list[dict[str, Any]] = []
         self.dropped = 0
-        self.categories = read_categories(content["categories"], path)
+        self.categories = read_categories(content.get("categories", []), path)
         self.known = {category["id"] for category in self.categories}
         self.rows: dict[int | str, Row] = {}
 
@@ -152,12 +152,16 @@ class _Reader:
         return finite_number(entry["area"], "'area'", self.path, where)
 
 
-def read_coco(path: str | os.PathLike[str], images: str | os.PathLike[str]) -> InstanceDataset:
+def read_coco(
+    path: str | os.PathLike[str], images: str | os.PathLike[str], unlabelled: bool = False
+) -> InstanceDataset:
     """Read a COCO instance file.
 
     Args:
         path: the JSON file.
         images: the folder that its file names are relative to. Pictures are not opened.
+        unlabelled: do not look at the objects; then the file needs no annotations and no categories, such as COCO's own
+            `image_info_unlabeled2017.json`.
 
     Crowds, compressed and uncompressed RLEs, polygons of several parts, sparse ids and pictures without objects are
     all kept. Polygons are clipped to the picture. Objects without a usable mask (outside of the picture, fewer than
@@ -168,9 +172,10 @@ def read_coco(path: str | os.PathLike[str], images: str | os.PathLike[str]) -> I
     lead out of `images`, no images, annotations without categories, and when no annotation has a usable mask.
     """
     path = os.path.abspath(os.fspath(path))
-    reader = _Reader(read_json(path), path, os.path.abspath(os.fspath(images)))
+    reader = _Reader(read_json(path), path, os.path.abspath(os.fspath(images)), unlabelled)
     reader.read_images()
-    reader.read_annotations()
+    if not unlabelled:
+        reader.read_annotations()
     return InstanceDataset(list(reader.rows.values()), reader.categories, path, reader.failures)
 
 

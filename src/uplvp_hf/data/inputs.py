@@ -40,6 +40,10 @@ def rows_of_files(files: list[str], names: list[str], wheres: list[str]) -> tupl
     """Unlabelled rows of the files that are pictures, and the failures of the others. `names` become image ids."""
     rows, failures = [], []
     for file, name, where, size in zip(files, names, wheres, sizes_of(files)):
+        if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
+            shown = file.encode("utf-8", "backslashreplace").decode()
+            failures.append({"file": shown, "row": where, "reason": "its name is no UTF-8 text; rename it"})
+            continue
         if isinstance(size, ImageError):
             failures.append({"file": file, "row": where, "reason": size.reason})
             continue
@@ -57,7 +61,7 @@ def read_path_list(path: str | os.PathLike[str]) -> InstanceDataset:
     """
     path = os.path.abspath(os.fspath(path))
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:  # editors of Windows put a mark in front
             lines = [(f"line {number}", line.strip()) for number, line in enumerate(stream, start=1) if line.strip()]
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", file=path) from error
@@ -158,10 +162,12 @@ def _load(source: str, split: str | None, config: str | None, streaming: bool) -
     import datasets
 
     if os.path.isdir(source) and _was_saved_to_disk(source):
+        _refuse_config(source, config)
         data = datasets.load_from_disk(source)
         data = _choose_split(data, split, source)
         return data.to_iterable_dataset() if streaming else data
     if os.path.exists(source):
+        _refuse_config(source, config)
         data = datasets.load_dataset("parquet", data_files=_parquet_files(source), streaming=streaming)
         return _choose_split(data, split, source)
     try:
@@ -170,6 +176,11 @@ def _load(source: str, split: str | None, config: str | None, streaming: bool) -
         reason = f"no such file or folder, and no data set of this name can be loaded ({error})"
         raise DataError(reason, file=source) from error
     return _choose_split(data, split, source)
+
+
+def _refuse_config(source: str, config: str | None) -> None:
+    if config is not None:
+        raise DataError(f"a saved data set has no configurations, {config!r} was asked for", file=source)
 
 
 def _choose_split(data: Any, split: str | None, source: str) -> datasets.Dataset:
@@ -262,6 +273,13 @@ def _picture(value: Any, source: str) -> tuple[str | bytes, str | None]:
     """(file or content, its path if it has one) of an encoded picture, or of a path in a column of text."""
     if value is None:
         return b"", None
+    encoded = isinstance(value, dict) and {"bytes", "path"} <= value.keys()
+    if not isinstance(value, str) and not encoded:
+        raise DataError(
+            f"a picture must be an image or a path, got {value!r:.60}",
+            file=source,
+            remedy="Choose another column by `image_column`.",
+        )
     if isinstance(value, str):
         base = source if os.path.isdir(source) else os.path.dirname(source)
         return os.path.join(os.path.abspath(base), value), value

@@ -8,6 +8,7 @@ import os
 from .coco import read_coco, write_coco
 from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
 from .errors import DataError, ImageError
+from .fields import inside
 from .images import IMAGE_SUFFIXES, open_image
 from .inputs import LIST_SUFFIXES, is_hub_name, is_saved_dataset, read_huggingface, read_path_list, rows_of_files
 from .store_reader import read_store
@@ -87,7 +88,7 @@ def _find_images(annotations: str) -> str:
     """The image folder of an annotation file: images/ beside annotations/ or beside the file, a folder named like the
     split (COCO's own instances_train2017.json and train2017/), or the file's own folder (Roboflow)."""
     folder, name = os.path.split(annotations)
-    split = os.path.splitext(name)[0].removeprefix("instances_")
+    split = os.path.splitext(name)[0].removeprefix("instances_").removeprefix("image_info_")
     above = os.path.dirname(folder)
     bases = [os.path.join(above, "images"), os.path.join(folder, "images"), above]
     candidates = [os.path.join(base, split) for base in bases] + bases[:2] if split != "images" else bases[:2]
@@ -95,6 +96,17 @@ def _find_images(annotations: str) -> str:
         if os.path.isdir(candidate):
             return candidate
     return folder
+
+
+def _read_coco(annotations: str, images: str | os.PathLike[str] | None, unlabelled: bool) -> InstanceDataset:
+    dataset = read_coco(annotations, _find_images(annotations) if images is None else images, unlabelled)
+    if images is None:
+        # Some tools (Label Studio) write "images/1.png" into a file beside the folder images/.
+        beside, first = os.path.dirname(annotations), dataset[0]
+        if not os.path.isfile(first["image"]) and os.path.isfile(os.path.join(beside, first["file_name"])):
+            for index, row in enumerate(dataset.rows):
+                row["image"] = inside(beside, row["file_name"], annotations, f"images[{index}]")
+    return dataset
 
 
 def _check_images(dataset: InstanceDataset) -> None:
@@ -116,6 +128,7 @@ def load_dataset_rows(
     config: str | None = None,
     image_column: str | None = None,
     id_column: str | None = None,
+    unlabelled: bool = False,
 ) -> InstanceDataset | RowStream:
     """Load whatever `path` is.
 
@@ -133,6 +146,7 @@ def load_dataset_rows(
         streaming, config, image_column, id_column: of a `datasets` data set. With streaming, a `RowStream`.
         check_images: open every picture now and list those that cannot be opened in `failures`; their rows stay. By
             default pictures are opened when they are used, and `load_image` raises ImageError then.
+        unlabelled: the pictures alone are of interest: a COCO file's objects are not read, and it needs none.
 
     Raises DataError for a path that is none of these, and as `read_coco`, `read_store` and `read_image_folder` do.
     """
@@ -147,7 +161,7 @@ def load_dataset_rows(
         dataset = read_huggingface(given if hub else path, split, config, streaming, **columns)
     else:
         _refuse(path, streaming=streaming, config=config, image_column=image_column, id_column=id_column)
-        dataset = _load_files(path, images, split)
+        dataset = _load_files(path, images, split, unlabelled)
     if check_images and isinstance(dataset, InstanceDataset):
         _check_images(dataset)
     return dataset
@@ -159,7 +173,9 @@ def _refuse(path: str, **options: object) -> None:
             raise DataError(f"`{name}` is for data sets of the `datasets` library, which this is not", file=path)
 
 
-def _load_files(path: str, images: str | os.PathLike[str] | None, split: str | None) -> InstanceDataset:
+def _load_files(
+    path: str, images: str | os.PathLike[str] | None, split: str | None, unlabelled: bool
+) -> InstanceDataset:
     has_annotations = os.path.isdir(os.path.join(path, "annotations"))
     if split is not None and not has_annotations:
         raise DataError(f"split {split!r} needs a folder with annotations/{split}.json", file=path)
@@ -168,10 +184,9 @@ def _load_files(path: str, images: str | os.PathLike[str] | None, split: str | N
             return read_path_list(path)
         if not path.lower().endswith(".json"):
             raise DataError("is neither a folder nor a .json, .txt, .lst or .parquet file", file=path)
-        return read_coco(path, images if images is not None else _find_images(path))
+        return _read_coco(path, images, unlabelled)
     if os.path.isfile(os.path.join(path, "header.json")):
         return read_store(path, images)
     if has_annotations:
-        annotations = _find_annotations(path, split)
-        return read_coco(annotations, images if images is not None else _find_images(annotations))
+        return _read_coco(_find_annotations(path, split), images, unlabelled)
     return read_image_folder(path)
