@@ -9,7 +9,13 @@ from labeling_helpers import tiny_clip
 from safetensors.torch import save_file
 
 from uplvp_hf.labeling.prompt_templates import OPENAI80, TEMPLATES, read_background, read_templates
-from uplvp_hf.labeling.text import TextEmbeddings, embed_classes, load_text_embeddings, save_text_embeddings
+from uplvp_hf.labeling.text import (
+    TextEmbeddings,
+    embed_classes,
+    load_text_embeddings,
+    read_vocabulary,
+    save_text_embeddings,
+)
 
 ENTRIES = ["bear, grizzly", "deer"]
 
@@ -97,3 +103,18 @@ def test_files_of_others(tmp_path):
         load_text_embeddings(file)
     with pytest.raises(ValueError, match="no such file"):
         load_text_embeddings(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_useless_vectors_are_named(tmp_path, value):
+    matrix = torch.ones(2, 4)
+    matrix[1] = value
+    save_text_embeddings(tmp_path / "text.safetensors", TextEmbeddings(matrix, torch.arange(2), 2, ("bear", "deer")))
+    assert load_text_embeddings(tmp_path / "text.safetensors", ["bear"]).count == 1
+    with pytest.raises(ValueError, match="text.safetensors: the vector of 'deer' is zero or not finite"):
+        load_text_embeddings(tmp_path / "text.safetensors", ["bear", "deer"])
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
+    (tmp_path / "names.txt").write_text("bear\ndeer\n", encoding="utf-8-sig")
+    assert read_vocabulary(tmp_path / "names.txt") == ["bear", "deer"]

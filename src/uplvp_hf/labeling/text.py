@@ -46,7 +46,7 @@ def read_vocabulary(text: str | os.PathLike[str]) -> list[str]:
     as "bear,deer,otter" (each name a class). Raises ValueError when it is empty, or names a class twice."""
     text = os.fspath(text)
     if os.path.isfile(text):
-        with open(text, encoding="utf-8") as stream:
+        with open(text, encoding="utf-8-sig") as stream:  # editors of Windows put a mark in front
             lines = [line.split("#", 1)[0] for line in stream]
         entries = [", ".join(names) for line in lines if (names := split_synonyms(line))]
     elif text.endswith((".txt", ".csv")) or os.sep in text:
@@ -144,5 +144,10 @@ def load_text_embeddings(
             f"its {len(known)} names begin with {', '.join(map(repr, known[:5]))}"
         )
     flat = tuple(name for synonyms in wanted for name in synonyms)
+    useless = [name for name in flat if not abs(float(vectors[place[name]].norm()) - 1) < 0.01]  # nan compares false
+    if useless:
+        raise ValueError(
+            f"text embeddings {path}: the vector of {useless[0]!r} is zero or not finite; compute it again"
+        )
     owners = torch.tensor([k for k, synonyms in enumerate(wanted) for _ in synonyms])
     return TextEmbeddings(vectors[[place[name] for name in flat]], owners, len(wanted), flat)
