@@ -8,6 +8,7 @@ from labeling_helpers import blob_picture, picture_folder
 from safetensors.torch import save_file
 
 from uplvp_hf.data.dataset import empty_objects
+from uplvp_hf.data.store_reader import read_failures
 from uplvp_hf.labeling.language_vision import DenseClipLabeler
 from uplvp_hf.labeling.pipeline import label_images
 from uplvp_hf.labeling.precomputed import PrecomputedFeatures
@@ -136,3 +137,34 @@ def test_labels_from_features_through_the_whole_pipeline(tmp_path):
         labeler([blob_picture(0)])
     with pytest.raises(ValueError, match="precomputed features need `text`"):
         DenseClipLabeler(PrecomputedFeatures(features), ["bear"])
+
+
+def test_one_bad_file_is_one_failed_picture(tmp_path):
+    """Missing, cut off and not finite: the other pictures are labelled nonetheless."""
+    dataset = picture_folder(tmp_path / "pictures", 6)
+    features = tmp_path / "features"
+    features.mkdir()
+    for k in range(6):
+        np.save(features / f"{k:03d}.npy", np.random.default_rng(k).normal(size=(6, 8, 12)))
+    (features / "001.npy").unlink()
+    (features / "002.npy").write_bytes((features / "002.npy").read_bytes()[:300])
+    np.save(features / "003.npy", np.full((6, 8, 12), np.nan))
+    (features / "004.npy").unlink()
+    (features / "004.npz").write_bytes(b"PK\x03\x04 cut off")
+    text = TextEmbeddings(torch.eye(6)[:2], torch.arange(2), 2, ("bear", "deer"))
+    labeler = DenseClipLabeler(PrecomputedFeatures(features), ["bear", "deer"], text=text)
+    summary = label_images(dataset, labeler, None, tmp_path / "labels", progress=False, max_failed=0.7)
+    assert (summary.done, summary.failed) == (2, 4)
+    reasons = [entry["reason"] for entry in read_failures(tmp_path / "labels")]
+    for reason, word in zip(reasons, ("nothing for picture '001", "002.npy: cannot be read", "not finite", "004.npz")):
+        assert word in reason
+
+
+def test_nothing_to_calibrate_on_is_explained(tmp_path):
+    dataset = picture_folder(tmp_path / "pictures", 2)
+    (tmp_path / "features").mkdir()
+    np.save(tmp_path / "features" / "other.npy", np.ones((6, 8, 12)))
+    text = TextEmbeddings(torch.eye(6)[:2], torch.arange(2), 2, ("bear", "deer"))
+    labeler = DenseClipLabeler(PrecomputedFeatures(tmp_path / "features"), ["bear", "deer"], text=text)
+    with pytest.raises(ValueError, match=r"no picture can be calibrated on; the first: .*nothing for picture '000"):
+        label_images(dataset, labeler, None, tmp_path / "labels", progress=False)

@@ -9,6 +9,7 @@ what an encoder padded (OpenSeg: the valid part of its square) before writing.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from ..data.dataset import Row
+from ..data.errors import DataError
 
 SUFFIXES = (".safetensors", ".npz", ".npy")
 LAYOUTS = ("dhw", "hwd")
@@ -62,8 +64,9 @@ class PrecomputedFeatures:
     def __call__(self, rows: Sequence[Row], dimension: int | None = None) -> list[torch.Tensor]:
         """Unit-length features of pictures: one (D, h, w) float32 a row.
 
-        Raises ValueError naming the file and the row: no array for it, a wrong number of axes, `dimension` (of the text
-        embeddings) not met, or values that are not finite.
+        Raises DataError, which concerns one picture: no array for it, a file that is cut off, values that are not
+        finite. Raises ValueError, which concerns them all: a wrong number of axes, or `dimension` (of the text
+        embeddings) not met.
         """
         return [self._load(row, dimension) for row in rows]
 
@@ -95,7 +98,7 @@ class PrecomputedFeatures:
         keys = _keys(row)
         key = next((key for key in keys if key in self._readers), None)
         if key is None:
-            raise ValueError(
+            raise DataError(
                 f"features {self.path}: nothing for picture {row['file_name']!r} (image id {row['image_id']!r}); "
                 f"looked for {', '.join(keys)}"
             )
@@ -115,7 +118,7 @@ class PrecomputedFeatures:
             )
         values = values.to(self.device, torch.float32)
         if not torch.isfinite(values).all():
-            raise ValueError(f"{where}: has values that are not finite")
+            raise DataError(f"{where}: has values that are not finite")
         return F.normalize(values, dim=0)
 
 
@@ -128,14 +131,27 @@ def _reader(file: Path, key: str | None = None) -> Callable[[], np.ndarray | tor
     """Reads one array of a file when called; `key` None: the only one, or the one called "features"."""
 
     def read() -> np.ndarray | torch.Tensor:
-        if file.suffix == ".npy":
-            return np.load(file, allow_pickle=False)
-        if file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as content:
-                return content[_only(file, content.files) if key is None else key]
+        if file.suffix in (".npy", ".npz"):
+            return _numpy(file, key)
         return _safetensors(file, lambda opened: opened.get_tensor(_only(file, opened.keys()) if key is None else key))
 
     return read
+
+
+def _numpy(file: Path, key: str | None) -> np.ndarray:
+    try:
+        content = np.load(file, allow_pickle=False)
+        if file.suffix == ".npy":
+            return content
+        with content:
+            name = _only(file, content.files) if key is None else key
+            return content[name]
+    except (EOFError, zipfile.BadZipFile, ValueError) as error:
+        if str(error).startswith("features "):
+            raise
+        raise DataError(
+            f"features {file}: cannot be read ({' '.join(str(error).split())}); compute it again"
+        ) from error
 
 
 def _only(file: Path, keys: Sequence[str]) -> str:
@@ -152,4 +168,4 @@ def _safetensors(path: Path, use: Callable):
         with safe_open(path, "pt") as file:
             return use(file)
     except SafetensorError as error:
-        raise ValueError(f"features {path}: not a safetensors file ({error})") from error
+        raise DataError(f"features {path}: not a safetensors file ({error})") from error

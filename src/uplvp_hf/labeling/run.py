@@ -170,8 +170,11 @@ class Run:
             if self.processes.rank == 0:
                 self.store.merge_failures()
         else:
-            statistics = self._measure(deal)
-            parts = sorted(entry for part in self.processes.gather(statistics) for entry in part)
+            found = self.processes.gather(self._measure(deal))
+            parts = sorted(entry for measured, _ in found for entry in measured)
+            faults = [fault for _, fault in found if fault is not None]
+            if faults and not parts:
+                raise StoreError(f"no picture can be calibrated on; the first: {faults[0]}")
             state = self.labeler.calibrate([json.loads(entry) for *_, entry in parts])
             self.store.start(self.processes.share(state))
         self.processes.gather(None)
@@ -189,12 +192,14 @@ class Run:
                 possible,
             )
 
-    def _measure(self, deal: Deal) -> list[tuple[int, int, str]]:
-        """(block, position, statistics as JSON) of each picture of the calibration blocks of this process.
+    def _measure(self, deal: Deal) -> tuple[list[tuple[int, int, str]], str | None]:
+        """(block, position, statistics as JSON) of each picture of the calibration blocks of this process, and why
+        the first one that has none could not be measured.
 
         Pictures that cannot be read are reported when their turn to be labelled comes.
         """
         measured: list[tuple[int, int, str]] = []
+        faults: list[str] = []
         mine = [number for number in deal.calibration if deal.mine(number)]
         limit = (mine[-1] + 1) * self.batch_size if mine else 0  # a stream is not read beyond it
         limit = limit if self.limit is None else min(limit, self.limit)
@@ -207,8 +212,11 @@ class Run:
                 measured += [(loaded.block.number, k, json.dumps(entry)) for k, entry in found]
                 bar.update(len(loaded.pictures))
                 if images and not entries:
-                    break  # a labeler that calibrates nothing
-        return measured
+                    return [], None  # a labeler that calibrates nothing
+                faults = faults or [
+                    str(fault) for fault in (*loaded.pictures, *entries) if isinstance(fault, DataError)
+                ]
+        return measured, faults[0] if faults else None
 
     def _measure_block(self, images: Sequence[Image.Image], rows: Sequence[Row]) -> list[Any]:
         if not images:
