@@ -7,6 +7,7 @@ import pytest
 import torch
 from labeling_helpers import picture_folder
 
+from uplvp_hf.commands._label_build import describe_labeler
 from uplvp_hf.data import read_store
 from uplvp_hf.labeling.instances import Proposals
 from uplvp_hf.labeling.pipeline import label_images
@@ -124,6 +125,9 @@ MASK = np.ones((64, 96), bool)
     "results, message",
     [
         ([], "0 results for 1 pictures"),
+        (None, "must return one result a picture, got None"),
+        ([{"masks": None}], "000.png: masks must be an array or a list, got None"),
+        ([{"masks": [MASK], "score": [0.5]}], "000.png: a result has masks, scores and labels, not 'score'"),
         ([3], "000.png: a result is a Proposals or has 'masks', got int"),
         ([{"masks": [MASK[:5]]}], r"000.png: a mask must be bool \(64, 96\) \(height, width\), got bool \(5, 96\)"),
         ([{"masks": [MASK * 0.5]}], "got float64"),
@@ -160,3 +164,32 @@ def test_labels_are_checked_and_empty_masks_left_out(tmp_path):
     for given["labels"] in ([0, 1, 2], [0, 1], [0.5, 0, 0], None):
         with pytest.raises(ValueError, match="labels"):
             source(image, pictures.rows)
+
+
+def test_options_that_are_needed(tmp_path, monkeypatch):
+    (tmp_path / "needy.py").write_text(
+        "def source(level: int):\n    return lambda images, rows: [{'masks': [], 'scores': []} for _ in images]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="needy:source: missing a required argument: 'level'"):
+        load_plugin("needy:source")
+    assert load_plugin("needy:source", {"level": 3}).settings["options"] == {"level": 3}
+    part = describe_labeler("needy:source")
+    assert part.settings["level"].kind is int  # hence can be given by --set
+
+
+def test_calibration_must_be_json():
+    class Source:
+        vocabulary = "abc"
+
+        def __call__(self, images, rows):
+            return []
+
+        def measure(self, images, rows):
+            return [np.float32(1)]
+
+    with pytest.raises(ValueError, match="vocabulary must be a list of class names, got 'abc'"):
+        PluginSource(Source(), "my:source")
+    Source.vocabulary = ["abc"]
+    with pytest.raises(ValueError, match="my:source: measure must return JSON values"):
+        PluginSource(Source(), "my:source").measure([])

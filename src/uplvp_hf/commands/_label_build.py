@@ -51,7 +51,7 @@ def describe_labeler(name: str) -> Part:
         from ..labeling.plugins import find_factory
 
         factory = find_factory(name)
-        return Part(f"labeler {name}", [factory], settings_of([factory]), takes_anything(factory))
+        return Part(f"labeler {name}", [factory], settings_of([factory], required=True), takes_anything(factory))
     from .. import labeling
     from ..labeling import attention, cutting, dense_clip, ncut, saliency
 

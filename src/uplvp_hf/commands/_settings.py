@@ -6,6 +6,7 @@ import collections.abc
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import sys
 import textwrap
@@ -35,11 +36,15 @@ class Setting:
 
 
 def settings_of(
-    constructors: Sequence[Callable[..., Any]], provided: Collection[str] = (), also: Sequence[Callable[..., Any]] = ()
+    constructors: Sequence[Callable[..., Any]],
+    provided: Collection[str] = (),
+    also: Sequence[Callable[..., Any]] = (),
+    required: bool = False,
 ) -> dict[str, Setting]:
     """{name: setting} of the keywords of `constructors`, the first one that has a name decides.
 
-    provided: what the caller fills in, such as a loaded model. Keywords without a default are left out too.
+    provided: what the caller fills in, such as a loaded model. required: also keywords without a default, which are
+    left out otherwise.
     also: functions that the constructors' docstrings refer to ("see `propose`").
     """
     found: dict[str, Setting] = {}
@@ -48,12 +53,14 @@ def settings_of(
         meanings = read_meanings(inspect.getdoc(constructor) or "", signature.parameters)
         for name, parameter in signature.parameters.items():
             open_ended = parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-            if open_ended or name in provided or name in found or parameter.default is parameter.empty:
+            needed = parameter.default is parameter.empty
+            if open_ended or name in provided or name in found or (needed and not required):
                 continue
             meaning = meanings[name]
             if not meaning or meaning.startswith("see "):
                 meaning = _meaning_elsewhere(name, constructor, also) or meaning
-            found[name] = Setting(name, parameter.default, _kind(parameter.annotation, constructor), meaning)
+            default = "(has to be given)" if needed else parameter.default
+            found[name] = Setting(name, default, _kind(parameter.annotation, constructor), meaning)
     return found
 
 
@@ -191,7 +198,7 @@ def _as_kind(value: Any, kind: Any) -> tuple[bool, Any]:
 def _as_float(value: Any) -> tuple[bool, Any]:
     try:
         good = not isinstance(value, (bool, list, dict, type(None)))
-        return (True, float(value)) if good else (False, value)
+        return (True, float(value)) if good and math.isfinite(float(value)) else (False, value)
     except ValueError:
         return False, value
 

@@ -25,10 +25,11 @@ source that must see pictures before it labels any can have the methods `measure
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,13 +69,18 @@ def find_factory(reference: str) -> Callable[..., Any]:
 def load_plugin(reference: str, options: Mapping[str, Any] | None = None) -> PluginSource:
     """The source that `package.module:factory` makes of `options`, with its results checked.
 
-    Raises ValueError as `find_factory` does, and for options that the factory does not take or JSON cannot hold.
+    Raises ValueError as `find_factory` does, and for options that the factory does not take, needs and did not get, or
+    JSON cannot hold.
     """
     factory, options = find_factory(reference), dict(options or {})
     try:
         json.dumps(options)
     except (TypeError, ValueError) as error:
         raise ValueError(f"labeler {reference}: options must be JSON values ({error})") from error
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        raise ValueError(f"labeler {reference}: {error}; give its options as NAME=VALUE") from error
     return PluginSource(factory(**options), reference, options)
 
 
@@ -90,7 +96,10 @@ class PluginSource(LabelerBase):
         self.source, self.reference, self.options = source, reference, dict(options or {})
         self.name = str(getattr(source, "name", reference))
         self.encoder_name = str(getattr(source, "encoder_name", reference))
-        self.vocabulary = [str(name) for name in getattr(source, "vocabulary", ())]
+        vocabulary = getattr(source, "vocabulary", ())
+        if isinstance(vocabulary, str):
+            raise ValueError(f"labeler {reference}: vocabulary must be a list of class names, got {vocabulary!r}")
+        self.vocabulary = [str(name) for name in vocabulary]
         self.licence = getattr(source, "licence", None)
         try:
             json.dumps(self.settings)
@@ -109,11 +118,22 @@ class PluginSource(LabelerBase):
 
     def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
         """The source's own, or nothing."""
-        return self.source.measure(images, rows) if hasattr(self.source, "measure") else []
+        if not hasattr(self.source, "measure"):
+            return []
+        return self._json("measure", list(self.source.measure(images, rows)))
 
     def calibrate(self, statistics: list[Any]) -> dict[str, Any]:
         """The source's own, or nothing."""
-        return self.source.calibrate(statistics) if hasattr(self.source, "calibrate") else {}
+        if not hasattr(self.source, "calibrate"):
+            return {}
+        return self._json("calibrate", self.source.calibrate(statistics))
+
+    def _json(self, method: str, value: Any) -> Any:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"labeler {self.reference}: {method} must return JSON values ({error})") from error
+        return value
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """The source's own, or nothing."""
@@ -122,7 +142,10 @@ class PluginSource(LabelerBase):
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
         """One checked `Proposals` a picture. Raises ValueError naming the source, the picture and what is wrong."""
-        results = list(self.source(images, rows))
+        results = self.source(images, rows)
+        if not isinstance(results, Iterable):
+            raise ValueError(f"labeler {self.reference}: must return one result a picture, got {results!r:.80}")
+        results = list(results)
         if len(results) != len(images):
             raise ValueError(f"labeler {self.reference}: {len(results)} results for {len(images)} pictures")
         names = [row["file_name"] for row in rows] if rows is not None else [f"picture {k}" for k in range(len(images))]
@@ -134,6 +157,11 @@ class PluginSource(LabelerBase):
             result = {"masks": result.masks, "scores": result.scores, "labels": result.labels}
         if not isinstance(result, Mapping) or "masks" not in result:
             raise self._error(name, f"a result is a Proposals or has 'masks', got {type(result).__name__}")
+        unknown = sorted(map(str, result.keys() - {"masks", "scores", "labels"}))
+        if unknown:
+            raise self._error(name, f"a result has masks, scores and labels, not {unknown[0]!r}")
+        if not isinstance(result["masks"], Iterable):
+            raise self._error(name, f"masks must be an array or a list, got {result['masks']!r:.80}")
         masks = [np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask) for mask in result["masks"]]
         for mask in masks:
             if mask.shape != size or mask.dtype != bool:
