@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torchvision.models.resnet import Bottleneck, ResNet
+from test_knet_conversion import original_config, original_names
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from transformers import AutoModelForInstanceSegmentation, Mask2FormerForUniversalSegmentation, ResNetBackbone
 
 import uplvp_hf
@@ -17,6 +18,7 @@ from uplvp_hf.conversion.backbones import resnet_config_of
 from uplvp_hf.conversion.checkpoint_file import CheckpointError, detect_format, read_checkpoint
 from uplvp_hf.conversion.convert import convert_checkpoint, knet_settings, queryinst_settings
 from uplvp_hf.conversion.detectron2 import convert_detectron2_mask2former, torchvision_name
+from uplvp_hf.conversion.knet import config_from_mmdet_knet, convert_mmdet_knet
 
 
 @pytest.fixture(scope="module")
@@ -313,3 +315,64 @@ def test_numbers_of_layers_are_read_off_the_tensors(tiny_segmenter, layers):
     state = uplvp_hf.QueryInstForInstanceSegmentation(uplvp_hf.QueryInstConfig(**queryinst)).state_dict()
     found = queryinst_settings(state)
     assert [found[f"num_{part}_layers"] for part in ("class", "box", "mask")] == [layers] * 3
+
+
+@pytest.fixture
+def knet_state(tiny_segmenter):
+    """A K-Net under the names of its authors: of the backbone, and of every tensor that settings are read from."""
+    config = original_config(depth=18, base=4)
+    model = uplvp_hf.KNetForInstanceSegmentation(uplvp_hf.KNetConfig(**config_from_mmdet_knet(config)))
+    ours, state = model.state_dict(), {}
+    backbone = {f"backbone.{name}" for name in ResNet(BasicBlock, [2, 2, 2, 2]).state_dict() if "fc." not in name}
+    for name in [*original_names(), *backbone]:
+        if "num_batches" in name:
+            continue
+        places = list(convert_mmdet_knet({name: torch.zeros(3, 1, 1, 1)}))
+        value = torch.cat([ours[place] for place in places])
+        state[name] = value[..., None, None] if "init_kernels" in name else value.clone()
+    return state, config
+
+
+def test_wrapped_models_are_not_taken_for_backbones(knet_state, tmp_path):
+    state, config = knet_state
+    torch.save({f"module.{name}": value for name, value in state.items()}, tmp_path / "knet.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = convert_checkpoint(tmp_path / "knet.pth", tmp_path / "out", config=tmp_path / "config.json")
+    assert uplvp_hf.UplvpConfig.from_pretrained(tmp_path / "out").segmenter_config.model_type == "knet"
+    assert set(report.renamed) == set(state) and not report.dropped
+
+
+def test_reports_tell_tensors_of_one_storage_apart(resnet, tmp_path):
+    state = {name: value for name, value in resnet.state_dict().items() if value.is_floating_point()}
+    block = torch.cat([value.flatten() for value in state.values()])
+    pieces = block.split([value.numel() for value in state.values()])
+    views = {name: piece.view(value.shape) for (name, value), piece in zip(state.items(), pieces)}
+    torch.save(views, tmp_path / "views.pth")
+    report = convert_checkpoint(tmp_path / "views.pth", tmp_path / "out")
+    assert all(len(ours) == 1 for ours in report.renamed.values())
+    assert report.renamed["bn1.weight"] == ["embedder.embedder.normalization.weight"]
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(written["embedder.embedder.normalization.weight"], state["bn1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[1]", "must be a JSON object"), ("{}", "not that of such a model.*rpn_head"), ("{", "no readable JSON")],
+)
+def test_odd_configurations_are_named(knet_state, tmp_path, capsys, content, message):
+    torch.save(knet_state[0], tmp_path / "knet.pth")
+    (tmp_path / "odd.json").write_text(content)
+    assert main([str(tmp_path / "knet.pth"), str(tmp_path / "out"), "--config", str(tmp_path / "odd.json")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and len(error.splitlines()) == 1
+
+
+def test_what_is_missing_or_no_setting_is_named(knet_state, tmp_path, capsys):
+    state = knet_state[0]
+    arguments = [str(tmp_path / "knet.pth"), str(tmp_path / "out")]
+    torch.save(state, tmp_path / "knet.pth")
+    assert main([*arguments, "--set", "norm_groupz=4"]) == 2
+    assert "Did you mean `norm_groups`?" in capsys.readouterr().err
+    torch.save({name: value for name, value in state.items() if "fc_cls" not in name}, tmp_path / "knet.pth")
+    assert main(arguments) == 2
+    assert "stages.0.classifier.weight' (our name) is missing" in capsys.readouterr().err

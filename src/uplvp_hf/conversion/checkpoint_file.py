@@ -38,7 +38,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file.")
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return _apart(load_file(path))
         except SafetensorError as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error}.") from error
     try:
@@ -67,15 +67,25 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
         raise CheckpointError(f"{path} holds no named tensors; keys tried: {', '.join(_WRAPPERS)} and the file itself.")
-    return tensors
+    return _apart(tensors)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor with a storage of its own: the report tells by it what became of a tensor."""
+    seen, apart = set(), {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if place in seen or tensor.numel() == 0 else tensor
+        seen.add(place)
+    return apart
 
 
 # What a checkpoint is, by a name that only it has. The first that is found decides.
 _SIGNS = {
-    "knet": r"rpn_head\.init_kernels\.weight",
-    "queryinst": r"rpn_head\.init_proposal_bboxes\.weight",
-    "mask2former-mmdet": r"panoptic_head\.query_feat\.weight",
-    "mask2former-detectron2": r"sem_seg_head\.predictor\.query_feat\.weight",
+    "knet": r"(module\.)?rpn_head\.init_kernels\.weight",
+    "queryinst": r"(module\.)?rpn_head\.init_proposal_bboxes\.weight",
+    "mask2former-mmdet": r"(module\.)?panoptic_head\.query_feat\.weight",
+    "mask2former-detectron2": r"(module\.)?sem_seg_head\.predictor\.query_feat\.weight",
     "resnet": r"(?:.*\.)?layer1\.0\.conv1\.weight",
 }
 FORMATS = tuple(_SIGNS)

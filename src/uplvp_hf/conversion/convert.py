@@ -180,6 +180,8 @@ def convert_checkpoint(
         raise FileExistsError(f"{output} is not empty; choose another folder.")
     source = read_checkpoint(checkpoint)
     found = detect_format(source)
+    if found != "resnet":  # of a model that was saved inside a wrapper for several devices
+        source = {name.removeprefix("module."): tensor for name, tensor in source.items()}
     try:
         if found == "resnet":
             model, converted, dropped = _backbone(source)
@@ -187,7 +189,9 @@ def convert_checkpoint(
             model, converted, dropped = _segmenter(
                 source, _formats()[found], kind, config, classes, category_ids, settings
             )
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"{checkpoint} ({found}): the tensor {error} (our name) is missing.") from error
+    except ValueError as error:
         raise CheckpointError(f"{checkpoint} ({found}): {error}") from error
     report = ConversionReport.build(source, converted, dropped, model.state_dict(), _GAPS)
     model.save_pretrained(output)
@@ -217,7 +221,10 @@ def _segmenter(source, form: _Format, kind: str, config, classes, category_ids, 
     if config is not None:
         if form.from_config is None:
             raise ValueError("a configuration file is read for mmdetection's models only; leave it out.")
-        found |= form.from_config(_read_config(config))
+        try:
+            found |= form.from_config(_read_config(config))
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"configuration {config} is not that of such a model: {error!r}.") from error
     found |= settings or {}
     labels = _labels(found.pop("num_labels"), classes)
     segmenter_config = {"model_type": form.model_type, **found}
@@ -309,6 +316,8 @@ def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"configuration {path} is no readable JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"configuration {path} must be a JSON object, this is a {type(content).__name__}.")
     return content.get("model", content)
 
 
