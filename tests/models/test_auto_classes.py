@@ -1,5 +1,7 @@
 """K-Net and QueryInst through transformers' auto classes, as our own package or none of it is imported by name."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -80,3 +82,16 @@ def test_a_wrapped_segmenter_is_the_one_that_its_settings_name(config, model_typ
 def test_other_architectures_are_refused():
     with pytest.raises(ValueError, match="UPLVP works on: mask2former, knet, queryinst"):
         uplvp_hf.UplvpForInstanceSegmentation(uplvp_hf.UplvpConfig(segmenter_config={"model_type": "resnet"}))
+
+
+def test_misspelt_settings_of_a_segmenter_are_refused_but_those_in_files_are_read(config, tmp_path):
+    given = {**config.to_dict(), "num_query": 7}
+    with pytest.raises(ValueError, match="no setting `num_query`. Did you mean `num_queries`"):
+        uplvp_hf.UplvpConfig(segmenter_config=given)
+    whole = uplvp_hf.UplvpConfig(segmenter_config=config.to_dict())
+    whole.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["segmenter_config"]["of_a_later_version"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    read = uplvp_hf.UplvpConfig.from_pretrained(tmp_path)
+    assert read.segmenter_config.to_dict() == whole.segmenter_config.to_dict()

@@ -112,7 +112,7 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
         if isinstance(self.segmenter_config, dict) and self.segmenter_config.get("model_type") in OWN_SEGMENTERS:
             # Not left to AutoConfig, which knows ours only where the package is installed.
             given = dict(self.segmenter_config)
-            self.segmenter_config = OWN_SEGMENTERS[given.pop("model_type")].from_dict(given)
+            self.segmenter_config = OWN_SEGMENTERS[given.pop("model_type")](**given)
         super().__post_init__(**kwargs)
         self.sync_classes(self.id2label, self.category_ids)
         if self.prompt_drop is None:
@@ -126,6 +126,10 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
         config_dict = dict(config_dict)
         if "category_ids" not in kwargs and any(kwargs.get(key) is not None for key in ("num_labels", "id2label")):
             config_dict.pop("category_ids", None)
+        segmenter = config_dict.get("segmenter_config")
+        if isinstance(segmenter, dict) and segmenter.get("model_type") in OWN_SEGMENTERS:
+            # With the allowance for settings of later versions, which the constructor does not make.
+            config_dict["segmenter_config"] = OWN_SEGMENTERS[segmenter["model_type"]].from_dict(segmenter)
         return super().from_dict(config_dict, **kwargs)
 
     def sync_classes(self, id2label: dict[int, str], category_ids: list[int] | None = None) -> None:
