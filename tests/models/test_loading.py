@@ -39,6 +39,8 @@ def test_round_trip(make_config, make_batch, tmp_path, cls):
         assert torch.equal(model(pixels).masks_queries_logits, loaded(pixels).masks_queries_logits)
     half = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with torch.no_grad():  # pictures need not be cast
+        assert half(pixels).class_queries_logits.dtype == torch.bfloat16
 
 
 def test_timm_backbone_with_arguments_of_timm_round_trip(make_config, make_batch, tmp_path):
