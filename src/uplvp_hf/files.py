@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 
 
 @contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+def writing(path: str | os.PathLike[str], *drafts: str) -> Iterator[None]:
     """Around code that writes `path`: a failed write, such as on a full disk, is an OSError that names a file.
 
     Python leaves the name out when a write fails after the file was opened; safetensors raises an error of its own.
+    drafts: names of temporary files, in place of which `path` is named.
     """
     try:
         yield
@@ -27,7 +28,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or error.filename not in (None, *drafts):
             raise
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
@@ -43,7 +44,7 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with writing(path):
+        with writing(path, str(draft)):
             with open(draft, mode, encoding=None if "b" in mode else "utf-8") as stream:
                 yield stream
                 stream.flush()

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from uplvp_hf.cli import main
 from uplvp_hf.data import load_dataset_rows, read_store
 from uplvp_hf.data.synthetic import CLASSES
+from uplvp_hf.files import write_text
 from uplvp_hf.training import loop
 
 
@@ -395,3 +396,8 @@ def test_killed_while_labelling(label, scenes_dir, tmp_path):
     assert main(label(pictures, tmp_path / "whole")) == 0
     resumed, whole = (load_dataset_rows(tmp_path / name).rows for name in ("labels", "whole"))
     assert sorted(resumed, key=lambda row: row["image_id"]) == list(whole)
+
+
+def test_a_file_that_cannot_be_opened_for_writing_is_named():
+    with pytest.raises(OSError, match=r"'/proc/page\.html'"):
+        write_text("/proc/page.html", "text")

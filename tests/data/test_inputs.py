@@ -166,7 +166,7 @@ def test_a_byte_order_mark_is_no_part_of_a_path(folder):
 
 def test_columns_and_configurations_that_cannot_be_meant(tmp_path):
     table(2, label=(datasets.Value("int64"), [3, 4])).to_parquet(tmp_path / "some.parquet")
-    with pytest.raises(DataError, match="an image or a path, got 3.*image_column"):
+    with pytest.raises(DataError, match=r"an image or a path, got 3.*image_column"):
         load_dataset_rows(tmp_path / "some.parquet", image_column="label")[0]
     with pytest.raises(DataError, match="no configurations, 'large' was asked for"):
         load_dataset_rows(tmp_path / "some.parquet", config="large")

@@ -110,6 +110,10 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
         (["--truth", "t.json"], "--truth is for the report"),
         (["--truth", "/nowhere.json", "--report"], "--truth /nowhere.json: no such file"),
         (["--workers", "0"], "--workers must be at least 1"),
+        (["--calibration-pictures", "0"], "--calibration-pictures must be at least 1"),
+        (["--min-confidence", "nan"], "--min-confidence must be from 0 to 1, got nan"),
+        (["--min-confidence", "50"], "--min-confidence must be from 0 to 1, got 50"),
+        (["--clip", "CLIP", "--vocabulary", "bear", "--threshold", "nan"], "threshold=nan: must be float"),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, capsys, more, message):

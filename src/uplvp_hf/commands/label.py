@@ -146,7 +146,9 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--labeler {args.labeler} is unknown; use {known}, or your own as my_package.module:factory")
     if args.truth is not None and args.report is None:
         raise ValueError("--truth is for the report; add --report")
-    for name in ("batch_size", "limit", "workers"):
+    if not 0 <= args.min_confidence <= 1:
+        raise ValueError(f"--min-confidence must be from 0 to 1, got {args.min_confidence}")
+    for name in ("batch_size", "limit", "workers", "calibration_pictures"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -199,7 +201,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_needs(args, settings)
     names |= _classify(args, names)
     columns = {"config": args.config, "image_column": args.image_column, "id_column": args.id_column}
-    dataset = load_dataset_rows(args.images, split=args.split, streaming=args.streaming, **columns)
+    dataset = load_dataset_rows(args.images, split=args.split, streaming=args.streaming, unlabelled=True, **columns)
     builder = Builder(args)
     namer = builder.namer(namer_part, names)
     labeler = builder.labeler(labeler_part, settings)
