@@ -18,7 +18,7 @@ demo: install
 	$(BIN)/uplvp demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
