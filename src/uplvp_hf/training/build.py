@@ -18,7 +18,7 @@ from ..data import InstanceDataset, load_dataset_rows
 from ..data.splits import sample_labels_per_class
 from ..data.text_embeddings import read_text_matrix
 from ..files import check_model_name
-from ..models.configuration_uplvp import UplvpConfig
+from ..models.configuration_uplvp import OWN_SEGMENTERS, UplvpConfig
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
@@ -174,6 +174,9 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTr
     if settings.model.segmenter is None:
         raise ConfigError("Set `model.init` (a checkpoint) or `model.segmenter` (settings of a new segmenter).")
     id2label, category_ids = classes_of(settings, train)
+    own = OWN_SEGMENTERS.get(settings.model.segmenter.get("model_type"))
+    if own is not None:  # these refuse by themselves, without the place of the key in the recipe
+        _refuse_unknown_names(settings.model.segmenter, own, "model.segmenter.")
     config = UplvpConfig(
         segmenter_config=dict(settings.model.segmenter),
         id2label=id2label,
@@ -186,15 +189,20 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTr
 
 def _refuse_unknown(given: dict, config: PreTrainedConfig, prefix: str = "model.segmenter.") -> None:
     """Raises ConfigError for a misspelt key of a segmenter or backbone: transformers would take it silently."""
-    known = {*type(config).__dataclass_fields__, *config.attribute_map, "model_type", "num_labels"}
+    _refuse_unknown_names(given, type(config), prefix)
     for key, value in given.items():
+        if isinstance(value, dict) and isinstance(getattr(config, key, None), PreTrainedConfig):
+            _refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
+
+
+def _refuse_unknown_names(given: dict, kind: type[PreTrainedConfig], prefix: str) -> None:
+    known = {*kind.__dataclass_fields__, *kind.attribute_map, "model_type", "num_labels"}
+    for key in given:
         # Properties of backbone configurations, and our own addition to timm's.
         if key not in known and key not in ("out_features", "out_indices", "timm_kwargs"):
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean `{prefix}{near[0]}`?" if near else ""
-            raise ConfigError(f"`{prefix}{key}` is no setting of a {config.model_type}.{hint}")
-        if isinstance(value, dict) and isinstance(getattr(config, key, None), PreTrainedConfig):
-            _refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
+            raise ConfigError(f"`{prefix}{key}` is no setting of a {kind.model_type}.{hint}")
 
 
 def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
