@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers.models.mask2former.modeling_mask2former import Mask2FormerSinePositionEmbedding
 
 from uplvp_hf.models import loss_terms as terms
 from uplvp_hf.models.losses import pairwise_mask_costs
@@ -134,3 +135,11 @@ def test_weak_assignment(golden):
     matched = torch.zeros(len(masks), dtype=torch.int64)
     matched[query] = chosen + 1
     assert matched.equal(tensors["assign.gt_inds"])
+
+
+@pytest.mark.parametrize("kind", ["norm", "raw"])
+def test_position_encoding(golden, kind):
+    """The one that K-Net adds to its coarsest level."""
+    expected = golden("mmdet_primitives")[0][f"posenc.{kind}.full"]
+    encoding = Mask2FormerSinePositionEmbedding(expected.shape[1] // 2, normalize=kind == "norm")
+    check(encoding(expected.shape, expected.device, expected.dtype), expected)
