@@ -34,3 +34,14 @@ def test_resnets_give_the_features_of_torchvision(depth, block, blocks):
         for index, map_ in enumerate(ours(picture).feature_maps):
             x = getattr(theirs, f"layer{index + 1}")(x)
             torch.testing.assert_close(map_, x, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dilations", (1, 1, 1, 2)), ("strides", [1, 2, 2, 1]), ("avg_down", True), ("dcn", {"type": "DCN"})],
+)
+def test_variants_that_ours_lacks_are_refused(name, value):
+    plain = {"type": "ResNet", "depth": 50, "strides": (1, 2, 2, 2), "dcn": None}
+    assert resnet_config(plain)["depths"] == [3, 4, 6, 3]
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        resnet_config({**plain, name: value})

@@ -13,6 +13,13 @@ RESNETS = {
 }
 
 
+# Settings that ours has in one way only.
+_PLAIN = {
+    "strides": [1, 2, 2, 2], "dilations": [1, 1, 1, 1], "num_stages": 4, "out_indices": [0, 1, 2, 3],
+    "deep_stem": False, "avg_down": False, "dcn": None, "plugins": None,
+}  # fmt: skip
+
+
 def resnet_name(name: str) -> str | None:
     """Name of a tensor inside the backbone (`layer1.0.conv2.weight`) -> ours, None if it has no place."""
     match = re.fullmatch(r"(conv|bn)1\.(.+)", name)
@@ -35,10 +42,15 @@ def _block_part(name: str) -> str | None:
 def resnet_config(backbone: dict[str, Any]) -> dict[str, Any]:
     """`backbone` section of an mmdetection configuration -> settings of a transformers `ResNetConfig`.
 
-    Raises ValueError for another backbone than the ResNets of `RESNETS`.
+    Raises ValueError for another backbone than the ResNets of `RESNETS`, and for variants that transformers' ResNet
+    does not have, some of which would leave no trace in the weights.
     """
     if backbone["type"] != "ResNet" or backbone.get("depth") not in RESNETS:
         raise ValueError(f"Only ResNet {', '.join(map(str, RESNETS))} can be converted, got {backbone['type']}.")
+    for name, plain in _PLAIN.items():
+        value = backbone.get(name) or plain
+        if (list(value) if isinstance(value, tuple) else value) != plain:
+            raise ValueError(f"This ResNet cannot be converted: {name} must be {plain}, got {value}.")
     kind, depths = RESNETS[backbone["depth"]]
     width = backbone.get("base_channels", 64) * (4 if kind == "bottleneck" else 1)
     return {
