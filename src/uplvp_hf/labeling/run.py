@@ -173,9 +173,12 @@ class Run:
             found = self.processes.gather(self._measure(deal))
             parts = sorted(entry for measured, _ in found for entry in measured)
             faults = [fault for _, fault in found if fault is not None]
-            if faults and not parts:
-                raise StoreError(f"no picture can be calibrated on; the first: {faults[0]}")
-            state = self.labeler.calibrate([json.loads(entry) for *_, entry in parts])
+            try:
+                state = self.labeler.calibrate([json.loads(entry) for *_, entry in parts])
+            except ValueError as error:  # a labeler that calibrates nothing takes an empty list
+                if parts or not faults:
+                    raise
+                raise StoreError(f"no picture can be calibrated on; the first: {faults[0]}") from error
             self.store.start(self.processes.share(state))
         self.processes.gather(None)
         self.store.check_header_is_there()
