@@ -1,8 +1,8 @@
 """uplvp_hf: instance segmentation from many pictures and few labels.
 
 Importing this package is quick: nothing heavy is loaded until a name is used. The auto classes of transformers
-(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP, K-Net and QueryInst
-models from the moment that both packages are imported, in any order.
+(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP, K-Net and
+QueryInst models from the moment that both packages are imported, in any order.
 """
 
 import importlib

@@ -13,7 +13,7 @@ _registered = False
 
 
 def register_auto_classes() -> None:
-    """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and `pipeline("image-segmentation")` know UPLVP, K-Net and QueryInst."""
+    """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and `pipeline("image-segmentation")` know our models."""
     global _registered
     if _registered:
         return

@@ -223,6 +223,32 @@ def test_a_block_with_a_picture_to_repair_is_labelled_as_if_nothing_had_happened
     assert line["objects"]["score"] == [round(float(score), 5) for score in block[1].scores]
 
 
+def test_two_runs_on_one_folder_do_not_mix(tmp_path):
+    dataset = picture_folder(tmp_path / "pictures", 2)
+    other = dataset.subset([0])
+
+    labeler, seen = foreground(), []
+    inner = labeler.begin
+
+    def meddle(images, rows=None):
+        with pytest.raises(StoreError, match="another run is writing"):
+            label_images(other, foreground(), None, tmp_path / "labels", progress=False)
+        seen.append(len(images))
+        return inner(images, rows)
+
+    labeler.begin = meddle
+    label_images(dataset, labeler, None, tmp_path / "labels", progress=False)
+    assert seen == [2]
+    assert len(read_store(tmp_path / "labels")) == 2
+    assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == ["header.json", "rows-00000-00000.jsonl"]
+    label_images(dataset, foreground(), None, tmp_path / "labels", progress=False)  # and may go on afterwards
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    with pytest.raises(StoreError, match="holds no pseudo-label store"):
+        label_images(dataset, foreground(), None, tmp_path / "mine", progress=False)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+
+
 def test_too_many_failures_are_an_error_at_the_end(tmp_path):
     dataset = picture_folder(tmp_path / "pictures", 5)
     for k in (0, 2):

@@ -168,3 +168,13 @@ def test_nothing_to_calibrate_on_is_explained(tmp_path):
     labeler = DenseClipLabeler(PrecomputedFeatures(tmp_path / "features"), ["bear", "deer"], text=text)
     with pytest.raises(ValueError, match=r"no picture can be calibrated on; the first: .*nothing for picture '000"):
         label_images(dataset, labeler, None, tmp_path / "labels", progress=False)
+
+
+def test_settings_of_an_image_tower_are_refused(tmp_path):
+    features = PrecomputedFeatures(write(tmp_path / "features", "folder"))
+    text = TextEmbeddings(torch.eye(2, 5), torch.arange(2), 2, ("a", "b"))
+    for option in ({"window": 64}, {"image_size": 128}, {"sigma": 2.0}):
+        with pytest.raises(ValueError, match=rf"{next(iter(option))}: no effect with precomputed features"):
+            DenseClipLabeler(features, ["a", "b"], text=text, **option)
+    with pytest.raises(ValueError, match=r"min_area 0\.5 is above max_area 0\.1"):
+        DenseClipLabeler(features, ["a", "b"], text=text, min_area=0.5, max_area=0.1)

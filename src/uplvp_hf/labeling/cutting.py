@@ -69,6 +69,8 @@ class Cutting:
             raise ValueError(
                 f"top {self.top}, max_parts {self.max_parts}, refine_size {self.refine_size}: at least 1 each"
             )
+        if self.min_area > self.max_area:
+            raise ValueError(f"min_area {self.min_area} is above max_area {self.max_area}: nothing would be left")
         for name, choices in (("split", SPLITS), ("refine", REFINEMENTS), ("nms_kind", NMS_KINDS)):
             if getattr(self, name) not in choices:
                 raise ValueError(

@@ -351,7 +351,11 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> bool:
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"backbone weights {path} do not fit timm:{name}: {error}") from error
+        wrong = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
+        raise ValueError(
+            f"backbone weights {path} do not fit timm:{name}: {len(wrong)} tensors of another size, "
+            f"the first: {wrong[0]}"
+        ) from error
     trunk = [key for key in missing if key.split(".")[0] not in HEAD_MODULES]
     if trunk or unexpected:
         raise ValueError(

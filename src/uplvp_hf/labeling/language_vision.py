@@ -92,6 +92,8 @@ class DenseClipLabeler(LabelerBase):
         self.source, self.encoder_name, self.licence = clip, clip.name, clip.licence
         views = {"templates": templates, "image_size": image_size, "side": side, "window": window, "stride": stride}
         given = {name: value for name, value in views.items() if value is not None} | options
+        if not isinstance(clip, Clip):
+            _refuse_tower_settings(given)
         self.recommended = _recommended(clip, given)
         chosen = given | self.recommended
         self.entries, self.templates = list(entries), list(read_templates(chosen.get("templates", TEMPLATES)))
@@ -336,6 +338,13 @@ def _recommended(clip: Clip | PrecomputedFeatures, given: Mapping[str, Any]) -> 
     if given.get("attention", recipe) != recipe:
         values = {name: value for name, value in values.items() if name in VIEW_SETTINGS}
     return {name: value for name, value in values.items() if name not in given}
+
+
+def _refuse_tower_settings(given: Mapping[str, Any]) -> None:
+    """Raises ValueError for settings of an image tower where its features are precomputed."""
+    useless = sorted(given.keys() & {*VIEW_SETTINGS, *(field.name for field in fields(Recipe))} - {"templates"})
+    if useless:
+        raise ValueError(f"{', '.join(useless)}: no effect with precomputed features; leave out")
 
 
 def _sort_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -11,6 +11,7 @@ valid; at most the rows of one unfinished shard are made again. Reading is `uplv
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -20,9 +21,14 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from PIL import Image
+
+try:
+    import fcntl
+except ImportError:  # no such lock on Windows
+    fcntl = None
 
 from ..data.dataset import Row
 from ..data.errors import DataError
@@ -108,7 +114,8 @@ class StoreWriter:
 
     finished: image ids with a row already. header: the header in force (that of the store, when resuming). repaired:
     files of pictures that failed in an earlier run and have a row now.
-    Raises StoreError for a folder with other contents, for other settings (listing them), for an unwanted resume.
+    Raises StoreError for a folder with other contents, for other settings (listing them), for an unwanted resume, and
+    when another run is writing into the folder.
     """
 
     def __init__(
@@ -122,6 +129,14 @@ class StoreWriter:
         self.folder = Path(folder)
         self.rank, self.shard_size = rank, shard_size
         self.header = header
+        self._lock = self._locked() if rank == 0 else None
+        try:
+            self._open(header, resume)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _open(self, header: dict[str, Any], resume: bool) -> None:
         self.resumed = (self.folder / "header.json").is_file()
         if self.resumed:
             self._check(header, resume)
@@ -133,11 +148,36 @@ class StoreWriter:
         self._next_shard = self._count_shards()
         self.repaired: set[str] = set()
         self._rows: list[str] = []
-        self.failures_file = self.folder / ("failures.jsonl" if rank == 0 else f"failures-{rank:05d}.jsonl")
+        first = self.rank == 0
+        self.failures_file = self.folder / ("failures.jsonl" if first else f"failures-{self.rank:05d}.jsonl")
         before = read_failures(self.folder) if self.resumed else []
         self._failed_before = {entry["file"] for entry in before}
-        self._failures = {entry["file"]: entry for entry in before} if rank == 0 else {}
+        self._failures = {entry["file"]: entry for entry in before} if first else {}
         self._failures_changed = False
+
+    def _locked(self) -> IO | None:
+        """A lock on the folder, which the system gives back when the process ends, however it does."""
+        if fcntl is None:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stream = open(self.folder / ".lock", "w")  # noqa: SIM115 (closed with the store)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.close()
+            raise StoreError(
+                f"another run is writing into {self.folder}; wait for it, or choose another output folder "
+                "(several processes of one run: --processes N)"
+            ) from error
+        except OSError as error:  # file systems without locks
+            logger.warning("%s cannot be locked (%s): start no second run on it.", self.folder, error)
+        return stream
+
+    def _unlock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self.folder / ".lock")
 
     def _check(self, header: dict[str, Any], resume: bool) -> None:
         old = read_header(self.folder)
@@ -282,5 +322,8 @@ class StoreWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # Rows that are complete are kept whatever stopped the run, unless the disk itself is the trouble.
-        if not isinstance(error, OSError):
-            self.flush()
+        try:
+            if not isinstance(error, OSError):
+                self.flush()
+        finally:
+            self._unlock()

@@ -133,6 +133,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         With a convolutional backbone in eval mode (or with fixed batch norms) the features of a picture depend neither
         on the canvas nor on its batch mates.
         """
+        pixel_values = pixel_values.to(self.class_predictor.weight.dtype)
         with padding_masked(self.backbone, pixel_mask):
             maps = self.backbone(pixel_values).feature_maps
         decoder = self.model.pixel_level_module.decoder

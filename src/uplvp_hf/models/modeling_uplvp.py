@@ -54,7 +54,7 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         mask_labels: per picture (G, H, W) bool; class_labels: per picture (G,) int in 0..K-1. `normalizers` and
         `draw` are for the training loop and for tests: see `Normalizers` and `Draw`.
         """
-        features = self.segmenter.encode(pixel_values.to(self.dtype), pixel_mask)
+        features = self.segmenter.encode(pixel_values, pixel_mask)
         queries = self.segmenter.initial_queries(features)
         layers = self._decode(features, queries, None, output_attentions)
         losses = None
@@ -204,7 +204,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
 
         Without `mask_labels` no prompt is made: the output is that of the plain model.
         """
-        features = self.segmenter.encode(pixel_values.to(self.dtype), pixel_mask)
+        features = self.segmenter.encode(pixel_values, pixel_mask)
         queries = self.segmenter.initial_queries(features)
         if mask_labels is None:
             layers = self._decode(features, queries, None, output_attentions)
