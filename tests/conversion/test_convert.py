@@ -135,6 +135,21 @@ def test_mask2former_of_mmdetection_predicts_as_recorded(golden, tmp_path, with_
 
 
 @pytest.mark.golden
+def test_names_beside_the_weights_are_taken_and_lacking_tensors_reported(golden, tmp_path, capsys):
+    tensors, info = golden("knet_inst")
+    (tmp_path / "config.json").write_text(json.dumps(info["config"]))
+    state = state_of(tensors)
+    names = [f"kind {k}" for k in range(state["rpn_head.conv_seg.weight"].shape[0])]
+    lacking = state.pop("neck.lateral_convs.0.conv.bias")
+    assert lacking is not None
+    torch.save({"meta": {"CLASSES": tuple(names)}, "state_dict": state}, tmp_path / "knet.pth")
+    arguments = [str(tmp_path / "knet.pth"), str(tmp_path / "out"), "--config", str(tmp_path / "config.json")]
+    assert main(arguments) == 0
+    assert "1 tensors are not in the file: segmenter.model.pyramid.lateral.0.bias" in capsys.readouterr().err
+    assert list(uplvp_hf.UplvpConfig.from_pretrained(tmp_path / "out").id2label.values()) == names
+
+
+@pytest.mark.golden
 def test_mask2former_alone_is_transformers_own_class(golden, tmp_path):
     tensors, _ = golden("mask2former")
     save_file({k: v.contiguous() for k, v in state_of(tensors).items()}, tmp_path / "m2f.safetensors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from ._terminal import run
@@ -64,4 +65,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         ):
             print("\n".join(f"{title:8} {line}" for line in lines))
     print(report)
+    if report.untrained:
+        first = ", ".join(report.untrained[:3])
+        print(f"uplvp convert: {len(report.untrained)} tensors are not in the file: {first}", file=sys.stderr)
     print(f"{arguments.output}: every tensor is in conversion_report.json")

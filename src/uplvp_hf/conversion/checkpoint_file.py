@@ -27,7 +27,13 @@ class CheckpointError(ValueError):
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their original names.
+    """The tensors of a checkpoint; see `open_checkpoint`."""
+    return open_checkpoint(path)[0]
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], list[str] | None]:
+    """The tensors of a checkpoint by their original names, and the names of its classes where it says them
+    (mmdetection's `meta.CLASSES`), else None.
 
     Reads safetensors, and files of `torch.save` with `weights_only=True`: a pickle that wants to run code is refused.
     Weights wrapped in `state_dict`, `model` or `model_state_dict` are unwrapped; the rest of such a file is left out.
@@ -38,7 +44,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: no such file.")
     if path.suffix == ".safetensors":
         try:
-            return _apart(load_file(path))
+            return _apart(load_file(path)), None
         except SafetensorError as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error}.") from error
     try:
@@ -49,7 +55,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be opened as plain weights ({type(error).__name__}: {reason}). {RESAVE}."
         ) from error
-    return _unwrap(content, path)
+    return _unwrap(content, path), _class_names(content)
+
+
+def _class_names(content: Any) -> list[str] | None:
+    meta = content.get("meta") if isinstance(content, dict) else None
+    names = meta.get("CLASSES") if isinstance(meta, dict) else None
+    known = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+    return list(names) if known and names and len(set(names)) == len(names) else None
 
 
 def _numpy_scalars() -> list[Any]:

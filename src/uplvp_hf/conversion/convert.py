@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data.coco_classes import COCO_CLASSES
 from ..files import write_json
 from .backbones import convert_resnet_backbone, resnet_config_of
-from .checkpoint_file import CheckpointError, detect_format, read_checkpoint
+from .checkpoint_file import CheckpointError, detect_format, open_checkpoint
 from .detectron2 import convert_detectron2_mask2former
 from .knet import config_from_mmdet_knet, convert_mmdet_knet
 from .mask2former import config_from_mmdet, convert_mmdet_mask2former
@@ -167,7 +167,8 @@ def convert_checkpoint(
             or "segmenter" (the network alone, as transformers or we have it).
         config: JSON file of the original's configuration, its `model` section or a file that holds one. Without it
             sizes are read off the tensors.
-        classes, category_ids: names and original ids; None: COCO's for 80 classes, else "class 0", ... and 1, 2, ...
+        classes, category_ids: names and original ids; None: the names that mmdetection saved, else COCO's for 80
+            classes, else "class 0", ...; ids of COCO for its 80 classes, else 1, 2, ...
         settings: of the segmenter's configuration, to replace what was found.
 
     Writes `conversion_report.json` beside the model. Raises CheckpointError or ValueError for what cannot be
@@ -178,7 +179,7 @@ def convert_checkpoint(
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another folder.")
-    source = read_checkpoint(checkpoint)
+    source, named = open_checkpoint(checkpoint)
     found = detect_format(source)
     if found != "resnet":  # of a model that was saved inside a wrapper for several devices
         source = {name.removeprefix("module."): tensor for name, tensor in source.items()}
@@ -187,7 +188,7 @@ def convert_checkpoint(
             model, converted, dropped = _backbone(source)
         else:
             model, converted, dropped = _segmenter(
-                source, _formats()[found], kind, config, classes, category_ids, settings
+                source, _formats()[found], kind, config, (classes, named), category_ids, settings
             )
     except KeyError as error:
         raise CheckpointError(f"{checkpoint} ({found}): the tensor {error} (our name) is missing.") from error
@@ -226,7 +227,7 @@ def _segmenter(source, form: _Format, kind: str, config, classes, category_ids, 
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"configuration {config} is not that of such a model: {error!r}.") from error
     found |= settings or {}
-    labels = _labels(found.pop("num_labels"), classes)
+    labels = _labels(found.pop("num_labels"), *classes)
     segmenter_config = {"model_type": form.model_type, **found}
     if kind == "segmenter":
         model = _plain(segmenter_config, labels)
@@ -303,7 +304,10 @@ def _drop_reason(name: str) -> str | None:
     return next((reason for pattern, reason in _DROPPED.items() if re.fullmatch(pattern, name)), None)
 
 
-def _labels(count: int, classes: Sequence[str] | None) -> dict[int, str]:
+def _labels(count: int, classes: Sequence[str] | None, named: Sequence[str] | None) -> dict[int, str]:
+    """Names that were given, else those in the checkpoint if they fit its number of classes."""
+    if classes is None and named is not None and len(named) == count:
+        classes = named
     if classes is None:
         classes = COCO_CLASSES if count == len(COCO_CLASSES) else [f"class {index}" for index in range(count)]
     if len(classes) != count:

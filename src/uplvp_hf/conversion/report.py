@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+INITIALISED = "not in the checkpoint: initialised"
+
 
 @dataclass
 class ConversionReport:
@@ -53,8 +55,13 @@ class ConversionReport:
         for name in model_names:
             if name not in converted:
                 ends = [reason for end, reason in (missing_reason or {}).items() if name.endswith(end)]
-                report.missing[name] = ends[0] if ends else "not in the checkpoint: initialised"
+                report.missing[name] = ends[0] if ends else INITIALISED
         return report
+
+    @property
+    def untrained(self) -> list[str]:
+        """Our tensors that should have been in the checkpoint: the model does not work as the original did."""
+        return [name for name, reason in self.missing.items() if reason == INITIALISED]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
