@@ -114,8 +114,8 @@ class StoreWriter:
 
     finished: image ids with a row already. header: the header in force (that of the store, when resuming). repaired:
     files of pictures that failed in an earlier run and have a row now.
-    Raises StoreError for a folder with other contents, for other settings (listing them), for an unwanted resume, and
-    when another run is writing into the folder.
+    Raises StoreError for a folder with other contents, for other settings (listing them), for an unwanted resume; and
+    on entering, when another run is writing into the folder.
     """
 
     def __init__(
@@ -129,14 +129,7 @@ class StoreWriter:
         self.folder = Path(folder)
         self.rank, self.shard_size = rank, shard_size
         self.header = header
-        self._lock = self._locked() if rank == 0 else None
-        try:
-            self._open(header, resume)
-        except BaseException:
-            self._unlock()
-            raise
-
-    def _open(self, header: dict[str, Any], resume: bool) -> None:
+        self._lock: IO | None = None
         self.resumed = (self.folder / "header.json").is_file()
         if self.resumed:
             self._check(header, resume)
@@ -316,6 +309,7 @@ class StoreWriter:
             self._failures_changed = False
 
     def __enter__(self) -> StoreWriter:
+        self._lock = self._locked() if self.rank == 0 else None
         return self
 
     def __exit__(
