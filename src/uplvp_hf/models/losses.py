@@ -89,7 +89,7 @@ class MaskClassificationLoss:
 
     def _losses(self, layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide):
         device = layers[0].mask_logits.device
-        _check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1] - 1)
+        check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1] - 1)
         class_labels = [labels.to(device).long() for labels in class_labels]
         mask_labels = [masks.to(device).bool() for masks in mask_labels]
         extent = None if pixel_mask is None else picture_extent(pixel_mask, len(mask_labels), device)
@@ -259,7 +259,7 @@ def kernel_supervision(
     return total / (num_pairs if num_pairs is not None else known.sum().clamp(min=1))
 
 
-def _check_labels(class_labels: list[Tensor], mask_labels: list[Tensor], num_labels: int) -> None:
+def check_labels(class_labels: list[Tensor], mask_labels: list[Tensor], num_labels: int) -> None:
     for i, (labels, masks) in enumerate(zip(class_labels, mask_labels, strict=True)):
         if len(labels) != len(masks):
             raise ValueError(f"Picture {i} of the batch has {len(masks)} masks but {len(labels)} class labels.")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchvision.ops import sigmoid_focal_loss as dense_focal_loss
 
 from .loss_terms import dice_cost, dice_loss, focal_cost, mask_cost, sigmoid_focal_loss
-from .losses import LayerOutput, Normalizers, _check_labels
+from .losses import LayerOutput, Normalizers, check_labels
 from .matching import LabelGuide, hungarian
 from .padding import is_padded, valid_cells
 
@@ -138,7 +138,7 @@ class KNetLoss:
         """
         with torch.autocast(initial_masks.device.type, enabled=False):  # it would multiply in half precision
             device, normalizers = initial_masks.device, normalizers or Normalizers()
-            _check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1])
+            check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1])
             labels = [label.to(device).long() for label in class_labels]
             targets = [soft_targets(mask.to(device).bool(), initial_masks.shape[-2:]) for mask in mask_labels]
             valid = _valid(pixel_mask, initial_masks.shape[-2:], device)

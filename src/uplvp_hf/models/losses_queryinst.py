@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .loss_terms import box_giou_cost, box_l1_cost, dice_loss, focal_cost, giou_loss, sigmoid_focal_loss
-from .losses import LayerOutput, Normalizers, _check_labels
+from .losses import LayerOutput, Normalizers, check_labels
 from .matching import LabelGuide, hungarian
 from .prompts import tight_boxes
 from .roi import crop_masks
@@ -91,7 +91,7 @@ class QueryInstLoss:
         Without objects box and mask terms are zeros that still touch boxes and mask heads.
         """
         device = layers[0].boxes.device
-        _check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1])
+        check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1])
         class_labels = [labels.to(device).long() for labels in class_labels]
         mask_labels = [masks.to(device).bool() for masks in mask_labels]
         target_boxes = [tight_boxes(masks).float() for masks in mask_labels]
