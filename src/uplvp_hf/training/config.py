@@ -3,20 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import types
-import typing
 from dataclasses import dataclass, field
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-
-class ConfigError(ValueError):
-    """A setting that does not exist or has a wrong type or value."""
+from .settings_file import ConfigError, at_least, build_settings, choice, merge_words, read_recipe
 
 
 class TrainingAborted(RuntimeError):
@@ -144,27 +134,27 @@ class TrainSettings:
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
     def __post_init__(self):
-        _choice("stage", self.stage, ("pretrain", "finetune"))
-        _choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        _choice("model.class_head", self.model.class_head, ("remap", "new"))
-        _choice("optim.schedule", self.optim.schedule, ("constant", "linear", "cosine", "step"))
-        _at_least("optim.steps", self.optim.steps, 1)
-        _at_least("optim.batch_size", self.optim.batch_size, 1)
-        _at_least("optim.accumulation", self.optim.accumulation, 1)
-        _at_least("optim.lr", self.optim.lr, 0)
-        _at_least("optim.clip", self.optim.clip, 0)
-        _at_least("optim.weight_decay", self.optim.weight_decay, 0)
-        _at_least("optim.max_skipped", self.optim.max_skipped, 1)
-        _at_least("optim.warmup", self.optim.warmup, 0)
-        _at_least("seed", self.seed, 0)
-        _at_least("log_every", self.log_every, 1)
-        _at_least("data.workers", self.data.workers, 0)
-        _at_least("data.max_instances", self.data.max_instances, 1)
-        _at_least("evaluation.batch_size", self.evaluation.batch_size, 1)
+        choice("stage", self.stage, ("pretrain", "finetune"))
+        choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
+        choice("model.class_head", self.model.class_head, ("remap", "new"))
+        choice("optim.schedule", self.optim.schedule, ("constant", "linear", "cosine", "step"))
+        at_least("optim.steps", self.optim.steps, 1)
+        at_least("optim.batch_size", self.optim.batch_size, 1)
+        at_least("optim.accumulation", self.optim.accumulation, 1)
+        at_least("optim.lr", self.optim.lr, 0)
+        at_least("optim.clip", self.optim.clip, 0)
+        at_least("optim.weight_decay", self.optim.weight_decay, 0)
+        at_least("optim.max_skipped", self.optim.max_skipped, 1)
+        at_least("optim.warmup", self.optim.warmup, 0)
+        at_least("seed", self.seed, 0)
+        at_least("log_every", self.log_every, 1)
+        at_least("data.workers", self.data.workers, 0)
+        at_least("data.max_instances", self.data.max_instances, 1)
+        at_least("evaluation.batch_size", self.evaluation.batch_size, 1)
         if not 0 < self.evaluation.mask_threshold < 1:
             raise ConfigError(f"evaluation.mask_threshold lies between 0 and 1, got {self.evaluation.mask_threshold}.")
-        _at_least("checkpoint.every", self.checkpoint.every, 0)
-        _at_least("checkpoint.keep", self.checkpoint.keep, 1)
+        at_least("checkpoint.every", self.checkpoint.every, 0)
+        at_least("checkpoint.keep", self.checkpoint.keep, 1)
         if self.data.size is not None and (self.data.size < 32 or self.data.size % 32):
             raise ConfigError(f"data.size must be a positive multiple of 32 pixels, got {self.data.size}.")
 
@@ -182,131 +172,19 @@ def load_settings(recipe: str | None = None, overrides: list[str] | None = None,
         for key, value in read_recipe(recipe).items():
             before = values.get(key)
             values[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
-    for word in overrides or []:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise ConfigError(f"`{word}` is not of the form section.key=value.")
-        try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"`{word}`: the value is not valid YAML: {error}") from error
-        _set(values, key.lstrip("-").split("."), _Word(value, text))
-    return _build(TrainSettings, values, "")
+    merge_words(values, overrides or [])
+    return build_settings(TrainSettings, values)
 
 
-def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """Contents of a recipe file, or of a shipped recipe by name."""
-    path = Path(name_or_path)
-    if not path.is_file():
-        shipped = resources.files("uplvp_hf.training") / "recipes"
-        known = sorted(Path(entry.name).stem for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
-        if name_or_path not in known:
-            raise ConfigError(f"No recipe file `{name_or_path}`. Shipped recipes: {', '.join(known)}.")
-        path = Path(str(shipped / f"{name_or_path}.yaml"))
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold settings as `key: value`.")
-    return content
-
-
-@dataclass
-class _Word:
-    """A value from the command line: as YAML reads it, and as it was written (YAML takes `off` for False)."""
-
-    value: Any
-    text: str
-
-
-def _plain(value: Any) -> Any:
-    """`value` without `_Word`s, at any depth of dicts."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value.value if isinstance(value, _Word) else value
-
-
-def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
-    for key in path[:-1]:
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"`{'.'.join(path)}`: `{key}` is a value, not a section.")
-    values[path[-1]] = value
-
-
-def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
-    known = {item.name: item for item in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    arguments = {}
-    for key, value in values.items():
-        if key not in known:
-            key = str(key)
-            raise ConfigError(f"Unknown setting `{prefix}{key}`. {_suggestion(key, prefix, list(known))}")
-        if dataclasses.is_dataclass(hints[key]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"`{prefix}{key}` is a section and needs `key: value` lines, got {_plain(value)!r}.")
-            arguments[key] = _build(hints[key], value, f"{prefix}{key}.")
-        else:
-            arguments[key] = _coerce(f"{prefix}{key}", value, hints[key])
-    return cls(**arguments)
-
-
-def _all_keys() -> dict[str, list[str]]:
-    """Last part of every key -> full keys."""
-    keys: dict[str, list[str]] = {}
-    for item in dataclasses.fields(TrainSettings):
-        hint = typing.get_type_hints(TrainSettings)[item.name]
-        keys.setdefault(item.name, []).append(item.name)
-        if dataclasses.is_dataclass(hint):
-            for inner in dataclasses.fields(hint):
-                keys.setdefault(inner.name, []).append(f"{item.name}.{inner.name}")
-    return keys
-
-
-def _suggestion(key: str, prefix: str, siblings: list[str]) -> str:
-    """The nearest known key, of the same section if one is near, otherwise of any."""
-    for near in difflib.get_close_matches(key, siblings, n=1):
-        return f"Did you mean `{prefix}{near}`?"
-    for near in difflib.get_close_matches(key, _all_keys(), n=1):
-        return f"Did you mean `{_all_keys()[near][0]}`?"
-    return f"Known here: {', '.join(prefix + name for name in siblings)}."
-
-
-def _coerce(key: str, value: Any, hint: Any) -> Any:
-    """`value` as the annotated type: whole numbers become floats, `1e-3` (a string in YAML) too."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, _Word) and value.value is not None and str in options:
-        return value.text
-    value = _plain(value)
-    if value is None:
-        if types.NoneType in options:
-            return None
-        raise ConfigError(f"`{key}` needs a value.")
-    for option in options:
-        origin = typing.get_origin(option) or option
-        if origin is float and not isinstance(value, bool):
-            try:
-                number = float(value)
-            except (TypeError, ValueError):
-                continue
-            if math.isfinite(number):
-                return number
-        if origin is list and isinstance(value, (list, tuple)):
-            return [_coerce(f"{key}[{i}]", item, typing.get_args(option)[0]) for i, item in enumerate(value)]
-        if origin is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-        if isinstance(value, origin) and not (origin is int and isinstance(value, bool)):
-            return value
-    name = getattr(hint, "__name__", str(hint))
-    raise ConfigError(f"`{key}` must be of type {name}, got {value!r}.")
-
-
-def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"`{key}` must be one of {', '.join(choices)}, got `{value}`.")
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise ConfigError(f"`{key}` must be at least {least}, got {value}.")
+__all__ = [
+    "CheckpointSettings",
+    "ConfigError",
+    "DataSettings",
+    "EvaluationSettings",
+    "ModelSettings",
+    "OptimSettings",
+    "TrainSettings",
+    "TrainingAborted",
+    "load_settings",
+    "read_recipe",
+]
