@@ -23,7 +23,12 @@ def run_training(stage: str, description: str, argv: list[str] | None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, see below")
-    parser.add_argument("--recipe", help="YAML file, or the name of a shipped recipe")
+    parser.add_argument(
+        "--recipe",
+        action="append",
+        default=[],
+        help="YAML file, or the name of a shipped recipe; repeatable, later wins",
+    )
     parser.add_argument("--output", help="folder for checkpoints and the model (default: runs/<stage>)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from .settings_file import ConfigError, at_least, build_settings, choice, merge_words, read_recipe
+from .recipes_file import merge_settings, read_recipe
+from .settings_file import ConfigError, at_least, build_settings, choice, merge_words
 
 
 class TrainingAborted(RuntimeError):
@@ -162,16 +163,15 @@ class TrainSettings:
         return dataclasses.asdict(self)
 
 
-def load_settings(recipe: str | None = None, overrides: list[str] | None = None, **defaults: Any) -> TrainSettings:
+def load_settings(
+    recipe: str | list[str] | None = None, overrides: list[str] | None = None, **defaults: Any
+) -> TrainSettings:
     """Settings from a recipe (a YAML file, or the name of one that ships with the package) and `key=value` words.
 
-    Raises ConfigError for a missing recipe, an unknown key (naming the nearest known one), a wrong type or value.
+    Of several recipes, later ones win. Raises ConfigError for a missing recipe, an unknown key (naming the nearest
+    known one), a wrong type or value.
     """
-    values: dict[str, Any] = dict(defaults)
-    if recipe is not None:
-        for key, value in read_recipe(recipe).items():
-            before = values.get(key)
-            values[key] = {**before, **value} if isinstance(before, dict) and isinstance(value, dict) else value
+    values = merge_settings(defaults, read_recipe(recipe or []))
     merge_words(values, overrides or [])
     return build_settings(TrainSettings, values)
 

@@ -1,4 +1,4 @@
-"""Reading settings: YAML recipes and `section.key=value` words into dataclasses, with errors that name the key."""
+"""Settings: nested dicts and `section.key=value` words into dataclasses, with errors that name the key."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import math
 import types
 import typing
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,24 +15,6 @@ import yaml
 
 class ConfigError(ValueError):
     """A setting that does not exist or has a wrong type or value."""
-
-
-def read_recipe(name_or_path: str) -> dict[str, Any]:
-    """Contents of a recipe file, or of a shipped recipe by name."""
-    path = Path(name_or_path)
-    if not path.is_file():
-        shipped = resources.files("uplvp_hf.training") / "recipes"
-        known = sorted(Path(entry.name).stem for entry in shipped.iterdir() if entry.name.endswith(".yaml"))
-        if name_or_path not in known:
-            raise ConfigError(f"No recipe file `{name_or_path}`. Shipped recipes: {', '.join(known)}.")
-        path = Path(str(shipped / f"{name_or_path}.yaml"))
-    try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold settings as `key: value`.")
-    return content
 
 
 def merge_words(values: dict[str, Any], words: list[str]) -> None:
