@@ -1,16 +1,16 @@
 """Settings: recipes, overrides, errors that say what was meant; optimiser groups, schedule, order of samples."""
 
 import itertools
-import math
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
 from uplvp_hf.training.config import ConfigError, OptimSettings, TrainSettings, load_settings
-from uplvp_hf.training.optim import learning_rate_factor, make_optimizer, parameter_groups
+from uplvp_hf.training.optim import learning_rate_factor, make_optimizer, parameter_groups, with_steps
 from uplvp_hf.training.recipes_file import shipped_recipes
 from uplvp_hf.training.stream import SampleKeys
 
@@ -63,7 +63,7 @@ def test_recipe_over_defaults_and_words_over_both(tmp_path):
         (["model.freeze_backbone=1"], "`model.freeze_backbone` must be of type bool"),
         (["stage=train"], "`stage` must be one of pretrain, finetune, got `train`"),
         (["mixed_precision=int8"], "`mixed_precision` must be one of"),
-        (["optim.schedule=poly"], "`optim.schedule` must be one of"),
+        (["optim.schedule=exponential"], "`optim.schedule` must be one of"),
         (["model.class_head=drop"], "`model.class_head` must be one of"),
         (["optim.steps=0"], "`optim.steps` must be at least 1, got 0"),
         (["log_every=0"], "`log_every` must be at least 1"),
@@ -100,20 +100,65 @@ def test_shipped_recipes_are_valid():
         UplvpConfig(segmenter_config=settings.model.segmenter)
 
 
-def test_schedules():
-    def factors(**settings):
-        optim = OptimSettings(steps=100, warmup=9, **settings)
-        return [learning_rate_factor(step, optim) for step in range(100)]
+def factors(steps=100, warmup=0, **settings):
+    optim = OptimSettings(steps=steps, warmup=warmup, **settings)
+    return [learning_rate_factor(step, optim) for step in range(steps)]
 
-    for schedule in ("constant", "linear", "cosine", "step"):
-        rates = factors(schedule=schedule)
+
+def rates_of(make_scheduler, steps):
+    """What a scheduler of another library sets a rate of 1 to, at every step."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler, rates = make_scheduler(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_schedules_are_those_of_torch_and_transformers():
+    schedulers = torch.optim.lr_scheduler
+    poly = rates_of(lambda o: schedulers.PolynomialLR(o, total_iters=60, power=0.9), 60)
+    assert factors(60, schedule="poly") == pytest.approx(poly)
+    assert factors(60, schedule="poly", power=2.0) != pytest.approx(poly)
+    stepped = rates_of(lambda o: schedulers.MultiStepLR(o, [201, 276], gamma=0.1), 300)
+    assert factors(300, schedule="step", milestones=[0.67, 0.92]) == pytest.approx(stepped)
+    warm = {"warmup": 7, "warmup_factor": 0.0}
+    for schedule, theirs in {
+        "cosine": transformers.get_cosine_schedule_with_warmup,
+        "linear": transformers.get_linear_schedule_with_warmup,
+    }.items():
+        assert factors(50, schedule=schedule, **warm) == pytest.approx(rates_of(lambda o: theirs(o, 7, 50), 50))  # noqa: B023
+    poly = rates_of(
+        lambda o: transformers.get_polynomial_decay_schedule_with_warmup(o, 7, 50, lr_end=0.0, power=0.9), 50
+    )
+    assert factors(50, schedule="poly", **warm) == pytest.approx(poly)
+    constant = rates_of(lambda o: transformers.get_constant_schedule_with_warmup(o, 7), 50)
+    assert factors(50, schedule="constant", **warm) == pytest.approx(constant)
+    # mmcv's linear warm-up from a ratio, then steps: the released recipes.
+    ratio = rates_of(lambda o: schedulers.LinearLR(o, start_factor=0.001, total_iters=20), 40)
+    assert factors(40, warmup=20, warmup_factor=0.001) == pytest.approx(ratio)
+
+
+def test_warmup_without_a_factor_never_is_zero_nor_whole():
+    for schedule in ("constant", "linear", "cosine", "poly", "step"):
+        rates = factors(warmup=9, schedule=schedule)
         assert rates[:9] == pytest.approx([(k + 1) / 10 for k in range(9)]) and rates[9] == 1
         assert all(a >= b > 0 for a, b in itertools.pairwise(rates[9:]))
-    assert set(factors(schedule="constant")[9:]) == {1.0}
-    assert factors(schedule="linear")[54] == pytest.approx(1 - 45 / 91)
-    assert factors(schedule="cosine")[54] == pytest.approx((1 + math.cos(math.pi * 45 / 91)) / 2)
-    stepped = factors(schedule="step", milestones=[0.5, 0.9])
-    assert [stepped[k] for k in (49, 50, 89, 90)] == pytest.approx([1, 0.1, 0.1, 0.01])
+
+
+def test_epochs_become_whole_steps():
+    def steps(pictures, processes, *words):
+        return with_steps(load_settings(None, list(words)), pictures, processes).optim.steps
+
+    batch = ["optim.batch_size=4", "optim.accumulation=2"]
+    assert steps(100, 1, *batch, "optim.steps=7") == 7
+    assert steps(96, 1, *batch, "optim.epochs=2") == 24
+    assert steps(97, 1, *batch, "optim.epochs=2") == 25
+    assert steps(96, 2, *batch, "optim.epochs=2") == 12
+    assert steps(96, 1, *batch, "optim.epochs=0.5") == 6
+    assert steps(3, 1, *batch, "optim.epochs=0.1") == 1
+    assert steps(300, 1, "optim.batch_size=3", "optim.epochs=0.7") == 70  # 0.7 * 300 is a bit above 210
 
 
 @pytest.mark.parametrize("backbone", ["resnet", "swin"])

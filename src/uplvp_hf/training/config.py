@@ -52,6 +52,9 @@ class ModelSettings:
     Mask2Former; None builds `segmenter` (settings of the segmenter's configuration: `model_type` mask2former, knet or
     queryinst, `backbone_config` and its own).
     backbone_weights: safetensors with the backbone's weights. freeze_backbone: no gradients, norms in eval mode.
+    freeze_stages: so many first stages of the backbone are frozen, norms in eval mode; 1 is the stem and the first
+    stage (`frozen_stages=1` of mmdetection), 0 none. freeze_backbone_norm: the batch norms of the backbone keep their
+    statistics; their scales and shifts are trained.
     class_head: "remap" keeps rows of classes that the checkpoint knows by name, "new" starts afresh.
     class_agnostic: pre-train with one class, "object". text_features: text embeddings of the class names, a file that
     scripts/embed_classes.py writes: pre-trains with an additional class head on them. The others: see `UplvpConfig`;
@@ -62,6 +65,8 @@ class ModelSettings:
     segmenter: dict[str, Any] | None = None
     backbone_weights: str | None = None
     freeze_backbone: bool = False
+    freeze_stages: int = 0
+    freeze_backbone_norm: bool = False
     class_head: str = "remap"
     class_agnostic: bool = False
     num_prompts: int | None = None
@@ -81,46 +86,69 @@ class ModelSettings:
 @dataclass
 class OptimSettings:
     """AdamW and its schedule. batch_size is a process's micro-batch; the effective batch is batch_size x accumulation
-    x processes. schedule: constant, linear, cosine or step (x0.1 at each fraction in `milestones`), after `warmup`
-    steps of linear warm-up. backbone_multiplier scales the backbone's rate. clip: largest gradient norm, 0 for none.
+    x processes. epochs, if set, replaces steps: ceil(epochs x pictures / effective batch).
+    schedule: constant, linear, cosine, poly (the share of steps left, to `power`) or step (x0.1 at each fraction of the
+    steps in `milestones`), after `warmup` steps of linear warm-up, which starts from `warmup_factor` of the rate (None:
+    from 1 / (warmup + 1)). backbone_multiplier scales the backbone's rate. clip: largest gradient norm, 0 for none.
+    ema: decay of the moving average of the weights, which is then what is evaluated and saved at the end; 0 for none.
+    max_skipped: the run is stopped at so many steps that were not finite.
     """
 
     steps: int = 500
+    epochs: float | None = None
     batch_size: int = 8
     accumulation: int = 1
     lr: float = 1e-4
     backbone_multiplier: float = 0.1
     weight_decay: float = 0.05
     schedule: str = "constant"
+    power: float = 0.9
     milestones: list[float] = field(default_factory=lambda: [0.67, 0.92])
     warmup: int = 10
+    warmup_factor: float | None = None
     clip: float = 1.0
+    ema: float = 0.0
     max_skipped: int = 20
 
 
 @dataclass
 class EvaluationSettings:
-    """at: steps after which `data.val` is evaluated (the last step always is). class_agnostic ignores classes.
-    mask_threshold: a pixel belongs to a mask when its probability is above this.
+    """at: steps after which `data.val` is evaluated (the last step always is); every: so many steps, 0 for none;
+    every_epochs: so many passes over the pictures (fractions count). patience: training ends after so many evaluations
+    without a better AP, 0 for never. class_agnostic ignores classes. mask_threshold: a pixel belongs to a mask when its
+    probability is above this. backend: what computes the AP, "streaming" (no package needed) or one of pycocotools,
+    hotcoco, faster_coco_eval.
     """
 
     at: list[int] = field(default_factory=list)
+    every: int = 0
+    every_epochs: float | None = None
+    patience: int = 0
     batch_size: int = 8
     class_agnostic: bool = False
     mask_threshold: float = 0.5
+    backend: str = "streaming"
 
 
 @dataclass
 class CheckpointSettings:
-    """every: steps between checkpoints, 0 for none but the final model. keep: how many of the newest stay."""
+    """every: steps between checkpoints, 0 for none but the final model. keep: how many of the newest stay. best: the
+    final model is the one of best AP among those evaluated, not the last one.
+    """
 
     every: int = 100
     keep: int = 1
+    best: bool = False
 
 
 @dataclass
 class TrainSettings:
-    """A whole run. stage: "pretrain" (prompts and kernel supervision) or "finetune"."""
+    """A whole run. stage: "pretrain" (prompts and kernel supervision) or "finetune".
+
+    mixed_precision: no, bf16 or fp16 (CUDA only). log_every: steps. tracker: one that Accelerate knows, such as
+    tensorboard. fsdp: weights, gradients and moments are spread over the processes. overfit_one_batch: every step
+    trains on the first batch, without augmentation, to see that the loss can fall.
+    """
 
     stage: str = "finetune"
     output: str = "runs/train"
@@ -128,6 +156,8 @@ class TrainSettings:
     mixed_precision: str = "no"
     log_every: int = 10
     tracker: str | None = None
+    fsdp: bool = False
+    overfit_one_batch: bool = False
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
@@ -138,29 +168,61 @@ class TrainSettings:
         choice("stage", self.stage, ("pretrain", "finetune"))
         choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
         choice("model.class_head", self.model.class_head, ("remap", "new"))
-        choice("optim.schedule", self.optim.schedule, ("constant", "linear", "cosine", "step"))
-        at_least("optim.steps", self.optim.steps, 1)
-        at_least("optim.batch_size", self.optim.batch_size, 1)
-        at_least("optim.accumulation", self.optim.accumulation, 1)
-        at_least("optim.lr", self.optim.lr, 0)
-        at_least("optim.clip", self.optim.clip, 0)
-        at_least("optim.weight_decay", self.optim.weight_decay, 0)
-        at_least("optim.max_skipped", self.optim.max_skipped, 1)
-        at_least("optim.warmup", self.optim.warmup, 0)
+        at_least("model.freeze_stages", self.model.freeze_stages, 0)
         at_least("seed", self.seed, 0)
         at_least("log_every", self.log_every, 1)
-        at_least("data.workers", self.data.workers, 0)
-        at_least("data.max_instances", self.data.max_instances, 1)
-        at_least("evaluation.batch_size", self.evaluation.batch_size, 1)
-        if not 0 < self.evaluation.mask_threshold < 1:
-            raise ConfigError(f"evaluation.mask_threshold lies between 0 and 1, got {self.evaluation.mask_threshold}.")
+        if self.fsdp and self.mixed_precision == "fp16":
+            raise ConfigError("`fsdp` works with mixed_precision no or bf16, not with fp16.")
+        _check_data(self.data)
+        _check_optim(self.optim)
+        _check_evaluation(self.evaluation, self.data)
         at_least("checkpoint.every", self.checkpoint.every, 0)
         at_least("checkpoint.keep", self.checkpoint.keep, 1)
-        if self.data.size is not None and (self.data.size < 32 or self.data.size % 32):
-            raise ConfigError(f"data.size must be a positive multiple of 32 pixels, got {self.data.size}.")
+        if self.checkpoint.best and self.data.val is None:
+            raise ConfigError("`checkpoint.best` needs pictures to evaluate on: set `data.val`.")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _check_data(data: DataSettings) -> None:
+    at_least("data.workers", data.workers, 0)
+    at_least("data.max_instances", data.max_instances, 1)
+    if data.size is not None and (data.size < 32 or data.size % 32):
+        raise ConfigError(f"data.size must be a positive multiple of 32 pixels, got {data.size}.")
+
+
+def _check_optim(optim: OptimSettings) -> None:
+    choice("optim.schedule", optim.schedule, ("constant", "linear", "cosine", "poly", "step"))
+    for key, least in {
+        "steps": 1, "batch_size": 1, "accumulation": 1, "lr": 0, "backbone_multiplier": 0, "clip": 0, "weight_decay": 0,
+        "max_skipped": 1, "warmup": 0, "power": 0,
+    }.items():  # fmt: skip
+        at_least(f"optim.{key}", getattr(optim, key), least)
+    if optim.epochs is not None and optim.epochs <= 0:
+        raise ConfigError(f"optim.epochs must be above 0, got {optim.epochs}.")
+    if not 0 <= optim.ema < 1:
+        raise ConfigError(f"optim.ema is a decay of 0 (none) to below 1, such as 0.999; got {optim.ema}.")
+    if optim.warmup_factor is not None and not 0 <= optim.warmup_factor <= 1:
+        raise ConfigError(f"optim.warmup_factor is a share of the rate, 0 to 1, got {optim.warmup_factor}.")
+    if min(optim.milestones, default=1.0) <= 0:
+        raise ConfigError(f"optim.milestones are fractions of the steps, above 0; got {optim.milestones}.")
+
+
+def _check_evaluation(evaluation: EvaluationSettings, data: DataSettings) -> None:
+    choice("evaluation.backend", evaluation.backend, ("streaming", "pycocotools", "hotcoco", "faster_coco_eval"))
+    at_least("evaluation.batch_size", evaluation.batch_size, 1)
+    at_least("evaluation.every", evaluation.every, 0)
+    at_least("evaluation.patience", evaluation.patience, 0)
+    if evaluation.every_epochs is not None and evaluation.every_epochs <= 0:
+        raise ConfigError(f"evaluation.every_epochs must be above 0, got {evaluation.every_epochs}.")
+    if not 0 < evaluation.mask_threshold < 1:
+        raise ConfigError(f"evaluation.mask_threshold lies between 0 and 1, got {evaluation.mask_threshold}.")
+    often = evaluation.every or evaluation.every_epochs or len(evaluation.at) > 1
+    if evaluation.patience and (data.val is None or not often):
+        raise ConfigError(
+            "`evaluation.patience` needs several evaluations: set `data.val`, and `evaluation.every` or `every_epochs`."
+        )
 
 
 def load_settings(

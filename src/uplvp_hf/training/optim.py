@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import nn
 
-from .config import OptimSettings
+from .config import OptimSettings, TrainSettings
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -40,17 +41,41 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
 
 
 def learning_rate_factor(step: int, settings: OptimSettings) -> float:
-    """Factor on the base rate at update `step` (0-based): linear warm-up, then the schedule."""
+    """Factor on the base rate at update `step` (0-based): linear warm-up, then the schedule.
+
+    Without `warmup_factor` the warm-up takes warmup + 1 equal steps up to the whole rate, none of them zero. With it
+    the rate starts at that share (0.001 in the released K-Net and QueryInst recipes, 0 in transformers' schedules).
+    Cosine, linear and poly fall over the steps after the warm-up, as transformers' do; milestones count from the first
+    step and are rounded to whole steps.
+    """
     if step < settings.warmup:
-        return (step + 1) / (settings.warmup + 1)
+        if settings.warmup_factor is None:
+            return (step + 1) / (settings.warmup + 1)
+        return settings.warmup_factor + (1 - settings.warmup_factor) * step / settings.warmup
     progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
     if settings.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     if settings.schedule == "linear":
         return 1 - progress
+    if settings.schedule == "poly":
+        return (1 - progress) ** settings.power
     if settings.schedule == "step":
-        return 0.1 ** sum(step >= milestone * settings.steps for milestone in settings.milestones)
+        return 0.1 ** sum(step >= round(milestone * settings.steps) for milestone in settings.milestones)
     return 1.0
+
+
+def with_steps(settings: TrainSettings, pictures: int, processes: int) -> TrainSettings:
+    """`optim.epochs`, if set, as `optim.steps`: as many whole steps as are needed to show every picture so often."""
+    optim = settings.optim
+    if optim.epochs is None:
+        return settings
+    steps = math.ceil(optim.epochs * pictures / pictures_per_step(optim, processes) - 1e-9)
+    return dataclasses.replace(settings, optim=dataclasses.replace(optim, steps=max(steps, 1)))
+
+
+def pictures_per_step(settings: OptimSettings, processes: int) -> int:
+    """The effective batch."""
+    return settings.batch_size * settings.accumulation * processes
 
 
 def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
