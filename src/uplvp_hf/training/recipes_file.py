@@ -38,8 +38,8 @@ def merge_settings(below: dict[str, Any], above: dict[str, Any]) -> dict[str, An
     for key, value in above.items():
         before = merged.get(key)
         if isinstance(before, dict) and isinstance(value, dict):
-            other_kind = value.get("model_type", before.get("model_type")) != before.get("model_type")
-            merged[key] = value if other_kind else merge_settings(before, value)
+            kinds = {one["model_type"] for one in (before, value) if "model_type" in one}
+            merged[key] = value if len(kinds) > 1 else merge_settings(before, value)
         else:
             merged[key] = value
     return merged
