@@ -73,9 +73,28 @@ def _build(cls: type, values: dict[str, Any], prefix: str, root: type) -> Any:
             if not isinstance(value, dict):
                 raise ConfigError(f"`{prefix}{key}` is a section and needs `key: value` lines, got {_plain(value)!r}.")
             arguments[key] = _build(hints[key], value, f"{prefix}{key}.", root)
+        elif (section := _section_of_table(hints[key])) is not None:
+            arguments[key] = _build_table(section, value, f"{prefix}{key}", root)
         else:
             arguments[key] = _coerce(f"{prefix}{key}", value, hints[key])
     return cls(**arguments)
+
+
+def _section_of_table(hint: Any) -> type | None:
+    """The dataclass of a `dict[str, dataclass]`."""
+    if typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1]):
+        return typing.get_args(hint)[1]
+    return None
+
+
+def _build_table(section: type, value: Any, prefix: str, root: type) -> dict[str, Any]:
+    """{name: section} of a dict of dicts; the names are free, None is a section of defaults."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"`{prefix}` is a table and needs `name: {{...}}` lines, got {_plain(value)!r}.")
+    for name, entry in value.items():
+        if entry is not None and not isinstance(entry, dict):
+            raise ConfigError(f"`{prefix}.{name}` is a section and needs `key: value` lines, got {_plain(entry)!r}.")
+    return {str(name): _build(section, entry or {}, f"{prefix}.{name}.", root) for name, entry in value.items()}
 
 
 def _all_keys(root: type) -> dict[str, list[str]]:
