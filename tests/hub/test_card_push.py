@@ -12,7 +12,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import uplvp_hf
 from uplvp_hf.commands import push
-from uplvp_hf.hub import build_card, prepare_folder, push_folder
+from uplvp_hf.hub import build_card, prepare_folder
 
 SUMMARY = {
     "stage": "finetune",
@@ -159,24 +159,6 @@ def test_wrong_input_fails_in_one_line(model_dir, tmp_path, capsys):
     assert not (tmp_path / "repository").exists()
     with pytest.raises(SystemExit):
         push.main([str(model_dir), "--repo-id", "user/animals", "--dry-run"])
-
-
-def test_push_creates_and_uploads(monkeypatch, tmp_path):
-    calls = []
-
-    class Api:
-        def __getattr__(self, name):
-            def record(*arguments, **keywords):
-                calls.append((name, arguments, keywords))
-                return type("Commit", (), {"commit_url": "https://hub/commit/1"})
-
-            return record
-
-    monkeypatch.setattr("uplvp_hf.hub.push.HfApi", Api)
-    assert push_folder(tmp_path, "user/animals", private=True, revision="v1") == "https://hub/commit/1"
-    assert [name for name, *_ in calls] == ["create_repo", "create_branch", "upload_folder"]
-    assert calls[0][2] == {"private": True, "exist_ok": True}
-    assert calls[2][2]["folder_path"] == tmp_path and calls[2][2]["revision"] == "v1"
 
 
 def test_model_card_sources_parse_and_claim_nothing():

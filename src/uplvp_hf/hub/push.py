@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from .card import build_card, read_json
+from .errors import hub_errors
 
 # Per `model_type`: the file after `configuration_` and `modeling_`, the prefix of the classes, and what further auto
 # classes find in the repository.
@@ -28,6 +29,9 @@ _AUTO_MODELS = (
     "AutoModelForInstanceSegmentation",
     "AutoModelForUniversalSegmentation",
 )
+
+# By transformers' names of the backends.
+_IMAGE_PROCESSORS = {"torchvision": "image_processing_uplvp.UplvpImageProcessor"}
 
 
 def prepare_folder(
@@ -69,7 +73,8 @@ def prepare_folder(
         folder = Path(draft) / "repository"
         folder.mkdir()
         for file in (*weights, model_dir / "config.json", model_dir / "preprocessor_config.json"):
-            shutil.copyfile(file, folder / file.name)
+            check_inside(file, model_dir)
+            shutil.copyfile(file, folder / file.name)  # not its mode: safetensors writes files for their owner alone
         if remote_code:
             _add_code(folder, model_type)
         shown = _add_examples(model_dir, folder, examples)
@@ -90,15 +95,43 @@ def push_folder(
 ) -> str:
     """Creates the repository if it does not exist and uploads the folder in one commit; returns the commit's address.
 
-    `revision` is a branch, made if missing. Errors of the Hub come through as `huggingface_hub` raises them.
+    Weights that an earlier push left under other names are removed by the same commit, or `from_pretrained` might
+    choose them. After a failure nothing of the folder is visible, and the same call goes on where it stopped.
+
+    Args:
+        folder: as `prepare_folder` writes it. Links that lead out of it are refused.
+        repo_id: USER/NAME.
+        private: make the repository private, and refuse to push into an existing public one.
+        revision: a branch, made if missing; default: main.
+        message: of the commit.
+
+    Raises:
+        HubError: for everything that the Hub or the connection refuses. ValueError: for a link, or a public repository.
     """
     check_repo_id(repo_id)
-    api = HfApi()
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message)
+    for file in Path(folder).rglob("*"):
+        check_inside(file, Path(folder))
+    with hub_errors(repo_id):
+        api = HfApi()
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.repo_info(repo_id).private:
+            raise ValueError(f"{repo_id} exists and is public; make it private in its settings first.")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
+        )
     return str(commit.commit_url)
+
+
+def check_inside(file: Path, folder: Path) -> None:
+    """Raises ValueError for a link, or a name with `..`, that leads out of `folder`."""
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{file} leads out of {folder}, to {file.resolve()}. Put a copy in its place.")
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -116,22 +149,26 @@ def _weights(model_dir: Path) -> list[Path]:
             raise FileNotFoundError(f"{model_dir}: no {needed}; not the folder of a trained model.")
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         files = [index, *(model_dir / name for name in shards)]
     else:
         files = [model_dir / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(f"{model_dir}: no {', '.join(missing)}. Only safetensors are pushed.")
+        raise FileNotFoundError(
+            f"{model_dir}: no {', '.join(missing)}. Only safetensors are pushed; `uplvp convert` and `save_pretrained` "
+            "write them."
+        )
     return files
 
 
 def _add_code(folder: Path, model_type: str) -> None:
-    """Copies the model's source files, and names the classes in the two settings files (`auto_map`).
+    """Copies the model's source files, and names the classes in `config.json` (`auto_map`).
 
-    A folder with them loads with `trust_remote_code=True` where this library is not installed. The stock pipeline then
-    wants that argument where it is installed too: it looks for a video processor and takes the image processor's entry
-    for remote code (transformers 5.23). So only repositories get the code, not the folders of runs.
+    A folder with them loads with `trust_remote_code=True` where this library is not installed. The image processor is
+    named there too, not in its own file: from that the stock pipeline would infer a video processor in remote code, and
+    ask for `trust_remote_code` even where this library is installed (transformers 5.23). For the same reason the type
+    is left out of that file; transformers then looks into `config.json`.
     """
     from transformers.dynamic_module_utils import get_relative_import_files
 
@@ -144,17 +181,17 @@ def _add_code(folder: Path, model_type: str) -> None:
         files |= {str(source / name), *get_relative_import_files(source / name)}
     for file in sorted(files):
         shutil.copyfile(file, folder / Path(file).name)
-    config = {"AutoConfig": f"configuration_{module}.{prefix}Config"}
+    config: dict[str, Any] = {"AutoConfig": f"configuration_{module}.{prefix}Config"}
     config |= dict.fromkeys(_AUTO_MODELS, f"modeling_{module}.{prefix}ForInstanceSegmentation")
     config |= {auto: f"modeling_{module}.{name}" for auto, name in further.items()}
-    _set_auto_map(folder / "config.json", config)
-    processor = {"AutoImageProcessor": "image_processing_uplvp.UplvpImageProcessor"}
-    _set_auto_map(folder / "preprocessor_config.json", processor)
+    config["AutoImageProcessor"] = _IMAGE_PROCESSORS
+    _change(folder / "config.json", lambda content: content.update(auto_map=config))
+    _change(folder / "preprocessor_config.json", lambda content: content.pop("image_processor_type", None))
 
 
-def _set_auto_map(path: Path, auto_map: dict[str, Any]) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["auto_map"] = auto_map
+def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = read_json(path)
+    change(content)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
