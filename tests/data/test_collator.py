@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from uplvp_hf.data import collate
+from uplvp_hf.data import InstanceMasks, collate
 
 
 def sample(height, width, count, image_id):
     draws = torch.Generator().manual_seed(image_id)
     return {
         "pixel_values": torch.randn(3, height, width, generator=draws) + 5,
-        "mask_labels": torch.rand(count, height, width, generator=draws) > 0.5,
+        "mask_labels": InstanceMasks.from_dense(torch.rand(count, height, width, generator=draws) > 0.5),
         "class_labels": torch.arange(count),
         "scores": torch.rand(count, generator=draws),
         "image_id": image_id,
@@ -34,10 +34,13 @@ def test_padding(keywords, shape):
         assert (batch["pixel_values"][index][:, ~real] == 0).all()
         masks = batch["mask_labels"][index]
         assert masks.dtype == torch.bool and masks.shape == (len(given["mask_labels"]), *shape)
-        assert torch.equal(masks[:, :h, :w], given["mask_labels"]) and not masks[:, ~real].any()
+        assert torch.equal(masks[:, :h, :w], given["mask_labels"].dense()) and not masks[:, ~real].any()
         assert torch.equal(batch["class_labels"][index], given["class_labels"])
         assert batch["class_labels"][index].dtype == torch.int64
         assert torch.equal(batch["prompt_scores"][index], given["scores"])
+    compact = collate(samples, **keywords, dense=False)
+    for masks, code in zip(batch["mask_labels"], compact["mask_labels"], strict=True):
+        assert code.shape == masks.shape and torch.equal(code.dense(), masks)
 
 
 def test_what_does_not_fit():

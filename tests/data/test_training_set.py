@@ -51,12 +51,12 @@ def test_values_and_types(folder):
     pixels = np.asarray(Image.open(folder / "images" / "3.png")).astype(np.float64) / 255
     expected = (pixels - MEAN) / STD
     np.testing.assert_allclose(sample["pixel_values"].permute(1, 2, 0), expected, atol=1e-5)
-    assert sample["pixel_values"].dtype == torch.float32 and sample["mask_labels"].dtype == torch.bool
+    assert sample["pixel_values"].dtype == torch.float32 and sample["mask_labels"].dense().dtype == torch.bool
     assert sample["class_labels"].dtype == torch.int64 and sample["class_labels"].tolist() == [1, 0, 1]
     assert sample["scores"].dtype == torch.float32
     np.testing.assert_allclose(sample["scores"], [0.1, 0.3, 0.5], rtol=1e-6)
     assert sample["image_id"] == 103 and sample["index"] == 3
-    for k, mask in enumerate(sample["mask_labels"]):
+    for k, mask in enumerate(sample["mask_labels"].dense()):
         expected = torch.zeros((40, 48), dtype=torch.bool)
         expected[5 + k : 15 + k, 2 + 11 * k : 12 + 11 * k] = True
         assert torch.equal(mask, expected)

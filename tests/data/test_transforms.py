@@ -12,6 +12,12 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def augment(transform, *arguments):
+    """Pixels, dense masks, and the indices of those kept."""
+    pixels, masks, kept = transform(*arguments)
+    return pixels, masks.dense(), kept
+
+
 def scene(seed):
     """A black picture with four discs, each painted in its own pure colour, and their masks."""
     rng = np.random.default_rng(seed)
@@ -33,7 +39,7 @@ def test_masks_follow_their_pixels(size, seed):
     """Where a mask lies, its colour lies; what differs is a fifth of the outline at most."""
     image, masks, colours = scene(seed)
     transform = TrainTransform(size, color_jitter=0)
-    pixels, moved, kept = transform(image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator(seed))
+    pixels, moved, kept = augment(transform, image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator(seed))
     assert pixels.dtype == torch.uint8 and moved.dtype == torch.bool
     assert max(pixels.shape[1:]) <= size and moved.shape[1:] == pixels.shape[1:] and len(moved) == len(kept)
     painted = pixels.permute(1, 2, 0).numpy().astype(int)
@@ -53,8 +59,8 @@ def test_masks_are_not_shifted_against_their_pixels(size):
     shifts = []
     for seed in range(40):
         image, masks, colours = scene(seed)
-        pixels, moved, kept = TrainTransform(size, color_jitter=0)(
-            image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator(seed)
+        pixels, moved, kept = augment(
+            TrainTransform(size, color_jitter=0), image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator(seed)
         )
         painted = pixels.permute(1, 2, 0).numpy().astype(int)
         for index, mask in zip(kept, moved.numpy()):
@@ -66,12 +72,12 @@ def test_masks_are_not_shifted_against_their_pixels(size):
 def test_without_jitter_the_picture_is_kept_exactly():
     image, masks, _ = scene(0)
     transform = TrainTransform(160, scale_range=(130 / 160, 130 / 160), flip=0, color_jitter=0)
-    pixels, moved, kept = transform(image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator())
+    pixels, moved, kept = augment(transform, image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator())
     np.testing.assert_array_equal(pixels.permute(1, 2, 0), np.asarray(image))
     np.testing.assert_array_equal(moved, np.stack(masks))
     assert kept == [0, 1, 2, 3]
     mirror = TrainTransform(160, scale_range=(130 / 160, 130 / 160), flip=1, color_jitter=0)
-    pixels, moved, _ = mirror(image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator())
+    pixels, moved, _ = augment(mirror, image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator())
     np.testing.assert_array_equal(pixels.permute(1, 2, 0), np.asarray(image)[:, ::-1])
     np.testing.assert_array_equal(moved, np.stack(masks)[:, :, ::-1])
 
@@ -80,7 +86,7 @@ def test_masks_equal_resize_then_crop():
     """The masks of a plain nearest-exact resize of the whole mask hold every crop somewhere."""
     _, masks, _ = scene(3)
     transform = TrainTransform(64, scale_range=(1.5, 1.5), flip=0, color_jitter=0)
-    _, moved, kept = transform(scene(3)[0], [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator(2))
+    _, moved, kept = augment(transform, scene(3)[0], [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator(2))
     size = (round(HEIGHT * 96 / WIDTH), 96)
     whole = torch.nn.functional.interpolate(
         torch.from_numpy(np.stack(masks)[None]).float(), size=size, mode="nearest-exact"
@@ -111,9 +117,9 @@ def test_emptied_instances_are_dropped_and_negatives_kept():
     codes = [encode_mask(tiny), *(encode_mask(m) for m in masks)]
     plain = TrainTransform(160, scale_range=(130 / 160, 130 / 160), flip=0)
     assert plain(image, codes, HEIGHT, WIDTH, generator())[2] == [1, 2, 3, 4]
-    pixels, moved, kept = plain(image, codes[:1], HEIGHT, WIDTH, generator())
+    pixels, moved, kept = augment(plain, image, codes[:1], HEIGHT, WIDTH, generator())
     assert kept == [] and moved.shape == (0, *pixels.shape[1:]) and moved.dtype == torch.bool
-    pixels, moved, kept = plain(image, [], HEIGHT, WIDTH, generator())
+    pixels, moved, kept = augment(plain, image, [], HEIGHT, WIDTH, generator())
     assert kept == [] and moved.shape == (0, HEIGHT, WIDTH)
 
 
@@ -125,7 +131,7 @@ def test_crops_that_lose_everything_are_drawn_again():
     transform = TrainTransform(32, scale_range=(4, 4), flip=0, color_jitter=0)
     shown = []
     for seed in range(300):
-        pixels, moved, kept = transform(image, [encode_mask(mask)], HEIGHT, WIDTH, generator(seed))
+        pixels, moved, kept = augment(transform, image, [encode_mask(mask)], HEIGHT, WIDTH, generator(seed))
         assert len(moved) == len(kept) == int((pixels[0] > 128).sum() >= 16)
         shown.append(len(kept))
     # Crop corners are uniform on (128 - 32 + 1) x (89 - 32 + 1); count those that show 16 px of the object.
@@ -142,8 +148,8 @@ def test_colour_jitter_is_mild_and_does_not_move_anything():
     image, masks, _ = scene(2)
     codes = [encode_mask(m) for m in masks]
     for seed in range(5):
-        still = TrainTransform(128, color_jitter=0)(image, codes, HEIGHT, WIDTH, generator(seed))
-        jittered = TrainTransform(128, color_jitter=0.2)(image, codes, HEIGHT, WIDTH, generator(seed))
+        still = augment(TrainTransform(128, color_jitter=0), image, codes, HEIGHT, WIDTH, generator(seed))
+        jittered = augment(TrainTransform(128, color_jitter=0.2), image, codes, HEIGHT, WIDTH, generator(seed))
         assert torch.equal(still[1], jittered[1]) and still[2] == jittered[2]
         difference = (still[0].int() - jittered[0].int()).abs()
         assert 0 < difference.max() < 160 and difference.float().mean() < 40
@@ -154,10 +160,10 @@ def test_only_the_passed_generator_is_used():
     codes = [encode_mask(m) for m in masks]
     transform = TrainTransform(128)
     torch.manual_seed(0)
-    first = transform(image, codes, HEIGHT, WIDTH, generator(4))
+    first = augment(transform, image, codes, HEIGHT, WIDTH, generator(4))
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    second = transform(image, codes, HEIGHT, WIDTH, generator(4))
+    second = augment(transform, image, codes, HEIGHT, WIDTH, generator(4))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(first[0], transform(image, codes, HEIGHT, WIDTH, generator(5))[0])

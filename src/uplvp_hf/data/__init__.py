@@ -1,11 +1,14 @@
 """Data: COCO rows in, batches out."""
 
+from .cityscapes import read_cityscapes
 from .coco import read_coco, write_coco
 from .collator import collate
+from .ctw1500 import read_ctw1500
 from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
-from .errors import DataError, ImageError
+from .errors import DataError, DataWarning, ImageError
 from .images import image_size, open_image, to_rgb
 from .inputs import read_huggingface, read_path_list
+from .instance_masks import InstanceMasks
 from .rle import (
     decode_segmentation,
     encode_mask,
@@ -22,11 +25,14 @@ from .splits import sample_labels_per_class
 from .store_reader import read_failures, read_header, read_store, shard_files, stream_store
 from .training_set import TrainingSet
 from .transforms import TrainTransform
+from .voc import read_voc
 
 __all__ = [
     "DataError",
+    "DataWarning",
     "ImageError",
     "InstanceDataset",
+    "InstanceMasks",
     "Objects",
     "Row",
     "RowStream",
@@ -43,13 +49,16 @@ __all__ = [
     "mask_iou",
     "masks_to_boxes",
     "open_image",
+    "read_cityscapes",
     "read_coco",
+    "read_ctw1500",
     "read_failures",
     "read_header",
     "read_huggingface",
     "read_image_folder",
     "read_path_list",
     "read_store",
+    "read_voc",
     "rle_areas",
     "rle_boxes",
     "sample_labels_per_class",

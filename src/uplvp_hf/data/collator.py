@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 
-def collate(samples: Sequence[dict[str, Any]], size_divisor: int = 32, pad_to: int | None = None) -> dict[str, Any]:
+def collate(
+    samples: Sequence[dict[str, Any]], size_divisor: int = 32, pad_to: int | None = None, dense: bool = True
+) -> dict[str, Any]:
     """Pad samples of `TrainingSet` at the right and the bottom, and stack them.
 
     Args:
@@ -17,11 +18,14 @@ def collate(samples: Sequence[dict[str, Any]], size_divisor: int = 32, pad_to: i
         size_divisor: the padded height and width are multiples of this many pixels.
         pad_to: side of a square canvas in pixels (a multiple of `size_divisor`), for batches that all have one shape;
             None pads to the largest sample.
+        dense: whether masks become tensors here. 200 of 1024 x 1024 pixels take 210 MB, which a worker process would
+            hand over through shared memory; as `InstanceMasks` they take 0.1 MB and are made dense by whoever
+            needs them, a micro-batch at a time.
 
     Returns:
         pixel_values (B, 3, H, W) float32, zero where padded; pixel_mask (B, H, W) int64, 1 where the picture is;
-        mask_labels, B tensors (N_b, H, W) bool; class_labels, B tensors (N_b,) int64; prompt_scores, B tensors (N_b,)
-        float32; image_ids, a list of B.
+        mask_labels, B tensors (N_b, H, W) bool, or B `InstanceMasks` of that shape; class_labels, B tensors (N_b,)
+        int64; prompt_scores, B tensors (N_b,) float32; image_ids, a list of B.
 
     Raises ValueError for an empty batch and for a sample that does not fit `pad_to`.
     """
@@ -44,7 +48,8 @@ def collate(samples: Sequence[dict[str, Any]], size_divisor: int = 32, pad_to: i
         h, w = sample["pixel_values"].shape[-2:]
         pixel_values[index, :, :h, :w] = sample["pixel_values"]
         pixel_mask[index, :h, :w] = 1
-        mask_labels.append(functional.pad(sample["mask_labels"], (0, width - w, 0, height - h)))
+        masks = sample["mask_labels"].on_canvas(height, width)
+        mask_labels.append(masks.dense() if dense else masks)
     return {
         "pixel_values": pixel_values,
         "pixel_mask": pixel_mask,

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .copy_paste import choose, paste
 from .dataset import InstanceDataset, Row
 from .errors import DataError, ImageError
-from .transforms import TrainTransform
+from .instance_masks import InstanceMasks
+from .transforms import TrainTransform, uniform
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +30,10 @@ class TrainingSet(torch.utils.data.Dataset):
         label_map: {original category id: class 0..K-1}, or None: every instance gets class 0 (class-agnostic).
         image_mean, image_std: three numbers each, for pixels scaled to 0..1.
         seed: >= 0. A sample depends on (seed, epoch, index) only, never on the worker that makes it.
-        max_instances: the best by score are kept, ties in the order of the row.
+        max_instances: the best by score are kept, ties in the order of the row. Pasted ones fill up what is left.
         skip_crowd: leave out instances with iscrowd = 1, whose masks cover several objects.
+        copy_paste: probability, 0 to 1, that a random half of the instances of another picture, drawn from all and
+            augmented in the same way, is pasted over this one (see `paste`).
 
     Raises DataError when there are no rows, or when a category in use is not in `label_map`.
     """
@@ -44,6 +48,7 @@ class TrainingSet(torch.utils.data.Dataset):
         seed: int,
         max_instances: int = 100,
         skip_crowd: bool = True,
+        copy_paste: float = 0.0,
     ) -> None:
         if len(dataset) == 0:
             raise DataError("there are no pictures to train on", file=dataset.name or None)
@@ -51,6 +56,8 @@ class TrainingSet(torch.utils.data.Dataset):
             raise ValueError(f"seed must be >= 0, got {seed}")
         if max_instances < 1:
             raise ValueError(f"max_instances must be >= 1, got {max_instances}")
+        if not 0 <= copy_paste <= 1:
+            raise ValueError(f"copy_paste must be within 0 to 1, got {copy_paste}")
         if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
             raise ValueError(f"image_mean and image_std must be 3 numbers, std positive; got {image_mean}, {image_std}")
         self.dataset = dataset
@@ -61,6 +68,7 @@ class TrainingSet(torch.utils.data.Dataset):
         self.seed = seed
         self.max_instances = max_instances
         self.skip_crowd = skip_crowd
+        self.copy_paste = copy_paste
         # Shared memory: worker processes that persist over epochs see `set_epoch`, and their failures come back.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._failed = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
@@ -139,16 +147,34 @@ class TrainingSet(torch.utils.data.Dataset):
         return self.sample(index, int(self._epoch))
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
-        """One sample as augmented in `epoch`, h and w at most the transform's size:
+        """One sample as augmented in `epoch`, with h and w as the transform says:
 
-        pixel_values (3, h, w) float32 normalised; mask_labels (N, h, w) bool; class_labels (N,) int64; scores (N,)
-        float32, 0 to 1; image_id; index of the row used, which is a later one than asked for when pictures cannot be
-        opened. Raises DataError when more than 10 pictures in a row cannot, IndexError beyond the end.
+        pixel_values (3, h, w) float32 normalised; mask_labels, `InstanceMasks` of N masks of h x w, `.dense()` is
+        (N, h, w) bool; class_labels (N,) int64; scores (N,) float32, 0 to 1; image_id; index of the row used, which is
+        a later one than asked for when pictures cannot be opened. Raises DataError when more than 10 pictures in a row
+        cannot, IndexError beyond the end.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} pictures")
-        index %= len(self)
-        generator = self._generator(index, epoch)
+        generator = self._generator(index % len(self), epoch)
+        position, pixels, masks, objects = self._augmented(index % len(self), generator)
+        if self.copy_paste and uniform(generator, 0, 1) < self.copy_paste:
+            pixels, masks, objects = self._pasted(pixels, masks, objects, generator)
+        # In place, because a float picture takes four times the memory of its bytes.
+        values = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
+        return {
+            "pixel_values": values,
+            "mask_labels": masks,
+            "class_labels": torch.tensor([label for label, _ in objects], dtype=torch.int64),
+            "scores": torch.tensor([score for _, score in objects], dtype=torch.float32),
+            "image_id": self.dataset.image_id(position),
+            "index": position,
+        }
+
+    def _augmented(
+        self, index: int, generator: torch.Generator
+    ) -> tuple[int, torch.Tensor, InstanceMasks, list[tuple[int, float]]]:
+        """The row used, pixels, masks, and (class, score) of each mask."""
         position, image = self._open(index)
         row = self.dataset[position]
         chosen = self._choose(row)
@@ -160,11 +186,16 @@ class TrainingSet(torch.utils.data.Dataset):
         kept = [chosen[k] for k in kept]
         category_ids = [row["objects"]["category_id"][k] for k in kept]
         classes = [0 if self.label_map is None else self.label_map[category_id] for category_id in category_ids]
-        return {
-            "pixel_values": (pixels.to(torch.float32) / 255 - self.mean) / self.std,
-            "mask_labels": masks,
-            "class_labels": torch.tensor(classes, dtype=torch.int64),
-            "scores": torch.tensor([row["objects"]["score"][k] for k in kept], dtype=torch.float32),
-            "image_id": row["image_id"],
-            "index": position,
-        }
+        return position, pixels, masks, list(zip(classes, [row["objects"]["score"][k] for k in kept]))
+
+    def _pasted(
+        self, pixels: torch.Tensor, masks: InstanceMasks, objects: list[tuple[int, float]], generator: torch.Generator
+    ) -> tuple[torch.Tensor, InstanceMasks, list[tuple[int, float]]]:
+        """A picture with instances of another one over it; the two may be the same by chance."""
+        partner = int(uniform(generator, 0, len(self)))
+        _, other_pixels, other_masks, other_objects = self._augmented(partner, generator)
+        chosen = choose(len(other_masks), self.max_instances - len(masks), generator)
+        pixels, masks, kept, pasted = paste(
+            pixels, masks, other_pixels, other_masks.select(chosen), self.transform.min_area, generator
+        )
+        return pixels, masks, [objects[k] for k in kept] + [other_objects[chosen[k]] for k in pasted]

@@ -1,49 +1,51 @@
-"""Training augmentation: large-scale jitter, crop, flip and mild colour jitter, all drawn from one passed generator."""
+"""Training augmentation of one picture: large-scale jitter or multi-scale resizing, small rotation, flip and mild
+colour jitter, all drawn from one passed generator. Copy-paste of two pictures: `copy_paste.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from .rle import decode_segmentation, rle_boxes, segmentation_to_rle
+from .instance_masks import InstanceMasks
+from .rle import segmentation_to_rle
+from .window import Window
 
 _ATTEMPTS = 3
+IMAGENET_MEAN = (124, 116, 104)  # of RGB in 0..255
 
 
-class _Window(NamedTuple):
-    """A crop of the resized picture: resized size, corner and size of the crop (pixels), mirrored or not."""
-
-    resized_width: int
-    resized_height: int
-    left: int
-    top: int
-    width: int
-    height: int
-    flip: bool
-
-
-def _uniform(generator: torch.Generator, low: float, high: float) -> float:
+def uniform(generator: torch.Generator, low: float, high: float) -> float:
+    """One number from U(low, high), in double precision."""
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
 class TrainTransform:
-    """Large-scale jitter (Ghiasi et al. 2021, "Simple Copy-Paste", section 3) on a square canvas.
+    """One picture with its masks, resized, turned, cropped, mirrored and jittered in colour.
 
-    The picture is resized by f ~ U(scale_range) times the factor that fits its longer side to `size`, cropped at random
-    to at most `size` x `size`, mirrored, and jittered in brightness, contrast and saturation. Masks follow by nearest
-    neighbour, taken straight from the source pixels that the crop shows.
+    Resizing is large-scale jitter (Ghiasi et al. 2021, "Simple Copy-Paste", section 3): by f ~ U(scale_range) times the
+    factor that fits the longer side to `size`, then a random crop of at most `size` x `size`. With `short_edges` it is
+    multi-scale resizing instead, without a crop.
 
     Args:
-        size: side of the canvas in pixels, a multiple of 32.
+        size: side of the crop in pixels, a multiple of 32. Not used with `short_edges`.
         scale_range: (low, high) of f, positive. Two equal numbers switch the jitter off.
         flip: probability of mirroring left to right, 0 to 1.
-        color_jitter: j; each of the three factors is drawn from U(1 - j, 1 + j). 0 to 1; 0 switches it off.
+        color_jitter: j; brightness, contrast and saturation are each scaled by a factor from U(1 - j, 1 + j). 0 to 1;
+            0 switches it off.
         min_area: instances with fewer pixels than this after the crop are dropped.
+        short_edges: (low, high) in pixels: the shorter side is drawn from the whole numbers low to high. One number
+            fixes it. None: large-scale jitter.
+        longest_edge: the longer side is at most this many pixels, for which the shorter one shrinks too. None: no
+            limit.
+        keep_ratio: False makes every picture `longest_edge` wide and the drawn edge high, portraits too.
+        rotate: largest angle in degrees, 0 to 45: the resized picture is turned by U(-rotate, rotate) about its centre,
+            on its own canvas.
+        rotate_probability: of turning at all, 0 to 1.
+        fill: RGB, 0 to 255, of what a turned picture leaves empty.
 
     Raises ValueError for an argument out of its range.
     """
@@ -55,6 +57,12 @@ class TrainTransform:
         flip: float = 0.5,
         color_jitter: float = 0.2,
         min_area: int = 16,
+        short_edges: Sequence[int] | None = None,
+        longest_edge: int | None = None,
+        keep_ratio: bool = True,
+        rotate: float = 0.0,
+        rotate_probability: float = 0.5,
+        fill: tuple[int, int, int] = IMAGENET_MEAN,
     ) -> None:
         if size <= 0 or size % 32:
             raise ValueError(f"size must be a positive multiple of 32, got {size}")
@@ -64,15 +72,27 @@ class TrainTransform:
             raise ValueError(f"flip and color_jitter must be within 0 to 1, got {flip} and {color_jitter}")
         if min_area < 1:
             raise ValueError(f"min_area must be at least 1 pixel, got {min_area}")
+        if not 0 <= rotate <= 45 or not 0 <= rotate_probability <= 1:
+            raise ValueError(
+                f"rotate must be within 0 to 45 degrees and rotate_probability within 0 to 1, got {rotate} and "
+                f"{rotate_probability}"
+            )
+        check_edges(short_edges, longest_edge, keep_ratio)
         self.size = size
         self.scale_range = (float(scale_range[0]), float(scale_range[1]))
         self.flip = flip
         self.color_jitter = color_jitter
         self.min_area = min_area
+        self.short_edges = None if short_edges is None else (short_edges[0], short_edges[-1])
+        self.longest_edge = longest_edge
+        self.keep_ratio = keep_ratio
+        self.rotate = rotate
+        self.rotate_probability = rotate_probability
+        self.fill = tuple(fill)
 
     def __call__(
         self, image: Image.Image, segmentations: Sequence[Any], height: int, width: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    ) -> tuple[torch.Tensor, InstanceMasks, list[int]]:
         """Augment one picture.
 
         Args:
@@ -81,8 +101,9 @@ class TrainTransform:
             generator: the only source of randomness.
 
         Returns:
-            pixels (3, h, w) uint8 with h, w <= size; masks (M, h, w) bool; indices of the M instances kept, ascending.
-            If every instance leaves the crop, up to 3 crops are tried and then the picture stays, without instances.
+            pixels (3, h, w) uint8, with h, w <= size unless `short_edges` are given; M masks of h x w; indices of the
+            M instances kept, ascending. If every instance leaves the crop, up to 3 crops are tried and then the
+            picture stays, without instances.
 
         Raises ValueError when `image` has another size, DataError for a malformed segmentation.
         """
@@ -91,61 +112,58 @@ class TrainTransform:
         rles = [segmentation_to_rle(segmentation, height, width) for segmentation in segmentations]
         for _ in range(_ATTEMPTS):
             window = self._draw_window(height, width, generator)
-            masks, kept = self._crop_masks(rles, height, width, window)
+            masks, kept = window.masks(rles, height, width, self.min_area)
             if kept or not rles:
                 break
-        pixels = self._crop_pixels(image, window)
-        return self._jitter(pixels, generator), masks, kept
+        return self._jitter(window.pixels(image, self.fill), generator), masks, kept
 
-    def _draw_window(self, height: int, width: int, generator: torch.Generator) -> _Window:
-        scale = _uniform(generator, *self.scale_range) * self.size / max(height, width)
-        resized_width, resized_height = max(1, round(width * scale)), max(1, round(height * scale))
-        crop_width, crop_height = min(self.size, resized_width), min(self.size, resized_height)
+    def _draw_window(self, height: int, width: int, generator: torch.Generator) -> Window:
         # Draws come in a fixed number, so that the same seed gives the same geometry with and without colour jitter.
-        left = int(_uniform(generator, 0, resized_width - crop_width + 1))
-        top = int(_uniform(generator, 0, resized_height - crop_height + 1))
-        flip = _uniform(generator, 0, 1) < self.flip
-        return _Window(resized_width, resized_height, left, top, crop_width, crop_height, flip)
+        resized_width, resized_height = self._draw_size(height, width, generator)
+        most = self.size if self.short_edges is None else max(resized_width, resized_height)
+        crop_width, crop_height = min(most, resized_width), min(most, resized_height)
+        left = int(uniform(generator, 0, resized_width - crop_width + 1))
+        top = int(uniform(generator, 0, resized_height - crop_height + 1))
+        flip = uniform(generator, 0, 1) < self.flip
+        angle = 0.0
+        if self.rotate:
+            turned = uniform(generator, 0, 1) < self.rotate_probability
+            angle = uniform(generator, -self.rotate, self.rotate) * turned
+        return Window(resized_width, resized_height, left, top, crop_width, crop_height, flip, angle)
 
-    def _crop_masks(
-        self, rles: Sequence[dict[str, Any]], height: int, width: int, window: _Window
-    ) -> tuple[torch.Tensor, list[int]]:
-        # Nearest neighbour at pixel centres; only the pixels of the crop are ever read.
-        columns = ((window.left + np.arange(window.width) + 0.5) * (width / window.resized_width)).astype(np.int64)
-        rows = ((window.top + np.arange(window.height) + 0.5) * (height / window.resized_height)).astype(np.int64)
-        columns, rows = columns.clip(max=width - 1), rows.clip(max=height - 1)
-        boxes = rle_boxes(rles)
-        seen = (boxes[:, 0] <= columns[-1]) & (boxes[:, 0] + boxes[:, 2] > columns[0])
-        seen &= (boxes[:, 1] <= rows[-1]) & (boxes[:, 1] + boxes[:, 3] > rows[0])
-        if window.flip:
-            columns = columns[::-1]
-        masks, kept = [], []
-        for index in np.flatnonzero(seen).tolist():
-            mask = decode_segmentation(rles[index], height, width)[rows[:, None], columns[None, :]]
-            if np.count_nonzero(mask) >= self.min_area:
-                masks.append(torch.from_numpy(mask))
-                kept.append(index)
-        stacked = torch.stack(masks) if masks else torch.zeros((0, window.height, window.width), dtype=torch.bool)
-        return stacked, kept
-
-    @staticmethod
-    def _crop_pixels(image: Image.Image, window: _Window) -> torch.Tensor:
-        step_x, step_y = image.width / window.resized_width, image.height / window.resized_height
-        box = (
-            window.left * step_x,
-            window.top * step_y,
-            min((window.left + window.width) * step_x, image.width),
-            min((window.top + window.height) * step_y, image.height),
-        )
-        crop = image.resize((window.width, window.height), Image.Resampling.BILINEAR, box=box)
-        if window.flip:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return torch.from_numpy(np.array(crop)).permute(2, 0, 1).contiguous()
+    def _draw_size(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int]:
+        """(width, height) that the picture is resized to, from one random number."""
+        if self.short_edges is None:
+            scale = uniform(generator, *self.scale_range) * self.size / max(height, width)
+        else:
+            low, high = self.short_edges
+            edge = int(uniform(generator, low, high + 1))
+            if not self.keep_ratio:
+                return self.longest_edge, edge
+            scale = edge / min(height, width)
+            if self.longest_edge is not None:
+                scale = min(scale, self.longest_edge / max(height, width))
+        return max(1, round(width * scale)), max(1, round(height * scale))
 
     def _jitter(self, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         if self.color_jitter == 0:
             return pixels
         low, high = 1 - self.color_jitter, 1 + self.color_jitter
-        pixels = functional.adjust_brightness(pixels, _uniform(generator, low, high))
-        pixels = functional.adjust_contrast(pixels, _uniform(generator, low, high))
-        return functional.adjust_saturation(pixels, _uniform(generator, low, high))
+        pixels = functional.adjust_brightness(pixels, uniform(generator, low, high))
+        pixels = functional.adjust_contrast(pixels, uniform(generator, low, high))
+        return functional.adjust_saturation(pixels, uniform(generator, low, high))
+
+
+def check_edges(short_edges: Sequence[int] | None, longest_edge: int | None, keep_ratio: bool) -> None:
+    """Raises ValueError unless the three fit together, see `TrainTransform`."""
+    if short_edges is None:
+        if longest_edge is not None or not keep_ratio:
+            raise ValueError("longest_edge and keep_ratio=False belong to short_edges, which is not given")
+        return
+    if len(short_edges) not in (1, 2) or not 1 <= short_edges[0] <= short_edges[-1]:
+        raise ValueError(f"short_edges must be one or two positive numbers, the lower first, got {short_edges}")
+    if longest_edge is None:
+        if not keep_ratio:
+            raise ValueError("keep_ratio=False needs longest_edge, the width of every picture")
+    elif longest_edge < 1 or (keep_ratio and longest_edge < short_edges[-1]):
+        raise ValueError(f"longest_edge must be at least as long as short_edges {short_edges}, got {longest_edge}")

@@ -17,6 +17,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.splits import sample_labels_per_class
 from ..data.text_embeddings import read_text_matrix
+from ..data.training_set import TrainingSet
+from ..data.transforms import TrainTransform
 from ..files import check_model_name
 from ..models.configuration_uplvp import OWN_SEGMENTERS, UplvpConfig
 from ..models.image_processing_uplvp import UplvpImageProcessor
@@ -130,12 +132,44 @@ def freeze_unused(backbone: nn.Module, size: int) -> list[str]:
 
 
 def build_processor(data: DataSettings) -> UplvpImageProcessor:
-    """Fits the longer side to `data.size` and pads to one square canvas: no picture sees its batch mates' shapes."""
-    return UplvpImageProcessor(
-        size={"longest_edge": data.size},
-        pad_size={"height": data.size, "width": data.size},
-        image_mean=list(data.image_mean),
-        image_std=list(data.image_std),
+    """Resizes as the training did, without its randomness: the longer side to `data.size`, or with `data.short_edges`
+    the shorter one to the last of them. On a square canvas no picture sees its batch mates' shapes; otherwise batches
+    are padded to their largest picture."""
+    size = {"longest_edge": data.size}
+    if data.short_edges is not None and data.keep_ratio:
+        size = {"shortest_edge": data.short_edges[-1]}
+        size |= {} if data.longest_edge is None else {"longest_edge": data.longest_edge}
+    elif data.short_edges is not None:
+        size = {"height": data.short_edges[-1], "width": data.longest_edge}
+    canvas = {"pad_size": {"height": data.size, "width": data.size}} if data.square else {}
+    return UplvpImageProcessor(size=size, image_mean=list(data.image_mean), image_std=list(data.image_std), **canvas)
+
+
+def build_samples(settings: TrainSettings, rows: InstanceDataset) -> TrainingSet:
+    """The augmented samples that a run with these settings sees (`with_picture_settings` filled in)."""
+    data = settings.data
+    label_map = {category: index for index, category in enumerate(rows.category_ids)}
+    transform = TrainTransform(
+        data.size,
+        tuple(data.scale_range),
+        data.flip,
+        data.color_jitter,
+        short_edges=data.short_edges,
+        longest_edge=data.longest_edge,
+        keep_ratio=data.keep_ratio,
+        rotate=data.rotate,
+        rotate_probability=data.rotate_probability,
+        fill=tuple(round(255 * value) for value in data.image_mean),
+    )
+    return TrainingSet(
+        rows,
+        transform,
+        None if settings.model.class_agnostic else label_map,
+        data.image_mean,
+        data.image_std,
+        settings.seed,
+        data.max_instances,
+        copy_paste=data.copy_paste,
     )
 
 

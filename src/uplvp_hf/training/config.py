@@ -24,6 +24,13 @@ class DataSettings:
     every class, drawn with split_seed; None takes all. size: side of the square training canvas and longer side at
     inference, pixels, a multiple of 32; image_mean, image_std: of pixels scaled to 0..1. These three default to those
     of `model.init`, else to 512 and ImageNet's. scale_range: large-scale jitter, as factors of the fitting scale.
+
+    short_edges: multi-scale resizing in place of that jitter, the shorter side drawn from [low, high] pixels (one
+    number: fixed), the longer one at most longest_edge; at inference `high` is taken. keep_ratio: false makes every
+    picture longest_edge wide and the drawn edge high. rotate: largest angle in degrees, drawn with
+    rotate_probability. copy_paste: probability that instances of another training picture are pasted.
+    canvas: "square" pads every batch to size x size, "batch" to the largest picture in it, in multiples of 32; None is
+    "batch" with short_edges, else "square". docs/augmentation.md has the papers' values.
     """
 
     train: str | None = None
@@ -38,10 +45,22 @@ class DataSettings:
     scale_range: list[float] = field(default_factory=lambda: [0.5, 1.5])
     flip: float = 0.5
     color_jitter: float = 0.2
+    short_edges: list[int] | None = None
+    longest_edge: int | None = None
+    keep_ratio: bool = True
+    rotate: float = 0.0
+    rotate_probability: float = 0.5
+    copy_paste: float = 0.0
+    canvas: str | None = None
     max_instances: int = 100
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
     workers: int = 0
+
+    @property
+    def square(self) -> bool:
+        """Whether every batch has `size` x `size` pixels."""
+        return self.canvas == "square" or (self.canvas is None and self.short_edges is None)
 
 
 @dataclass
@@ -190,6 +209,35 @@ def _check_data(data: DataSettings) -> None:
     at_least("data.max_instances", data.max_instances, 1)
     if data.size is not None and (data.size < 32 or data.size % 32):
         raise ConfigError(f"data.size must be a positive multiple of 32 pixels, got {data.size}.")
+    for key in ("flip", "color_jitter", "rotate_probability", "copy_paste"):
+        if not 0 <= getattr(data, key) <= 1:
+            raise ConfigError(f"data.{key} must be within 0 to 1, got {getattr(data, key)}.")
+    if not 0 <= data.rotate <= 45:
+        raise ConfigError(f"data.rotate must be within 0 to 45 degrees, got {data.rotate}.")
+    if len(data.scale_range) != 2 or not 0 < data.scale_range[0] <= data.scale_range[1]:
+        raise ConfigError(f"data.scale_range must be two positive numbers, the lower first, got {data.scale_range}.")
+    if data.canvas is not None:
+        choice("data.canvas", data.canvas, ("square", "batch"))
+    _check_edges(data)
+
+
+def _check_edges(data: DataSettings) -> None:
+    edges, longest = data.short_edges, data.longest_edge
+    if edges is None:
+        if longest is not None or not data.keep_ratio:
+            raise ConfigError("data.longest_edge and data.keep_ratio=false need data.short_edges, which is not set.")
+        return
+    if len(edges) not in (1, 2) or not 32 <= edges[0] <= edges[-1]:
+        raise ConfigError(f"data.short_edges must be one or two numbers from 32 on, the lower first, got {edges}.")
+    if longest is None and not data.keep_ratio:
+        raise ConfigError("data.keep_ratio=false needs data.longest_edge, the width of every picture.")
+    if longest is not None and longest < (edges[-1] if data.keep_ratio else 32):
+        raise ConfigError(f"data.longest_edge must not be shorter than data.short_edges {edges}, got {longest}.")
+    if data.square and data.size is not None and (longest is None or max(longest, edges[-1]) > data.size):
+        raise ConfigError(
+            f"data.canvas=square of {data.size} pixels does not hold every picture of data.short_edges {edges} and "
+            f"data.longest_edge {longest}: raise data.size, or leave data.canvas out."
+        )
 
 
 def _check_optim(optim: OptimSettings) -> None:

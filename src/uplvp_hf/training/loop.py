@@ -22,15 +22,13 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
-from ..data import DataError, InstanceDataset
-from ..data.training_set import TrainingSet
-from ..data.transforms import TrainTransform
+from ..data import DataError
 from ..evaluation.predictor import evaluate_model, evaluated_classes
 from ..files import write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.losses import Normalizers
 from ..models.modeling_uplvp import UplvpPreTrainedModel
-from .build import build_data, build_model, build_processor, with_picture_settings
+from .build import build_data, build_model, build_processor, build_samples, with_picture_settings
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import ConfigError, TrainingAborted, TrainSettings
 from .optim import learning_rate_factor, make_optimizer
@@ -74,22 +72,8 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
     if val_rows is not None:
         evaluated_classes(model.config, val_rows, _evaluates_agnostic(settings))  # now, not after hours of training
     _claim_output(settings, accelerator)
-    run = _Run(settings, accelerator, model, _samples(settings, train_rows), val_rows, progress)
+    run = _Run(settings, accelerator, model, build_samples(settings, train_rows), val_rows, progress)
     return run.go(resume)
-
-
-def _samples(settings: TrainSettings, rows: InstanceDataset) -> TrainingSet:
-    data = settings.data
-    label_map = {category: index for index, category in enumerate(rows.category_ids)}
-    return TrainingSet(
-        rows,
-        TrainTransform(data.size, tuple(data.scale_range), data.flip, data.color_jitter),
-        None if settings.model.class_agnostic else label_map,
-        data.image_mean,
-        data.image_std,
-        settings.seed,
-        data.max_instances,
-    )
 
 
 class _Run:
@@ -194,8 +178,9 @@ class _Run:
     def _inputs(self, batch: dict) -> dict:
         device = self.accelerator.device
         inputs = {key: batch[key].to(device, non_blocking=True) for key in ("pixel_values", "pixel_mask")}
-        for key in ("mask_labels", "class_labels", "prompt_scores"):
+        for key in ("class_labels", "prompt_scores"):
             inputs[key] = [item.to(device, non_blocking=True) for item in batch[key]]
+        inputs["mask_labels"] = [masks.dense().to(device, non_blocking=True) for masks in batch["mask_labels"]]
         if self.settings.stage != "pretrain":
             del inputs["prompt_scores"]
         return inputs
@@ -206,7 +191,8 @@ class _Run:
         counts = [len(one) for one in masks]
         # Divisors that have to be counted from the masks are left to the loss where it sees the whole batch.
         several = len(micro_batches) > 1 or self.accelerator.num_processes > 1
-        own = self.plain.segmenter.normalizers(counts, self.plain.config.num_prompts, masks if several else None)
+        dense = (one.dense() for one in masks) if several else None  # one at a time, where they are looked at
+        own = self.plain.segmenter.normalizers(counts, self.plain.config.num_prompts, dense)
         known = {name: float(value) for name, value in vars(own).items() if value is not None}
         values = torch.tensor(list(known.values()), dtype=torch.float32)
         if self.accelerator.num_processes > 1:

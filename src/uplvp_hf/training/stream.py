@@ -54,11 +54,12 @@ class _Keyed(Dataset):
 
 
 def make_loader(samples: TrainingSet, settings: TrainSettings, start: int, rank: int, world: int) -> DataLoader:
-    """Micro-batches of this process on a fixed canvas of `data.size` pixels."""
+    """Micro-batches of this process, on the canvas that `data.canvas` says. Their `mask_labels` are `InstanceMasks`:
+    dense masks would be copied between processes, and be held for all micro-batches of a step at once."""
     return DataLoader(
         _Keyed(samples),
         batch_sampler=SampleKeys(len(samples), settings, start, rank, world),
-        collate_fn=partial(collate, pad_to=settings.data.size),
+        collate_fn=partial(collate, pad_to=settings.data.size if settings.data.square else None, dense=False),
         num_workers=settings.data.workers,
         persistent_workers=settings.data.workers > 0,
         generator=torch.Generator().manual_seed(settings.seed),  # leaves the global random state alone

@@ -1,0 +1,77 @@
+"""Simple copy-paste (Ghiasi et al. 2021): instances of one augmented picture pasted onto another one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from .instance_masks import InstanceMasks, Patch, make_patch
+from .transforms import uniform
+
+
+def choose(count: int, most: int, generator: torch.Generator) -> list[int]:
+    """A random subset of 0..count - 1, ascending: each with probability 1/2 (the paper says "a random subset"), of
+    these the first `most`."""
+    drawn = torch.rand(count, generator=generator, dtype=torch.float64) < 0.5
+    return torch.nonzero(drawn).flatten().tolist()[: max(most, 0)]
+
+
+def paste(
+    pixels: torch.Tensor,
+    masks: InstanceMasks,
+    other_pixels: torch.Tensor,
+    other_masks: InstanceMasks,
+    min_area: int,
+    generator: torch.Generator,
+) -> tuple[torch.Tensor, InstanceMasks, list[int], list[int]]:
+    """Puts the instances of the other picture over this one, without blending.
+
+    Where the sizes differ, the other picture is moved by an offset drawn at random: anywhere within this picture along
+    the sides where it is smaller, cropped at random along those where it is larger. Masks below pasted pixels are cut,
+    and so are their boxes. Instances cut to fewer than `min_area` pixels are dropped, pasted ones before they hide
+    anything.
+
+    Args:
+        pixels, other_pixels: (3, h, w) and (3, h', w') uint8.
+        masks, other_masks: N on h x w and M on h' x w'.
+        generator: two numbers are drawn.
+
+    Returns:
+        pixels (3, h, w) uint8, a new tensor; masks: those kept of this picture, then those pasted; indices of either,
+        ascending.
+    """
+    left = _offset(masks.width - other_masks.width, generator)
+    top = _offset(masks.height - other_masks.height, generator)
+    moved = [_moved(patch, left, top, masks.height, masks.width, min_area) for patch in other_masks.patches]
+    pasted = [index for index, patch in enumerate(moved) if patch is not None]
+    above = InstanceMasks(masks.height, masks.width, tuple(moved[index] for index in pasted))
+    covered = above.union()
+    below = [_uncovered(patch, covered, min_area) for patch in masks.patches]
+    kept = [index for index, patch in enumerate(below) if patch is not None]
+    y, x = np.nonzero(covered)
+    result = pixels.clone()
+    result[:, y, x] = other_pixels[:, y - top, x - left]
+    patches = (*(below[index] for index in kept), *above.patches)
+    return result, InstanceMasks(masks.height, masks.width, patches), kept, pasted
+
+
+def _offset(room: int, generator: torch.Generator) -> int:
+    """A whole number from 0 to `room`, or from `room` to 0."""
+    size = int(uniform(generator, 0, abs(room) + 1))
+    return size if room >= 0 else -size
+
+
+def _moved(patch: Patch, left: int, top: int, height: int, width: int, min_area: int) -> Patch | None:
+    """The part of an instance that lies on the canvas after moving it; None if that is too small."""
+    x, y = patch.left + left, patch.top + top
+    mask = patch.mask()[max(-y, 0) : height - y, max(-x, 0) : width - x] if x < width and y < height else np.zeros(0)
+    return make_patch(mask, max(x, 0), max(y, 0)) if np.count_nonzero(mask) >= min_area else None
+
+
+def _uncovered(patch: Patch, covered: np.ndarray, min_area: int) -> Patch | None:
+    """What still shows of an instance; None if that is too little."""
+    above = covered[patch.top : patch.top + patch.height, patch.left : patch.left + patch.width]
+    if not above.any():
+        return patch
+    mask = patch.mask() & ~above
+    return make_patch(mask, patch.left, patch.top) if np.count_nonzero(mask) >= min_area else None
