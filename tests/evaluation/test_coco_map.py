@@ -1,100 +1,23 @@
 """CocoMaskMap against pycocotools on random data with everything in it that trips evaluators."""
 
-import contextlib
-import io
+import tracemalloc
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import pytest
-from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from coco_cases import NAMES, hard_data, pycocotools_stats, random_data, random_rle
 
 from uplvp_hf.evaluation import coco_map
 from uplvp_hf.evaluation.coco_map import CocoMaskMap
 
-NAMES = ["AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L"]
-CATEGORIES = [3, 17, 44, 90]  # sparse; 90 has no annotation
-
-
-def random_rle(generator, height, width, box=None):
-    mask = np.zeros((height, width), dtype=np.uint8)
-    if box is None:
-        h, w = generator.integers(4, height), generator.integers(4, width)
-        y, x = generator.integers(0, height - h + 1), generator.integers(0, width - w + 1)
-        box = [y, x, h, w]
-    y, x, h, w = box
-    mask[y : y + h, x : x + w] = generator.random((h, w)) < 0.9
-    rle = coco_mask.encode(np.asfortranarray(mask))
-    return {"size": [height, width], "counts": rle["counts"].decode()}, box
-
-
-def random_data(seed, pictures=40, many=False):
-    """Pairs for the metric. Scores have two digits, so that many are equal; half the detections are near an object."""
-    generator = np.random.default_rng(seed)
-    pairs = []
-    for image_id in generator.permutation(np.arange(pictures) * 7 + 2).tolist():
-        height, width = generator.integers(40, 200, 2).tolist()
-        boxes, reference = [], {"image_id": image_id, "category_id": [], "segmentation": [], "iscrowd": [], "area": []}
-        for _ in range(generator.integers(0, 7)):
-            rle, box = random_rle(generator, height, width)
-            category = int(generator.choice(CATEGORIES[:3]))
-            boxes.append((box, category))
-            reference["category_id"].append(category)
-            reference["segmentation"].append(rle)
-            reference["iscrowd"].append(int(generator.random() < 0.15))
-            reference["area"].append(float(coco_mask.area(rle)) * generator.uniform(0.8, 1.2))
-        prediction = {"image_id": image_id, "scores": [], "labels": [], "rle": []}
-        for _ in range(generator.integers(0, 260 if many else 14)):
-            box, category = None, int(generator.choice(CATEGORIES))
-            if boxes and generator.random() < 0.6:
-                (y, x, h, w), near = boxes[generator.integers(len(boxes))]
-                category = near if generator.random() < 0.9 else category
-                box = [y, x, max(1, h - generator.integers(0, 3)), max(1, w - generator.integers(0, 3))]
-            prediction["rle"].append(random_rle(generator, height, width, box)[0])
-            prediction["labels"].append(category)
-            prediction["scores"].append(round(float(generator.random()), 2))
-        pairs.append((prediction, reference))
-    return pairs
-
-
-def pycocotools_stats(pairs, class_agnostic=False):
-    """The 12 numbers and AP by category, through the public interface only."""
-    annotations, results = [], []
-    for prediction, reference in pairs:
-        keys = ("category_id", "segmentation", "iscrowd", "area")
-        for values in zip(*(reference[key] for key in keys)):
-            annotations.append(dict(zip(keys, values), image_id=reference["image_id"], id=len(annotations) + 1))
-        for score, label, rle in zip(prediction["scores"], prediction["labels"], prediction["rle"]):
-            results.append(
-                {"image_id": prediction["image_id"], "category_id": label, "segmentation": dict(rle), "score": score}
-            )
-    truth = COCO()
-    truth.dataset = {
-        "images": [{"id": reference["image_id"], "height": 1, "width": 1} for _, reference in pairs],
-        "annotations": [dict(annotation, segmentation=dict(annotation["segmentation"])) for annotation in annotations],
-        "categories": [{"id": category, "name": str(category)} for category in CATEGORIES],
-    }
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        evaluator = COCOeval(truth, truth.loadRes(results), "segm")
-        evaluator.params.useCats = int(not class_agnostic)
-        evaluator.evaluate()
-        evaluator.accumulate()
-        evaluator.summarize()
-    per_class = {}
-    if not class_agnostic:
-        for index, category in enumerate(CATEGORIES):
-            values = evaluator.eval["precision"][:, :, index, 0, 2]
-            per_class[category] = float(np.mean(values[values > -1])) if (values > -1).any() else None
-    return evaluator.stats, per_class
-
 
 @pytest.mark.parametrize("class_agnostic", [False, True])
-@pytest.mark.parametrize("seed, many", [(0, False), (1, False), (2, False), (3, True)])
-def test_equals_pycocotools_to_the_last_digit(seed, many, class_agnostic):
-    pairs = random_data(seed, pictures=15 if many else 40, many=many)
+@pytest.mark.parametrize(
+    "make, seed", [(random_data, 0), (random_data, 1), (hard_data, 2), (hard_data, 3), (hard_data, 4)]
+)
+def test_equals_pycocotools_to_the_last_digit(make, seed, class_agnostic):
+    pairs = make(seed, pictures=25)
     metric = CocoMaskMap()
     for prediction, reference in pairs:
         metric.add(prediction=prediction, reference=reference)
@@ -138,12 +61,23 @@ def test_more_than_255_masks():
     assert CocoMaskMap().compute(predictions=[many], references=[reference])["AR100"] == pytest.approx(100 / 280)
 
 
-def test_masks_are_not_kept():
+def test_memory_is_bounded():
+    """No mask is kept: a picture of 100 detections takes kilobytes, however large it is."""
+    generator = np.random.default_rng(6)
+    noise = [random_rle(generator, 150, 200)[0] for _ in range(6)]
+    reference = {"category_id": [1, 2, 3], "segmentation": noise[:3]}
+    prediction = {"scores": [0.5] * 100, "labels": [1] * 100, "rle": [noise[k % 6] for k in range(100)]}
+    assert 100 * np.mean([len(rle["counts"]) for rle in noise]) > 200_000
     metric = CocoMaskMap()
-    for prediction, reference in random_data(1, pictures=3):
-        metric.add(prediction=prediction, reference=reference)
-    kept = [value for picture in metric._pictures.values() for value in vars(picture).values()]
-    assert kept and all(isinstance(value, np.ndarray) and value.dtype != object for value in kept)
+    metric.add(prediction={**prediction, "image_id": -1}, reference={**reference, "image_id": -1})  # lazy imports
+    tracemalloc.start()
+    for image_id in range(20):
+        metric.add(prediction={**prediction, "image_id": image_id}, reference={**reference, "image_id": image_id})
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 20 * 12_000 and peak - kept < 1_000_000
+    values = [value for picture in metric.records().values() for value in vars(picture).values()]
+    assert all(isinstance(value, np.ndarray) and value.dtype != object for value in values)
 
 
 def test_errors_name_the_picture():
@@ -162,6 +96,8 @@ def test_errors_name_the_picture():
         metric.add(prediction={**prediction, "rle": [other]}, reference=reference)
     with pytest.raises(ValueError, match="must be COCO RLE"):
         metric.add(prediction={**prediction, "rle": [[[0, 0, 4, 4, 0, 4]]]}, reference=reference)
+    with pytest.raises(ValueError, match="Picture 4: scores that are not finite"):
+        metric.add(prediction={**prediction, "scores": [float("nan")]}, reference=reference)
     metric.add(prediction=prediction, reference=reference)
     with pytest.raises(ValueError, match="Picture 4 was added before"):
         metric.add(prediction=prediction, reference=reference)

@@ -1,8 +1,10 @@
 """COCO mask average precision as an `evaluate` metric that forgets the masks as soon as it has seen them.
 
 Pictures are added one at a time, masks as COCO run lengths. What is kept of a picture is the matrix of mask IoUs of
-its detections and annotations (a few kilobytes), so that a data set never has to fit into memory. The numbers are
-those of pycocotools' `COCOeval`, to the last digit.
+its detections and annotations (a few kilobytes), so that a data set never has to fit into memory, and the processes of
+a distributed evaluation exchange numbers, not masks. That is why the accumulation is done here and not by a library:
+`COCOeval` and its faster replacements want all masks of the data set at once (`backends.py` runs them). Run lengths and
+their IoUs are pycocotools'. The numbers are those of pycocotools' `COCOeval`, to the last digit.
 
 Self-contained: `evaluate.load("path/to/coco_map.py")` works offline and without the rest of this library.
 """
@@ -33,9 +35,13 @@ Args:
     references: one dict a picture: `image_id`, `category_id` (M category ids), `segmentation` (M COCO RLEs), and
         optionally `iscrowd` (M of 0 or 1) and `area` (M square pixels; the area of the mask if missing).
     class_agnostic: ignore the classes, as for proposals (`useCats=0` of pycocotools).
+    details: add `details`, see below.
 Returns:
     AP, AP50, AP75, AP_S, AP_M, AP_L, AR1, AR10, AR100, AR_S, AR_M, AR_L: 0 to 1, or None where no annotation counts;
-    per_class: {category id: AP or None}, empty if class agnostic.
+    per_class: {category id: AP or None}, empty if class agnostic;
+    details: `classes` {category id: {AP, AP50, AP75, AR100, annotations, crowds, detections}}, empty if class agnostic;
+        `class_agnostic`, the 12 numbers without classes; `curves` {"recall": R points, "precision": {"mean", "0.50",
+        "0.75": R values, mean over the classes}} or None.
 Examples:
     >>> metric = evaluate.load("src/uplvp_hf/evaluation/coco_map.py")
     >>> for prediction, reference in pairs:
@@ -50,9 +56,12 @@ MAX_DETECTIONS = 100
 AREA_RANGES = {"all": (0, 1e10), "S": (0, 32**2), "M": (32**2, 96**2), "L": (96**2, 1e10)}
 
 
+NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
+
+
 @dataclass
-class _Picture:
-    """What is left of a picture: D detections by N annotations."""
+class Picture:
+    """What is left of a picture: D detections by N annotations. Scores are finite."""
 
     scores: np.ndarray  # (D,)
     labels: np.ndarray  # (D,)
@@ -65,12 +74,15 @@ class _Picture:
 
 @dataclass
 class _Matches:
-    """Detections of one class in one picture, best first, against the T thresholds, for one range of areas."""
+    """Detections of any number of pictures, best first in each, against A ranges of areas and T thresholds."""
 
     scores: np.ndarray  # (D,)
-    matched: np.ndarray  # (T, D) bool
-    ignored: np.ndarray  # (T, D) bool
-    num_annotations: int  # that count
+    groups: np.ndarray  # (D,) category ids, or zeros if class agnostic
+    ranks: np.ndarray  # (D,) place among the detections of the same group in the picture
+    hits: np.ndarray  # (D, A, T) bool: true positives
+    misses: np.ndarray  # (D, A, T) bool: false positives; what is neither is ignored
+    gt_groups: np.ndarray  # (N,)
+    gt_counted: np.ndarray  # (N, A) bool
 
 
 class CocoMaskMap(evaluate.Metric):
@@ -103,7 +115,7 @@ class CocoMaskMap(evaluate.Metric):
         """Pictures added since the last `compute`."""
         return len(self._added())
 
-    def _added(self) -> dict[Any, _Picture]:
+    def _added(self) -> dict[Any, Picture]:
         if self.num_process != 1:
             raise ValueError(f"num_process={self.num_process}: gather the results and add them all in one process.")
         return self.__dict__.setdefault("_pictures", {})
@@ -112,12 +124,12 @@ class CocoMaskMap(evaluate.Metric):
         """Adds one picture. Masks are compared at once and not kept."""
         if kwargs:
             raise ValueError(f"Unknown inputs {sorted(kwargs)}; a picture is a prediction and a reference.")
-        image_id = reference["image_id"]
-        if prediction["image_id"] != image_id:
-            raise ValueError(f"A prediction for picture {prediction['image_id']!r}, but a reference for {image_id!r}.")
+        self._keep(reference["image_id"], compare(prediction, reference))
+
+    def _keep(self, image_id: Any, picture: "Picture") -> None:
         if image_id in self._added():
             raise ValueError(f"Picture {image_id!r} was added before. Call compute() between two runs.")
-        self._added()[image_id] = _compare(prediction, reference)
+        self._added()[image_id] = picture
 
     def add_batch(self, *, predictions: list[dict], references: list[dict], **kwargs) -> None:
         """Adds several pictures."""
@@ -126,12 +138,22 @@ class CocoMaskMap(evaluate.Metric):
         for prediction, reference in zip(predictions, references):
             self.add(prediction=prediction, reference=reference, **kwargs)
 
+    def records(self) -> dict[Any, Picture]:
+        """What was added so far, by image id: what one process of several sends to the others."""
+        return dict(self._added())
+
+    def extend(self, records: dict[Any, Picture]) -> None:
+        """Adds the `records` of another process. Raises ValueError for a picture that was added before."""
+        for image_id, picture in records.items():
+            self._keep(image_id, picture)
+
     def compute(
         self,
         *,
         predictions: list[dict] | None = None,
         references: list[dict] | None = None,
         class_agnostic: bool = False,
+        details: bool = False,
     ) -> dict[str, Any]:
         """The numbers over all pictures added so far, which are then forgotten."""
         if predictions is not None or references is not None:
@@ -140,71 +162,106 @@ class CocoMaskMap(evaluate.Metric):
         if not pictures:
             raise ValueError("No picture was added: nothing to compute.")
         self._pictures = {}
-        return self._compute(pictures, class_agnostic)
+        # The order decides between equal scores. Ids are whole numbers or texts.
+        ordered = [pictures[image_id] for image_id in sorted(pictures, key=lambda i: (isinstance(i, str), i))]
+        curves = _curves(ordered, class_agnostic)
+        result = {**curves.summary(), "per_class": {} if class_agnostic else curves.per_class()}
+        if details:
+            agnostic = curves if class_agnostic else _curves(ordered, True)
+            result["details"] = {
+                "classes": {} if class_agnostic else curves.table(ordered),
+                "class_agnostic": agnostic.summary(),
+                "curves": curves.mean_curves(),
+            }
+        return result
 
-    def _compute(self, pictures: dict[Any, _Picture], class_agnostic: bool) -> dict[str, Any]:
-        ordered = [pictures[image_id] for image_id in sorted(pictures)]  # the order decides between equal scores
-        categories = sorted({label for picture in ordered for label in picture.gt_labels.tolist()})
-        groups = [None] if class_agnostic or not categories else categories
-        shape = (len(IOU_THRESHOLDS), len(RECALL_POINTS), len(groups))
-        precision = {name: np.full(shape, -1.0) for name in AREA_RANGES}
-        recall = {name: np.full(shape[::2], -1.0) for name in (*AREA_RANGES, 1, 10)}
-        for position, category in enumerate(groups):
-            subsets = [_select(picture, category) for picture in ordered]
-            subsets = [subset for subset in subsets if len(subset.scores) or len(subset.gt_labels)]
-            for name, area_range in AREA_RANGES.items():
-                matches = [_match(subset, area_range) for subset in subsets]
-                curve = _accumulate(matches, MAX_DETECTIONS)
-                if curve is None:
-                    continue
-                precision[name][:, :, position], recall[name][:, position] = curve
-                if name == "all":
-                    for limit in (1, 10):
-                        recall[limit][:, position] = _accumulate(matches, limit)[1]
-        result = {
-            "AP": _mean(precision["all"]),
-            "AP50": _mean(precision["all"][0]),
-            "AP75": _mean(precision["all"][5]),
-            **{f"AP_{name}": _mean(precision[name]) for name in "SML"},
-            "AR1": _mean(recall[1]),
-            "AR10": _mean(recall[10]),
-            "AR100": _mean(recall["all"]),
-            **{f"AR_{name}": _mean(recall[name]) for name in "SML"},
+
+@dataclass
+class Curves:
+    """Precision and recall of K categories (one, if class agnostic); -1 where no annotation of a category counts."""
+
+    categories: list[Any]
+    precision: dict[str, np.ndarray]  # range of areas -> (T, R, K)
+    recall: dict[Any, np.ndarray]  # range of areas, or number of detections -> (T, K)
+
+    def summary(self) -> dict[str, float | None]:
+        """The 12 numbers."""
+        return {
+            "AP": _mean(self.precision["all"]),
+            "AP50": _mean(self.precision["all"][0]),
+            "AP75": _mean(self.precision["all"][5]),
+            **{f"AP_{name}": _mean(self.precision[name]) for name in "SML"},
+            "AR1": _mean(self.recall[1]),
+            "AR10": _mean(self.recall[10]),
+            "AR100": _mean(self.recall["all"]),
+            **{f"AR_{name}": _mean(self.recall[name]) for name in "SML"},
         }
-        per_class = {} if class_agnostic else {c: _mean(precision["all"][:, :, k]) for k, c in enumerate(categories)}
-        return {**result, "per_class": per_class}
+
+    def per_class(self) -> dict[Any, float | None]:
+        """AP of every category."""
+        return {category: _mean(self.precision["all"][:, :, k]) for k, category in enumerate(self.categories)}
+
+    def table(self, pictures: list[Picture]) -> dict[Any, dict[str, Any]]:
+        """Numbers and counts of every category that is annotated or detected in the pictures."""
+        labels = np.concatenate([picture.labels for picture in pictures])
+        gt_labels = np.concatenate([picture.gt_labels for picture in pictures])
+        crowd = np.concatenate([picture.gt_crowd for picture in pictures])
+        rows = {}
+        for category in sorted({*labels.tolist(), *gt_labels.tolist()}):
+            place = self.categories.index(category) if category in self.categories else None
+            precision = np.full((len(IOU_THRESHOLDS), 1), -1.0)
+            precision = precision if place is None else self.precision["all"][:, :, place]
+            rows[category] = {
+                "AP": _mean(precision),
+                "AP50": _mean(precision[0]),
+                "AP75": _mean(precision[5]),
+                "AR100": None if place is None else _mean(self.recall["all"][:, place]),
+                "annotations": int((~crowd[gt_labels == category]).sum()),
+                "crowds": int(crowd[gt_labels == category].sum()),
+                "detections": int((labels == category).sum()),
+            }
+        return rows
+
+    def mean_curves(self) -> dict[str, Any] | None:
+        """Precision at the recall points, mean over the categories with an annotation that counts."""
+        counted = self.precision["all"][:, :, (self.precision["all"] > -1).all((0, 1))]
+        if not counted.size:
+            return None
+        chosen = {"mean": counted.mean((0, 2)), "0.50": counted[0].mean(1), "0.75": counted[5].mean(1)}
+        return {
+            "recall": RECALL_POINTS.tolist(),
+            "precision": {name: values.tolist() for name, values in chosen.items()},
+        }
 
 
-def _compare(prediction: dict, reference: dict) -> _Picture:
+def check_picture(prediction: dict, reference: dict) -> tuple[list[dict], list[dict], np.ndarray, np.ndarray]:
+    """Detected masks, true masks (compressed RLEs), crowd flags and areas of the latter, after checks.
+
+    Raises ValueError, naming the picture, for unequal lengths, masks that are no RLE or differ in size, and scores that
+    are not finite.
+    """
     image_id, found, truth = reference["image_id"], prediction["rle"], reference["segmentation"]
-    crowd = reference.get("iscrowd")
-    crowd = np.zeros(len(truth), dtype=bool) if crowd is None else np.asarray(crowd, dtype=bool)
-    areas = reference.get("area")
+    if prediction["image_id"] != image_id:
+        raise ValueError(f"A prediction for picture {prediction['image_id']!r}, but a reference for {image_id!r}.")
+    crowd, areas = reference.get("iscrowd"), reference.get("area")
     lengths = {
         "scores": (prediction["scores"], found),
         "labels": (prediction["labels"], found),
         "category_id": (reference["category_id"], truth),
-        "iscrowd": (crowd, truth),
+        "iscrowd": (truth if crowd is None else crowd, truth),
         "area": (truth if areas is None else areas, truth),
     }
     for name, (values, masks) in lengths.items():
         if len(values) != len(masks):
             raise ValueError(f"Picture {image_id!r}: {len(values)} {name} for {len(masks)} masks.")
+    if not np.isfinite(np.asarray(prediction["scores"], dtype=np.float64)).all():
+        raise ValueError(f"Picture {image_id!r}: scores that are not finite.")
     found, truth = [_compressed(rle, image_id) for rle in found], [_compressed(rle, image_id) for rle in truth]
     sizes = {tuple(int(side) for side in rle["size"]) for rle in (*found, *truth)}
     if len(sizes) > 1:
         raise ValueError(f"Picture {image_id!r}: masks of different sizes {sorted(sizes)} (height, width).")
-    both = found and truth
-    ious = np.asarray(coco_mask.iou(found, truth, crowd.astype(np.uint8).tolist())) if both else np.zeros((0, 0))
-    return _Picture(
-        scores=np.asarray(prediction["scores"], dtype=np.float64),
-        labels=np.asarray(prediction["labels"]),
-        areas=_areas(found),
-        gt_labels=np.asarray(reference["category_id"]),
-        gt_areas=_areas(truth) if areas is None else np.asarray(areas, dtype=np.float64),
-        gt_crowd=crowd,
-        ious=ious.reshape(len(found), len(truth)),
-    )
+    crowd = np.zeros(len(truth), dtype=bool) if crowd is None else np.asarray(crowd, dtype=bool)
+    return found, truth, crowd, mask_areas(truth) if areas is None else np.asarray(areas, dtype=np.float64)
 
 
 def _compressed(rle: Any, image_id: Any) -> dict:
@@ -215,85 +272,131 @@ def _compressed(rle: Any, image_id: Any) -> dict:
     return coco_mask.frPyObjects({"size": list(rle["size"]), "counts": list(rle["counts"])}, *rle["size"])
 
 
-def _areas(rles: list[dict]) -> np.ndarray:
-    # One by one: pycocotools 2.0.11 with numpy 2 raises OverflowError for a list of more than 255.
-    return np.array([coco_mask.area(rle) for rle in rles], dtype=np.float64)
+def mask_areas(rles: list[dict]) -> np.ndarray:
+    """(N,) float64 pixels."""
+    # In portions: pycocotools 2.0.11 with numpy 2 raises OverflowError for a list of more than 255.
+    parts = [coco_mask.area(rles[start : start + 255]) for start in range(0, len(rles), 255)]
+    return np.concatenate([np.zeros(0), *parts]).astype(np.float64)
 
 
-def _select(picture: _Picture, category: Any) -> _Picture:
-    """The annotations and the best 100 detections of one category, or of all, best first."""
-    if category is None:  # by category, as pycocotools concatenates them: decides between equal scores and overlaps
-        chosen = np.argsort(picture.labels, kind="mergesort")
-        annotations = np.argsort(picture.gt_labels, kind="mergesort")
-    else:
-        chosen = np.flatnonzero(picture.labels == category)
-        annotations = np.flatnonzero(picture.gt_labels == category)
-    chosen = chosen[np.argsort(-picture.scores[chosen], kind="mergesort")][:MAX_DETECTIONS]
-    return _Picture(
-        picture.scores[chosen],
-        picture.labels[chosen],
-        picture.areas[chosen],
-        picture.gt_labels[annotations],
-        picture.gt_areas[annotations],
-        picture.gt_crowd[annotations],
-        picture.ious[np.ix_(chosen, annotations)],
+def compare(prediction: dict, reference: dict) -> Picture:
+    """What the numbers need to know of a picture. Raises ValueError as `check_picture`."""
+    found, truth, crowd, areas = check_picture(prediction, reference)
+    both = found and truth
+    ious = np.asarray(coco_mask.iou(found, truth, crowd.astype(np.uint8).tolist())) if both else np.zeros((0, 0))
+    return Picture(
+        scores=np.asarray(prediction["scores"], dtype=np.float64),
+        labels=np.asarray(prediction["labels"], dtype=np.int64),
+        areas=mask_areas(found),
+        gt_labels=np.asarray(reference["category_id"], dtype=np.int64),
+        gt_areas=areas,
+        gt_crowd=crowd,
+        ious=ious.reshape(len(found), len(truth)),
     )
 
 
-def _match(picture: _Picture, area_range: tuple[float, float]) -> _Matches:
-    """Greedy matching at every IoU threshold: best detection first, each to its best annotation still free.
+def _ranked(picture: Picture, class_agnostic: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Order of the detections, best first, at most 100 a category (or in all), with their groups and ranks."""
+    if class_agnostic:  # by category, as pycocotools concatenates them: decides between equal scores
+        order = np.argsort(picture.labels, kind="mergesort")
+        order = order[np.argsort(-picture.scores[order], kind="mergesort")][:MAX_DETECTIONS]
+        return order, np.zeros_like(order), np.arange(len(order))
+    order = np.argsort(-picture.scores, kind="mergesort")
+    groups = picture.labels[order]
+    by_group = np.argsort(groups, kind="mergesort")
+    starts = np.searchsorted(groups[by_group], groups[by_group], side="left")
+    ranks = np.empty(len(order), dtype=np.int64)
+    ranks[by_group] = np.arange(len(order)) - starts
+    kept = ranks < MAX_DETECTIONS
+    return order[kept], groups[kept], ranks[kept]
+
+
+def _match(picture: Picture, class_agnostic: bool) -> _Matches:
+    """Greedy matching for every range of areas and IoU threshold: best detection first, each to its best annotation of
+    its group that is still free.
 
     Annotations outside the range of areas and crowds are ignored: they are matched only if no other fits, and a crowd
     any number of times. Of equal IoUs the last annotation wins.
     """
-    low, high = area_range
-    gt_ignored = picture.gt_crowd | (picture.gt_areas < low) | (picture.gt_areas > high)
-    num_thresholds, num_detections = len(IOU_THRESHOLDS), len(picture.scores)
-    matched = np.zeros((num_thresholds, num_detections), dtype=bool)
-    ignored = np.zeros((num_thresholds, num_detections), dtype=bool)
-    taken = np.zeros((num_thresholds, len(gt_ignored)), dtype=bool)
+    order, groups, ranks = _ranked(picture, class_agnostic)
+    # Without classes pycocotools looks at the annotations by category, which decides between equal IoUs.
+    columns = np.argsort(picture.gt_labels, kind="mergesort") if class_agnostic else np.arange(len(picture.gt_labels))
+    gt_labels, gt_areas, crowd = picture.gt_labels[columns], picture.gt_areas[columns], picture.gt_crowd[columns]
+    ious, areas = picture.ious[np.ix_(order, columns)], picture.areas[order]
+    gt_groups = np.zeros_like(gt_labels) if class_agnostic else gt_labels
+    ious = np.where(groups[:, None] == gt_groups, ious, -1.0)
+    low, high = _LOW[:, None], _HIGH[:, None]
+    gt_ignored = crowd | (gt_areas < low) | (gt_areas > high)  # (A, N)
+    outside = (areas < low) | (areas > high)  # (A, D)
+    shape = (len(low), len(IOU_THRESHOLDS))
+    matched = np.zeros((len(order), *shape), dtype=bool)
+    ignored = np.zeros((len(order), *shape), dtype=bool)
+    taken = np.zeros((*shape, len(crowd)), dtype=bool)
     thresholds = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)[:, None]
-    rows = np.arange(num_thresholds)
-    hopeful = np.flatnonzero((picture.ious >= thresholds[0]).any(1)) if len(gt_ignored) else []
-    for detection in hopeful:
-        iou = picture.ious[detection]
-        fits = (iou >= thresholds) & (~taken | picture.gt_crowd)  # (T, N)
-        counted = fits & ~gt_ignored
-        fits = np.where(counted.any(1, keepdims=True), counted, fits)
+    for detection in np.flatnonzero((ious >= thresholds[0]).any(1)):
+        near = np.flatnonzero(ious[detection] >= thresholds[0])
+        iou, near_ignored = ious[detection, near], gt_ignored[:, None, near]
+        fits = (iou >= thresholds) & (~taken[..., near] | crowd[near])  # (A, T, n)
+        counted = fits & ~near_ignored
+        fits = np.where(counted.any(-1, keepdims=True), counted, fits)
         ranked = np.where(fits, iou, -1.0)
-        best = ranked.shape[1] - 1 - ranked[:, ::-1].argmax(1)  # the last of the maxima
-        hit = fits[rows, best]
-        matched[:, detection] = hit
-        ignored[:, detection] = hit & gt_ignored[best]
-        taken[rows[hit], best[hit]] = True
-    outside = (picture.areas < low) | (picture.areas > high)
-    ignored |= ~matched & outside
-    return _Matches(picture.scores, matched, ignored, int((~gt_ignored).sum()))
+        best = len(near) - 1 - ranked[..., ::-1].argmax(-1)  # (A, T), the last of the maxima
+        hit = fits.any(-1)
+        matched[detection] = hit
+        ignored[detection] = hit & np.take_along_axis(near_ignored[:, 0], best, -1)
+        area, threshold = np.nonzero(hit)
+        taken[area, threshold, near[best[hit]]] = True
+    ignored |= ~matched & outside.T[:, :, None]
+    return _Matches(
+        picture.scores[order], groups, ranks, matched & ~ignored, ~matched & ~ignored, gt_groups, ~gt_ignored.T
+    )
 
 
-def _accumulate(matches: list[_Matches], limit: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Precision (T, R) at the recall points and final recall (T,), or None where no annotation counts."""
-    total = sum(match.num_annotations for match in matches)
-    if total == 0:
-        return None
-    scores = np.concatenate([match.scores[:limit] for match in matches])
-    order = np.argsort(-scores, kind="mergesort")
-    matched = np.concatenate([match.matched[:, :limit] for match in matches], axis=1)[:, order]
-    ignored = np.concatenate([match.ignored[:, :limit] for match in matches], axis=1)[:, order]
-    true_positives = np.cumsum(matched & ~ignored, axis=1).astype(float)
-    false_positives = np.cumsum(~matched & ~ignored, axis=1).astype(float)
+_LOW = np.array([low for low, _ in AREA_RANGES.values()], dtype=np.float64)
+_HIGH = np.array([high for _, high in AREA_RANGES.values()], dtype=np.float64)
+
+
+def _curves(pictures: list[Picture], class_agnostic: bool) -> Curves:
+    parts = [_match(picture, class_agnostic) for picture in pictures]
+    every = _Matches(*(np.concatenate([getattr(part, name) for part in parts]) for name in _Matches.__annotations__))
+    categories = np.unique(every.gt_groups).tolist()
+    shape = (len(IOU_THRESHOLDS), len(RECALL_POINTS), len(categories) or 1)
+    precision = {name: np.full(shape, -1.0) for name in AREA_RANGES}
+    recall = {name: np.full(shape[::2], -1.0) for name in (*AREA_RANGES, 1, 10)}
+    # One stable sort by category, so that a category is a slice and keeps the order of the pictures.
+    by_group = np.argsort(every.groups, kind="mergesort")
+    first = np.searchsorted(every.groups[by_group], categories, side="left")
+    last = np.searchsorted(every.groups[by_group], categories, side="right")
+    for k, category in enumerate(categories):
+        chosen = by_group[first[k] : last[k]]
+        totals = every.gt_counted[every.gt_groups == category].sum(0)  # (A,)
+        for a, name in enumerate(AREA_RANGES):
+            if totals[a] == 0:
+                continue
+            hits, misses = every.hits[chosen, a], every.misses[chosen, a]
+            order = np.argsort(-every.scores[chosen], kind="mergesort")
+            precision[name][:, :, k], recall[name][:, k] = _accumulate(hits[order], misses[order], int(totals[a]))
+            if name == "all":
+                for limit in (1, 10):
+                    recall[limit][:, k] = hits[every.ranks[chosen] < limit].sum(0) / totals[a]
+    return Curves(categories, precision, recall)
+
+
+def _accumulate(hits: np.ndarray, misses: np.ndarray, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Precision (T, R) at the recall points and final recall (T,) of detections (D, T), best first."""
     precision = np.zeros((len(IOU_THRESHOLDS), len(RECALL_POINTS)))
     recall = np.zeros(len(IOU_THRESHOLDS))
-    if not len(scores):
+    if not len(hits):
         return precision, recall
-    for index, (hits, misses) in enumerate(zip(true_positives, false_positives)):
-        recalls = hits / total
-        recall[index] = recalls[-1]
-        envelope = np.maximum.accumulate((hits / (misses + hits + np.spacing(1)))[::-1])[::-1]
-        at = np.searchsorted(recalls, RECALL_POINTS, side="left")
-        reached = at < len(envelope)
-        precision[index, reached] = envelope[at[reached]]
-    return precision, recall
+    true_positives, false_positives = np.cumsum(hits.T, axis=1).astype(float), np.cumsum(misses.T, axis=1).astype(float)
+    recalls = true_positives / total
+    ratio = true_positives / (false_positives + true_positives + np.spacing(1))
+    envelope = np.maximum.accumulate(ratio[:, ::-1], axis=1)[:, ::-1]
+    for index in range(len(IOU_THRESHOLDS)):
+        at = np.searchsorted(recalls[index], RECALL_POINTS, side="left")
+        reached = at < envelope.shape[1]
+        precision[index, reached] = envelope[index, at[reached]]
+    return precision, recalls[:, -1]
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -1,0 +1,212 @@
+"""COCO mask AP by an evaluator chosen by name: our streaming one, pycocotools, or a faster library.
+
+streaming, pycocotools and hotcoco give the same numbers to the last bit; those of faster_coco_eval differ by at most
+5e-16, because it leaves out the tiny number that pycocotools adds to the divisor of a precision
+(tests/evaluation/test_backends.py). The libraries want the masks of the whole data set at once, as run lengths: some
+100 bytes to a few kilobytes a mask. hotcoco (Rust) and faster_coco_eval (C++) come with
+`pip install uplvp_hf[fast_eval]`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import io
+import warnings
+from typing import Any, Protocol
+
+import numpy as np
+
+from .coco_map import AREA_RANGES, NAMES, CocoMaskMap, Curves, Picture, check_picture, mask_areas
+
+BACKENDS = ("streaming", "pycocotools", "hotcoco", "faster_coco_eval")
+FASTEST = ("hotcoco", "faster_coco_eval", "streaming")
+"""Order of preference of "fastest" (scripts/benchmark_evaluate.py measures them)."""
+
+_EVALUATORS = {"pycocotools": "COCOeval", "hotcoco": "COCOeval", "faster_coco_eval": "COCOeval_faster"}
+
+
+class Evaluator(Protocol):
+    """What `make_evaluator` gives."""
+
+    def add(self, *, prediction: dict, reference: dict) -> None:
+        """One picture, as `CocoMaskMap.add`."""
+
+    def records(self) -> dict[Any, Any]:
+        """What was added so far, by image id, to be sent to other processes."""
+
+    def extend(self, records: dict[Any, Any]) -> None:
+        """Adds the records of another process."""
+
+    def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
+        """The numbers, as `CocoMaskMap.compute`; what was added is forgotten."""
+
+
+def resolve_backend(name: str) -> str:
+    """The backend itself, "fastest" replaced by the first installed one of `FASTEST`.
+
+    Raises ValueError for an unknown name, or a package that is not installed.
+    """
+    if name == "fastest":
+        return next(backend for backend in FASTEST if _installed(backend))
+    if name not in BACKENDS:
+        raise ValueError(f"There is no evaluation backend {name!r}, only {', '.join(BACKENDS)} and fastest.")
+    if not _installed(name):
+        raise ValueError(f"The evaluation backend {name!r} is not installed: pip install uplvp_hf[fast_eval]")
+    return name
+
+
+def _installed(backend: str) -> bool:
+    return backend == "streaming" or importlib.util.find_spec(backend) is not None
+
+
+def make_evaluator(backend: str = "streaming", metric: str = "coco") -> Evaluator:
+    """A fresh evaluator.
+
+    Args:
+        backend: one of `BACKENDS`, or "fastest".
+        metric: "coco", or "cityscapes" for the AP of the Cityscapes benchmark, which only is streamed.
+
+    Raises ValueError as `resolve_backend`, and for an unknown metric or one that the backend does not have.
+    """
+    if metric == "cityscapes":
+        from .cityscapes_ap import CityscapesAP
+
+        if backend not in ("streaming", "fastest"):
+            raise ValueError(f"The backend {backend!r} has no Cityscapes AP; leave it at streaming.")
+        return CityscapesAP()
+    if metric != "coco":
+        raise ValueError(f"There is no metric {metric!r}, only coco and cityscapes.")
+    backend = resolve_backend(backend)
+    return CocoMaskMap() if backend == "streaming" else LibraryMap(backend)
+
+
+class LibraryMap:
+    """COCO mask AP by pycocotools or one of its replacements, with the interface of `CocoMaskMap`.
+
+    Args:
+        backend: "pycocotools", "hotcoco" or "faster_coco_eval", installed.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self._pictures: dict[Any, dict[str, list]] = {}
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def add(self, *, prediction: dict, reference: dict) -> None:
+        """Keeps the run lengths of one picture. Raises ValueError as `CocoMaskMap.add`."""
+        found, truth, crowd, areas = check_picture(prediction, reference)
+        record = {
+            "found": found,
+            "scores": [float(score) for score in prediction["scores"]],
+            "labels": [int(label) for label in prediction["labels"]],
+            "truth": truth,
+            "gt_labels": [int(label) for label in reference["category_id"]],
+            "crowd": crowd.astype(int).tolist(),
+            "areas": areas.tolist(),
+        }
+        self.extend({reference["image_id"]: record})
+
+    def records(self) -> dict[Any, dict[str, list]]:
+        """The pictures added so far, by image id."""
+        return dict(self._pictures)
+
+    def extend(self, records: dict[Any, dict[str, list]]) -> None:
+        """Adds the `records` of another process. Raises ValueError for a picture that was added before."""
+        for image_id, record in records.items():
+            if image_id in self._pictures:
+                raise ValueError(f"Picture {image_id!r} was added before. Call compute() between two runs.")
+            self._pictures[image_id] = record
+
+    def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
+        """As `CocoMaskMap.compute`."""
+        if not self._pictures:
+            raise ValueError("No picture was added: nothing to compute.")
+        # The libraries know whole numbers as image ids only. Their order decides between equal scores.
+        ordered = sorted(self._pictures.items(), key=lambda item: (isinstance(item[0], str), item[0]))
+        records = [record for _, record in ordered]
+        self._pictures = {}
+        stats, curves = self._run(records, class_agnostic)
+        result = {**stats, "per_class": {} if class_agnostic else curves.per_class()}
+        if details:
+            result["details"] = {
+                "classes": {} if class_agnostic else curves.table([_counts(record) for record in records]),
+                "class_agnostic": stats if class_agnostic else self._run(records, True)[0],
+                "curves": curves.mean_curves(),
+            }
+        return result
+
+    def _run(self, records: list[dict[str, list]], class_agnostic: bool) -> tuple[dict[str, float | None], Curves]:
+        truth, results = _as_coco(records)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.filterwarnings("ignore", message="hotcoco: use_cats")  # it is what class-agnostic means
+            evaluator = self._evaluator(truth, results)
+            evaluator.params.useCats = int(not class_agnostic)
+            evaluator.evaluate()
+            evaluator.accumulate()
+            evaluator.summarize()
+        stats = [float(value) for value in np.asarray(evaluator.stats)[: len(NAMES)]]
+        summary = {name: None if value == -1 else value for name, value in zip(NAMES, stats, strict=True)}
+        return summary, _curves(evaluator.eval, truth["categories"], records, class_agnostic)
+
+    def _evaluator(self, truth: dict[str, list], results: list[dict[str, Any]]) -> Any:
+        if self.backend == "pycocotools":
+            from pycocotools.coco import COCO
+            from pycocotools.cocoeval import COCOeval
+
+            ours, theirs = _indexed(COCO, truth), _indexed(COCO, {**truth, "annotations": results})
+            return COCOeval(ours, theirs, "segm")
+        library = importlib.import_module(self.backend)
+        evaluator = getattr(library, _EVALUATORS[self.backend])
+        return evaluator(library.COCO(truth), library.COCO({**truth, "annotations": results}), "segm")
+
+
+def _indexed(kind: type, content: dict[str, list]) -> Any:
+    coco = kind()  # from a file only
+    coco.dataset = content
+    coco.createIndex()
+    return coco
+
+
+def _as_coco(records: list[dict[str, list]]) -> tuple[dict[str, list], list[dict[str, Any]]]:
+    """The truth as a COCO file has it, and the detections as `loadRes` prepares them: the area is that of the mask."""
+    images, annotations, results = [], [], []
+    for image_id, record in enumerate(records, 1):
+        masks = [*record["truth"], *record["found"]]
+        height, width = masks[0]["size"] if masks else (1, 1)
+        images.append({"id": image_id, "height": int(height), "width": int(width)})
+        for mask, label, crowd, area in zip(record["truth"], record["gt_labels"], record["crowd"], record["areas"]):
+            entry = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label, "segmentation": dict(mask)}
+            annotations.append({**entry, "bbox": [0.0] * 4, "iscrowd": crowd, "area": area})
+        areas = mask_areas(record["found"]).tolist()
+        for mask, label, score, area in zip(record["found"], record["labels"], record["scores"], areas):
+            entry = {"id": len(results) + 1, "image_id": image_id, "category_id": label, "segmentation": dict(mask)}
+            results.append({**entry, "bbox": [0.0] * 4, "iscrowd": 0, "area": area, "score": score})
+    labels = {label for record in records for label in (*record["gt_labels"], *record["labels"])}
+    categories = [{"id": label, "name": str(label)} for label in sorted(labels)]
+    return {"images": images, "annotations": annotations, "categories": categories}, results
+
+
+def _curves(
+    found: dict[str, Any], categories: list[dict[str, Any]], records: list[dict[str, list]], class_agnostic: bool
+) -> Curves:
+    """The arrays of a library, precision (T, R, K, A, M) and recall (T, K, A, M), without classes never annotated."""
+    annotated = {label for record in records for label in record["gt_labels"]}
+    kept = [k for k, category in enumerate(categories) if category["id"] in annotated]
+    names = [categories[k]["id"] for k in kept]
+    kept, names = ([0], [0]) if class_agnostic else (kept, names)
+    precision, recall = np.asarray(found["precision"])[:, :, kept], np.asarray(found["recall"])[:, kept]
+    # Contiguous, as ours: the order of the memory decides the last bit of a mean.
+    by_area = {name: np.ascontiguousarray(precision[:, :, :, a, 2]) for a, name in enumerate(AREA_RANGES)}
+    recalls = {name: recall[:, :, a, 2] for a, name in enumerate(AREA_RANGES)}
+    return Curves(names, by_area, {**recalls, 1: recall[:, :, 0, 0], 10: recall[:, :, 0, 1]})
+
+
+def _counts(record: dict[str, list]) -> Picture:
+    """A picture for `Curves.table`, which only counts."""
+    empty = np.zeros(0)
+    labels, gt_labels = (np.asarray(record[name], dtype=np.int64) for name in ("labels", "gt_labels"))
+    return Picture(empty, labels, empty, gt_labels, empty, np.asarray(record["crowd"], dtype=bool), empty)
