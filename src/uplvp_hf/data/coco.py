@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Callable
+from tempfile import TemporaryFile
 from typing import IO, Any
 
-from ..files import replacing
+from ..files import replacing, writing
 from .dataset import InstanceDataset, Row, RowStream, empty_objects
 from .errors import DataError
 from .fields import (
@@ -21,10 +23,13 @@ from .fields import (
     require_list,
     whole_number,
 )
+from .layouts import OFFICIAL_COUNTS
 from .rle import polygon_fault, rle_areas, rle_boxes, segmentation_to_rle
 
+AS_STORED = "as_stored"  # of a row, and of an image entry in files that we write
 
-def _clean_segmentation(
+
+def clean_segmentation(
     segmentation: Any, height: int, width: int, complain: Callable[[str], None]
 ) -> tuple[Any, dict[str, Any], bool] | None:
     """(segmentation to keep, its RLE, whether it was changed), or None when no pixel is left.
@@ -64,9 +69,9 @@ def _clean_segmentation(
 class _Reader:
     """One pass over a parsed COCO file."""
 
-    def __init__(self, content: Any, path: str, image_dir: str, unlabelled: bool) -> None:
+    def __init__(self, content: Any, path: str, image_dir: str, unlabelled: bool, strict: bool) -> None:
         require(content, ("images",) if unlabelled else ("images", "annotations", "categories"), path, None)
-        self.content, self.path, self.image_dir = content, path, image_dir
+        self.content, self.path, self.image_dir, self.strict = content, path, image_dir, strict
         self.failures: list[dict[str, Any]] = []
         self.dropped = 0
         self.categories = read_categories(content.get("categories", []), path)
@@ -75,29 +80,45 @@ class _Reader:
 
     def read_images(self) -> None:
         for index, entry in enumerate(require_list(self.content, "images", self.path)):
-            where = f"images[{index}]"
-            require(entry, ("id", "file_name", "width", "height"), self.path, where)
-            image_id = image_identifier(entry, "id", self.path, where)
-            where = f"{where} (id {image_id})"
-            if image_id in self.rows:
-                raise DataError(f"image id {image_id!r} occurs twice", file=self.path, row=where)
-            self.rows[image_id] = Row(
-                image=inside(self.image_dir, entry["file_name"], self.path, where),
-                image_id=image_id,
-                file_name=entry["file_name"],
-                width=whole_number(entry, "width", self.path, where, minimum=1),
-                height=whole_number(entry, "height", self.path, where, minimum=1),
-                objects=empty_objects(),
-            )
+            self._tolerantly(self._read_image, entry, f"images[{index}]")
         if not self.rows:
-            raise DataError("lists no images", file=self.path)
+            first = f" that can be used; the first: {self.failures[0]['reason']}" if self.failures else ""
+            raise DataError(f"lists no images{first}", file=self.path)
+
+    def _tolerantly(self, read: Callable[[Any, str], None], entry: Any, where: str) -> bool:
+        """Whether the entry could be read; a fault is raised, or when not strict listed."""
+        try:
+            read(entry, where)
+        except DataError as error:
+            if self.strict:
+                raise
+            self.failures.append({"file": self.path, "row": error.row or where, "reason": error.reason})
+            return False
+        return True
+
+    def _read_image(self, entry: Any, where: str) -> None:
+        require(entry, ("id", "file_name", "width", "height"), self.path, where)
+        image_id = image_identifier(entry, "id", self.path, where)
+        where = f"{where} (id {image_id})"
+        if image_id in self.rows:
+            raise DataError(f"image id {image_id!r} occurs twice", file=self.path, row=where)
+        row = Row(
+            image=inside(self.image_dir, entry["file_name"], self.path, where),
+            image_id=image_id,
+            file_name=entry["file_name"],
+            width=whole_number(entry, "width", self.path, where, minimum=1),
+            height=whole_number(entry, "height", self.path, where, minimum=1),
+            objects=empty_objects(),
+        )
+        self.rows[image_id] = Row(**row, as_stored=True) if entry.get(AS_STORED) is True else row
 
     def read_annotations(self) -> None:
         entries = require_list(self.content, "annotations", self.path)
         if entries and not self.known:
             raise DataError(f"has {len(entries)} annotations and an empty 'categories' list", file=self.path)
         for index, entry in enumerate(entries):
-            self._read_annotation(entry, f"annotations[{index}]")
+            if not self._tolerantly(self._read_annotation, entry, f"annotations[{index}]"):
+                self.dropped += 1
         if entries and self.dropped == len(entries):
             raise DataError(
                 f"none of the {len(entries)} annotations has a usable mask; the first: {self.failures[0]['reason']}",
@@ -125,18 +146,21 @@ class _Reader:
         def complain(reason: str) -> None:
             self.failures.append({"file": path, "row": where, "reason": reason})
 
-        cleaned = _clean_segmentation(entry["segmentation"], row["height"], row["width"], complain)
+        cleaned = clean_segmentation(entry["segmentation"], row["height"], row["width"], complain)
         if cleaned is None:
             self.dropped += 1
             return
         segmentation, rle, changed = cleaned
-        objects = row["objects"]
-        objects["segmentation"].append(segmentation)
-        objects["category_id"].append(category_id)
-        objects["bbox"].append(self._bbox(entry, rle, changed, where))
-        objects["area"].append(self._area(entry, rle, changed, where))
-        objects["iscrowd"].append(int(bool(whole_number({"iscrowd": 0, **entry}, "iscrowd", path, where))))
-        objects["score"].append(finite_number(entry.get("score", 1.0), "'score'", path, where))
+        values = {
+            "segmentation": segmentation,
+            "category_id": category_id,
+            "bbox": self._bbox(entry, rle, changed, where),
+            "area": self._area(entry, rle, changed, where),
+            "iscrowd": int(bool(whole_number({"iscrowd": 0, **entry}, "iscrowd", path, where))),
+            "score": finite_number(entry.get("score", 1.0), "'score'", path, where),
+        }
+        for key, value in values.items():  # all or none: a fault above leaves the lists of equal length
+            row["objects"][key].append(value)
 
     def _bbox(self, entry: dict[str, Any], rle: dict[str, Any], changed: bool, where: str) -> list[float]:
         bbox = entry.get("bbox")
@@ -144,7 +168,15 @@ class _Reader:
             return rle_boxes([rle])[0].tolist()
         if not isinstance(bbox, list) or len(bbox) != 4:
             raise DataError(f"'bbox' must be [x, y, width, height], got {bbox!r:.60}", file=self.path, row=where)
-        return [finite_number(value, "'bbox'", self.path, where) for value in bbox]
+        bbox = [finite_number(value, "'bbox'", self.path, where) for value in bbox]
+        if min(bbox[2:]) < 0:
+            raise DataError(
+                f"'bbox' has a negative side: {bbox}",
+                file=self.path,
+                row=where,
+                remedy="Write [x, y, width, height], or leave the box out: it is then taken from the mask.",
+            )
+        return bbox
 
     def _area(self, entry: dict[str, Any], rle: dict[str, Any], changed: bool, where: str) -> float:
         if entry.get("area") is None or changed:
@@ -153,7 +185,7 @@ class _Reader:
 
 
 def read_coco(
-    path: str | os.PathLike[str], images: str | os.PathLike[str], unlabelled: bool = False
+    path: str | os.PathLike[str], images: str | os.PathLike[str], unlabelled: bool = False, strict: bool = True
 ) -> InstanceDataset:
     """Read a COCO instance file.
 
@@ -162,6 +194,7 @@ def read_coco(
         images: the folder that its file names are relative to. Pictures are not opened.
         unlabelled: do not look at the objects; then the file needs no annotations and no categories, such as COCO's own
             `image_info_unlabeled2017.json`.
+        strict: False lists faulty entries in `failures` and goes on, where otherwise the first raises.
 
     Crowds, compressed and uncompressed RLEs, polygons of several parts, sparse ids and pictures without objects are
     all kept. Polygons are clipped to the picture. Objects without a usable mask (outside of the picture, fewer than
@@ -172,36 +205,51 @@ def read_coco(
     lead out of `images`, no images, annotations without categories, and when no annotation has a usable mask.
     """
     path = os.path.abspath(os.fspath(path))
-    reader = _Reader(read_json(path), path, os.path.abspath(os.fspath(images)), unlabelled)
+    reader = _Reader(read_json(path), path, os.path.abspath(os.fspath(images)), unlabelled, strict)
     reader.read_images()
     if not unlabelled:
         reader.read_annotations()
-    return InstanceDataset(list(reader.rows.values()), reader.categories, path, reader.failures)
+    return InstanceDataset(list(reader.rows.values()), reader.categories, path, reader.failures, _official(path))
+
+
+def _official(path: str) -> str:
+    """The split that a file named as COCO's own says it is, or ""."""
+    stem = os.path.splitext(os.path.basename(path))[0]
+    name = f"coco {stem.removeprefix('instances_').removeprefix('image_info_')}"
+    return name if name in OFFICIAL_COUNTS and not stem.startswith(name[5:]) else ""
 
 
 def write_coco(dataset: InstanceDataset | RowStream, path: str | os.PathLike[str]) -> None:
     """Write rows as a COCO instance file (with a `score` in each annotation), all of it or nothing, a row at a time.
 
-    `read_coco` gives the same rows again, given the folder that the file names are relative to. Raises DataError when
-    an image id occurs twice, ValueError for numbers that JSON cannot hold (nan), OSError when it cannot be written.
+    `read_coco` gives the same rows again, given the folder that the file names are relative to. Every row is asked for
+    once; annotations wait in a temporary file until the images are written. Raises DataError when an image id occurs
+    twice, ValueError for numbers that JSON cannot hold (nan), OSError when it cannot be written.
     """
-    with replacing(os.path.abspath(os.fspath(path))) as stream:
+    path = os.path.abspath(os.fspath(path))
+    seen: set[int | str] = set()
+    number = 0
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with (
+        replacing(path) as stream,
+        writing(path),
+        TemporaryFile("w+", encoding="utf-8", dir=os.path.dirname(path)) as rest,
+    ):
         stream.write('{"images": [')
-        seen: set[int | str] = set()
         for row in dataset:
             if row["image_id"] in seen:
                 raise DataError(f"image id {row['image_id']!r} occurs twice", file=dataset.name or None)
-            keys = {"id": "image_id", "file_name": "file_name", "width": "width", "height": "height"}
-            _write_entry(stream, {name: row[key] for name, key in keys.items()}, first=not seen)
+            entry = {"id": row["image_id"], **{key: row[key] for key in ("file_name", "width", "height")}}
+            _write_entry(stream, {**entry, AS_STORED: True} if row.get(AS_STORED) else entry, first=not seen)
             seen.add(row["image_id"])
-        stream.write('], "annotations": [')
-        number = 0
-        for row in dataset:
             objects = row["objects"]
             for k in range(len(objects["category_id"])):
                 number += 1
                 values = {key: objects[key][k] for key in objects}
-                _write_entry(stream, {"id": number, "image_id": row["image_id"], **values}, first=number == 1)
+                _write_entry(rest, {"id": number, "image_id": row["image_id"], **values}, first=number == 1)
+        stream.write('], "annotations": [')
+        rest.seek(0)
+        shutil.copyfileobj(rest, stream)
         stream.write(f'], "categories": {json.dumps(dataset.categories)}}}\n')
 
 

@@ -31,10 +31,7 @@ class Objects(TypedDict):
     score: list[float]  # 0 to 1; 1 for human labels
 
 
-class Row(TypedDict):
-    """One picture. `image` is an absolute path, the content of a picture file, or a PIL picture; an unlabelled picture
-    has empty lists in `objects`. width and height are 0 for content that no picture can be read from."""
-
+class _Row(TypedDict):
     image: str | bytes | Image.Image
     image_id: int | str
     file_name: str
@@ -43,27 +40,41 @@ class Row(TypedDict):
     objects: Objects
 
 
+class Row(_Row, total=False):
+    """One picture. `image` is an absolute path, the content of a picture file, or a PIL picture; an unlabelled picture
+    has empty lists in `objects`. width and height are 0 for content that no picture can be read from. `as_stored`
+    (absent: False) marks pictures that were annotated as they are stored, whatever rotation their EXIF asks for."""
+
+    as_stored: bool
+
+
 def empty_objects() -> Objects:
     """No instances."""
     return {"segmentation": [], "category_id": [], "bbox": [], "area": [], "iscrowd": [], "score": []}
 
 
+def _without_objects(row: Row) -> Row:
+    return Row(**{**row, "objects": empty_objects()})
+
+
 def load_picture(row: Row) -> Image.Image:
     """The picture of a row as RGB, of the row's width and height.
 
-    A picture with an EXIF rotation is turned upright unless the row's size fits only its stored frame (see
-    `open_image`). Raises ImageError when it is missing, cannot be decoded, or has another size than the row says.
+    A picture with an EXIF rotation is turned upright unless the row says `as_stored`, or its size fits only the stored
+    frame (see `open_image`). Raises ImageError when it is missing, cannot be decoded, or has
+    another size than the row says.
     """
-    size = (row["width"], row["height"])
+    size, exif = (row["width"], row["height"]), not row.get("as_stored", False)
     if isinstance(row["image"], Image.Image):
-        return as_rgb(row["image"], size, row["file_name"])
+        return as_rgb(row["image"], size, row["file_name"], exif)
     if isinstance(row["image"], bytes):
-        return open_bytes(row["image"], size, row["file_name"])
-    return open_image(row["image"], size)
+        return open_bytes(row["image"], size, row["file_name"], exif)
+    return open_image(row["image"], size, exif)
 
 
 class LazyRows(Sequence[Row]):
-    """Rows that are read one at a time; their pictures may be large.
+    """Rows that are read one at a time: their pictures may be large, or their masks may have to be made first. The row
+    read last is kept, since a sample asks for its picture and for its objects.
 
     Args:
         read: the row at a position. identify: its image id, without its picture.
@@ -74,6 +85,7 @@ class LazyRows(Sequence[Row]):
         self, read: Callable[[int], Row], identify: Callable[[int], int | str], indices: Sequence[int]
     ) -> None:
         self._read, self._identify, self._indices = read, identify, indices
+        self._last: tuple[int, Row] | None = None
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -81,7 +93,11 @@ class LazyRows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> Row | LazyRows:
         if isinstance(index, slice):
             return LazyRows(self._read, self._identify, self._indices[index])
-        return self._read(self._indices[index])
+        position = self._indices[index]
+        last = self._last  # taken once: another thread may replace it
+        if last is None or last[0] != position:
+            last = self._last = (position, self._read(position))
+        return last[1]
 
     def image_id(self, index: int) -> int | str:
         """Of the row at `index`."""
@@ -90,6 +106,11 @@ class LazyRows(Sequence[Row]):
     def select(self, indices: Iterable[int]) -> LazyRows:
         """The rows at `indices`, in that order."""
         return LazyRows(self._read, self._identify, [self._indices[index] for index in indices])
+
+    def map(self, change: Callable[[Row], Row]) -> LazyRows:
+        """The same rows, each passed through `change` when it is asked for."""
+        read = self._read
+        return LazyRows(lambda position: change(read(position)), self._identify, self._indices)
 
 
 @dataclass
@@ -119,6 +140,8 @@ class InstanceDataset:
         categories: [{"id": original id, "name": str}, ...]; kept sorted by id.
         name: for reports.
         failures: what was left out while reading, [{"file", "row", "reason"}, ...].
+        official: the published set that this says it is all of, such as "cityscapes train", or "" (`data.check`).
+        manifest: the low-data split that these rows are (`data.manifest`), or None.
 
     Model classes are 0..K-1 in the order of `categories`; `category_ids` leads back to the original ids.
     Raises DataError when a category id occurs twice.
@@ -128,6 +151,8 @@ class InstanceDataset:
     categories: list[dict[str, Any]]
     name: str = ""
     failures: list[dict[str, Any]] = field(default_factory=list)
+    official: str = ""
+    manifest: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self.categories = sorted(self.categories, key=lambda category: category["id"])
@@ -159,8 +184,11 @@ class InstanceDataset:
 
     def unlabelled(self) -> InstanceDataset:
         """The same pictures without their objects; categories stay."""
-        rows = [Row(**{**row, "objects": empty_objects()}) for row in self.rows]
-        return InstanceDataset(rows, self.categories, self.name, list(self.failures))
+        if isinstance(self.rows, LazyRows):
+            rows: Sequence[Row] = self.rows.map(_without_objects)
+        else:
+            rows = [_without_objects(row) for row in self.rows]
+        return InstanceDataset(rows, self.categories, self.name, list(self.failures), self.official)
 
     def load_image(self, index: int) -> Image.Image:
         """The picture of a row, as `load_picture` gives it."""

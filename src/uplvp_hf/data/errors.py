@@ -29,3 +29,11 @@ class DataError(ValueError):
 
 class ImageError(DataError):
     """A picture that is missing, cannot be decoded, or does not have the size that its annotations say."""
+
+
+class DataWarning(UserWarning):
+    """Something of a row that is left out when the row is read; `file`, `row` and `reason` as of `DataError`."""
+
+    def __init__(self, reason: str, file: object, row: object) -> None:
+        super().__init__(f"{file}, {row}: {reason}")
+        self.reason, self.file, self.row = reason, str(file), str(row)

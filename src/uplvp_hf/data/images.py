@@ -83,9 +83,11 @@ def _turn(image: Image.Image, orientation: int, size: tuple[int, int] | None, fi
     return image.transpose(_TURNS[orientation])
 
 
-def as_rgb(image: Image.Image, size: tuple[int, int] | None = None, file: str = "picture in memory") -> Image.Image:
-    """A PIL picture as `open_image` would give it; see there for `size` and for what is raised."""
-    orientation = _orientation(image, file)
+def as_rgb(
+    image: Image.Image, size: tuple[int, int] | None = None, file: str = "picture in memory", exif: bool = True
+) -> Image.Image:
+    """A PIL picture as `open_image` would give it; see there for `size`, `exif` and what is raised."""
+    orientation = _orientation(image, file) if exif else 1
     try:
         image.load()
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
@@ -106,12 +108,12 @@ def _open(source: str | io.BytesIO, file: str) -> Image.Image:
         raise ImageError(f"is not a picture ({type(error).__name__}: {error})", file=file) from error
 
 
-def _upright_size(image: Image.Image, file: str) -> tuple[int, int]:
+def _size(image: Image.Image, file: str, exif: bool = True) -> tuple[int, int]:
     width, height = image.size
-    return (height, width) if _orientation(image, file) >= 5 else (width, height)
+    return (height, width) if exif and _orientation(image, file) >= 5 else (width, height)
 
 
-def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None) -> Image.Image:
+def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None, exif: bool = True) -> Image.Image:
     """Open a picture file as 8-bit RGB, upright.
 
     Args:
@@ -119,29 +121,33 @@ def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
         size: (width, height) in pixels that annotations give, or None. A picture with an EXIF rotation is turned
             upright, unless only its stored, unturned frame has this size: annotations win, and it stays as stored.
             Where both frames have the same size (half turns, mirrors, squares) it is turned upright.
+        exif: False leaves the picture as it is stored, whatever its EXIF says.
 
     Raises ImageError, naming the file, when it is missing, empty, cut off, no picture, deeper than 16 bits, or when it
     has `size` in neither frame.
     """
     path = os.fspath(path)
     with _open(path, path) as image:
-        return as_rgb(image, size, path)
+        return as_rgb(image, size, path, exif)
 
 
-def open_bytes(content: bytes, size: tuple[int, int] | None = None, file: str = "picture in memory") -> Image.Image:
+def open_bytes(
+    content: bytes, size: tuple[int, int] | None = None, file: str = "picture in memory", exif: bool = True
+) -> Image.Image:
     """The content of a picture file as `open_image` would give it; `file` names it in errors."""
     with _open(io.BytesIO(content), file) as image:
-        return as_rgb(image, size, file)
+        return as_rgb(image, size, file, exif)
 
 
 def bytes_size(content: bytes, file: str = "picture in memory") -> tuple[int, int]:
     """(width, height) in pixels of the upright picture in the content of a file. Raises ImageError."""
     with _open(io.BytesIO(content), file) as image:
-        return _upright_size(image, file)
+        return _size(image, file)
 
 
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) in pixels of the upright picture, read from the head of the file. Raises ImageError."""
+def image_size(path: str | os.PathLike[str], exif: bool = True) -> tuple[int, int]:
+    """(width, height) in pixels of the upright picture, or without `exif` of the stored one, read from the head of the
+    file. Raises ImageError."""
     path = os.fspath(path)
     with _open(path, path) as image:
-        return _upright_size(image, path)
+        return _size(image, path, exif)

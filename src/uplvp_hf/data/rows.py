@@ -1,19 +1,33 @@
-"""One way in for every kind of data: COCO files and folders, pseudo-label stores, folders and lists of pictures, data
-sets of the `datasets` library."""
+"""One way in for every kind of data: COCO files and folders, the layouts of Cityscapes, CTW1500 and Pascal VOC,
+pseudo-label stores, folders and lists of pictures, data sets of the `datasets` library."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
+from .cityscapes import is_cityscapes, read_cityscapes
 from .coco import read_coco, write_coco
+from .ctw1500 import is_ctw1500, read_ctw1500
 from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
 from .errors import DataError, ImageError
 from .fields import inside
 from .images import IMAGE_SUFFIXES, open_image
 from .inputs import LIST_SUFFIXES, is_hub_name, is_saved_dataset, read_huggingface, read_path_list, rows_of_files
 from .store_reader import read_store
+from .voc import read_voc, voc_root
+
+# Layouts of published sets: {format: (whether a folder is one, reader of (folder, split, unlabelled))}.
+LAYOUTS: dict[str, tuple[Callable[[str], object], Callable[..., InstanceDataset]]] = {
+    "cityscapes": (is_cityscapes, read_cityscapes),
+    "ctw1500": (is_ctw1500, read_ctw1500),
+    "voc": (voc_root, read_voc),
+}
+FORMATS = ("coco", *LAYOUTS, "store", "pictures", "list", "datasets")
 
 __all__ = [
+    "FORMATS",
+    "LAYOUTS",
     "DataError",
     "ImageError",
     "InstanceDataset",
@@ -66,10 +80,16 @@ def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
     return InstanceDataset(rows, [], path, failures)
 
 
+def _annotation_files(folder: str) -> list[str]:
+    annotations = os.path.join(folder, "annotations")
+    names = os.listdir(annotations) if os.path.isdir(annotations) else []
+    return sorted(name for name in names if name.endswith(".json") and not name.startswith("."))
+
+
 def _find_annotations(folder: str, split: str | None) -> str:
     """The one annotation file of a folder of the shape annotations/*.json."""
     annotations = os.path.join(folder, "annotations")
-    found = sorted(name for name in os.listdir(annotations) if name.endswith(".json") and not name.startswith("."))
+    found = _annotation_files(folder)
     if split is not None:
         if f"{split}.json" not in found:
             raise DataError(f"has no {split}.json for split {split!r}, only {found}", file=annotations)
@@ -98,8 +118,10 @@ def _find_images(annotations: str) -> str:
     return folder
 
 
-def _read_coco(annotations: str, images: str | os.PathLike[str] | None, unlabelled: bool) -> InstanceDataset:
-    dataset = read_coco(annotations, _find_images(annotations) if images is None else images, unlabelled)
+def _read_coco(
+    annotations: str, images: str | os.PathLike[str] | None, unlabelled: bool, strict: bool
+) -> InstanceDataset:
+    dataset = read_coco(annotations, _find_images(annotations) if images is None else images, unlabelled, strict)
     if images is None:
         # Some tools (Label Studio) write "images/1.png" into a file beside the folder images/.
         beside, first = os.path.dirname(annotations), dataset[0]
@@ -129,6 +151,8 @@ def load_dataset_rows(
     image_column: str | None = None,
     id_column: str | None = None,
     unlabelled: bool = False,
+    format: str | None = None,
+    strict: bool = True,
 ) -> InstanceDataset | RowStream:
     """Load whatever `path` is.
 
@@ -136,32 +160,39 @@ def load_dataset_rows(
         path: one of
             a COCO instance file (.json);
             a folder with `annotations/*.json` and `images/`: its only file, or `instances.json`, or `{split}.json`;
+            the root of Cityscapes, CTW1500, VOC2012 or VOC2007 as published (docs/data.md shows the trees): masks are
+            made when a row is asked for;
             a pseudo-label store (a folder with `header.json`);
             a folder of pictures, searched recursively: unlabelled rows;
             a text file (.txt, .lst) of picture paths, one a line, relative to the file: unlabelled rows;
             a data set of the `datasets` library (see `inputs.read_huggingface`): OWNER/NAME on the Hub, a folder
             written by `save_to_disk`, a Parquet file or a folder of them.
         images: folder that the file names of COCO files and stores are relative to; None: found beside the file.
-        split: which file of `annotations/`, or which split of a `datasets` data set.
+        split: which file of `annotations/`, which split of a published layout or of a `datasets` data set.
         streaming, config, image_column, id_column: of a `datasets` data set. With streaming, a `RowStream`.
         check_images: open every picture now and list those that cannot be opened in `failures`; their rows stay. By
             default pictures are opened when they are used, and `load_image` raises ImageError then.
-        unlabelled: the pictures alone are of interest: a COCO file's objects are not read, and it needs none.
+        unlabelled: the pictures alone are of interest: annotations are not read, and none are needed.
+        format: one of `FORMATS`, where the path could be several; None: what it looks like.
+        strict: False lists faulty entries of a COCO file in `failures` instead of raising at the first.
 
-    Raises DataError for a path that is none of these, and as `read_coco`, `read_store` and `read_image_folder` do.
+    Raises DataError for a path that is none of these or could be several, and as the readers do.
     """
     given, path = os.fspath(path), os.path.abspath(os.fspath(path))
+    if format is not None and format not in FORMATS:
+        raise DataError(f"no format {format!r}", file=path, remedy=f"Choose one of {', '.join(FORMATS)}.")
     hub = not os.path.exists(path) and is_hub_name(given)
     if not hub and not os.path.exists(path):
         raise DataError("no such file or folder", file=path)
     if images is not None and not os.path.isdir(images):
         raise DataError("no such image folder", file=os.fspath(images))
-    if hub or is_saved_dataset(path):
+    kind = format or ("datasets" if hub else _format_of(path, split))
+    if kind == "datasets":
         columns = {"image_column": image_column, "id_column": id_column}
         dataset = read_huggingface(given if hub else path, split, config, streaming, **columns)
     else:
         _refuse(path, streaming=streaming, config=config, image_column=image_column, id_column=id_column)
-        dataset = _load_files(path, images, split, unlabelled)
+        dataset = _load_files(kind, path, images, split, unlabelled, strict)
     if check_images and isinstance(dataset, InstanceDataset):
         _check_images(dataset)
     return dataset
@@ -173,20 +204,41 @@ def _refuse(path: str, **options: object) -> None:
             raise DataError(f"`{name}` is for data sets of the `datasets` library, which this is not", file=path)
 
 
-def _load_files(
-    path: str, images: str | os.PathLike[str] | None, split: str | None, unlabelled: bool
-) -> InstanceDataset:
-    has_annotations = os.path.isdir(os.path.join(path, "annotations"))
-    if split is not None and not has_annotations:
-        raise DataError(f"split {split!r} needs a folder with annotations/{split}.json", file=path)
+def _format_of(path: str, split: str | None) -> str:
+    """The format that a path looks like. Raises DataError for a file of none, and a folder that may be of several."""
+    if is_saved_dataset(path):
+        return "datasets"
     if os.path.isfile(path):
         if path.lower().endswith(LIST_SUFFIXES):
-            return read_path_list(path)
+            return "list"
         if not path.lower().endswith(".json"):
             raise DataError("is neither a folder nor a .json, .txt, .lst or .parquet file", file=path)
-        return _read_coco(path, images, unlabelled)
+        return "coco"
     if os.path.isfile(os.path.join(path, "header.json")):
+        return "store"
+    found = [name for name, (fits, _) in LAYOUTS.items() if fits(path)]
+    files = _annotation_files(path)
+    if found and files and f"{split}.json" not in files:
+        found.append("coco")
+    if len(found) > 1:
+        raise DataError(f"may be {' or '.join(found)}", file=path, remedy="Choose one by `format`.")
+    if found and not files:
+        return found[0]
+    return "coco" if os.path.isdir(os.path.join(path, "annotations")) else "pictures"
+
+
+def _load_files(
+    kind: str, path: str, images: str | os.PathLike[str] | None, split: str | None, unlabelled: bool, strict: bool
+) -> InstanceDataset:
+    if kind in LAYOUTS:
+        if images is not None:
+            raise DataError(f"`images` is for COCO files and stores; {kind} has its pictures in the folder", file=path)
+        return LAYOUTS[kind][1](path, split, unlabelled)
+    folder = kind == "coco" and os.path.isdir(path)
+    if split is not None and not folder:
+        raise DataError(f"split {split!r} needs a folder with annotations/{split}.json", file=path)
+    if kind == "coco":
+        return _read_coco(_find_annotations(path, split) if folder else path, images, unlabelled, strict)
+    if kind == "store":
         return read_store(path, images)
-    if has_annotations:
-        return _read_coco(_find_annotations(path, split), images, unlabelled)
-    return read_image_folder(path)
+    return read_path_list(path) if kind == "list" else read_image_folder(path)

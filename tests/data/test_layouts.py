@@ -1,0 +1,434 @@
+"""Readers of published layouts: masks compared with what was drawn, files opened only when a row is asked for."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from uplvp_hf.data import DataError, DataWarning, ImageError, load_dataset_rows, write_coco
+from uplvp_hf.data.cityscapes import draw_polygons, read_cityscapes
+from uplvp_hf.data.rle import decode_segmentation, encode_id_map
+
+SIZE = (40, 30)
+
+
+def picture(path, size=SIZE, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(len(path.name)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def id_map(path, ids, palette=False):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if palette:
+        image = Image.fromarray(ids.astype(np.uint8), "P")
+        image.putpalette(list(range(256)) * 3)
+    else:
+        image = Image.fromarray(ids.astype(np.uint16))
+    image.save(path)
+    return path
+
+
+def masks_of(dataset, index):
+    """{(category id, crowd): [masks]} of a row, after a check of boxes and areas against the masks."""
+    row, found = dataset[index], {}
+    objects = row["objects"]
+    for k, code in enumerate(objects["segmentation"]):
+        mask = decode_segmentation(code, row["height"], row["width"])
+        ys, xs = np.nonzero(mask)
+        box = [xs.min(), ys.min(), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1]
+        assert objects["bbox"][k] == box and objects["area"][k] == mask.sum() and objects["score"][k] == 1
+        found.setdefault((objects["category_id"][k], objects["iscrowd"][k]), []).append(mask)
+    return found
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, masks in expected.items():
+        assert len(found[key]) == len(masks)
+        for mask in masks:
+            assert any(np.array_equal(mask, other) for other in found[key])
+
+
+def test_id_maps_give_the_mask_of_every_id():
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1), (7, 5), (40, 60)):
+        ids = rng.integers(0, 4, shape) * 1000
+        for wanted, code in zip((0, 1000, 3000, 77), encode_id_map(ids, (0, 1000, 3000, 77))):
+            np.testing.assert_array_equal(decode_segmentation(code, *shape), ids == wanted)
+    with pytest.raises(DataError, match="float64"):
+        encode_id_map(np.zeros((2, 2)), [0])
+
+
+# Cityscapes
+
+
+def polygon_file(path, objects, size=SIZE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"imgWidth": size[0], "imgHeight": size[1], "objects": objects}))
+    return path
+
+
+def box(label, left, top, right, bottom, **more):
+    return {"label": label, "polygon": [[left, top], [right, top], [right, bottom], [left, bottom]], **more}
+
+
+@pytest.fixture
+def cityscapes(tmp_path):
+    """Two pictures in two cities for train, one with each kind of annotation; one for val and test."""
+    root = tmp_path / "cityscapes"
+    ids = np.zeros((30, 40), int)
+    ids[:, :] = 7
+    ids[2:10, 2:12], ids[5:15, 8:20], ids[20:25, 3:9], ids[20:25, 30:39], ids[0, 39] = 26000, 26001, 24000, 26, 29000
+    names = [("train", "aachen", "aachen_000000_000019"), ("train", "bonn", "bonn_1"), ("val", "ulm", "ulm_1")]
+    for split, city, name in [*names, ("test", "berlin", "berlin_1")]:
+        picture(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png")
+        id_map(root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", ids)
+    (root / "gtFine/train/bonn/bonn_1_gtFine_instanceIds.png").unlink()
+    objects = [
+        box("road", 0, 0, 39, 29),
+        box("car", 2, 2, 11, 9),
+        box("car", 8, 5, 19, 14),
+        box("license plate", 9, 6, 12, 9),
+        box("truck", 0, 0, 39, 29, deleted=1),
+        box("cargroup", 30, 20, 38, 24),
+        box("person", 3, 20, 8, 24),
+        box("sky", 3, 20, 4, 24),
+        box("trailer", 39, 0, 39, 0),
+    ]
+    polygon_file(root / "gtFine/train/bonn/bonn_1_gtFine_polygons.json", objects)
+    return root, ids
+
+
+def test_cityscapes(cityscapes):
+    root, ids = cityscapes
+    dataset = load_dataset_rows(root, split="train")
+    assert [row["image_id"] for row in dataset.rows] == ["aachen_000000_000019", "bonn_1"]
+    assert dataset.category_ids == [24, 25, 26, 27, 28, 31, 32, 33] and dataset.official == "cityscapes train"
+    first = dataset[0]
+    assert first["file_name"] == "leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png"
+    assert (first["width"], first["height"]) == SIZE and dataset.load_image(0).size == SIZE
+    crowd = [ids == 26]
+    same(masks_of(dataset, 0), {(26, 0): [ids == 26000, ids == 26001], (24, 0): [ids == 24000], (26, 1): crowd})
+    person = ids == 24000
+    person[:, 3:5] = False  # the sky was drawn over it
+    same(masks_of(dataset, 1), {(26, 0): [ids == 26000, ids == 26001], (24, 0): [person], (26, 1): crowd})
+    with pytest.raises(DataError, match=r"Choose one by `split`: train, val, test"):
+        load_dataset_rows(root)
+    with pytest.raises(DataError, match="has no split 'none'"):
+        load_dataset_rows(root, split="none")
+
+
+def test_cityscapes_test_set_has_no_labels(cityscapes):
+    root, _ = cityscapes
+    dataset = load_dataset_rows(root, split="test")
+    assert len(dataset) == 1 and dataset[0]["objects"]["segmentation"] == [] and dataset[0]["width"] == 40
+    assert load_dataset_rows(root, split="val", unlabelled=True)[0]["objects"]["category_id"] == []
+    assert load_dataset_rows(root, split="val").unlabelled()[0]["objects"]["category_id"] == []
+
+
+def test_cityscapes_counterparts(cityscapes):
+    root, _ = cityscapes
+    picture(root / "leftImg8bit/train/bonn/bonn_2_leftImg8bit.png")
+    id_map(root / "gtFine/train/extra/extra_1_gtFine_instanceIds.png", np.zeros((3, 3)))
+    with pytest.warns(UserWarning, match="2 files of cityscapes train are left out"):
+        dataset = load_dataset_rows(root, split="train")
+    assert len(dataset) == 2
+    assert [(Path(f["file"]).name, f["reason"].split(" ")[0]) for f in dataset.failures] == [
+        ("bonn_2_leftImg8bit.png", "has"),
+        ("extra_1_gtFine_instanceIds.png", "its"),
+    ]
+    with pytest.warns(UserWarning):
+        dataset = read_cityscapes(root, "train", source="polygons")
+    assert [dataset.image_id(k) for k in range(len(dataset))] == ["bonn_1"]
+    (root / "gtFine/val/ulm/ulm_1_gtFine_instanceIds.png").write_text("no png")
+    dataset = load_dataset_rows(root, split="val")
+    with pytest.raises(DataError, match=r"ulm_1_gtFine_instanceIds\.png: cannot be read as a map of ids"):
+        dataset[0]
+
+
+def test_polygons_are_drawn_as_pillow_draws_them(tmp_path):
+    rng = np.random.default_rng(3)
+    shapes = rng.integers(-5, 45, (12, 5, 2)).tolist()
+    labels = rng.choice(["car", "person", "persongroup", "road", "polegroup", "trailer"], 12).tolist()
+    file = polygon_file(tmp_path / "x.json", [{"label": k, "polygon": p} for k, p in zip(labels, shapes)])
+    expected, numbers = np.zeros((30, 40), int), {"car": 26000, "person": 24000}
+    for label, shape in zip(labels, shapes):
+        one = Image.new("1", SIZE)
+        ImageDraw.Draw(one).polygon([tuple(point) for point in shape], fill=1)
+        expected[np.asarray(one)] = numbers.get(label, {"persongroup": 24}.get(label, 0))
+        if label in numbers:
+            numbers[label] += 1
+    np.testing.assert_array_equal(draw_polygons(str(file)), expected)
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ({"label": "spaceship", "polygon": [[0, 0], [1, 0], [1, 1]]}, r"objects\[0\]: the label 'spaceship'"),
+        ({"label": ["car"], "polygon": [[0, 0], [1, 0], [1, 1]]}, "'label' must be text"),
+        ({"label": "car", "polygon": [[0, 0], [1, float("nan")], [1, 1]]}, "not finite: number 3 is nan"),
+        ({"label": "car", "polygon": [[0, 0], [1, 1]]}, "at least 3 points"),
+        ({"label": "car", "polygon": [[0, 0], [1], [1, 1]]}, r"a point must be \[x, y\], got \[1\]"),
+        ({"label": "car", "polygon": [[0, 0], ["1", 2], [1, 1]]}, "a list of numbers"),
+        ({"label": "car"}, "has no 'polygon'"),
+    ],
+)
+def test_faulty_polygon_files(tmp_path, entry, reason):
+    with pytest.raises(DataError, match=reason) as caught:
+        draw_polygons(str(polygon_file(tmp_path / "x.json", [entry])))
+    assert str(tmp_path / "x.json") in str(caught.value)
+
+
+# CTW1500
+
+OUTLINE = [5, 5, 10, 4, 15, 4, 20, 5, 25, 6, 30, 8, 34, 10, 33, 20, 29, 18, 24, 16, 19, 15, 14, 14, 9, 14, 4, 15]
+
+
+def mask_of(polygon):
+    """Independently of COCO's rasteriser: pixels whose centre is inside, by crossing numbers."""
+    x, y = np.meshgrid(np.arange(40) + 0.5, np.arange(30) + 0.5)
+    inside = np.zeros((30, 40), bool)
+    points = np.reshape(polygon, (-1, 2))
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
+        if y0 != y1:
+            inside ^= ((y0 > y) != (y1 > y)) & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
+    return inside
+
+
+def ctw_xml(boxes, name="0001.jpg"):
+    entries = "".join(
+        f'<box height="9" left="1" top="2" width="9"><label>{text}</label>'
+        f"<segs>{','.join(map(str, points))}</segs><pts>1,2</pts></box>"
+        for points, text in boxes
+    )
+    return f'<Annotations><image file="{name}">{entries}</image></Annotations>'
+
+
+@pytest.fixture
+def ctw(tmp_path):
+    root = tmp_path / "ctw1500"
+    picture(root / "train_images" / "0001.jpg")
+    picture(root / "test_images" / "1001.jpg")
+    for name in ("ctw1500_train_labels", "gt_ctw1500"):
+        (root / name).mkdir()
+    shifted = [value + 3 * (k % 2) for k, value in enumerate(OUTLINE)]
+    (root / "ctw1500_train_labels/0001.xml").write_text(ctw_xml([(OUTLINE, "caf&#233;"), (shifted, "###")]))
+    lines = [f"{','.join(map(str, points))},####{text}" for points, text in ((OUTLINE, "a, b"), (shifted, "###"))]
+    (root / "gt_ctw1500/0001001.txt").write_text("\n".join(lines) + "\n")
+    return root, OUTLINE, shifted
+
+
+def close(mask, polygon):
+    """COCO's rasteriser may round the border the other way."""
+    expected = mask_of(polygon)
+    overlap = (mask & expected).sum() / (mask | expected).sum()
+    return overlap > 0.85 and mask[8:12, 15:25].all() == expected[8:12, 15:25].all()
+
+
+@pytest.mark.parametrize("split", ["train", "training", "test"])
+def test_ctw1500(ctw, split):
+    root, outline, shifted = ctw
+    dataset = load_dataset_rows(root, split=split)
+    row = dataset[0]
+    assert row["image_id"] == ("1001" if split == "test" else "0001") and dataset.id2label == {0: "text"}
+    assert row["objects"]["segmentation"] == [[outline], [shifted]] and row["objects"]["iscrowd"] == [0, 1]
+    found = masks_of(dataset, 0)
+    assert close(found[1, 0][0], outline) and close(found[1, 1][0], shifted)
+    assert dataset.official == f"ctw1500 {'test' if split == 'test' else 'train'}"
+
+
+def test_ctw1500_older_form(tmp_path):
+    root = tmp_path / "ctw1500"
+    picture(root / "train/text_image/0005.jpg")
+    offsets = [value - (4 if k % 2 else 3) for k, value in enumerate(OUTLINE)]
+    (root / "train/text_label_curve").mkdir()
+    file = root / "train/text_label_curve/0005.txt"
+    file.write_text(",".join(map(str, [3, 4, 34, 20, *offsets])))
+    dataset = load_dataset_rows(root)
+    assert dataset[0]["objects"]["segmentation"] == [[OUTLINE]] and dataset[0]["objects"]["iscrowd"] == [0]
+    file.write_text("1,2,3\n")
+    with pytest.raises(DataError, match=r"0005\.txt, line 1: holds 3 numbers and no ####"):
+        load_dataset_rows(root)[0]
+
+
+def test_ctw1500_takes_pictures_as_they_are_stored(ctw):
+    root, _, _ = ctw
+    exif = Image.Exif()
+    for orientation, size in ((6, SIZE), (3, SIZE), (6, (30, 30))):
+        exif[0x0112] = orientation
+        file = picture(root / "train_images" / "0001.jpg", size, exif=exif)
+        dataset = load_dataset_rows(root, split="train")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DataWarning)
+            row = dataset[0]
+        assert (row["width"], row["height"]) == size and row["as_stored"]
+        with Image.open(file) as stored:
+            np.testing.assert_array_equal(np.asarray(dataset.load_image(0)), np.asarray(stored))
+        write_coco(dataset, root / "all.json")
+        again = load_dataset_rows(root / "all.json", images=root)
+        np.testing.assert_array_equal(np.asarray(again.load_image(0)), np.asarray(dataset.load_image(0)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (ctw_xml([(OUTLINE[:5], "x")]), r"box\[0\]: a polygon needs at least 3 points"),
+        (ctw_xml([(OUTLINE, "x"), ([*OUTLINE[:-1], "nan"], "x")]), r"box\[1\]: .* number 27 is nan"),
+        (ctw_xml([(["a", "b"], "x")]), "coordinates must be numbers"),
+        (ctw_xml([]).replace("<Annotations>", ""), "not valid XML"),
+        (ctw_xml([]).replace("</image>", "</image><image/>"), "about one picture"),
+        (ctw_xml([(OUTLINE, "")]).replace("segs", "sges"), "has no 'segs'"),
+    ],
+)
+def test_ctw1500_faults(ctw, content, reason):
+    root, _, _ = ctw
+    (root / "ctw1500_train_labels/0001.xml").write_text(content)
+    dataset = load_dataset_rows(root, split="train")
+    with pytest.raises(DataError, match=reason) as caught:
+        dataset[0]
+    assert "0001.xml" in str(caught.value)
+
+
+def test_ctw1500_leaves_out_with_a_warning(ctw):
+    root, outline, _ = ctw
+    away = [value + 500 for value in outline]
+    (root / "ctw1500_train_labels/0001.xml").write_text(ctw_xml([(away, "x"), (outline, "y")], "0002.jpg"))
+    dataset = load_dataset_rows(root, split="train")
+    with pytest.warns(DataWarning) as caught:
+        assert dataset[0]["objects"]["segmentation"] == [[outline]]
+    assert [(Path(w.message.file).name, w.message.row) for w in caught] == [
+        ("0001.xml", "image"),
+        ("0001.xml", "box[0]"),
+    ]
+
+
+# VOC
+
+
+@pytest.fixture
+def voc(tmp_path):
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    numbers, classes = np.zeros((30, 40), int), np.zeros((30, 40), int)
+    for number, (place, category) in enumerate({(2, 2): 15, (15, 4): 15, (6, 25): 7}.items(), start=1):
+        y, x = place
+        numbers[y - 1 : y + 9, x - 1 : x + 11] = classes[y - 1 : y + 9, x - 1 : x + 11] = 255
+        numbers[y : y + 8, x : x + 10], classes[y : y + 8, x : x + 10] = number, category
+    for name in ("2007_000032", "2007_000033"):
+        picture(root / "JPEGImages" / f"{name}.jpg")
+        id_map(root / "SegmentationObject" / f"{name}.png", numbers, palette=True)
+        id_map(root / "SegmentationClass" / f"{name}.png", classes, palette=True)
+    (root / "ImageSets/Segmentation").mkdir(parents=True)
+    (root / "ImageSets/Segmentation/train.txt").write_text("2007_000032\n2007_000033\n")
+    (root / "Annotations").mkdir()
+    objects = "".join(
+        f"<object><name>{name}</name><difficult>{flag}</difficult><bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin>"
+        f"<xmax>{x + 10}</xmax><ymax>{y + 8}</ymax></bndbox></object>"
+        for name, flag, x, y in (("car", 1, 25, 6), ("person", 0, 2, 2), ("dog", 1, 4, 15), ("person", 0, 4, 15))
+    )
+    (root / "Annotations/2007_000032.xml").write_text(f"<annotation>{objects}</annotation>")
+    return root, numbers
+
+
+def test_voc(voc):
+    root, numbers = voc
+    for folder in (root, root.parent, root.parent.parent):
+        dataset = load_dataset_rows(folder)
+        assert dataset.official == "voc2012 train" and dataset.id2label[14] == "person" and len(dataset) == 2
+    people = [numbers == 1, numbers == 2]
+    same(masks_of(dataset, 0), {(15, 0): people, (7, 1): [numbers == 3]})  # the car is difficult
+    same(masks_of(dataset, 1), {(15, 0): people, (7, 0): [numbers == 3]})  # no XML
+    assert dataset[0]["file_name"] == "JPEGImages/2007_000032.jpg" and dataset.load_image(0).size == SIZE
+
+
+def test_voc_faults(voc):
+    root, numbers = voc
+    listing = root / "ImageSets/Segmentation/train.txt"
+    listing.write_text("2007_000032\n../../secret\n")
+    with pytest.raises(DataError, match=r"train\.txt, line 2: the file name '\.\./\.\./secret' leads out"):
+        load_dataset_rows(root)
+    listing.write_text("2007_000032\n2007_000032\n")
+    with pytest.raises(DataError, match=r"line 2: .* occurs twice"):
+        load_dataset_rows(root)
+    listing.write_text("2007_000032\n2007_000099\n")
+    with pytest.warns(UserWarning, match="1 files of voc2012 train"):
+        dataset = load_dataset_rows(root)
+    assert dataset.failures[0]["row"] == "line 2" and len(dataset) == 1
+    id_map(root / "SegmentationClass/2007_000032.png", np.zeros((30, 40)), palette=True)
+    with pytest.raises(DataError, match="object 1 has no class"):
+        dataset[0]
+    id_map(root / "SegmentationClass/2007_000032.png", numbers[:, :20], palette=True)
+    with pytest.raises(DataError, match=r"is 40x30, .* is 20x30"):
+        dataset[0]
+    Image.new("RGB", SIZE).save(root / "SegmentationObject/2007_000032.png")
+    with pytest.raises(DataError, match=r"no map of ids: .* its mode is RGB"):
+        dataset[0]
+    (root / "JPEGImages/2007_000032.jpg").unlink()
+    with pytest.raises(DataError, match="holds no picture of voc2012 train"):
+        load_dataset_rows(root)
+
+
+def test_voc_without_masks_is_unlabelled(voc):
+    root, _ = voc
+    picture(root / "JPEGImages/2008_1.jpg")
+    (root / "ImageSets/Segmentation/test.txt").write_text("2008_1\n")
+    dataset = load_dataset_rows(root, split="test")
+    assert dataset[0]["objects"]["segmentation"] == [] and dataset.load_image(0).size == SIZE
+    (root / "Annotations/2007_000032.xml").write_text("<annotation><object/></annotation>")
+    with pytest.raises(DataError, match=r"2007_000032\.xml, object\[0\]: needs a name"):
+        load_dataset_rows(root, split="train")[0]
+
+
+# All
+
+
+@pytest.fixture(params=["cityscapes", "ctw", "voc"])
+def layout(request):
+    return request.getfixturevalue(request.param)[0]
+
+
+def test_nothing_is_opened_before_a_row_is_asked_for(layout):
+    """With every picture and annotation cut to nothing, the data set is still there; its rows are not."""
+    for file in layout.rglob("*"):
+        if file.is_file() and "ImageSets" not in file.parts:
+            file.write_bytes(b"")
+    dataset = load_dataset_rows(layout, split="train")
+    assert len(dataset) and dataset.image_id(0) and len(dataset.subset([0])) == 1
+    with pytest.raises(DataError):
+        dataset[0]
+
+
+def test_pictures_are_opened_with_load_image_only(layout):
+    if layout.name == "ctw1500":
+        pytest.skip("its annotations do not say how large the picture is")
+    for file in [*layout.rglob("*.jpg"), *layout.rglob("*leftImg8bit.png")]:
+        file.write_bytes(b"")
+    dataset = load_dataset_rows(layout, split="train")
+    assert dataset[0]["objects"]["segmentation"]
+    with pytest.raises(ImageError):
+        dataset.load_image(0)
+
+
+def test_layouts_survive_coco_json(layout, tmp_path):
+    dataset = load_dataset_rows(layout, split="train")
+    write_coco(dataset, tmp_path / "all.json")
+    again = load_dataset_rows(tmp_path / "all.json", images=layout)
+    assert list(again.rows) == list(dataset.rows) and again.categories == dataset.categories
+
+
+def test_ambiguous_folders_ask(layout, tmp_path):
+    dataset = load_dataset_rows(layout, split="train")
+    write_coco(dataset.subset([0]), layout / "annotations" / "few.json")
+    with pytest.raises(DataError, match=r"may be \w+ or coco\. Choose one by `format`"):
+        load_dataset_rows(layout, split="train")
+    name = {"ctw1500": "ctw1500", "cityscapes": "cityscapes"}.get(layout.name, "voc")
+    assert len(load_dataset_rows(layout, split="train", format=name)) == len(dataset)
+    assert len(load_dataset_rows(layout, split="few")) == len(load_dataset_rows(layout, format="coco")) == 1
+    with pytest.raises(DataError, match="no format 'vok'"):
+        load_dataset_rows(layout, format="vok")
+    with pytest.raises(DataError, match="`images` is for COCO files"):
+        load_dataset_rows(layout, images=tmp_path, format=name, split="train")
