@@ -8,7 +8,7 @@ from uplvp_hf.conversion.knet import config_from_mmdet_knet, convert_mmdet_knet
 from uplvp_hf.models.configuration_knet import SEMANTIC_TARGETS, KNetConfig
 from uplvp_hf.models.losses_knet import semantic_targets, soft_targets
 from uplvp_hf.models.modeling_knet import KNetForInstanceSegmentation, doubled
-from uplvp_hf.models.postprocessing_uplvp import best_scores, boxes_of, resized_probabilities
+from uplvp_hf.models.postprocessing_uplvp import best_scores, boxes_of, input_probabilities
 
 pytestmark = pytest.mark.golden
 
@@ -196,7 +196,8 @@ def test_final_scores_labels_and_masks(run):
         sizes = tuple(meta["img_shape"][:2]), tuple(meta["ori_shape"][:2])
         best = best_scores(output.class_scores[i], 0.0, settings["max_per_img"])
         found = dict(zip(("scores", "labels", "queries"), best, strict=True))
-        probability = resized_probabilities(output.masks_queries_logits[i][found["queries"]], *sizes)
+        probability = input_probabilities(output.masks_queries_logits[i][found["queries"]], sizes[0])
+        probability = F.interpolate(probability[None], sizes[1], mode="bilinear")[0]
         found["masks"] = probability > settings["mask_thr"]
         found["boxes"] = boxes_of(found["masks"])
         close(found["scores"], tensors[f"test.topk_scores.{i}"])

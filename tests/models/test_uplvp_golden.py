@@ -1,5 +1,7 @@
 """The method on K-Net and QueryInst against tensors recorded from the authors' code, and its parts."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -353,6 +355,8 @@ def test_final_results(run):
 def check_results(run, model):
     tensors = run.tensors
     for i in range(run.batch):
+        meta = run.info["img_metas"][i]
+        edge = [math.ceil(2 * a / b) for a, b in zip(meta["ori_shape"][:2], meta["img_shape"][:2], strict=True)]
         if run.is_knet:
             boxes = tensors[f"test.result_bbox_score.{i}"]
             order = boxes[:, 4].argsort(descending=True, stable=True)
@@ -374,9 +378,11 @@ def check_results(run, model):
             close(found["scores"], boxes[present, 4])
             assert torch.equal(found["labels"], labels[present])
             differ = found["masks"] != masks[present]
-            assert differ.sum() <= 1e-5 * differ.numel()
             same = ~differ.flatten(1).any(1)
-            assert same.sum() >= 0.8 * len(same)
+            if run.is_knet:  # the original lets the padding into the last two pixels of the input
+                differ = differ[:, : -edge[0], : -edge[1]]
+            assert differ.sum() <= 1e-5 * differ.numel()
+            assert (~differ.flatten(1).any(1)).sum() >= 0.8 * len(differ)
             close(found["boxes"][same], boxes[present][same][:, :4], LOGITS)
 
 

@@ -9,7 +9,7 @@ overlapping instances all survive in `masks` / `rle`; there is no panoptic metho
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,17 +28,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .postprocessing_uplvp import (
-    MASK_STRIDE,
-    best_instances,
-    best_scores,
-    coco_mask,
-    collect_instances,
-    pasted_masks,
-    probability_masks,
-    require_pycocotools,
-    upsampled_masks,
-)
+from .postprocessing_uplvp import MASK_STRIDE, coco_mask, collect_instances, find_instances, require_pycocotools
 
 
 class UplvpImageProcessorKwargs(ImagesKwargs, total=False):
@@ -276,46 +266,10 @@ class UplvpImageProcessor(TorchvisionBackend):
         overlap = overlap_mask_area_threshold if return_segmentation else None
         results = []
         for index in range(batch_size):
-            picture = (outputs, index, input_sizes[index], target_sizes[index], threshold, mask_threshold, top_k)
-            best, keys, chunks, boxes = _candidates(*picture)
-            unique = list(dict.fromkeys(keys.tolist()))
-            found = (best[0], best[1], keys, unique, chunks(unique), target_sizes[index], return_rle, overlap)
-            results.append(collect_instances(*found, boxes))
+            sizes = (input_sizes[index], target_sizes[index])
+            found = find_instances(outputs, index, *sizes, threshold, mask_threshold, top_k)
+            results.append(collect_instances(found, target_sizes[index], return_rle, overlap))
         return results
-
-
-def _candidates(
-    outputs: Any,
-    index: int,
-    input_size: tuple[int, int],
-    target_size: tuple[int, int],
-    threshold: float,
-    mask_threshold: float,
-    top_k: int,
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor, Callable[[list[int]], Iterator[torch.Tensor]], torch.Tensor | None]:
-    """Instances of one picture by the rule of its model: (scores, labels, queries), best first; a key (N,) for each,
-    equal where two share a mask; a function from keys to chunks of their masks; boxes (N, 4) of the model, or None."""
-    logits = outputs.masks_queries_logits[index].float()
-    scores, regions = getattr(outputs, "class_scores", None), getattr(outputs, "roi_mask_logits", None)
-    if scores is None:
-        # The un-padded picture alone: masks are rated there.
-        logits = logits[:, : math.ceil(input_size[0] / MASK_STRIDE), : math.ceil(input_size[1] / MASK_STRIDE)]
-        best = best_instances(outputs.class_queries_logits[index].float(), logits, threshold, mask_threshold, top_k)
-        return best, best[2], lambda keys: upsampled_masks(logits[keys], input_size, target_size, mask_threshold), None
-    best = best_scores(scores[index].float(), threshold, top_k)
-    if regions is None:
-        return (
-            best,
-            best[2],
-            lambda keys: probability_masks(logits[keys], input_size, target_size, mask_threshold),
-            None,
-        )
-    scale = [target / source for target, source in zip(target_size, input_size, strict=True)]
-    boxes = outputs.boxes[index][best[2]].float()
-    boxes = boxes * boxes.new_tensor([scale[1], scale[0], scale[1], scale[0]])
-    regions = regions[index][best[2], best[1]]  # every pair of query and class has a mask of its own
-    keys = torch.arange(len(regions), device=regions.device)
-    return best, keys, lambda _: pasted_masks(regions, boxes, target_size, mask_threshold), boxes
 
 
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:

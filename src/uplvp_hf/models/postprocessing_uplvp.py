@@ -1,15 +1,18 @@
-"""From query logits to instances of one picture: choose, upsample, threshold, encode.
+"""From query logits to instances of one picture: choose, resample, threshold, encode.
 
 Shared by the image processors. Copied to the Hub beside the weights: no other module of the library is imported.
-At no time are more than 16 dense masks held in float, and with run-length encoding not in bool either.
+With run-length encoding no dense mask of the target's size is held at all (QueryInst: one, as large as its box).
 """
 
-from collections.abc import Iterator
-from typing import Any
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .mask_resampling import resampling_axis, resized_flips, resized_masks, signed_values, window_flips
 from .roi_masks import paste_masks
 
 try:  # only COCO annotations and RLE results need it; plain inference from the Hub does not
@@ -19,8 +22,104 @@ except ImportError:
 
 # Masks leave the model at a quarter of the padded input's resolution (as in Mask2Former).
 MASK_STRIDE = 4
-# Masks upsampled at once: 16 float masks of 1333 x 800 pixels take 68 MB.
+# Masks rated, or brought to the padded input's resolution, at once: 16 float masks of 1333 x 800 pixels take 68 MB.
 MASKS_PER_CHUNK = 16
+
+Size = tuple[int, int]
+
+
+class Found(NamedTuple):
+    """Instances of one picture, best first: scores, labels and a key of the mask, (N,) each; two may share a mask.
+
+    masks(keys) yields the bool masks (H, W) of a list of keys, and flips(keys) where they begin and end, see
+    `mask_flips`. boxes: (N, 4) of the model in pixels of the target, or None where those around the masks count.
+    """
+
+    scores: torch.Tensor
+    labels: torch.Tensor
+    keys: torch.Tensor
+    masks: Callable[[list[int]], Iterator[torch.Tensor]]
+    flips: Callable[[list[int]], Iterator[np.ndarray]]
+    boxes: torch.Tensor | None = None
+
+
+def find_instances(
+    outputs: Any, index: int, input_size: Size, target_size: Size, threshold: float, mask_threshold: float, top_k: int
+) -> Found:
+    """Instances of the picture at `index` of a batch by the rule of its model, see the image processor."""
+    scores, regions = getattr(outputs, "class_scores", None), getattr(outputs, "roi_mask_logits", None)
+    if scores is not None and regions is not None:
+        return _found_in_boxes(outputs, index, input_size, target_size, threshold, mask_threshold, top_k)
+    # The un-padded picture alone: masks are rated there, and nothing of the padding gets into the last pixels.
+    cells = [math.ceil(side / MASK_STRIDE) for side in input_size]
+    logits = outputs.masks_queries_logits[index, :, : cells[0], : cells[1]]
+    if scores is None:
+        classes = outputs.class_queries_logits[index].float()
+        found = best_instances(classes, logits, threshold, mask_threshold, top_k)
+        stride = MASK_STRIDE
+    else:
+        found = best_scores(scores[index].float(), threshold, top_k)
+        stride, cells = 1, input_size
+    rows, columns = (resampling_axis(*side, stride) for side in zip(cells, input_size, target_size, strict=True))
+
+    def values(keys: list[int]) -> Iterator[torch.Tensor]:
+        chunks = logits[keys].split(MASKS_PER_CHUNK) if keys else ()
+        for chunk in chunks:
+            if scores is None:
+                yield signed_values(chunk, bound_of(mask_threshold))
+            else:
+                yield signed_values(input_probabilities(chunk, input_size), mask_threshold)
+
+    return Found(
+        *found,
+        lambda keys: (mask for chunk in values(keys) for mask in resized_masks(chunk, rows, columns)),
+        lambda keys: (flips for chunk in values(keys) for flips in resized_flips(chunk, rows, columns)),
+    )
+
+
+def _found_in_boxes(
+    outputs: Any, index: int, input_size: Size, target_size: Size, threshold: float, mask_threshold: float, top_k: int
+) -> Found:
+    """QueryInst: every pair of query and class has a mask of its own, in the query's box."""
+    scores, labels, queries = best_scores(outputs.class_scores[index].float(), threshold, top_k)
+    down, across = (target / source for target, source in zip(target_size, input_size, strict=True))
+    boxes = outputs.boxes[index][queries].float()
+    boxes = boxes * boxes.new_tensor([across, down, across, down])
+    grids = outputs.roi_mask_logits[index][queries, labels].float().sigmoid()
+
+    def masks(keys: list[int]) -> Iterator[torch.Tensor]:
+        for top, left, part in parts_in_boxes(grids[keys], boxes[keys], target_size, mask_threshold):
+            mask = torch.zeros(target_size, dtype=torch.bool, device=part.device)
+            mask[top : top + part.shape[0], left : left + part.shape[1]] = part
+            yield mask
+
+    def flips(keys: list[int]) -> Iterator[np.ndarray]:
+        parts = parts_in_boxes(grids[keys].cpu(), boxes[keys].cpu(), target_size, mask_threshold)
+        for top, left, part in parts:
+            yield window_flips(part.numpy(), top, left, target_size)
+
+    return Found(scores, labels, torch.arange(len(scores), device=scores.device), masks, flips, boxes)
+
+
+def parts_in_boxes(
+    grids: torch.Tensor, boxes: torch.Tensor, target_size: Size, mask_threshold: float
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Probabilities (n, s, s) pasted into boxes (n, 4), then compared: top, left and the bool mask of each box as far
+    as it lies on a picture of `target_size`."""
+    height, width = target_size
+    corners = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).nan_to_num()
+    limits = corners.new_tensor([width, height, width, height])
+    corners = corners.clamp(min=torch.zeros_like(limits), max=limits).long().tolist()
+    for grid, box, (left, top, right, bottom) in zip(grids, boxes, corners, strict=True):
+        size = (max(bottom - top, 0), max(right - left, 0))
+        yield top, left, paste_masks(grid[None], box[None], size, offset=(top, left))[0] >= mask_threshold
+
+
+def bound_of(mask_threshold: float) -> float:
+    """The logit whose sigmoid is `mask_threshold`, infinite for 0 and 1."""
+    if mask_threshold in (0, 1):
+        return math.inf if mask_threshold else -math.inf
+    return math.log(mask_threshold / (1 - mask_threshold))
 
 
 def best_instances(
@@ -36,13 +135,18 @@ def best_instances(
     candidates = class_scores >= threshold
     class_scores, labels, queries = class_scores[candidates], labels[candidates], queries[candidates]
     unique, position = queries.unique(return_inverse=True)
-    mask_probabilities = mask_logits[unique].flatten(1).sigmoid()
-    inside = mask_probabilities > mask_threshold
-    quality = (mask_probabilities * inside).sum(1) / inside.sum(1).clamp(min=1)
-    scores = class_scores * quality[position]
+    chunks = [mask_quality(mask_logits[some], mask_threshold) for some in unique.split(MASKS_PER_CHUNK)]
+    scores = class_scores * torch.cat(chunks)[position]
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order] >= threshold]
     return scores[order], labels[order], queries[order]
+
+
+def mask_quality(logits: torch.Tensor, mask_threshold: float) -> torch.Tensor:
+    """Mean probability (n,) of the pixels inside masks (n, h, w); 0 without any."""
+    logits = logits.flatten(1).float()
+    inside = logits > bound_of(mask_threshold)
+    return (logits.sigmoid() * inside).sum(1) / inside.sum(1).clamp(min=1)
 
 
 def best_scores(
@@ -55,121 +159,81 @@ def best_scores(
     return class_scores.flatten()[order], order % class_scores.shape[1], queries
 
 
-def resized_probabilities(
-    logits: torch.Tensor, input_size: tuple[int, int], target_size: tuple[int, int]
-) -> torch.Tensor:
-    """Mask logits (n, h, w) at stride 4 of the padded input -> probabilities (n, H, W) float32 of the target size.
+def input_probabilities(logits: torch.Tensor, input_size: Size) -> torch.Tensor:
+    """Mask logits (n, h, w) at stride 4 -> probabilities (n, *input_size) float32 at the resolution of the input.
 
-    As in K-Net: probabilities are interpolated, to the padded input, cut to the picture, then to the target.
+    As in K-Net, whose masks are resized twice: probabilities to the padded input, cut to the picture, then to the
+    target. The pixels lose a quarter of a cell at most against one step; the released weights are rated this way.
     """
     canvas = [MASK_STRIDE * side for side in logits.shape[-2:]]
-    values = F.interpolate(logits[None].float().sigmoid(), size=canvas, mode="bilinear", align_corners=False)
-    values = values[..., : input_size[0], : input_size[1]]
-    return F.interpolate(values, size=target_size, mode="bilinear", align_corners=False)[0]
+    values = F.interpolate(logits[None].float().sigmoid(), size=canvas, mode="bilinear", align_corners=False)[0]
+    return values[..., : input_size[0], : input_size[1]]
 
 
-def probability_masks(
-    logits: torch.Tensor, input_size: tuple[int, int], target_size: tuple[int, int], mask_threshold: float
-) -> Iterator[torch.Tensor]:
-    """Bool masks (n, H, W) of the target size, a chunk of queries at a time, from `resized_probabilities`."""
-    for chunk in logits.split(MASKS_PER_CHUNK):
-        if len(chunk):
-            yield resized_probabilities(chunk, input_size, target_size) > mask_threshold
+def collect_instances(found: Found, target_size: Size, return_rle: bool, overlap: float | None) -> dict[str, Any]:
+    """The result of one picture, see the image processor; instances whose mask has no pixel are left out.
 
-
-def pasted_masks(
-    logits: torch.Tensor, boxes: torch.Tensor, target_size: tuple[int, int], mask_threshold: float
-) -> Iterator[torch.Tensor]:
-    """Bool masks (n, H, W) of the target size, a chunk at a time, from mask logits (N, S, S) within boxes (N, 4), which
-    are in pixels of the target: probabilities are pasted, then compared."""
-    for chunk, within in zip(logits.split(MASKS_PER_CHUNK), boxes.split(MASKS_PER_CHUNK), strict=True):
-        if len(chunk):
-            yield paste_masks(chunk.float().sigmoid(), within, target_size) >= mask_threshold
-
-
-def upsampled_masks(
-    logits: torch.Tensor, input_size: tuple[int, int], target_size: tuple[int, int], mask_threshold: float
-) -> Iterator[torch.Tensor]:
-    """Bool masks (n, H, W) of the target size, a chunk of queries at a time.
-
-    One bilinear step in continuous coordinates: the un-padded picture need not end on a cell of the stride-4 grid, so
-    the scale comes from its exact size and what lies beyond it is cut off afterwards.
+    overlap: least visible share of a mask on the flat map; None: no map.
     """
-    # The hair above 1 keeps rounding from losing the last row when the picture does end on a cell.
-    scale = [MASK_STRIDE * target / source * (1 + 1e-7) for target, source in zip(target_size, input_size, strict=True)]
-    bound = torch.logit(torch.tensor(float(mask_threshold), dtype=torch.float64)).item()
-    for chunk in logits.split(MASKS_PER_CHUNK):
-        if len(chunk):
-            masks = F.interpolate(
-                chunk[None], scale_factor=scale, mode="bilinear", align_corners=False, recompute_scale_factor=False
-            )[0]
-            yield masks[:, : target_size[0], : target_size[1]] > bound
-
-
-def collect_instances(
-    scores: torch.Tensor,
-    labels: torch.Tensor,
-    queries: torch.Tensor,
-    unique: list[int],
-    chunks: Iterator[torch.Tensor],
-    target_size: tuple[int, int],
-    return_rle: bool,
-    overlap: float | None,
-    given_boxes: torch.Tensor | None = None,
-) -> dict[str, Any]:
-    """The result of one picture. `chunks` yields the masks of the queries in `unique`, which are in order of score.
-
-    Instances whose mask has no pixel are left out. given_boxes (N, 4) replace the boxes around the masks.
-    """
-    device = scores.device
-    masks, boxes = [], [torch.zeros((0, 4), device=device)]
-    segmentation = torch.full(target_size, -1, dtype=torch.int32, device=device)
-    done = 0
-    for chunk in chunks:
-        boxes.append(boxes_of(chunk))
-        masks.extend(encode_rle(chunk)) if return_rle else masks.append(chunk)
-        if overlap is not None:
-            for offset, mask in enumerate(chunk):
-                visible = mask & (segmentation < 0)
-                seen = visible.sum()
-                if seen > 0 and seen >= overlap * mask.sum():
-                    segmentation[visible] = done + offset
-        done += len(chunk)
-    boxes = torch.cat(boxes)
-    slots = {query: slot for slot, query in enumerate(unique)}
-    slot = torch.tensor([slots[query] for query in queries.tolist()], dtype=torch.int64, device=device)
+    keys = found.keys.tolist()
+    unique = list(dict.fromkeys(keys))
+    device = found.scores.device
+    if return_rle:
+        masks = [rle_of(flips, target_size) for flips in found.flips(unique)]
+        boxes = boxes_of_rle(masks).to(device)
+        painted = (torch.from_numpy(coco_mask.decode(rle)).to(device) > 0 for rle in masks)
+    else:
+        masks = torch.zeros((len(unique), *target_size), dtype=torch.bool, device=device)
+        for slot, mask in enumerate(found.masks(unique)):
+            masks[slot] = mask
+        boxes = boxes_of(masks)
+        painted = iter(masks)
+    slots = {key: slot for slot, key in enumerate(unique)}
+    slot = torch.tensor([slots[key] for key in keys], dtype=torch.int64, device=device)
     kept = boxes[slot, 2] > boxes[slot, 0]  # a mask may vanish between the stride-4 grid and a small target
-    scores, labels, slot = scores[kept], labels[kept], slot[kept]
-    result = {"scores": scores, "labels": labels, "boxes": boxes[slot] if given_boxes is None else given_boxes[kept]}
+    scores, labels, slot = found.scores[kept], found.labels[kept], slot[kept]
+    result = {"scores": scores, "labels": labels, "boxes": boxes[slot] if found.boxes is None else found.boxes[kept]}
     if return_rle:
         result["rle"] = [dict(masks[position]) for position in slot.tolist()]
     else:
-        stack = torch.cat(masks) if masks else torch.zeros((0, *target_size), dtype=torch.bool, device=device)
         # Without repeated queries the stack is the answer as it stands; indexing would copy it.
-        result["masks"] = stack if slot.tolist() == list(range(len(stack))) else stack[slot]
+        result["masks"] = masks if slot.tolist() == list(range(len(masks))) else masks[slot]
     if overlap is not None:
-        result.update(_flat_map(segmentation, scores, labels, slot, len(unique)))
+        result.update(_flat_map(painted, target_size, overlap, scores, labels, slot))
     return result
 
 
 def _flat_map(
-    segmentation: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, slot: torch.Tensor, num_slots: int
+    masks: Iterator[torch.Tensor],
+    target_size: Size,
+    overlap: float,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    slot: torch.Tensor,
 ) -> dict[str, Any]:
-    """Renames the mask slots painted into the map to positions in `scores` (the best of a query's instances)."""
-    names = torch.full((num_slots + 1,), -1, dtype=torch.int32, device=segmentation.device)  # the last is background
+    """The map of the picture, where better masks (H, W) lie above worse ones, with positions in `scores` (the best of
+    those that share a mask)."""
+    device = scores.device
+    segmentation = torch.full(target_size, -1, dtype=torch.int32, device=device)
+    count = 0
+    for count, mask in enumerate(masks, start=1):
+        visible = mask & (segmentation < 0)
+        visible &= visible.sum() >= overlap * mask.sum()
+        segmentation[visible] = count - 1
+    names = torch.full((count + 1,), -1, dtype=torch.int32, device=device)  # the last is background
     for position, index in reversed(list(enumerate(slot.tolist()))):
         names[index] = position
     segmentation = names[segmentation.long()]
     shown = [position for position in segmentation.unique().tolist() if position >= 0]
-    info = [
-        {"id": position, "label_id": int(labels[position]), "score": float(scores[position]), "was_fused": False}
-        for position in shown
-    ]
+    values = zip(shown, labels[shown].tolist(), scores[shown].tolist(), strict=True)
+    info = [{"id": id_, "label_id": label, "score": score, "was_fused": False} for id_, label, score in values]
     return {"segmentation": segmentation, "segments_info": info}
 
 
 def boxes_of(masks: torch.Tensor) -> torch.Tensor:
     """(n, H, W) bool to (n, 4) float32 x1, y1, x2, y2 with exclusive ends; zeros for an empty mask."""
+    if not len(masks):
+        return torch.zeros((0, 4), device=masks.device)
     spans = []
     for occupied in (masks.any(1), masks.any(2)):  # columns (n, W), rows (n, H)
         length = occupied.shape[1]
@@ -185,9 +249,16 @@ def require_pycocotools(purpose: str) -> None:
         raise ImportError(f"{purpose} needs pycocotools: pip install pycocotools")
 
 
-def encode_rle(masks: torch.Tensor) -> list[dict[str, Any]]:
-    """(n, H, W) bool to COCO run lengths, which go down the columns: hence the transposition before the copy."""
-    require_pycocotools("return_rle=True")
-    columns = masks.transpose(1, 2).contiguous().to(torch.uint8).cpu().numpy()  # (n, W, H)
-    encoded = coco_mask.encode(columns.T)  # (H, W, n), Fortran order, no copy
-    return [{"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")} for rle in encoded]
+def rle_of(flips: np.ndarray, size: Size) -> dict[str, Any]:
+    """Where a mask begins and ends, down the columns -> COCO's compressed run lengths, counts as str."""
+    counts = np.diff(flips, prepend=0, append=size[0] * size[1])
+    rle = coco_mask.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
+    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+
+
+def boxes_of_rle(rles: list[dict[str, Any]]) -> torch.Tensor:
+    """As `boxes_of`, of run lengths."""
+    if not rles:
+        return torch.zeros((0, 4))
+    boxes = torch.from_numpy(coco_mask.toBbox(rles)).to(torch.float32)  # x, y, width, height
+    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 
-def paste_masks(values: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste_masks(values: Tensor, boxes: Tensor, size: tuple[int, int], offset: tuple[int, int] = (0, 0)) -> Tensor:
     """Resamples a grid per box onto the pixels of a picture.
 
     values (N, S, S') of any range, the first row and column at the top left corner of the box; boxes (N, 4) x1, y1,
-    x2, y2 in pixels of the picture; size (height, width) of the picture. Returns (N, height, width) float32: bilinear
+    x2, y2 in pixels of the picture; size (height, width) of the picture, or of the part of it that begins at `offset`
+    (top, left). Returns (N, height, width) float32: bilinear
     between cell centres at every pixel centre, zero outside the box, falling to zero within half a cell of its border
     (the outermost cells have zeros as neighbours). A box without area gives zeros.
 
@@ -18,14 +19,14 @@ def paste_masks(values: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
     boxes = boxes.float()
     height, width = size
     with torch.autocast(values.device.type, enabled=False):  # it would multiply in half precision
-        rows = _weights(boxes[:, 1], boxes[:, 3], height, values.shape[-2])
-        columns = _weights(boxes[:, 0], boxes[:, 2], width, values.shape[-1])
+        rows = _weights(boxes[:, 1], boxes[:, 3], offset[0], height, values.shape[-2])
+        columns = _weights(boxes[:, 0], boxes[:, 2], offset[1], width, values.shape[-1])
         return rows @ (values.float() @ columns.transpose(1, 2))
 
 
-def _weights(start: Tensor, end: Tensor, pixels: int, cells: int) -> Tensor:
+def _weights(start: Tensor, end: Tensor, first: int, pixels: int, cells: int) -> Tensor:
     """Share of every cell in every pixel, (N, pixels, cells), at most two of a row not zero."""
-    centres = torch.arange(pixels, device=start.device, dtype=torch.float32) + 0.5
+    centres = torch.arange(first, first + pixels, device=start.device, dtype=torch.float32) + 0.5
     extent = (end - start)[:, None]
     place = (centres - start[:, None]) / extent * cells - 0.5  # in cells from the centre of the first one
     place = torch.where(extent > 0, place, -2.0)
