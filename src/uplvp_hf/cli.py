@@ -13,8 +13,10 @@ VERBS = {
     "finetune": "a few labels -> fine-tuned segmenter",
     "evaluate": "model and labelled pictures -> COCO mask AP",
     "predict": "model and pictures -> COCO results and overlays",
+    "export": "model -> ONNX, torch.export, transformers' Mask2Former",
     "push": "model -> Hub",
     "convert": "checkpoint of another code base -> a folder that from_pretrained reads",
+    "benchmark": "arms x seeds x segmenters: does pre-training pay with few labels?",
     "demo": "all of it on generated scenes, without data or network",
 }
 SHARED = ("label", "pretrain", "finetune")

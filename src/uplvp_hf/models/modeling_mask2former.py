@@ -228,7 +228,8 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
             return blocked & ~blocked.all(-1, keepdim=True)
         outside = features.padding[level].flatten(1)[:, None]
         blocked = blocked | outside
-        return torch.where(blocked.all(-1, keepdim=True), outside, blocked)
+        # As `where(all, outside, blocked)`, which onnxruntime has no kernel for.
+        return blocked & (outside | ~blocked.all(-1, keepdim=True))
 
     def normalizers(self, counts: list[int], num_prompts: int, mask_labels: list[Tensor] | None = None) -> Normalizers:
         """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass. The masks

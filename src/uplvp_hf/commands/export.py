@@ -1,0 +1,56 @@
+"""`uplvp export`: a trained model as ONNX, as a program of torch.export, or as transformers' own Mask2Former."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ._terminal import run
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="uplvp export", description="A trained model for runtimes without this library; any number of pictures."
+    )
+    add = parser.add_argument
+    add("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
+    add("--output", metavar="DIR", required=True, help="for the graph, config.json and preprocessor_config.json")
+    add(
+        "--format",
+        choices=("onnx", "torch", "mask2former"),
+        default="onnx",
+        help="model.onnx (default), model.pt2 for torch.export.load, or transformers' Mask2Former where the model is one",
+    )
+    add("--size", type=int, metavar="PIXELS", help="longer side of the resized pictures (default: the processor's)")
+    add("--opset", type=int, help="operators of ONNX (default: 20)")
+    add("--check", action="store_true", help="open the file anew and print its largest difference from the model")
+    add("--verbose", action="store_true", help="also what the libraries say, and where in the code an error arose")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
+    arguments = make_parser().parse_args(argv)
+    return run("export", lambda: _export(arguments), arguments.verbose)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from uplvp_hf.evaluation import load_segmenter
+    from uplvp_hf.export.formats import OPSET, export_model
+
+    if arguments.size is not None and arguments.size < 32:
+        raise ValueError(f"--size {arguments.size} is too small: at least 32 pixels.")
+    if arguments.opset is not None and arguments.format != "onnx":
+        raise ValueError("--opset is for --format onnx.")
+    model, processor = load_segmenter(arguments.model, "cpu")
+    opset = OPSET if arguments.opset is None else arguments.opset
+    done = export_model(
+        model, processor, arguments.output, arguments.format, arguments.size, opset, check=arguments.check
+    )
+    if "canvas" in done:
+        height, width = done["canvas"]
+        print(f"{arguments.output}/{done['file']}: any number of pictures on {height} x {width}")
+    else:
+        print(f"{arguments.output}: loads as {done['class']}")
+    for name, difference in done.get("largest_difference", {}).items():
+        print(f"  {name:22} differs by at most {difference:.1e}")

@@ -1,0 +1,175 @@
+"""Writing an exported model: the graph, the classes, the image processor and what it takes to run it, in one folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uplvp_hf.files import replacing, write_json, writing
+
+from .check import check_batch, largest_differences
+from .program import INPUTS, OUTPUTS, canvas_of, trace
+
+# Operators of ONNX that the graphs are written in: the first with all that the three segmenters need, as torch has it.
+OPSET = 20
+DESCRIPTION = "export.json"
+FILES = {"onnx": "model.onnx", "torch": "model.pt2", "mask2former": "model.safetensors"}
+FORMATS = tuple(FILES)
+
+
+def export_model(
+    model: nn.Module,
+    processor: Any,
+    directory: str | os.PathLike[str],
+    form: str = "onnx",
+    longest_edge: int | None = None,
+    opset: int = OPSET,
+    check: bool = False,
+) -> dict[str, Any]:
+    """Writes `model` and its image processor to a folder, for a runtime.
+
+    onnx: `model.onnx`, for onnxruntime; also `uplvp predict` and `inference.load` read the folder. torch: `model.pt2`,
+    for `torch.export.load`. Both take any number of pictures on a fixed canvas; the image processor that is written
+    pads every picture to it. mask2former: a plain directory of transformers.
+
+    Args:
+        model: a `UplvpForInstanceSegmentation`; it is put into evaluation mode, float32, on the CPU.
+        processor: its `UplvpImageProcessor`.
+        directory: made if needed. A folder with a model that was not exported is refused.
+        form: one of `FORMATS`.
+        longest_edge: pixels; pictures are scaled so that their longer side has them, in place of the processor's size.
+        opset: of ONNX.
+        check: also compare the file that was written, opened anew, with the model (`largest_differences`).
+
+    Returns the content of `export.json`: format, file, canvas, inputs, outputs, versions, and differences if checked.
+    Raises ValueError for an unknown format, for a model that the format cannot hold, or for a folder that is in use.
+    """
+    directory = Path(directory)
+    if form not in FILES:
+        raise ValueError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
+    if (directory / "config.json").is_file() and not (directory / DESCRIPTION).is_file():
+        raise ValueError(f"{directory} holds a model that was not exported, which would be lost: name another folder.")
+    model = model.eval().float().cpu()
+    if form == "mask2former":
+        return _write_mask2former(model, processor, directory, longest_edge, check)
+    canvas = canvas_of(processor, longest_edge)
+    program = trace(model, canvas)
+    _write_settings(model, processor, directory, canvas, longest_edge)
+    file = directory / FILES[form]
+    with replacing(file, "wb") as stream, writing(file):
+        _save_onnx(program, stream.name, opset) if form == "onnx" else torch.export.save(program, stream)
+    versions = {"torch": torch.__version__} if form == "torch" else {"torch": torch.__version__, "opset": opset}
+    shape = [None, *canvas]
+    description = {
+        "format": form,
+        "file": FILES[form],
+        "canvas": list(canvas),
+        "inputs": dict(zip(INPUTS, ([None, 3, *canvas], shape), strict=True)),
+        "outputs": [name for name in OUTPUTS if name in _output_names(program)],
+        **versions,
+    }
+    if check:
+        description["largest_difference"] = largest_differences(model, _runner(file), canvas)
+    write_json(directory / DESCRIPTION, description)
+    return description
+
+
+def _write_settings(
+    model: nn.Module, processor: Any, directory: Path, canvas: tuple[int, int], longest_edge: int | None
+) -> None:
+    """config.json, which has the classes, and an image processor that pads to the canvas."""
+    directory.mkdir(parents=True, exist_ok=True)
+    settings = {**processor.to_dict(), "pad_size": {"height": canvas[0], "width": canvas[1]}, "do_pad": True}
+    if longest_edge is not None:
+        settings["size"] = {"longest_edge": longest_edge}
+    with writing(directory / "config.json"):
+        model.config.save_pretrained(directory)
+    with writing(directory / "preprocessor_config.json"):
+        type(processor).from_dict(settings).save_pretrained(directory)
+
+
+def _output_names(program: torch.export.ExportedProgram) -> list[str]:
+    return list(program.call_spec.out_spec.context)
+
+
+def _save_onnx(program: torch.export.ExportedProgram, path: str, opset: int) -> None:
+    try:
+        import onnxruntime  # noqa: F401 (a file that nothing here can run is of little use)
+        import onnxscript  # noqa: F401 (torch's exporter is written with it)
+    except ImportError as error:
+        raise ValueError(f"ONNX needs a package: pip install 'uplvp_hf[onnx]' ({error})") from error
+    # The exporter tells at length what it does, and at the level of warnings what it could not fold.
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        onnx_program = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(INPUTS),
+            output_names=_output_names(program),
+            verbose=False,
+        )
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+    onnx_program.save(path)
+
+
+def _runner(file: Path):
+    """The exported file, opened anew, as a function of pixel_values and pixel_mask."""
+    if file.suffix == ".onnx":
+        from uplvp_hf.inference.onnx_runtime import open_session, run_session
+
+        session = open_session(file)
+        return lambda pixel_values, pixel_mask: run_session(session, pixel_values, pixel_mask)
+    return torch.export.load(file).module()
+
+
+def _write_mask2former(
+    model: nn.Module, processor: Any, directory: Path, longest_edge: int | None, check: bool
+) -> dict[str, Any]:
+    """transformers' own class and image processor; on pictures without padding it gives the same outputs."""
+    if longest_edge is not None:
+        processor = type(processor).from_dict({**processor.to_dict(), "size": {"longest_edge": longest_edge}})
+    with tempfile.TemporaryDirectory() as draft:  # refused models leave nothing behind
+        model.to_mask2former(draft, processor)
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in sorted(os.listdir(draft)):
+            with replacing(directory / name, "wb") as stream:
+                stream.write(Path(draft, name).read_bytes())
+    description = {
+        "format": "mask2former",
+        "file": FILES["mask2former"],
+        "class": "Mask2FormerForUniversalSegmentation",
+        "transformers": metadata.version("transformers"),
+    }
+    if check:
+        description["largest_difference"] = _compare_with_transformers(model, processor, directory)
+    write_json(directory / DESCRIPTION, description)
+    return description
+
+
+def _compare_with_transformers(model: nn.Module, processor: Any, directory: Path) -> dict[str, float]:
+    """`largest_differences` on a picture without padding; transformers' class lets padding take part."""
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    plain = Mask2FormerForUniversalSegmentation.from_pretrained(directory).eval()
+
+    def run(pixel_values: Tensor, pixel_mask: Tensor) -> Mapping[str, Tensor]:
+        return plain(pixel_values=pixel_values, pixel_mask=pixel_mask)
+
+    return largest_differences(model, run, canvas_of(processor), batches=(1,))
+
+
+__all__ = ["DESCRIPTION", "FILES", "FORMATS", "OPSET", "check_batch", "export_model"]
