@@ -12,6 +12,7 @@ VERBS = {
     "pretrain": "pseudo labels -> pre-trained segmenter",
     "finetune": "a few labels -> fine-tuned segmenter",
     "evaluate": "model and labelled pictures -> COCO mask AP",
+    "compare": "runs -> learning curves, and a table of mean and deviation over seeds",
     "predict": "model and pictures -> COCO results and overlays",
     "export": "model -> ONNX, torch.export, transformers' Mask2Former",
     "push": "model -> Hub",
