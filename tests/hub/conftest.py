@@ -18,19 +18,27 @@ def hub():
 
 
 @pytest.fixture
-def hub_client(hub, monkeypatch, tmp_path):
+def online(monkeypatch):
+    """The client of this process may send requests, which tests otherwise forbid."""
+    from huggingface_hub.utils import close_session
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    close_session()
+    yield
+    close_session()
+
+
+@pytest.fixture
+def hub_client(hub, online, monkeypatch, tmp_path):
     """The client of this process talks to the loopback Hub, as its user `uplvp`, and does not wait between tries."""
-    from huggingface_hub.utils import _http, close_session
+    from huggingface_hub.utils import _http
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(_http, "time", SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None}))
-    close_session()
-    yield hub
-    close_session()
+    return hub
 
 
 @pytest.fixture

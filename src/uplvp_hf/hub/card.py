@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .run_record import base_model, earlier_stages, public, read_json, settings_yaml, training_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 HEADLINE = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
@@ -27,7 +28,8 @@ def build_card(
 
     Args:
         model_dir: its folder. `config.json` and `preprocessor_config.json` are needed; `training_summary.json`, which
-            the training loop writes, gives data, settings, seconds and the metrics of its last evaluation.
+            the training loop writes, gives data, settings, seconds and the metrics of its last evaluation; `split.json`
+            the labelled subset. Where the folders that the run started from still exist, their records are shown too.
         repo_id: USER/NAME, as the snippets and results name it.
         license: of the weights, an identifier of the Hub.
         metrics_file: `metrics.json` of `uplvp evaluate`, to be shown in the place of the training's own numbers.
@@ -57,7 +59,7 @@ def build_card(
         library_name="transformers",
         pipeline_tag="image-segmentation",
         license=license,
-        base_model=_base_model(summary),
+        base_model=base_model(summary),
         tags=["instance-segmentation", "uplvp", architecture, "vision", *(["custom_code"] if remote_code else [])],
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(results),
@@ -79,38 +81,14 @@ def build_card(
         facts=_facts(architecture, segmenter, processor),
         pretrained_only=pretrained_only,
         remote_code=remote_code,
-        training=_training(summary),
+        endpoint=remote_code and not pretrained_only,
+        training=training_rows(summary, read_json(model_dir / "split.json", optional=True)),
+        earlier=earlier_stages(summary),
+        settings=settings_yaml(summary),
         results=results,
         num_queries=segmenter.get("num_queries", "A fixed number of"),
         size=_size_text(processor.get("size") or {}),
     )
-
-
-def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError, which name the file."""
-    if optional and not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; a model folder holds it.") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is needed, this is a {type(content).__name__}.")
-    return content
-
-
-def _public(value: Any) -> str:
-    """The last part of a path: folders of somebody's machine are nobody's business."""
-    text = str(value)
-    return Path(text).name if os.sep in text else text
-
-
-def _base_model(summary: dict[str, Any]) -> str | None:
-    init = (summary.get("settings") or {}).get("model", {}).get("init")
-    is_repository = bool(init) and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", init)) and not os.path.exists(init)
-    return init if is_repository and not init.startswith(".") else None
 
 
 def _size_text(size: dict[str, int]) -> str:
@@ -130,37 +108,6 @@ def _facts(architecture: str, segmenter: dict[str, Any], processor: dict[str, An
     return [(name, value) for name, value in facts if value is not None]
 
 
-def _training(summary: dict[str, Any]) -> list[tuple[str, Any]]:
-    if not summary:
-        return []
-    settings = summary.get("settings") or {}
-    data, model, optim = (settings.get(section) or {} for section in ("data", "model", "optim"))
-    labels = data.get("labels_per_class")
-    seconds = summary.get("seconds")
-    rows = [
-        ("Stage", summary.get("stage")),
-        ("Data", None if data.get("train") is None else _public(data["train"])),
-        ("Split", data.get("train_split")),
-        ("Labels per class", None if labels is None else f"{labels} (seed {data.get('split_seed', 0)})"),
-        ("Pictures", summary.get("pictures")),
-        ("Started from", None if model.get("init") is None else _public(model["init"])),
-        ("Prompts", f"{model['prompt_matching']} matching" if model.get("prompt_matching") else None),
-        ("Steps", optim.get("steps")),
-        (
-            "Batch per process",
-            None if "batch_size" not in optim else optim["batch_size"] * (optim.get("accumulation") or 1),
-        ),
-        ("Learning rate", optim.get("lr")),
-        ("Precision", settings.get("mixed_precision")),
-        ("Seed", settings.get("seed")),
-        ("Time", None if seconds is None else f"{seconds:.0f} s of training steps"),
-        ("Hardware", summary.get("hardware")),
-    ]
-    if summary.get("stage") == "finetune":
-        rows = [row for row in rows if row[0] != "Prompts"]
-    return [(name, value) for name, value in rows if value is not None]
-
-
 def _results(repo_id: str, summary: dict[str, Any], measured: dict[str, Any] | None) -> dict[str, Any] | None:
     """What the card says about accuracy: of `uplvp evaluate` if it was run, else of the training's last evaluation."""
     settings = summary.get("settings") or {}
@@ -178,7 +125,7 @@ def _results(repo_id: str, summary: dict[str, Any], measured: dict[str, Any] | N
         return None
     if "AP" not in metrics:
         raise ValueError(f"The metrics of {repo_id} have no 'AP', only {sorted(metrics)}.")
-    name = "the validation data" if data is None else _public(data)
+    name = "the validation data" if data is None else public(data)
     flags = (f" --split {split}" if split else "") + (" --class-agnostic" if class_agnostic else "")
     return {
         "data": name + (f" ({split})" if split else ""),

@@ -13,8 +13,11 @@ from typing import Any
 from huggingface_hub import HfApi
 from PIL import Image
 
-from .card import build_card, read_json
+from .card import build_card
 from .errors import hub_errors
+from .run_record import read_json
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 # Per `model_type`: the file after `configuration_` and `modeling_`, the prefix of the classes, and what further auto
 # classes find in the repository.
@@ -49,23 +52,25 @@ def prepare_folder(
         model_dir: folder with `config.json`, `preprocessor_config.json` and safetensors.
         output: folder to write; must not exist or be empty. It appears complete or not at all.
         repo_id: USER/NAME.
-        license, metrics_file: see `build_card`.
+        license, metrics_file: see `build_card`. The text of the licence is added where it is known: `LICENSE` of the
+            model folder, or ours for "apache-2.0".
         examples: pictures for the widget; the model is run on them.
         remote_code: add the model's source files, so that the repository loads with `trust_remote_code=True` where
-            this library is not installed. A model that transformers has itself needs none and gets none.
+            this library is not installed, and `handler.py` with `requirements.txt` for Inference Endpoints. A model
+            that transformers has itself needs none and gets none.
 
     Returns:
         `output`.
 
     Raises:
         FileNotFoundError: if the model folder lacks a file. FileExistsError: if `output` holds something.
-        ValueError: for a `repo_id` that is not USER/NAME.
+        ValueError: for a `repo_id` that is not USER/NAME, or a link that leads out of the model folder.
     """
     model_dir, output = Path(model_dir), Path(output)
     check_repo_id(repo_id)
     weights = _weights(model_dir)
-    model_type = read_json(model_dir / "config.json").get("model_type")
-    remote_code = remote_code and model_type in _OWN
+    config = read_json(model_dir / "config.json")
+    remote_code = remote_code and config.get("model_type") in _OWN
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} already exists and is not an empty folder; choose another or remove it.")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +81,11 @@ def prepare_folder(
             check_inside(file, model_dir)
             shutil.copyfile(file, folder / file.name)  # not its mode: safetensors writes files for their owner alone
         if remote_code:
-            _add_code(folder, model_type)
+            _add_code(folder, config["model_type"])
+        if remote_code and "UplvpForPreTraining" not in (config.get("architectures") or []):
+            for name in ("handler.py", "requirements.txt"):
+                shutil.copyfile(TEMPLATES / name, folder / name)
+        _add_licence(model_dir, folder, license)
         shown = _add_examples(model_dir, folder, examples)
         card = build_card(model_dir, repo_id, license, metrics_file, shown, remote_code)
         card.save(folder / "README.md")
@@ -160,6 +169,16 @@ def _weights(model_dir: Path) -> list[Path]:
             "write them."
         )
     return files
+
+
+def _add_licence(model_dir: Path, folder: Path, license: str) -> None:
+    source = model_dir / "LICENSE"
+    if source.is_file():
+        check_inside(source, model_dir)
+    else:
+        source = TEMPLATES / f"LICENSE.{license}"
+    if source.is_file():
+        shutil.copyfile(source, folder / "LICENSE")
 
 
 def _add_code(folder: Path, model_type: str) -> None:

@@ -1,0 +1,148 @@
+"""What a run left in its folder about itself, as rows of a card: data, split, settings, time, hardware, labels.
+
+Of paths only the last part is shown: folders of somebody's machine are nobody's business.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+Rows = list[tuple[str, Any]]
+
+
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file. Raises FileNotFoundError or ValueError, which name the file."""
+    if optional and not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file; a model folder holds it.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: a JSON object is needed, this is a {type(content).__name__}.")
+    return content
+
+
+def public(value: Any) -> str:
+    """The last part of a path; anything else as it is."""
+    text = str(value)
+    return Path(text).name if os.sep in text and not is_repository(text) else text
+
+
+def is_repository(name: str) -> bool:
+    """Whether it is written like USER/NAME of the Hub, and is no folder here, nor a missing one beside others."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.isdir(os.path.dirname(name))
+
+
+def base_model(summary: dict[str, Any]) -> str | None:
+    """The Hub repository that the run started from, if it was one."""
+    init = _section(summary, "model").get("init")
+    return init if init and is_repository(init) else None
+
+
+def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
+    """Data, settings, time and hardware of `training_summary.json`, and the split of `split.json`."""
+    if not summary:
+        return []
+    data, model, optim = (_section(summary, section) for section in ("data", "model", "optim"))
+    settings = summary.get("settings") or {}
+    labels, seconds = data.get("labels_per_class"), summary.get("seconds")
+    steps, epochs = optim.get("steps"), optim.get("epochs")
+    rows = [
+        ("Stage", summary.get("stage")),
+        ("Data", None if data.get("train") is None else public(data["train"])),
+        ("Split", data.get("train_split")),
+        ("Labelled subset", _split(split) or (None if data.get("subset") is None else public(data["subset"]))),
+        ("Labels per class", None if labels is None else f"{labels} (seed {data.get('split_seed', 0)})"),
+        ("Pictures", summary.get("pictures")),
+        ("Started from", None if model.get("init") is None else public(model["init"])),
+        ("Backbone weights", None if model.get("backbone_weights") is None else public(model["backbone_weights"])),
+        ("Prompts", f"{model['prompt_matching']} matching" if model.get("prompt_matching") else None),
+        ("Steps", steps if epochs is None else f"{steps} ({epochs:g} epochs)" if steps else f"{epochs:g} epochs"),
+        (
+            "Batch per process",
+            None if "batch_size" not in optim else optim["batch_size"] * (optim.get("accumulation") or 1),
+        ),
+        ("Learning rate", optim.get("lr")),
+        ("Average of the weights", f"decay {optim['ema']}" if optim.get("ema") else None),
+        ("Precision", settings.get("mixed_precision")),
+        ("Seed", settings.get("seed")),
+        ("Parameters", _parameters(summary)),
+        ("Time", None if seconds is None else f"{seconds:.0f} s of training steps"),
+        ("Hardware", summary.get("hardware")),
+    ]
+    if summary.get("stage") == "finetune":
+        rows = [row for row in rows if row[0] != "Prompts"]
+    return [(name, value) for name, value in rows if value is not None]
+
+
+def _section(summary: dict[str, Any], name: str) -> dict[str, Any]:
+    return (summary.get("settings") or {}).get(name) or {}
+
+
+def _parameters(summary: dict[str, Any]) -> str | None:
+    count, trained = summary.get("parameters"), summary.get("parameters_trained")
+    if count is None:
+        return None
+    return f"{count:,}" + ("" if trained in (None, count) else f", of which {trained:,} were trained")
+
+
+def _split(split: dict[str, Any]) -> str | None:
+    """The manifest of a low-data split in words: how it was drawn, how much it holds, and its hash."""
+    if not split:
+        return None
+    drawn = " ".join(str(split[key]) for key in ("kind", "amount") if split.get(key) is not None)
+    parts = [drawn + (f", seed {split['seed']}" if split.get("seed") is not None else "")]
+    parts += [f"{count} {name}" for name, count in (split.get("counts") or {}).items() if isinstance(count, int)]
+    parts += [f"hash `{split['hash']}`"] if split.get("hash") else []
+    return "; ".join(parts)
+
+
+def settings_yaml(summary: dict[str, Any]) -> str | None:
+    """All settings of the run as YAML, without the output folder and the folders of paths."""
+    settings = summary.get("settings")
+    if not settings:
+        return None
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: shown(entry) for key, entry in value.items() if entry is not None and key != "output"}
+        return public(value) if isinstance(value, str) else value
+
+    return yaml.safe_dump(shown(settings), sort_keys=False, allow_unicode=True).strip()
+
+
+def earlier_stages(summary: dict[str, Any]) -> list[tuple[str, Rows]]:
+    """(title, rows) of what the run built on, as far as its folders are still here: pre-training, then its labels."""
+    init = _section(summary, "model").get("init")
+    stages: list[tuple[str, Rows]] = []
+    before = read_json(Path(init) / "training_summary.json", optional=True) if init and os.path.isdir(init) else {}
+    if before:
+        stages.append(("Pre-training", training_rows(before, read_json(Path(init) / "split.json", optional=True))))
+    for run in (summary, before):
+        store = _section(run, "data").get("train")
+        if store and os.path.isfile(os.path.join(store, "header.json")):
+            stages.append(("Pseudo labels", _label_rows(read_json(Path(store) / "header.json"))))
+    return stages
+
+
+def _label_rows(header: dict[str, Any]) -> Rows:
+    """Labeler, encoder with the licence of its weights, and vocabulary of a store of pseudo labels."""
+    names = header.get("vocabulary") or []
+    shown = ", ".join(map(str, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    rows = [
+        ("Labeler", header.get("labeler")),
+        ("Encoder", None if header.get("encoder") is None else public(header["encoder"])),
+        ("Licence of the encoder", header.get("licence") or "not known: look it up before commercial use"),
+        ("Vocabulary", shown or None),
+        ("Settings", f"hash `{header['settings_hash']}`" if header.get("settings_hash") else None),
+    ]
+    return [(name, value) for name, value in rows if value is not None]

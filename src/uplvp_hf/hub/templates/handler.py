@@ -1,0 +1,181 @@
+"""Answers requests to an Inference Endpoint of this repository by the image-segmentation contract.
+
+Request: `{"inputs": PICTURE, "parameters": {...}}`, or the picture's bytes as the body. PICTURE is a base64 text, a
+data URL, an http(s) address, bytes, or a PIL picture. Answer: `[{"label", "score", "mask"}]`, best first, masks as
+base64 PNG of the picture's size with 255 inside.
+
+Environment: MAX_PIXELS (default 50,000,000) is the largest picture, MAX_BYTES (default 50,000,000) the largest
+download. ALLOW_LOCAL_URLS=1 lets requests name addresses of the endpoint's own network, which is refused otherwise.
+"""
+
+import base64
+import binascii
+import io
+import ipaddress
+import os
+import socket
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
+from transformers import AutoImageProcessor, AutoModelForImageSegmentation
+
+DEFAULTS = {"threshold": 0.5, "mask_threshold": 0.5, "overlap_mask_area_threshold": None, "subtask": "instance"}
+MAX_REDIRECTS = 5
+TIMEOUT = 20  # seconds
+
+
+class EndpointHandler:
+    """Loads the model once; `path` is the folder of the repository."""
+
+    def __init__(self, path: str = "") -> None:
+        path = path or os.path.dirname(os.path.abspath(__file__))
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
+        model = AutoModelForImageSegmentation.from_pretrained(path, trust_remote_code=True)
+        self.model = model.to(self.device).eval()
+
+    def __call__(self, data: dict | bytes) -> list[dict]:
+        """The instances of one picture.
+
+        Parameters of a request: `threshold` (0..1, default 0.5) is the least score; `mask_threshold` (0..1, default
+        0.5) the least probability of a pixel; with `overlap_mask_area_threshold` (0..1) every pixel goes to the best
+        instance, and instances of which less than this share is left are dropped, as the pipeline of transformers
+        does; without it masks may overlap. `subtask` is "instance".
+
+        Raises ValueError, with what to send instead, for anything else.
+        """
+        if isinstance(data, (bytes, bytearray)):
+            data = {"inputs": data}
+        if not isinstance(data, dict) or data.get("inputs") is None:
+            raise ValueError('The request has no "inputs". Send {"inputs": PICTURE} or the bytes of a picture.')
+        options = read_parameters(data.get("parameters"))
+        image = read_picture(data["inputs"])
+        inputs = self.processor(image, return_tensors="pt").to(self.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        with torch.inference_mode():
+            outputs = self.model(**inputs)
+        overlap = options["overlap_mask_area_threshold"]
+        found = self.processor.post_process_instance_segmentation(
+            outputs,
+            threshold=options["threshold"],
+            mask_threshold=options["mask_threshold"],
+            target_sizes=[(image.height, image.width)],
+            return_rle=True,
+            return_segmentation=overlap is not None,
+            **({} if overlap is None else {"overlap_mask_area_threshold": overlap}),
+        )[0]
+        names = self.model.config.id2label
+        if overlap is None:
+            entries = zip(found["labels"].tolist(), found["scores"].tolist(), map(coco_mask.decode, found["rle"]))
+        else:
+            flat = found["segmentation"].cpu().numpy()
+            entries = ((info["label_id"], info["score"], flat == info["id"]) for info in found["segments_info"])
+        return [{"label": names[label], "score": float(score), "mask": to_png(mask)} for label, score, mask in entries]
+
+
+def read_parameters(given: dict | None) -> dict:
+    """The parameters of a request with defaults. Raises ValueError, naming the parameter."""
+    given = {name: value for name, value in (given or {}).items() if value is not None}
+    unknown = sorted(set(given) - set(DEFAULTS))
+    if unknown:
+        raise ValueError(f"Unknown parameters {unknown}; there are {sorted(DEFAULTS)}.")
+    options = {**DEFAULTS, **given}
+    if options["subtask"] != "instance":
+        raise ValueError(f"subtask {options['subtask']!r} is not what this model does; leave it out.")
+    for name in ("threshold", "mask_threshold", "overlap_mask_area_threshold"):
+        value = options[name]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 <= value <= 1):
+            raise ValueError(f"{name} is {value!r}; a number from 0 to 1 is needed.")
+    return options
+
+
+def read_picture(source) -> Image.Image:
+    """An RGB picture, upright, from anything that a request may hold. Raises ValueError."""
+    if isinstance(source, str):
+        source = read_text(source.strip())
+    if isinstance(source, (bytes, bytearray)):
+        try:
+            source = Image.open(io.BytesIO(source))
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"The picture is too large ({error}). Scale it down.") from error
+        except Exception as error:
+            raise ValueError(f"The {len(source):,} bytes sent are not a picture that Pillow reads.") from error
+    if not isinstance(source, Image.Image):
+        raise ValueError(f'"inputs" is a {type(source).__name__}; one picture as text or bytes is needed.')
+    limit = int(os.environ.get("MAX_PIXELS", "50000000"))
+    if source.width * source.height > limit:  # known before a pixel is decoded
+        raise ValueError(
+            f"The picture has {source.width} x {source.height} pixels, more than the {limit:,} that are taken here. "
+            "Scale it down, or set MAX_PIXELS of the endpoint."
+        )
+    try:
+        return ImageOps.exif_transpose(source).convert("RGB")
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
+        raise ValueError(f"The picture is damaged and cannot be decoded ({error}).") from error
+
+
+def read_text(text: str) -> bytes:
+    """The bytes behind an http(s) address, a data URL or base64. Raises ValueError."""
+    if text.startswith(("http://", "https://")):
+        return download(text)
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("A data URL must have the form data:image/...;base64,DATA.")
+    try:
+        content = base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(
+            f'"inputs" is neither an http(s) address nor correct base64 ({error}). Send the picture\'s bytes in base64.'
+        ) from error
+    if not content:
+        raise ValueError('"inputs" is empty. Send a picture.')
+    return content
+
+
+def download(url: str) -> bytes:
+    """What an address gives, at most MAX_BYTES. Every hop must lead to a public address. Raises ValueError."""
+    limit = int(os.environ.get("MAX_BYTES", "50000000"))
+    shown = url
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            check_public(url)
+            with httpx.stream("GET", url, timeout=TIMEOUT, follow_redirects=False) as response:
+                if response.has_redirect_location:
+                    url = urljoin(url, response.headers["Location"])
+                    continue
+                if response.status_code != 200:
+                    raise ValueError(f"{shown} answered {response.status_code}, not with a picture.")
+                content = bytearray()
+                for chunk in response.iter_bytes():
+                    content += chunk
+                    if len(content) > limit:
+                        raise ValueError(f"{shown} gives more than {limit:,} bytes. Send a smaller picture.")
+                return bytes(content)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+        raise ValueError(f"{shown} cannot be fetched ({error}). Check the address, or send the bytes.") from error
+    raise ValueError(f"{shown} redirects more than {MAX_REDIRECTS} times. Send the address of the picture itself.")
+
+
+def check_public(url: str) -> None:
+    """Raises ValueError for an address inside the endpoint's own network, where requests have no business."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url} is not an http(s) address.")
+    if os.environ.get("ALLOW_LOCAL_URLS") == "1":
+        return
+    for entry in socket.getaddrinfo(parts.hostname, parts.port or 80, proto=socket.IPPROTO_TCP):
+        if not ipaddress.ip_address(entry[4][0].split("%")[0]).is_global:
+            raise ValueError(f"{url} leads to {entry[4][0]}, which is not a public address. Send the bytes instead.")
+
+
+def to_png(mask: np.ndarray) -> str:
+    """(H, W) mask to base64 PNG, 255 inside."""
+    stream = io.BytesIO()
+    Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255).save(stream, "PNG")
+    return base64.b64encode(stream.getvalue()).decode("ascii")

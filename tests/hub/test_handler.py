@@ -1,0 +1,225 @@
+"""The endpoint's handler, loaded from a pushed folder as the endpoint does, answers what `InferenceClient` parses."""
+
+import base64
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from huggingface_hub import InferenceClient
+from PIL import Image
+
+from uplvp_hf.hub import prepare_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model_dir, tmp_path_factory):
+    return prepare_folder(tiny_model_dir, tmp_path_factory.mktemp("push") / "repository", "uplvp/x")
+
+
+@pytest.fixture(scope="module")
+def module(folder):
+    """`handler.py`, executed from its file."""
+    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def handler(module, folder):
+    return module.EndpointHandler(str(folder))
+
+
+@pytest.fixture(scope="module")
+def picture(scenes_dir):
+    return sorted((scenes_dir / "images").iterdir())[0]
+
+
+@pytest.fixture
+def serve():
+    """Starts loopback servers: path -> function(request body, headers) -> (status, headers, body)."""
+    servers = []
+
+    def start(answer):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                status, headers, content = answer(self.path, body, self.headers)
+                self.send_response(status)
+                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_POST = do_GET
+
+            def log_message(self, *arguments):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+LOW = {"threshold": 0.0}  # the model has random weights
+
+
+def masks_of(answer):
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["mask"])))) for entry in answer]
+
+
+def test_all_forms_of_a_picture_give_the_same(handler, picture, serve, monkeypatch):
+    content = picture.read_bytes()
+    text = base64.b64encode(content).decode()
+    monkeypatch.setenv("ALLOW_LOCAL_URLS", "1")
+    url = serve(lambda path, body, headers: (200, {}, content) if path == "/b" else (302, {"Location": "/b"}, b""))
+    forms = [content, bytearray(content), text, "\n".join([text[:70], text[70:]]), f"data:image/png;base64,{text}"]
+    forms += [f"{url}/a", Image.open(picture)]
+    answers = [handler({"inputs": form, "parameters": LOW}) for form in forms]
+    assert answers[0] and all(answer == answers[0] for answer in answers[1:])
+    assert handler(content) == handler({"inputs": content})
+
+
+def test_answer_is_that_of_the_model(handler, picture, tiny_model_dir):
+    import torch
+
+    from uplvp_hf import UplvpForInstanceSegmentation, UplvpImageProcessor
+
+    image = Image.open(picture).convert("RGB")
+    processor = UplvpImageProcessor.from_pretrained(tiny_model_dir)
+    model = UplvpForInstanceSegmentation.from_pretrained(tiny_model_dir).eval()
+    with torch.no_grad():
+        outputs = model(**processor(image, return_tensors="pt"))
+    size = [(image.height, image.width)]
+    expected = processor.post_process_instance_segmentation(outputs, threshold=0.0, target_sizes=size)[0]
+    answer = handler({"inputs": image, "parameters": LOW})
+    assert [entry["label"] for entry in answer] == [model.config.id2label[k] for k in expected["labels"].tolist()]
+    assert [entry["score"] for entry in answer] == pytest.approx(expected["scores"].tolist())
+    for mask, truth in zip(masks_of(answer), expected["masks"].numpy(), strict=True):
+        assert mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 255} and np.array_equal(mask > 0, truth)
+
+
+def test_parameters(handler, picture):
+    content = picture.read_bytes()
+    everything = handler({"inputs": content, "parameters": LOW})
+    scores = [entry["score"] for entry in everything]
+    assert scores == sorted(scores, reverse=True)
+    middle = scores[len(scores) // 2]
+    some = handler({"inputs": content, "parameters": {"threshold": middle, "subtask": "instance"}})
+    assert 0 < len(some) < len(everything) and some == everything[: len(some)]
+    wide = handler({"inputs": content, "parameters": {**LOW, "mask_threshold": 0.2}})
+    assert sum(mask.sum() for mask in masks_of(wide)) > sum(mask.sum() for mask in masks_of(everything))
+    flat = masks_of(handler({"inputs": content, "parameters": {**LOW, "overlap_mask_area_threshold": 0.0}}))
+    assert np.max(np.sum(np.stack(flat) > 0, axis=0)) == 1  # every pixel at most once
+    assert np.max(np.sum(np.stack(masks_of(everything)) > 0, axis=0)) > 1
+
+
+@pytest.mark.parametrize(
+    "parameters, said",
+    [
+        ({"treshold": 0.5}, "treshold"),
+        ({"threshold": 1.5}, "threshold is 1.5; a number from 0 to 1"),
+        ({"mask_threshold": "0.5"}, "mask_threshold is '0.5'"),
+        ({"threshold": float("nan")}, "threshold is nan"),
+        ({"subtask": "panoptic"}, "'panoptic' is not what this model does"),
+    ],
+)
+def test_wrong_parameters(handler, picture, parameters, said):
+    with pytest.raises(ValueError, match=said):
+        handler({"inputs": picture.read_bytes(), "parameters": parameters})
+
+
+def test_bad_pictures_are_refused_with_a_sentence(module, picture, serve, monkeypatch):
+    content = picture.read_bytes()
+    text = base64.b64encode(content).decode()
+    huge = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(huge, "PNG")
+    url = serve(lambda path, body, headers: {
+        "/page": (200, {"Content-Type": "text/html"}, b"<html>no picture</html>"),
+        "/loop": (302, {"Location": "/loop"}, b""),
+        "/long": (200, {}, content * 10),
+    }.get(path, (404, {}, b"")))  # fmt: skip
+    monkeypatch.setenv("ALLOW_LOCAL_URLS", "1")
+    monkeypatch.setenv("MAX_BYTES", str(len(content) * 5))
+    cases = [
+        (text[:-3], "base64"), ("?" + text, "base64"), ("", "is empty"), ("data:image/png,abc", "data URL"),
+        (b"GIF89a", "not a picture"), (base64.b64encode(b"hello there").decode(), "not a picture"),
+        (content[: len(content) // 2], "damaged|not a picture"), ([text], "is a list"), (7, "is a int"),
+        (huge.getvalue(), "too large|more than the 50,000,000"), (f"{url}/page", "not a picture"),
+        (f"{url}/loop", "redirects more than"), (f"{url}/none", "answered 404"), (f"{url}/long", "gives more than"),
+        ("http://127.0.0.1:9/x.png", "cannot be fetched"),
+    ]  # fmt: skip
+    for source, said in cases:
+        with pytest.raises(ValueError, match=said):
+            module.read_picture(source)
+    monkeypatch.setenv("MAX_PIXELS", "100")
+    with pytest.raises(ValueError, match="more than the 100"):
+        module.read_picture(content)
+
+
+def test_addresses_of_the_own_network_are_refused(module, serve):
+    asked = []
+    url = serve(lambda path, body, headers: asked.append(path) or (200, {}, b""))
+    for address in (f"{url}/x", "http://169.254.169.254/latest/meta-data", "http://[::1]/", "http://10.0.0.1/"):
+        with pytest.raises(ValueError, match="not a public address"):
+            module.read_picture(address)
+    assert not asked
+    with pytest.raises(ValueError, match='no "inputs"'):
+        module.EndpointHandler.__call__(None, {"image": 1})
+
+
+def test_inference_client_parses_the_answer(handler, picture, serve, online):
+    """The client of huggingface_hub against a server that does what the endpoint's container does."""
+
+    def endpoint(path, body, headers):
+        if (headers["Content-Type"] or "").startswith("application/json"):
+            request = json.loads(body)
+        else:
+            request = {"inputs": Image.open(io.BytesIO(body))}
+        return 200, {"Content-Type": "application/json"}, json.dumps(handler(request)).encode()
+
+    client = InferenceClient(model=serve(endpoint))
+    found = client.image_segmentation(str(picture), threshold=0.0, mask_threshold=0.4)
+    expected = handler({"inputs": picture.read_bytes(), "parameters": {"threshold": 0.0, "mask_threshold": 0.4}})
+    assert [(item.label, item.score) for item in found] == [(entry["label"], entry["score"]) for entry in expected]
+    size = Image.open(picture).size
+    assert found and all(item.mask.size == size and item.mask.mode == "L" for item in found)
+    assert client.image_segmentation(picture.read_bytes()) == []  # raw bytes; no score above one half
+
+
+ALONE = """
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "uplvp_hf":
+            raise ImportError("hidden")
+
+sys.meta_path.insert(0, Hidden())
+sys.path.insert(0, sys.argv[1])
+from handler import EndpointHandler
+
+answer = EndpointHandler(sys.argv[1])({"inputs": open(sys.argv[2], "rb").read(), "parameters": {"threshold": 0.0}})
+import json
+json.dump(answer, open(sys.argv[3], "w"))
+"""
+
+
+@pytest.mark.slow
+def test_works_without_the_library(handler, folder, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    output = tmp_path / "answer.json"
+    subprocess.run([sys.executable, "-c", ALONE, str(folder), str(picture), str(output)], check=True, timeout=300)
+    assert json.loads(output.read_text()) == handler({"inputs": picture.read_bytes(), "parameters": LOW})
