@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,9 +15,11 @@ from tqdm.auto import tqdm
 from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, segmentation_to_rle
 from uplvp_hf.files import check_model_name
 
-from .coco_map import CocoMaskMap
+from .backends import Evaluator, make_evaluator
+from .coco_map import NAMES
+from .processes import gather, gather_errors, place
 
-METRICS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L")
+METRICS = NAMES
 
 
 def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -> tuple[Any, Any]:
@@ -76,6 +79,7 @@ def predict_dataset(
     progress: bool = True,
     failures: list[dict[str, Any]] | None = None,
     mask_threshold: float = 0.5,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Instances of every picture, in the order of the data set, with overlaps, masks as run lengths.
 
@@ -94,6 +98,8 @@ def predict_dataset(
         failures: pictures that cannot be decoded are left out and appended here as {"file", "row", "reason"}.
         mask_threshold: a pixel belongs to a mask when its probability is above this (0.3 in the released K-Net recipes
             for small shares of COCO).
+        share: (number of this process, number of processes) that share the rows, each row in one of them. Windows of
+            two batches take turns, so that the batches are those of a single process.
 
     Yields:
         (row, {"scores": (N,) float32, "labels": (N,) int64 class indices, "boxes": (N, 4) float32 x1, y1, x2, y2 in
@@ -104,10 +110,11 @@ def predict_dataset(
     parameter = next(model.parameters())
     was_training = model.training
     model.eval()
-    bar = tqdm(total=len(dataset), desc="predict", unit="img", disable=None if progress else True)
+    total = sum(len(rows) for rows in _own_windows(len(dataset), batch_size, share))
+    bar = tqdm(total=total, desc="predict", unit="img", disable=None if progress else True)
     failures = failures if failures is not None else []
     try:
-        for groups, attempted in _ahead(_windows(processor, dataset, batch_size, failures)):
+        for groups, attempted in _ahead(_windows(processor, dataset, batch_size, failures, share)):
             found = {}
             for indices, sizes, inputs in groups:
                 with torch.inference_mode():
@@ -138,17 +145,26 @@ def predict_dataset(
 _Group = tuple[list[int], list[tuple[int, int]], dict[str, torch.Tensor]]
 
 
+def _own_windows(count: int, batch_size: int, share: tuple[int, int]) -> list[range]:
+    """Row indices of every window of this process."""
+    rank, processes = share
+    window = 2 * batch_size  # wide enough to fill batches with pictures of both orientations
+    return [range(start, min(start + window, count)) for start in range(0, count, window)][rank::processes]
+
+
 def _windows(
-    processor: Any, dataset: InstanceDataset, batch_size: int, failures: list[dict[str, Any]]
+    processor: Any,
+    dataset: InstanceDataset,
+    batch_size: int,
+    failures: list[dict[str, Any]],
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[_Group], int]]:
     """Batches (row indices, (height, width) of the pictures, model inputs), and how many rows they came from.
 
     Every picture is padded by itself, and only pictures of equal padded size share a batch. So a result does not depend
     on the other pictures, whatever the backbone: window attention sees padding.
     """
-    window = 2 * batch_size  # wide enough to fill batches with pictures of both orientations
-    for start in range(0, len(dataset), window):
-        indices = range(start, min(start + window, len(dataset)))
+    for indices in _own_windows(len(dataset), batch_size, share):
         alike: dict[tuple[int, ...], list[tuple[int, tuple[int, int], Any]]] = {}
         for index in indices:
             try:
@@ -235,43 +251,88 @@ def evaluate_model(
     device: str | torch.device | None = None,
     on_result: Callable[[Row, dict[str, Any]], None] | None = None,
     mask_threshold: float = 0.5,
+    backend: str = "streaming",
+    distributed: bool = False,
+    metric: str = "coco",
+    details: bool = False,
 ) -> dict[str, Any]:
-    """COCO mask AP of a model on a labelled data set.
+    """Mask AP of a model on a labelled data set.
 
     Args:
         model, processor, dataset, batch_size, progress, device, mask_threshold: as for `predict_dataset`.
         class_agnostic: compare masks only, as for proposals; the classes need not agree then.
-        on_result: called with every (row, result), for example to keep them.
+        on_result: called with every (row, result), for example to keep them; with `distributed`, with the own ones.
+        backend: who computes the COCO numbers, see `backends`.
+        distributed: every process of the torch.distributed group calls this and holds the whole model. Each predicts
+            its own share of the pictures, none twice, and all return the numbers that one process would. Without a
+            group it is one process. Not for sharded models (FSDP): the processes run unequal numbers of forward passes.
+        metric: "coco", or "cityscapes" for the AP of that benchmark (`cityscapes_ap`), which also reads the optional
+            `void` of a row, COCO segmentations of regions that are not judged.
+        details: add `details`, see `CocoMaskMap`; its `classes` is a list with `id` and `name`, one entry a category.
 
     Returns:
-        The 12 COCO numbers (0 to 1, None where nothing counts), `per_class` {name: AP or None}, `num_images`,
-        `num_instances` (annotations), `seconds`, and `failures`, the pictures that could not be decoded and are not
-        part of the numbers.
+        The 12 COCO numbers (0 to 1, None where nothing counts), or AP and AP50 of Cityscapes, `per_class` {name: AP or
+        None}, `num_images`, `num_instances` (annotations), `seconds`, and `failures`, the pictures that could not be
+        decoded and are not part of the numbers.
 
     Raises:
         DataError: if the classes disagree, nothing is annotated, or no picture can be decoded.
+        ValueError: for an unknown or missing backend, or an unknown metric.
+        RuntimeError: if another process failed.
     """
     category_ids = evaluated_classes(model.config, dataset, class_agnostic)
-    metric, failures, started, instances = CocoMaskMap(), [], time.perf_counter(), 0
-    options = {"device": device, "progress": progress, "failures": failures, "mask_threshold": mask_threshold}
-    for row, result in predict_dataset(model, processor, dataset, batch_size, **options):
-        metric.add(prediction=_prediction(row, result, category_ids), reference=_reference(row))
-        instances += len(row["objects"]["category_id"])
-        if on_result is not None:
-            on_result(row, result)
+    evaluator, failures, started = make_evaluator(backend, metric), [], time.perf_counter()
+    rank, processes = share = place() if distributed else (0, 1)
+    options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
+    pairs = predict_dataset(model, processor, dataset, batch_size, failures=failures, **options)
+    counts = {"num_instances": 0, "void": 0}
+    with gather_errors(processes):
+        for row, result in pairs:
+            evaluator.add(prediction=_prediction(row, result, category_ids), reference=_reference(row))
+            counts["num_instances"] += len(row["objects"]["category_id"])
+            counts["void"] += "void" in row
+            if on_result is not None:
+                on_result(row, result)
+    if processes > 1:
+        failures, counts = _collect(evaluator, failures, counts, rank)
     if len(failures) == len(dataset):
         raise DataError(f"none of the {len(dataset)} pictures can be decoded; the first: {failures[0]['reason']}")
-    metrics = metric.compute(class_agnostic=class_agnostic)
-    by_id = metrics.pop("per_class")
-    names = {} if class_agnostic else {category["id"]: category["name"] for category in dataset.categories}
+    if metric == "cityscapes" and not counts["void"] and rank == 0:
+        warnings.warn("No row has a `void`: detections on regions without labels count as false.", stacklevel=2)
+    metrics = evaluator.compute(class_agnostic=class_agnostic, details=details)
     return {
-        **metrics,
-        "per_class": {name: by_id.get(category_id) for category_id, name in names.items()},
+        **_named(metrics, [] if class_agnostic else dataset.categories),
         "num_images": len(dataset) - len(failures),
-        "num_instances": instances,
+        "num_instances": counts["num_instances"],
         "seconds": time.perf_counter() - started,
         "failures": failures,
     }
+
+
+def _collect(
+    evaluator: Evaluator, failures: list[dict[str, Any]], counts: dict[str, int], rank: int
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Adds the records of the other processes; gives the failures, in the order of the rows, and counts of all."""
+    every = gather((evaluator.records(), failures, counts))
+    for number, (records, _, _) in enumerate(every):
+        if number != rank:
+            evaluator.extend(records)
+    failures = sorted((entry for _, own, _ in every for entry in own), key=lambda entry: int(entry["row"].split()[-1]))
+    return failures, {name: sum(own[name] for _, _, own in every) for name in counts}
+
+
+def _named(metrics: dict[str, Any], categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """Category ids replaced by names, one entry a category of the data set."""
+    by_id = metrics["per_class"]
+    metrics["per_class"] = {category["name"]: by_id.get(category["id"]) for category in categories}
+    if "details" in metrics:
+        found = metrics["details"]["classes"]
+        nothing = dict.fromkeys(("AP", "AP50", "AP75", "AR100")) | {"annotations": 0, "crowds": 0, "detections": 0}
+        metrics["details"]["classes"] = [
+            {"id": category["id"], "name": category["name"], **nothing, **found.get(category["id"], {})}
+            for category in categories
+        ]
+    return metrics
 
 
 def _prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> dict[str, Any]:
@@ -284,13 +345,14 @@ def _prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> di
 
 
 def _reference(row: Row) -> dict[str, Any]:
-    objects = row["objects"]
+    objects, size = row["objects"], (row["height"], row["width"])
     return {
         "image_id": row["image_id"],
         "category_id": objects["category_id"],
-        "segmentation": [segmentation_to_rle(s, row["height"], row["width"]) for s in objects["segmentation"]],
+        "segmentation": [segmentation_to_rle(segmentation, *size) for segmentation in objects["segmentation"]],
         "iscrowd": objects["iscrowd"],
         "area": objects["area"],
+        "void": [segmentation_to_rle(segmentation, *size) for segmentation in row.get("void", [])],
     }
 
 
