@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 from uplvp_hf.training import loop
-from uplvp_hf.training.build import build_model, freeze_unused, load_backbone_weights
+from uplvp_hf.training.build import build_model, load_backbone_weights
 from uplvp_hf.training.checkpoint import list_checkpoints
 from uplvp_hf.training.config import ConfigError, load_settings
+from uplvp_hf.training.freezing import freeze_unused
 from uplvp_hf.training.loop import train
 
 

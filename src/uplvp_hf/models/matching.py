@@ -66,18 +66,38 @@ def label_guide(match: Tensor, source: Tensor, class_labels: list[Tensor], theta
     return guide
 
 
+class CostWatch:
+    """`with CostWatch() as watch:` around forward passes; `watch.finite` then says whether all matching costs were.
+
+    A cost that is not finite need not show in the loss, when the query that it belongs to is not matched.
+    """
+
+    _watching: list["CostWatch"] = []
+
+    def __enter__(self) -> "CostWatch":
+        self.finite = True
+        self._watching.append(self)
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._watching.remove(self)
+
+
 @torch.no_grad()
 def hungarian(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
     """Least-cost one-to-one assignments of all layers and pictures, with a single device-to-host transfer.
 
     costs: per picture (L, N, G_i) float32. Returns, per layer and picture, (query ids, target ids): int64 on the
-    host, queries ascending, min(N, G_i) pairs. Non-finite costs are replaced by a value above all others and reported.
+    host, queries ascending, min(N, G_i) pairs. Non-finite costs are replaced by a value above all others and reported,
+    by a warning and to every `CostWatch`.
     """
     layers = costs[0].shape[0]
     from scipy.optimize import linear_sum_assignment  # here: inference needs no scipy
 
     flat = torch.cat([cost.float().flatten() for cost in costs]).cpu()
     if not torch.isfinite(flat).all():
+        for watch in CostWatch._watching:
+            watch.finite = False
         warnings.warn("Non-finite matching costs: the model or its targets hold NaN or inf.", stacklevel=2)
         finite = flat[torch.isfinite(flat)].abs()
         limit = 1e3 + 2 * (finite.max().item() if len(finite) else 0.0)

@@ -15,7 +15,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import InstanceDataset, load_dataset_rows
-from ..data.splits import sample_labels_per_class
+from ..data.manifest import take_split
+from ..data.splits import SplitSpec
 from ..data.text_embeddings import read_text_matrix
 from ..data.training_set import TrainingSet
 from ..data.transforms import TrainTransform
@@ -24,22 +25,29 @@ from ..models.configuration_uplvp import OWN_SEGMENTERS, UplvpConfig
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
+from .freezing import freeze_backbone
 
 logger = logging.getLogger(__name__)
 
 
 def build_data(settings: DataSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
-    """Training rows (cut to the low-data split) and validation rows, or None."""
+    """Training rows (cut to the low-data split, whose manifest they carry) and validation rows, or None."""
     if settings.train is None:
         raise ConfigError("`data.train` is not set: give a COCO JSON, a folder or a pseudo-label store.")
-    train = load_dataset_rows(settings.train, images=settings.train_images, split=settings.train_split)
+    train = load_dataset_rows(
+        settings.train, images=settings.train_images, split=settings.train_split, format=settings.train_format
+    )
     if not train.categories:
         raise ConfigError(f"{settings.train} holds pictures without classes: label it first (`uplvp label`).")
     if settings.labels_per_class is not None:
-        train = train.subset(sample_labels_per_class(train, settings.labels_per_class, settings.split_seed))
+        train = take_split(train, SplitSpec("pictures", settings.labels_per_class, settings.split_seed))
+    elif settings.subset is not None:
+        train = take_split(train, settings.subset, settings.split_seed)
     val = None
     if settings.val is not None:
-        val = load_dataset_rows(settings.val, images=settings.val_images, split=settings.val_split)
+        val = load_dataset_rows(
+            settings.val, images=settings.val_images, split=settings.val_split, format=settings.val_format
+        )
         _check_pictures(val, "val")
     _check_pictures(train, "train")
     return train, val
@@ -92,10 +100,11 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
 
     Raises ConfigError for a frozen backbone that would be random, and for an `init` that is not the `segmenter` given.
     """
-    if settings.model.freeze_backbone and not (settings.model.init or settings.model.backbone_weights):
+    frozen = "freeze_backbone" if settings.model.freeze_backbone else "freeze_stages"
+    if getattr(settings.model, frozen) and not (settings.model.init or settings.model.backbone_weights):
         raise ConfigError(
-            "`model.freeze_backbone` would freeze a randomly initialised backbone: set `model.backbone_weights` (a "
-            "safetensors file) or `model.init` (a checkpoint), or `model.freeze_backbone=false`."
+            f"`model.{frozen}` would freeze a randomly initialised backbone: set `model.backbone_weights` (a "
+            f"safetensors file) or `model.init` (a checkpoint), or leave `model.{frozen}` out."
         )
     model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
     if settings.stage == "pretrain" and settings.model.text_features is not None:
@@ -106,29 +115,8 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
             raise ConfigError(f"`model.text_features`, {settings.model.text_features}: {error}") from error
     if settings.model.backbone_weights:
         load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
-    if settings.model.freeze_backbone:
-        model.segmenter.backbone.requires_grad_(False)
-    else:
-        freeze_unused(model.segmenter.backbone, settings.data.size)
+    freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
     return model
-
-
-def freeze_unused(backbone: nn.Module, size: int) -> list[str]:
-    """Freezes what no feature map depends on, such as the closing norm of Swin, and returns its names.
-
-    Training on several processes waits for the gradient of every parameter that is not frozen.
-    """
-    parameters = {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
-    was_training = backbone.training
-    maps = backbone.eval()(torch.zeros(1, 3, size, size)).feature_maps
-    backbone.train(was_training)
-    gradients = torch.autograd.grad(
-        torch.stack([map_.sum() for map_ in maps]).sum(), list(parameters.values()), allow_unused=True
-    )
-    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-    for name in unused:
-        parameters[name].requires_grad_(False)
-    return unused
 
 
 def build_processor(data: DataSettings) -> UplvpImageProcessor:

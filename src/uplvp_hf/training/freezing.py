@@ -1,0 +1,85 @@
+"""What of a backbone is not trained, and which of its modules stay in evaluation mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .config import ConfigError, ModelSettings
+
+
+def freeze_backbone(backbone: nn.Module, settings: ModelSettings, size: int) -> None:
+    """Takes the gradient from what `freeze_backbone` and `freeze_stages` name, and from what no map depends on.
+
+    size: side of a picture to try it on, pixels. Raises ConfigError when the backbone does not give the map of the last
+    stage that is to be frozen.
+    """
+    if settings.freeze_backbone:
+        backbone.requires_grad_(False)
+        return
+    if settings.freeze_stages:
+        freeze_stages(backbone, settings.freeze_stages, size)
+    freeze_unused(backbone, size)
+
+
+def freeze_unused(backbone: nn.Module, size: int) -> list[str]:
+    """Freezes what no feature map depends on, such as the closing norm of Swin, and returns its names.
+
+    Training on several processes waits for the gradient of every parameter that is not frozen.
+    """
+    parameters = {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    if not parameters:
+        return []
+    used = _reached(_maps(backbone, size), parameters)
+    for name in parameters.keys() - used:
+        parameters[name].requires_grad_(False)
+    return [name for name in parameters if name not in used]
+
+
+def freeze_stages(backbone: nn.Module, stages: int, size: int) -> list[str]:
+    """Freezes the stem and the first `stages` stages: all that the map of stage `stages` depends on.
+
+    Returns the names. Raises ConfigError when the backbone gives no such map.
+    """
+    wanted, given = f"stage{stages}", list(getattr(backbone, "out_features", None) or [])
+    indices = list(getattr(backbone, "out_indices", None) or [])
+    if wanted in given:
+        place = given.index(wanted)
+    elif stages in indices:  # timm's stages are called after their blocks; the stem is number 0
+        place = indices.index(stages)
+    else:
+        raise ConfigError(
+            f"`model.freeze_stages={stages}`: the backbone gives the maps {', '.join(map(str, given or indices))}, and "
+            "only up to one of them can be frozen."
+        )
+    parameters = {name: parameter for name, parameter in backbone.named_parameters() if parameter.requires_grad}
+    frozen = _reached(_maps(backbone, size)[place : place + 1], parameters)
+    for name in frozen:
+        parameters[name].requires_grad_(False)
+    return [name for name in parameters if name in frozen]
+
+
+def training_mode(model: nn.Module, freeze_norm: bool) -> None:
+    """Train mode; frozen parts of the backbone, and with `freeze_norm` all its batch norms, stay in evaluation mode."""
+    model.train()
+    for module in model.segmenter.backbone.modules():
+        parameters = list(module.parameters())
+        frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
+        if frozen or (freeze_norm and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            module.eval()
+
+
+def _maps(backbone: nn.Module, size: int) -> tuple[Tensor, ...]:
+    was_training, parameter = backbone.training, next(backbone.parameters())
+    with torch.enable_grad():
+        pixels = torch.zeros(1, 3, size, size, dtype=parameter.dtype, device=parameter.device)
+        maps = backbone.eval()(pixels).feature_maps
+    backbone.train(was_training)
+    return maps
+
+
+def _reached(maps: tuple[Tensor, ...], parameters: dict[str, nn.Parameter]) -> set[str]:
+    """Names of the parameters that the maps depend on."""
+    total = torch.stack([map_.sum() for map_ in maps]).sum()
+    gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return {name for name, gradient in zip(parameters, gradients, strict=True) if gradient is not None}

@@ -1,0 +1,49 @@
+"""The processes and the device of a run, as `accelerate launch` or `torchrun` started it."""
+
+from __future__ import annotations
+
+import atexit
+import platform
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+
+from .config import ConfigError, TrainSettings
+
+
+def make_accelerator(settings: TrainSettings) -> Accelerator:
+    """Accelerate for a run with these settings.
+
+    Raises ConfigError where `accelerate launch` was told to spread the model itself: `fsdp=true` does that here.
+    """
+    AcceleratorState._reset_state()  # another run of this Python process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        log_with=settings.tracker,
+        project_dir=settings.output,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ConfigError(
+            f"`accelerate launch` is set up for {accelerator.distributed_type.value}: launch without it, and set "
+            "fsdp=true to spread the weights over the processes."
+        )
+    if accelerator.num_processes > 1:
+        atexit.register(_leave_process_group)
+    return accelerator
+
+
+def hardware(accelerator: Accelerator) -> str:
+    """Number and kind of the devices, for the summary."""
+    device, name = accelerator.device, f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return f"{accelerator.num_processes} x {name}"
+
+
+def _leave_process_group() -> None:
+    """Without this a process may abort at its very end, when threads of the group are still running."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

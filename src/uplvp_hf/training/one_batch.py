@@ -1,0 +1,36 @@
+"""Training on one batch over and over: a loss that does not fall then says that labels, loss or rates are wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from .config import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+# The fall of the loss to expect: matching changes for a while, and every decoder layer has its own terms.
+EXPECTED_FALL = 0.8
+
+
+def on_one_batch(settings: TrainSettings) -> TrainSettings:
+    """The settings without augmentation, evaluation and checkpoints."""
+    edges = settings.data.short_edges
+    data = dataclasses.replace(
+        settings.data, scale_range=[1.0, 1.0], short_edges=edges and edges[-1:], flip=0.0, color_jitter=0.0, rotate=0.0,
+        copy_paste=0.0, val=None,
+    )  # fmt: skip
+    evaluation = dataclasses.replace(settings.evaluation, patience=0)
+    checkpoint = dataclasses.replace(settings.checkpoint, every=0, best=False)
+    return dataclasses.replace(settings, data=data, evaluation=evaluation, checkpoint=checkpoint)
+
+
+def describe_one_batch(image_ids: list, settings: TrainSettings) -> None:
+    """Says what is trained on and what to expect."""
+    logger.info(
+        "Every step trains on the same %d pictures (%s), without augmentation. The loss should fall by more than "
+        "%d %% within a few hundred steps; if it does not, look at the masks of these pictures, then raise optim.lr "
+        "(now %g), then lower data.size.",
+        len(image_ids), ", ".join(map(str, image_ids[:8])) + (", ..." if len(image_ids) > 8 else ""),
+        round(100 * EXPECTED_FALL), settings.optim.lr,
+    )  # fmt: skip

@@ -1,0 +1,72 @@
+"""Weights spread over processes (FSDP2), and whole tensors back from them.
+
+Accelerate shards on accelerators only; torch's own `fully_shard`, which it calls there, works on the CPU too. So it is
+called here directly, and what the tests run on two CPU processes is what runs on GPUs. Parameters stay `nn.Parameter`s
+of their own names, each a DTensor of which a process holds its rows: groups of the optimiser, frozen parameters, the
+moving average and checkpoints work as without.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def shard(model: nn.Module, device: torch.device) -> nn.Module:
+    """Spreads the parameters of `model` over all processes, in place; gradients are averaged over them.
+
+    The units that are gathered one after another are the backbone and the layers in `_no_split_modules`; what is left
+    is one more unit. A parameter that no process trains is spread as well.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    layers = set(model._no_split_modules)
+    for module in model.modules():
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model.segmenter.backbone, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor. Of a spread one, every process has to ask for it at the same time."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_like(part: Tensor, parameter: Tensor) -> Tensor:
+    """The whole of what a process holds as `part`, spread as `parameter` is; another dtype is fine."""
+    if not isinstance(parameter, DTensor):
+        return part
+    shape, stride = parameter.shape, parameter.stride()
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
+
+
+def spread_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor, the same on every process, on the device of `parameter` and spread as it is."""
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return value
+    # Every process has the values already: nothing needs to be sent.
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict` with whole tensors on the host. Every process has to call it when the model is spread."""
+    return {name: whole(value.detach()).cpu() for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def load_whole_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Puts whole tensors into a model, spread or not. Raises KeyError for a tensor that `state` lacks."""
+    for name, value in model.state_dict().items():
+        value.copy_(spread_like(state[name].to(value.dtype), value))

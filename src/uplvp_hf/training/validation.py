@@ -1,0 +1,134 @@
+"""Evaluation during training: when, on which weights, and what follows from it (best model, early end)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
+
+from ..data import InstanceDataset
+from ..evaluation.predictor import evaluate_model
+from ..files import write_json
+from ..models.image_processing_uplvp import UplvpImageProcessor
+from ..models.modeling_uplvp import UplvpPreTrainedModel
+from .checkpoint import list_checkpoints, new_folder, remove_folder
+from .config import TrainSettings
+from .optim import pictures_per_step
+from .weights import RunWeights
+
+logger = logging.getLogger(__name__)
+
+
+class Validation:
+    """Evaluates a run on the rows of `data.val`; `evaluations` of its methods: step -> metrics, so far."""
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        processor: UplvpImageProcessor,
+        rows: InstanceDataset | None,
+        pictures: int,
+        progress: bool,
+    ):
+        self.settings, self.accelerator, self.processor = settings, accelerator, processor
+        self.rows, self.progress, self.output = rows, progress, Path(settings.output)
+        self.steps = evaluation_steps(settings, pictures, accelerator.num_processes) if rows is not None else set()
+
+    def run(self, step: int, weights: RunWeights, evaluations: dict[int, dict]) -> dict:
+        """Evaluates after `step`, adds the metrics to `evaluations` and keeps the model if it is the best so far."""
+        with weights.in_use() as model:
+            metrics = self._evaluate(model)
+            evaluations[step] = metrics
+            if self.settings.checkpoint.best and best_step(evaluations) == step and self.accelerator.is_main_process:
+                self._keep(step, model, metrics)
+        if self.accelerator.is_main_process:
+            numbers = "  ".join(f"{key} {100 * (metrics[key] or 0):.1f}" for key in ("AP", "AP50"))
+            tqdm.write(f"{self.output.name}, step {step}: {numbers}")
+        return metrics
+
+    def _evaluate(self, model: UplvpPreTrainedModel) -> dict:
+        settings, accelerator = self.settings.evaluation, self.accelerator
+        metrics = None
+        if accelerator.is_main_process:
+            metrics = evaluate_model(
+                model,
+                self.processor,
+                self.rows,
+                batch_size=settings.batch_size,
+                class_agnostic=evaluates_agnostic(self.settings),
+                progress=self.progress,
+                mask_threshold=settings.mask_threshold,
+            )
+        accelerator.wait_for_everyone()
+        return broadcast_object_list([metrics])[0] if accelerator.num_processes > 1 else metrics
+
+    def is_exhausted(self, evaluations: dict[int, dict]) -> bool:
+        """Whether the last `evaluation.patience` evaluations brought no better AP than one before."""
+        patience = self.settings.evaluation.patience
+        since = sum(step > best_step(evaluations) for step in evaluations)
+        return bool(patience) and since >= patience
+
+    def start(self, step: int) -> None:
+        """Drops best models that a stopped run found after the `step` that this one goes on from."""
+        if self.accelerator.is_main_process:
+            for found, folder in self._kept().items():
+                if found > step:
+                    remove_folder(folder)
+
+    def prune(self, evaluations: dict[int, dict]) -> None:
+        """Removes best models that were surpassed, as far as no checkpoint goes back to before that."""
+        steps = [int(path.name.rsplit("-", 1)[1]) for path in list_checkpoints(self.output)]
+        upto = [{k: v for k, v in evaluations.items() if k <= step} for step in steps]
+        needed = {best_step(some) for some in (*upto, evaluations) if some}
+        for step, folder in self._kept().items():
+            if step not in needed:
+                remove_folder(folder)
+
+    def best(self) -> tuple[int, Path] | None:
+        """Step and folder of the best model that was kept."""
+        kept = self._kept()
+        scores = {step: json.loads((folder / "best.json").read_text())["AP"] for step, folder in kept.items()}
+        if not self.settings.checkpoint.best or not kept:
+            return None
+        step = max(scores, key=lambda step: (scores[step], -step))
+        return step, kept[step]
+
+    def _keep(self, step: int, model: UplvpPreTrainedModel, metrics: dict) -> None:
+        with new_folder(self.output / f"best-{step}") as draft:
+            model.save_pretrained(draft)
+            self.processor.save_pretrained(draft)
+            write_json(draft / "best.json", {"step": step, "AP": _score(metrics)})
+
+    def _kept(self) -> dict[int, Path]:
+        folders = [path for path in self.output.glob("best-*") if path.name[5:].isdigit()]
+        return {int(path.name[5:]): path for path in folders}
+
+
+def evaluation_steps(settings: TrainSettings, pictures: int, processes: int) -> set[int]:
+    """Steps after which to evaluate: those named, every so many, every so many epochs, and the last one."""
+    evaluation, last = settings.evaluation, settings.optim.steps
+    steps = {*evaluation.at, last}
+    if evaluation.every:
+        steps.update(range(evaluation.every, last + 1, evaluation.every))
+    if evaluation.every_epochs:
+        apart = evaluation.every_epochs * pictures / pictures_per_step(settings.optim, processes)
+        steps.update(max(round(k * apart), 1) for k in range(1, int(last / apart) + 1))
+    return {step for step in steps if step <= last}
+
+
+def best_step(evaluations: dict[int, dict]) -> int:
+    """The step of best AP; of equal ones the first."""
+    return max(evaluations, key=lambda step: (_score(evaluations[step]), -step))
+
+
+def evaluates_agnostic(settings: TrainSettings) -> bool:
+    return settings.evaluation.class_agnostic or settings.model.class_agnostic
+
+
+def _score(metrics: dict) -> float:
+    return -1.0 if metrics["AP"] is None else metrics["AP"]

@@ -1,0 +1,89 @@
+"""The weights of a run in their three forms: as trained (perhaps spread over processes), whole, and as used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from ..models.modeling_uplvp import UplvpPreTrainedModel
+from .config import TrainSettings
+from .ema import WeightAverage
+from .sharding import load_whole_state, shard, whole_state
+
+
+class RunWeights:
+    """
+    wrapped: what the loop calls; gradients are averaged over the processes. plain: the module within it, which holds
+    the parameters that are trained. average: their moving average, or None. spread: whether a process holds only its
+    share of every parameter. Then a second, whole model is kept on the host of every process: checkpoints are written
+    from it, and it moves to the device to evaluate, where processes need not run in step.
+    """
+
+    def __init__(self, settings: TrainSettings, accelerator: Accelerator, model: UplvpPreTrainedModel):
+        self.accelerator = accelerator
+        self.spread = settings.fsdp and accelerator.num_processes > 1
+        self._whole = copy.deepcopy(model) if self.spread else None
+        model.to(accelerator.device)
+        self.wrapped = shard(model, accelerator.device) if self.spread else accelerator.prepare_model(model)
+        self.plain = accelerator.unwrap_model(self.wrapped)
+        self.average = WeightAverage(self.plain, settings.optim.ema) if settings.optim.ema else None
+
+    def as_trained(self) -> UplvpPreTrainedModel:
+        """A whole model with the weights as they are trained, to be saved. All processes call it."""
+        if self._whole is None:
+            return self.plain
+        self._whole.load_state_dict(whole_state(self.plain))
+        return self._whole
+
+    def take_from(self, load) -> None:
+        """Weights of a checkpoint: `load(model)` puts them into a whole model."""
+        load(self._whole or self.plain)
+        if self._whole is not None:
+            load_whole_state(self.plain, self._whole.state_dict())
+
+    @contextmanager
+    def in_use(self) -> Iterator[UplvpPreTrainedModel]:
+        """A whole model on the device with the weights to evaluate: the averages, if there are any.
+
+        It is the same on all processes, which all have to come here; the training goes on from the weights before.
+        """
+        self._share_buffers()
+        if self._whole is None:
+            if self.average is None:
+                yield self.plain
+            else:
+                with self.average.applied():
+                    yield self.plain
+            return
+        whole = self._averaged_whole().to(self.accelerator.device)
+        try:
+            yield whole
+        finally:
+            whole.to("cpu")
+
+    def finish(self) -> UplvpPreTrainedModel:
+        """The whole model with the weights to use, for good: training ends here. All processes call it."""
+        if self._whole is not None:
+            return self._averaged_whole()
+        if self.average is not None:
+            self.average.copy_to_model()
+        return self.plain
+
+    @torch.no_grad()
+    def _averaged_whole(self) -> UplvpPreTrainedModel:
+        whole = self.as_trained()
+        if self.average is not None:
+            averages, parameters = self.average.tensors(), dict(whole.named_parameters())
+            for name, value in averages.items():
+                parameters[name].copy_(value)
+        return whole
+
+    def _share_buffers(self) -> None:
+        """Every process has seen other pictures: the statistics of the main one, which are saved, are taken by all."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.plain.buffers():
+                torch.distributed.broadcast(buffer, 0)
