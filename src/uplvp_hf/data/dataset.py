@@ -184,10 +184,11 @@ class InstanceDataset:
 
     def unlabelled(self) -> InstanceDataset:
         """The same pictures without their objects; categories stay."""
-        if isinstance(self.rows, LazyRows):
-            rows: Sequence[Row] = self.rows.map(_without_objects)
-        else:
-            rows = [_without_objects(row) for row in self.rows]
+        return self.map(_without_objects)
+
+    def map(self, change: Callable[[Row], Row]) -> InstanceDataset:
+        """The rows passed through `change`: those of `LazyRows` when they are asked for, others now."""
+        rows = self.rows.map(change) if isinstance(self.rows, LazyRows) else [change(row) for row in self.rows]
         return InstanceDataset(rows, self.categories, self.name, list(self.failures), self.official)
 
     def load_image(self, index: int) -> Image.Image:

@@ -19,11 +19,15 @@ class DataSettings:
     """Where the pictures are and how they are cut.
 
     train, val: anything `load_dataset_rows` reads (COCO JSON, folder, pseudo-label store); val may be absent.
-    train_split, val_split: picks `annotations/<split>.json` of a folder. train_images, val_images: folder of the
-    pictures, where they do not lie beside the JSON or in `images/`. labels_per_class: so many labelled pictures of
-    every class, drawn with split_seed; None takes all. size: side of the square training canvas and longer side at
-    inference, pixels, a multiple of 32; image_mean, image_std: of pixels scaled to 0..1. These three default to those
-    of `model.init`, else to 512 and ImageNet's. scale_range: large-scale jitter, as factors of the fitting scale.
+    train_split, val_split: picks `annotations/<split>.json` of a folder, or the split of a published layout.
+    train_format, val_format: where a folder could be of several formats (`data.rows.FORMATS`). train_images,
+    val_images: folder of the pictures, where they do not lie beside the JSON or in `images/`. labels_per_class: so many
+    labelled pictures of every class, drawn with split_seed; None takes all. subset: another low-data split, by name
+    (1@10 for 10 % of the pictures with seed 1, 5shot, ...: docs/data.md) or as a manifest of `uplvp data split`; a name
+    without a seed takes split_seed. The run's split is recorded in split.json. size: side of the square training canvas
+    and longer side at inference, pixels, a multiple of 32; image_mean, image_std: of pixels scaled to 0..1. These three
+    default to those of `model.init`, else to 512 and ImageNet's. scale_range: large-scale jitter, as factors of the
+    fitting scale.
 
     short_edges: multi-scale resizing in place of that jitter, the shorter side drawn from [low, high] pixels (one
     number: fixed), the longer one at most longest_edge; at inference `high` is taken. keep_ratio: false makes every
@@ -35,11 +39,14 @@ class DataSettings:
 
     train: str | None = None
     train_split: str | None = None
+    train_format: str | None = None
     train_images: str | None = None
     val: str | None = None
     val_split: str | None = None
+    val_format: str | None = None
     val_images: str | None = None
     labels_per_class: int | None = None
+    subset: str | None = None
     split_seed: int = 0
     size: int | None = None
     scale_range: list[float] = field(default_factory=lambda: [0.5, 1.5])
@@ -206,6 +213,8 @@ class TrainSettings:
 
 def _check_data(data: DataSettings) -> None:
     at_least("data.workers", data.workers, 0)
+    if data.subset is not None and data.labels_per_class is not None:
+        raise ConfigError("Set `data.subset` or `data.labels_per_class`, not both: each draws a low-data split.")
     at_least("data.max_instances", data.max_instances, 1)
     if data.size is not None and (data.size < 32 or data.size % 32):
         raise ConfigError(f"data.size must be a positive multiple of 32 pixels, got {data.size}.")
