@@ -20,7 +20,7 @@ VERBS = {
     "benchmark": "arms x seeds x segmenters: does pre-training pay with few labels?",
     "demo": "all of it on generated scenes, without data or network",
 }
-SHARED = ("label", "pretrain", "finetune")
+SHARED = ("label", "pretrain", "finetune", "evaluate")
 
 
 def _usage() -> str:
@@ -31,8 +31,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`uplvp VERB --help` shows the arguments of a verb. With --processes N, label, pretrain and finetune share",
-            "the work among N processes, one a GPU.",
+            "`uplvp VERB --help` shows the arguments of a verb. With --processes N, label, pretrain, finetune and",
+            "evaluate share the work among N processes, one a GPU.",
         ]
     )
 

@@ -281,7 +281,7 @@ def test_devices_that_are_not_there(device, fails, label, scenes_dir, tiny_model
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["evaluate", "model", "data", "--processes", "2"], "evaluate runs in one process"),
+        (["predict", "model", "data", "--processes", "2"], "predict runs in one process"),
         (["label", "pictures", "--processes", "many"], "--processes needs a number"),
         (["lable"], "Did you mean `label`?"),
     ],
