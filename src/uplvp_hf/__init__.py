@@ -16,6 +16,7 @@ _NAMES = {
     "UplvpForInstanceSegmentation": "models.modeling_uplvp",
     "UplvpForPreTraining": "models.modeling_uplvp",
     "UplvpImageProcessor": "models.image_processing_uplvp",
+    "UplvpImageProcessorPil": "models.image_processing_pil_uplvp",
     "KNetConfig": "models.configuration_knet",
     "KNetForInstanceSegmentation": "models.modeling_knet",
     "KNetModel": "models.modeling_knet",

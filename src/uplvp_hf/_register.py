@@ -28,15 +28,21 @@ def register_auto_classes() -> None:
         AutoModelForUniversalSegmentation,
     )
     from transformers.models.auto import modeling_auto
+    from transformers.utils import is_torchvision_available
 
     from .models.configuration_knet import KNetConfig
     from .models.configuration_queryinst import QueryInstConfig
     from .models.configuration_uplvp import UplvpConfig
-    from .models.image_processing_uplvp import UplvpImageProcessor
+    from .models.image_processing_pil_uplvp import UplvpImageProcessorPil
     from .models.modeling_knet import KNetForInstanceSegmentation, KNetModel
     from .models.modeling_queryinst import QueryInstForInstanceSegmentation, QueryInstModel
     from .models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
+    processors = {"pil": UplvpImageProcessorPil}
+    if is_torchvision_available():
+        from .models.image_processing_uplvp import UplvpImageProcessor
+
+        processors["torchvision"] = UplvpImageProcessor
     AutoModelForPreTraining.register(UplvpConfig, UplvpForPreTraining)
     for config, body in ((KNetConfig, KNetModel), (QueryInstConfig, QueryInstModel)):
         AutoModel.register(config, body)
@@ -55,7 +61,7 @@ def register_auto_classes() -> None:
             auto.register(config, model)
         # Without this entry the pipeline works but logs that the model is not supported.
         modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES[config.model_type] = model.__name__
-        AutoImageProcessor.register(config, image_processor_classes={"torchvision": UplvpImageProcessor})
+        AutoImageProcessor.register(config, image_processor_classes=dict(processors))
 
 
 def register_when_needed() -> None:

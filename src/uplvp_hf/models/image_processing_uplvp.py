@@ -1,335 +1,53 @@
-"""Pictures in, tensors out, and back: query logits to instances in the pixels of the original picture.
+"""The image processor on torchvision: pictures of equal shape are resized together, on a GPU where asked for.
 
-Imports nothing of the library but its sibling, because both files are copied to the Hub beside the weights.
-
-Differences to transformers' Mask2Former processor, on purpose: masks are resized once, straight from the un-padded
-logits to the target size (no fixed 384 x 384 grid); `mask_threshold` and `overlap_mask_area_threshold` are honoured;
-overlapping instances all survive in `masks` / `rle`; there is no panoptic method, so that
-`pipeline("image-segmentation")` answers with instances.
+Copied to the Hub beside the weights. What it does is described in `UplvpProcessing`; without torchvision,
+`AutoImageProcessor` takes `UplvpImageProcessorPil`.
 """
 
-import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from torchvision.transforms.v2 import functional as tvF
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_processing_base import BatchFeature
-from transformers.image_transforms import get_size_with_aspect_ratio, group_images_by_shape, reorder_images
-from transformers.image_utils import (
-    IMAGENET_DEFAULT_MEAN,
-    IMAGENET_DEFAULT_STD,
-    ImageInput,
-    PILImageResampling,
-    SizeDict,
-    get_max_height_width,
-)
-from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.image_transforms import group_images_by_shape, reorder_images
+from transformers.image_utils import SizeDict
+from transformers.processing_utils import Unpack
+from transformers.utils import requires_backends
 
-from .postprocessing_uplvp import MASK_STRIDE, coco_mask, collect_instances, find_instances, require_pycocotools
+from .image_processing_base_uplvp import UplvpImageProcessorKwargs, UplvpProcessing, resized_size
 
 
-class UplvpImageProcessorKwargs(ImagesKwargs, total=False):
-    r"""
-    size_divisor (`int`, *optional*, defaults to 32):
-        Batches are padded at the bottom and right to multiples of this many pixels (the backbone's largest stride).
-    """
-
-    size_divisor: int
-
-
-class UplvpImageProcessor(TorchvisionBackend):
-    r"""
+class UplvpImageProcessor(UplvpProcessing, TorchvisionBackend):
+    __doc__ = f"""
     Resizes, normalises and pads pictures; turns COCO annotations into `mask_labels` / `class_labels`; turns model
     outputs into instances.
-
-    Args:
-        size (`dict`, *optional*, defaults to `{"longest_edge": 1024}`):
-            `{"longest_edge": L}` scales the longer side to L pixels, up or down, keeping the aspect ratio.
-            `{"shortest_edge": S}` with or without `"longest_edge"` (an upper bound) and `{"height", "width"}` work too.
-            The default is the canvas that Mask2Former trains on with large-scale jitter.
-        size_divisor (`int`, *optional*, defaults to 32):
-            The padded height and width are multiples of it.
-        image_mean, image_std (`tuple[float]`, *optional*, defaults to ImageNet's):
-            Of pixels scaled to 0..1.
-
-    Example:
-
-    ```python
-    >>> processor = UplvpImageProcessor(size={"longest_edge": 512})
-    >>> inputs = processor(image, return_tensors="pt")  # pixel_values (1, 3, H, W), pixel_mask (1, H, W)
-    >>> outputs = model(**inputs)
-    >>> result = processor.post_process_instance_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
-    ```
-    """
-
-    valid_kwargs = UplvpImageProcessorKwargs
-    model_input_names = ["pixel_values", "pixel_mask"]
-    resample = PILImageResampling.BILINEAR
-    image_mean = IMAGENET_DEFAULT_MEAN
-    image_std = IMAGENET_DEFAULT_STD
-    size = {"longest_edge": 1024}
-    default_to_square = False
-    size_divisor = 32
-    do_convert_rgb = True
-    do_resize = True
-    do_rescale = True
-    rescale_factor = 1 / 255
-    do_normalize = True
-    do_pad = True
+    {UplvpProcessing.__doc__}"""
 
     def __init__(self, **kwargs: Unpack[UplvpImageProcessorKwargs]) -> None:
+        requires_backends(self, ["torchvision"])
         super().__init__(**kwargs)
 
-    def preprocess(
-        self,
-        images: ImageInput,
-        annotations: Mapping | Sequence[Mapping] | None = None,
-        label_map: Mapping[int, int] | None = None,
-        **kwargs: Unpack[UplvpImageProcessorKwargs],
-    ) -> BatchFeature:
-        r"""
-        Args:
-            images (`ImageInput`):
-                One picture or a list of B pictures: PIL, numpy or torch, grey, RGB or RGBA, of any sizes.
-            annotations (`dict` or `list[dict]`, *optional*):
-                One COCO record a picture: `{"image_id", "annotations": [{"segmentation", "category_id", "iscrowd"}]}`.
-                Segmentations are polygons or RLE in the pixels of the original picture. Crowds are left out, and so
-                are masks with no pixel left after resizing.
-            label_map (`dict[int, int]`, *optional*):
-                Original category id to contiguous class index. Without it category ids are taken as class indices.
-            kwargs:
-                Any setting of the processor, for this call.
-
-        Returns:
-            `BatchFeature`: `pixel_values` (B, 3, H, W) float32 padded with zeros at the bottom and right, `pixel_mask`
-            (B, H, W) int64, 1 on real pixels; with annotations also `mask_labels`, a list of (N, H, W) bool tensors,
-            and `class_labels`, a list of (N,) int64 tensors.
-
-        Raises:
-            `ValueError`: if there are not as many annotation records as pictures, or a category is not in `label_map`.
-        """
-        return super().preprocess(images, annotations, label_map, **kwargs)
-
-    def _preprocess_image_like_inputs(self, images, annotations, label_map, **kwargs) -> BatchFeature:
-        return_tensors = kwargs.pop("return_tensors", None)
-        images = self._prepare_image_like_inputs(
-            images=images,
-            do_convert_rgb=kwargs["do_convert_rgb"],
-            input_data_format=kwargs["input_data_format"],
-            device=kwargs["device"],
-        )
-        if isinstance(annotations, Mapping):
-            annotations = [annotations]
-        if annotations is not None and len(annotations) != len(images):
-            raise ValueError(f"{len(annotations)} annotation records for {len(images)} pictures; pass one a picture.")
-        original_sizes = [tuple(image.shape[-2:]) for image in images]
-        data, input_sizes = self._preprocess(images, **kwargs)
-        features = BatchFeature(data=data, tensor_type=return_tensors)
-        if annotations is not None:
-            canvases = [tuple(image.shape[-2:]) for image in data["pixel_values"]]
-            targets = [
-                _annotation_targets(record, original, resized, canvas, label_map)
-                for record, original, resized, canvas in zip(annotations, original_sizes, input_sizes, canvases)
-            ]
-            features["mask_labels"] = [masks for masks, _ in targets]
-            features["class_labels"] = [classes for _, classes in targets]
-        return features
-
-    def _preprocess(
+    def _resized(
         self,
         images: list[torch.Tensor],
         do_resize: bool,
         size: SizeDict,
-        size_divisor: int,
         resample: Any,
         do_rescale: bool,
         rescale_factor: float,
         do_normalize: bool,
         image_mean: Any,
         image_std: Any,
-        do_pad: bool,
-        pad_size: SizeDict | None,
         disable_grouping: bool | None,
         **kwargs,
-    ) -> tuple[dict[str, list[torch.Tensor]], list[tuple[int, int]]]:
-        """Pictures of equal shape are resized and normalised together. Also returns the un-padded sizes."""
+    ) -> list[torch.Tensor]:
         groups, index = group_images_by_shape(images, disable_grouping=disable_grouping)
         for shape, stacked in groups.items():
             if do_resize:
-                target = resized_size(stacked.shape[-2:], size)
-                stacked = super().resize(stacked, SizeDict(height=target[0], width=target[1]), resample=resample)
+                stacked = self.resize(stacked, size, resample=resample)
             groups[shape] = self.rescale_and_normalize(
                 stacked, do_rescale, rescale_factor, do_normalize, image_mean, image_std
             )
-        resized = reorder_images(groups, index)
-        input_sizes = [tuple(image.shape[-2:]) for image in resized]
-        if do_pad:
-            height, width = (pad_size.height, pad_size.width) if pad_size else get_max_height_width(resized)
-            height, width = (math.ceil(side / size_divisor) * size_divisor for side in (height, width))
-            canvas = SizeDict(height=height, width=width)
-            pixel_values, pixel_mask = self.pad(
-                resized, pad_size=canvas, return_mask=True, disable_grouping=disable_grouping
-            )
-        else:
-            pixel_values, pixel_mask = resized, [torch.ones_like(image[0], dtype=torch.int64) for image in resized]
-        return {"pixel_values": pixel_values, "pixel_mask": pixel_mask}, input_sizes
-
-    def resize(self, image: torch.Tensor, size: SizeDict, resample: Any = None, **kwargs) -> torch.Tensor:
-        """Resizes (..., H, W) by the rule of `size`, see the class."""
-        height, width = resized_size(image.shape[-2:], size)
-        return super().resize(image, SizeDict(height=height, width=width), resample=resample, **kwargs)
-
-    @staticmethod
-    def get_input_sizes(pixel_mask: torch.Tensor) -> list[tuple[int, int]]:
-        """Heights and widths of the un-padded pictures from `pixel_mask` (B, H, W), for post-processing."""
-        heights, widths = pixel_mask[:, :, 0].sum(1).tolist(), pixel_mask[:, 0, :].sum(1).tolist()
-        return [(int(height), int(width)) for height, width in zip(heights, widths)]
-
-    @torch.no_grad()
-    def post_process_instance_segmentation(
-        self,
-        outputs: Any,
-        threshold: float = 0.5,
-        mask_threshold: float = 0.5,
-        overlap_mask_area_threshold: float = 0.8,
-        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
-        input_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
-        top_k: int = 100,
-        return_rle: bool = False,
-        return_segmentation: bool = True,
-    ) -> list[dict[str, Any]]:
-        r"""
-        Instances of every picture, best first. The `top_k` best pairs of query and class are kept.
-
-        Mask2Former (softmax, the no-object class left out): score = class probability x mean mask probability inside
-        the mask, taken on the stride-4 grid of the un-padded picture. Outputs with `class_scores` (K-Net, QueryInst):
-        these are the scores. Outputs with `roi_mask_logits` (QueryInst): the mask of the very class, pasted into its
-        box; `boxes` are then those of the model, which may exceed the picture, otherwise those around the masks.
-
-        Args:
-            outputs (`ModelOutput`):
-                With `masks_queries_logits` (B, Q, h, w) at stride 4 of the padded input and `class_queries_logits`
-                (B, Q, C + 1), no-object last, or `class_scores` (B, Q, C) in 0..1; with `roi_mask_logits`
-                (B, Q, C, s, s) also `boxes` (B, Q, 4) x1, y1, x2, y2 in pixels of the padded input.
-            threshold (`float`, *optional*, defaults to 0.5):
-                Instances that score less are left out, before their masks are upsampled.
-            mask_threshold (`float`, *optional*, defaults to 0.5):
-                A pixel belongs to a mask when its probability is above this. The released K-Net recipes for small
-                shares of COCO use 0.3.
-            overlap_mask_area_threshold (`float`, *optional*, defaults to 0.8):
-                Only for the flat `segmentation`, where the better score takes a pixel: an instance is left out of the
-                map if less than this fraction of its mask would be seen. `masks` and `rle` keep it.
-            target_sizes (`list[tuple[int, int]]`, *optional*):
-                (height, width) of the results, usually of the original pictures. Without it results have the size of
-                the un-padded input, or of the padded input (4 h, 4 w) if `input_sizes` is missing as well.
-            input_sizes (`list[tuple[int, int]]`, *optional*):
-                (height, width) of the resized pictures before padding, see [`~UplvpImageProcessor.get_input_sizes`].
-                Without it they are computed from `target_sizes` by the processor's own resizing, which is right if
-                the targets are the original sizes and the processor was called with its own settings.
-            top_k (`int`, *optional*, defaults to 100):
-                Most instances a picture (COCO evaluation looks at 100).
-            return_rle (`bool`, *optional*, defaults to `False`):
-                Return `rle`, COCO compressed run lengths, in place of `masks`. Never holds more than 16 dense masks.
-            return_segmentation (`bool`, *optional*, defaults to `True`):
-                Also return `segmentation` and `segments_info`.
-
-        Returns:
-            `list[dict]`: per picture `scores` (N,) float32, `labels` (N,) int64 class indices, `boxes` (N, 4) float32
-            x1, y1, x2, y2 pixels with exclusive ends, `masks` (N, H, W) bool or `rle` (list of N dicts), and, if asked
-            for, `segmentation` (H, W) int32 holding the position of the instance in `scores` or -1, and
-            `segments_info`, a list of `{"id", "label_id", "score", "was_fused": False}` for what the map shows.
-
-        Raises:
-            `ValueError`: if sizes and batch disagree, or an input size is larger than the logits' canvas.
-        """
-        mask_logits = outputs.masks_queries_logits
-        batch_size = len(mask_logits)
-        canvas = (mask_logits.shape[-2] * MASK_STRIDE, mask_logits.shape[-1] * MASK_STRIDE)
-        target_sizes = _check_sizes("target_sizes", target_sizes, batch_size)
-        input_sizes = _check_sizes("input_sizes", input_sizes, batch_size)
-        if input_sizes is None and target_sizes is not None:
-            size = self.size if isinstance(self.size, SizeDict) else SizeDict(**self.size)
-            input_sizes = [resized_size(target, size) if self.do_resize else target for target in target_sizes]
-        input_sizes = input_sizes or [canvas] * batch_size
-        target_sizes = target_sizes or input_sizes
-        for index, (height, width) in enumerate(input_sizes):
-            if height > canvas[0] or width > canvas[1]:
-                raise ValueError(
-                    f"Picture {index} of the batch: un-padded input of {height} x {width} is larger than "
-                    f"the {canvas[0]} x {canvas[1]} that the masks cover. Pass "
-                    "input_sizes=processor.get_input_sizes(pixel_mask)."
-                )
-
-        overlap = overlap_mask_area_threshold if return_segmentation else None
-        results = []
-        for index in range(batch_size):
-            sizes = (input_sizes[index], target_sizes[index])
-            found = find_instances(outputs, index, *sizes, threshold, mask_threshold, top_k)
-            results.append(collect_instances(found, target_sizes[index], return_rle, overlap))
-        return results
+        return reorder_images(groups, index)
 
 
-def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
-    """(height, width) after resizing a picture of `image_size` = (height, width) by the rule of `size`."""
-    height, width = int(image_size[0]), int(image_size[1])
-    if size.height and size.width:
-        return size.height, size.width
-    if size.shortest_edge:
-        return get_size_with_aspect_ratio((height, width), size.shortest_edge, size.longest_edge)
-    if size.longest_edge:
-        scale = size.longest_edge / max(height, width)
-        return max(1, round(height * scale)), max(1, round(width * scale))
-    raise ValueError(f"size={dict(size)} needs 'longest_edge', 'shortest_edge' or both, or 'height' and 'width'.")
-
-
-def _check_sizes(name: str, sizes: Any, batch_size: int) -> list[tuple[int, int]] | None:
-    if sizes is None:
-        return None
-    if len(sizes) != batch_size:
-        raise ValueError(f"{name} has {len(sizes)} entries for a batch of {batch_size} pictures; pass one a picture.")
-    return [(int(height), int(width)) for height, width in sizes]
-
-
-def _decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Polygons or RLE (plain or compressed) to (H, W) uint8."""
-    require_pycocotools("COCO annotations")
-    if isinstance(segmentation, Mapping):
-        if isinstance(segmentation["counts"], (list, tuple)):
-            segmentation = coco_mask.frPyObjects(dict(segmentation), height, width)
-        return coco_mask.decode(segmentation)
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
-
-
-def _annotation_targets(
-    record: Mapping[str, Any],
-    original: tuple[int, int],
-    resized: tuple[int, int],
-    canvas: tuple[int, int],
-    label_map: Mapping[int, int] | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Masks (N, H, W) bool on the padded canvas and classes (N,) int64 of one COCO record."""
-    masks, classes = [], []
-    for annotation in record["annotations"]:
-        if annotation.get("iscrowd", 0):
-            continue
-        category = annotation["category_id"]
-        if label_map is not None and category not in label_map:
-            raise ValueError(
-                f"Picture {record.get('image_id')!r}: category_id {category} is not in label_map, which has "
-                f"{sorted(label_map)}. Add it, or leave the annotation out."
-            )
-        mask = torch.from_numpy(_decode_segmentation(annotation["segmentation"], *original))
-        if mask.shape != original:
-            raise ValueError(
-                f"Picture {record.get('image_id')!r}: a mask of {tuple(mask.shape)} for a picture of {original}. "
-                "Annotations refer to the original, un-rotated pixels."
-            )
-        mask = tvF.resize(mask[None], list(resized), interpolation=tvF.InterpolationMode.NEAREST_EXACT)[0] > 0
-        if mask.any():
-            masks.append(torch.nn.functional.pad(mask, [0, canvas[1] - resized[1], 0, canvas[0] - resized[0]]))
-            classes.append(int(category if label_map is None else label_map[category]))
-    stack = torch.stack(masks) if masks else torch.zeros((0, *canvas), dtype=torch.bool)
-    return stack, torch.tensor(classes, dtype=torch.int64)
+__all__ = ["UplvpImageProcessor", "UplvpImageProcessorKwargs", "resized_size"]

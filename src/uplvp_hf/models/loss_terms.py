@@ -13,8 +13,9 @@ from functools import wraps
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import generalized_box_iou, generalized_box_iou_loss
-from torchvision.ops import sigmoid_focal_loss as focal
+
+from .torchvision_ops import generalized_box_iou, generalized_box_iou_loss
+from .torchvision_ops import sigmoid_focal_loss as focal
 
 # Added to both sums of the denominator of the weak terms; together 1e-5, as in BoxInst.
 WEAK_DICE_EPS = 5e-6

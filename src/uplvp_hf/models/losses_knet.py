@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.ops import sigmoid_focal_loss as dense_focal_loss
 
 from .loss_terms import dice_cost, dice_loss, focal_cost, mask_cost, sigmoid_focal_loss
 from .losses import LayerOutput, Normalizers, check_labels
 from .matching import LabelGuide, hungarian
 from .padding import is_padded, valid_cells
+from .torchvision_ops import sigmoid_focal_loss as dense_focal_loss
 
 
 @dataclass

@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import roi_align
+
+from .torchvision_ops import roi_align
 
 # Largest change of a box's side in one step, as in Fast R-CNN's descendants: a factor of 1000 / 16.
 MAX_LOG_SCALE = abs(math.log(16 / 1000))
