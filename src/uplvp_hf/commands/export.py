@@ -19,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--format",
         choices=("onnx", "torch", "mask2former"),
         default="onnx",
-        help="model.onnx (default), model.pt2 for torch.export.load, or transformers' Mask2Former where the model is one",
+        help="model.onnx (default), model.pt2 for torch.export.load, or transformers' own Mask2Former",
     )
     add("--size", type=int, metavar="PIXELS", help="longer side of the resized pictures (default: the processor's)")
     add("--opset", type=int, help="operators of ONNX (default: 20)")

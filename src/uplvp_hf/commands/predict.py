@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,22 +12,36 @@ from typing import TYPE_CHECKING, Any
 from ._terminal import add_verbosity, check_device, run
 
 if TYPE_CHECKING:
-    from uplvp_hf.data import InstanceDataset
+    from uplvp_hf.inference import Tiles
+    from uplvp_hf.inference.instances import Instances
+
+# Of downloads, inside the output folder until the run is finished.
+DOWNLOADS = ".downloads"
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp predict", description="Instances in pictures, as COCO JSON and overlays."
     )
-    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
-    parser.add_argument("paths", metavar="PATHS", nargs="+", help="pictures, or folders that are searched recursively")
-    parser.add_argument(
-        "--output", metavar="DIR", required=True, help="for predictions.json, overlays/, failures.jsonl"
-    )
-    parser.add_argument("--threshold", type=float, default=0.5, help="least score, 0 to 1 (default: 0.5)")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward pass (default: 8)")
-    parser.add_argument("--no-overlays", action="store_true", help="write the JSON only")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    add = parser.add_argument
+    add("model", metavar="MODEL_DIR", help="folder of a trained or exported (ONNX) model, or USER/NAME on the Hub")
+    add(
+        "paths", metavar="PATHS", nargs="+",
+        help="pictures, folders that are searched recursively, patterns such as 'shots/**/*.jpg', http(s) addresses",
+    )  # fmt: skip
+    add("--output", metavar="DIR", required=True, help="for predictions.json, overlays/, failures.jsonl")
+    add("--threshold", type=float, default=0.5, help="least score, 0 to 1 (default: 0.5)")
+    add("--mask-threshold", type=float, default=0.5, help="least probability of a mask's pixels (default: 0.5)")
+    add("--top-k", type=int, default=100, help="most instances a picture, or a tile (default: 100)")
+    add("--batch-size", type=int, default=8, help="pictures, or tiles, per forward pass (default: 8)")
+    add("--tiles", type=int, metavar="SIZE", help="cut pictures larger than SIZE pixels into windows of that side")
+    add("--overlap", type=float, metavar="SHARE", help="of neighbouring windows, 0 to 0.9 (default: 0.2)")
+    add("--tiles-with-full", action="store_true", help="also the whole picture, for objects larger than windows")
+    add("--max-pixels", type=int, metavar="N", help="larger pictures are left out (default: 100 million)")
+    add("--max-bytes", type=int, metavar="N", help="longer downloads are left out (default: 100 million)")
+    add("--no-overlays", action="store_true", help="write the JSON only")
+    add("--overwrite", action="store_true", help="begin anew in a folder that has results")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add_verbosity(parser)
     return parser
 
@@ -34,100 +49,90 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
     arguments = make_parser().parse_args(argv)
-    return run("predict", lambda: _predict(arguments), arguments.verbose)
+    return run("predict", lambda: _predict(arguments), arguments.verbose, "run the same command again to go on")
 
 
 def _predict(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data import DataError
-    from uplvp_hf.evaluation import load_segmenter, predict_dataset
-    from uplvp_hf.files import write_json, write_json_lines
+    from uplvp_hf.files import write_json_lines
+    from uplvp_hf.inference import load_model, predict_rows
+    from uplvp_hf.inference.instances import instances_of
+    from uplvp_hf.inference.journal import Journal
+
+    tiles = _check(arguments)
+    check_device(arguments.device)
+    output = Path(arguments.output)
+    dataset = _find(arguments, output)
+    model, processor = load_model(arguments.model, arguments.device)
+    config = model.config
+    journal = Journal(output, _settings(arguments), arguments.overwrite)
+    known = journal.known(dataset.rows)
+    if known and not arguments.quiet:
+        print(f"{len(known)} of {len(dataset)} pictures are done already")
+    failures = list(dataset.failures)
+    settings = {key: getattr(arguments, key) for key in ("batch_size", "threshold", "mask_threshold", "top_k")}
+    todo = dataset.subset([index for index, row in enumerate(dataset.rows) if row["image_id"] not in known])
+    for row, result in predict_rows(
+        model, processor, todo, tiles, progress=not arguments.quiet, failures=failures, **settings
+    ):
+        found = instances_of(result, (row["height"], row["width"]), config.id2label, config.category_ids)
+        if not arguments.no_overlays:
+            _draw(row, found, output / "overlays")
+        journal.add(row, found.to_coco(row["image_id"]))
+    write_json_lines(output / "failures.jsonl", failures)
+    if not journal.places:
+        raise DataError(f"none of the {len(failures)} pictures could be read; see {output / 'failures.jsonl'}")
+    categories = [{"id": int(number), "name": config.id2label[k]} for k, number in enumerate(config.category_ids)]
+    file = journal.finish(categories)
+    shutil.rmtree(output / DOWNLOADS, ignore_errors=True)
+    print(f"{journal.instances} instances in {len(journal.places)} pictures: {file}")
+    if failures:
+        print(f"{len(failures)} pictures could not be read: {output / 'failures.jsonl'}")
+
+
+def _check(arguments: argparse.Namespace) -> Tiles | None:
+    """Raises ValueError for numbers that no run can use, before anything is read."""
+    from uplvp_hf.inference import Tiles
 
     if arguments.batch_size < 1 or not 0 <= arguments.threshold <= 1:
         raise ValueError("--batch-size must be at least 1, and --threshold from 0 to 1")
-    check_device(arguments.device)
-    output = Path(arguments.output)
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    dataset = find_pictures(arguments.paths)
-    model, processor = load_segmenter(arguments.model, arguments.device)
-    failures = list(dataset.failures)
-    output.mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
-    for row, result in predict_dataset(
-        model,
-        processor,
-        dataset,
-        batch_size=arguments.batch_size,
-        threshold=arguments.threshold,
-        progress=not arguments.quiet,
-        failures=failures,
-    ):
-        images.append({"id": row["image_id"], **{key: row[key] for key in ("file_name", "width", "height")}})
-        annotations += _annotations(row, result, model.config.category_ids, len(annotations) + 1)
-        if not arguments.no_overlays:
-            _draw(row, result, model.config.id2label, output / "overlays")
-    names = model.config.id2label
-    categories = [{"id": int(number), "name": names[k]} for k, number in enumerate(model.config.category_ids)]
-    content = {"images": images, "categories": categories, "annotations": annotations}
-    write_json(output / "predictions.json", content, indent=None)
-    write_json_lines(output / "failures.jsonl", failures)
-    print(f"{len(annotations)} instances in {len(images)} pictures: {output / 'predictions.json'}")
-    if failures:
-        print(f"{len(failures)} pictures could not be read: {output / 'failures.jsonl'}")
-    if not images:
-        raise DataError(f"none of the {len(failures)} pictures could be read; see {output / 'failures.jsonl'}")
+    if arguments.top_k < 1 or not 0 < arguments.mask_threshold < 1:
+        raise ValueError("--top-k must be at least 1, and --mask-threshold between 0 and 1")
+    for name in ("max_pixels", "max_bytes"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if arguments.tiles is None:
+        if arguments.overlap is not None or arguments.tiles_with_full:
+            raise ValueError("--overlap and --tiles-with-full need --tiles SIZE")
+        return None
+    share = {} if arguments.overlap is None else {"overlap": arguments.overlap}
+    return Tiles(arguments.tiles, full=arguments.tiles_with_full, **share)
 
 
-def find_pictures(paths: Sequence[str]) -> InstanceDataset:
-    """Unlabelled rows of all pictures in `paths`, files or folders, numbered from 1.
+def _find(arguments: argparse.Namespace, output: Path):
+    from uplvp_hf.inference import find_pictures
+    from uplvp_hf.inference.download import Limits
+    from uplvp_hf.inference.sources import MAX_PIXELS
 
-    Raises DataError for a path that does not exist and for a folder without pictures.
-    """
-    from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, empty_objects, image_size, read_image_folder
-
-    rows: list[Row] = []
-    failures: list[dict[str, Any]] = []
-    for path in paths:
-        if os.path.isdir(path):
-            folder = read_image_folder(path)
-            rows += folder.rows
-            failures += folder.failures
-        elif os.path.isfile(path):
-            try:
-                width, height = image_size(path)
-            except ImageError as error:
-                failures.append({"file": path, "row": None, "reason": error.reason})
-                continue
-            image, name = os.path.abspath(path), os.path.basename(path)
-            rows.append(
-                Row(image=image, image_id=0, file_name=name, width=width, height=height, objects=empty_objects())
-            )
-        else:
-            raise DataError("no such file or folder", file=path)
-    numbered = [Row(**{**row, "image_id": number}) for number, row in enumerate(rows, start=1)]
-    if not numbered:
-        raise DataError(f"none of the {len(failures)} pictures can be read; the first: {failures[0]['reason']}")
-    return InstanceDataset(numbered, [], "", failures)
+    limits = Limits() if arguments.max_bytes is None else Limits(max_bytes=arguments.max_bytes)
+    max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
+    return find_pictures(arguments.paths, output / DOWNLOADS, max_pixels, limits)
 
 
-def _annotations(row: Any, result: dict[str, Any], category_ids: Sequence[int], first_id: int) -> list[dict[str, Any]]:
-    """COCO results, with what makes them a COCO annotation file too, so that they can serve as labels."""
-    from uplvp_hf.data import rle_areas
-    from uplvp_hf.evaluation import to_coco_results
-
-    entries = to_coco_results(row, result, list(category_ids))
-    areas = rle_areas(result["rle"]).tolist()
-    return [{"id": first_id + k, **entry, "area": areas[k], "iscrowd": 0} for k, entry in enumerate(entries)]
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What the results of a picture depend on, for the run that goes on where this one was killed."""
+    keys = ("threshold", "mask_threshold", "top_k", "tiles", "overlap", "tiles_with_full", "no_overlays")
+    model = os.path.abspath(arguments.model) if os.path.isdir(arguments.model) else arguments.model
+    return {"model": model, **{key: getattr(arguments, key) for key in keys}}
 
 
-def _draw(row: Any, result: dict[str, Any], id2label: dict[int, str], folder: Path) -> None:
-    from uplvp_hf.data import open_image
-    from uplvp_hf.evaluation.visualize import draw_instances
-    from uplvp_hf.files import writing
+def _draw(row: Any, instances: Instances, folder: Path) -> None:
+    from uplvp_hf.data.dataset import load_picture
+    from uplvp_hf.files import replacing
+    from uplvp_hf.inference.sources import plain_stem
 
-    image = open_image(row["image"], (row["width"], row["height"]))
-    drawn = draw_instances(image, result["rle"], result["labels"].tolist(), result["scores"].tolist(), id2label)
+    drawn = instances.draw(load_picture(row))
     # Numbered, because pictures of different folders and formats may share a name.
-    name = f"{row['image_id']:06d}_{Path(row['file_name']).stem}.png"
-    folder.mkdir(parents=True, exist_ok=True)
-    with writing(folder / name):
-        drawn.save(folder / name)
+    with replacing(folder / f"{row['image_id']:06d}_{plain_stem(row['file_name'])}.png", "wb") as stream:
+        drawn.save(stream, format="PNG")

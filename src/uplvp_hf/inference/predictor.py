@@ -1,0 +1,209 @@
+"""A trained model as something to call on pictures: `load(...)`, then `predict(...)`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, empty_objects, to_rgb
+from uplvp_hf.data.dataset import LazyRows
+from uplvp_hf.evaluation import load_segmenter, predict_dataset
+
+from .download import LIMITS, Limits, is_url
+from .instances import Instances, instances_of
+from .sources import MAX_PIXELS, check_pixels, find_pictures, pixels_unbounded
+from .tiles import Tiles, Window, merge_windows
+
+_PICTURES = (str, os.PathLike, Image.Image, np.ndarray)
+Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+
+
+def load(name_or_dir: str | os.PathLike[str], device: str | torch.device | None = None, **settings: Any) -> Predictor:
+    """A `Predictor` from a folder of a trained model, a repository of the Hub, or a folder of `uplvp export`'s ONNX.
+
+    settings: of `Predictor`. Raises FileNotFoundError, DataError and ValueError as `load_model`.
+    """
+    return Predictor(*load_model(name_or_dir, device), **settings)
+
+
+def load_model(
+    name_or_dir: str | os.PathLike[str], device: str | torch.device | None = None
+) -> tuple[torch.nn.Module, Any]:
+    """The model, or an exported one in its place, and its image processor.
+
+    Raises as `evaluation.load_segmenter`; DataError for an exported folder that is run by other means.
+    """
+    name = os.fspath(name_or_dir)
+    if os.path.isfile(os.path.join(name, "model.onnx")):
+        from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+
+        from .onnx_runtime import OnnxSegmenter
+
+        return OnnxSegmenter.from_directory(name, device), UplvpImageProcessor.from_pretrained(name)
+    if os.path.isfile(os.path.join(name, "model.pt2")):
+        raise DataError(
+            "holds a program of torch.export",
+            file=name,
+            remedy="Load it with torch.export.load, or export with --format onnx to predict with it here.",
+        )
+    return load_segmenter(name, device)
+
+
+def predict_rows(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: InstanceDataset,
+    tiles: Tiles | None = None,
+    progress: bool = True,
+    failures: list[dict[str, Any]] | None = None,
+    **settings: Any,
+) -> Iterator[tuple[Row, dict[str, Any]]]:
+    """As `predict_dataset`, whose `settings` these are, with pictures larger than `tiles` cut into windows.
+
+    The thread that decodes pictures does not outlive the iterator. With tiles a picture and the windows of one batch
+    are in memory, and run lengths; pictures that fit into one window are predicted whole, with the same result as
+    without tiles and a batch size of 1.
+    """
+    failures = failures if failures is not None else []
+    with pixels_unbounded():
+        if tiles is None:
+            settings.update(progress=progress, failures=failures)
+            yield from predict_dataset(model, processor, dataset, **settings)
+            return
+        for index in tqdm(range(len(dataset)), desc="predict", unit="img", disable=None if progress else True):
+            row = dataset[index]
+            try:
+                image = dataset.load_image(index)
+            except ImageError as error:
+                file = error.file or row["file_name"]
+                failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
+                continue
+            yield row, _predict_tiled(model, processor, image, tiles, settings)
+
+
+def _predict_tiled(
+    model: torch.nn.Module, processor: Any, image: Image.Image, tiles: Tiles, settings: dict[str, Any]
+) -> dict[str, Any]:
+    windows = tiles.windows(*image.size)
+
+    def read(index: int) -> Row:
+        piece = image if len(windows) == 1 else image.crop(windows[index])
+        return _memory_row(piece, index)
+
+    cut = InstanceDataset(LazyRows(read, lambda index: index, range(len(windows))), [])
+    found: list[tuple[Window, dict[str, Any]]] = []
+    for row, result in predict_dataset(model, processor, cut, progress=False, **settings):
+        found.append((windows[row["image_id"]], result))
+    return found[0][1] if len(windows) == 1 else merge_windows(found, *image.size, tiles)
+
+
+def _memory_row(image: Image.Image, number: int, name: str = "picture in memory") -> Row:
+    return Row(
+        image=image, image_id=number, file_name=name, width=image.width, height=image.height, objects=empty_objects()
+    )
+
+
+class Predictor:
+    """A model and its image processor, called on pictures.
+
+    Args:
+        model, processor: as `load_model` gives them, or any pair that `predict_dataset` takes.
+        batch_size: most pictures, or windows of one, per forward pass.
+        max_pixels: a picture with more is refused before it is decoded.
+        limits: of downloads.
+
+    ```python
+    >>> predictor = load("runs/finetune")
+    >>> instances = predictor.predict("street.jpg", threshold=0.4)
+    >>> instances.draw(Image.open("street.jpg")).save("street_instances.png")
+    ```
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        processor: Any,
+        batch_size: int = 8,
+        max_pixels: int = MAX_PIXELS,
+        limits: Limits = LIMITS,
+    ):
+        if batch_size < 1 or max_pixels < 1:
+            raise ValueError(f"batch_size {batch_size} and max_pixels {max_pixels} must be at least 1.")
+        self.model, self.processor = model, processor
+        self.batch_size, self.max_pixels, self.limits = batch_size, max_pixels, limits
+
+    @property
+    def names(self) -> dict[int, str]:
+        """{class index: name}"""
+        return self.model.config.id2label
+
+    def predict(
+        self,
+        images: Picture | Sequence[Picture],
+        threshold: float = 0.5,
+        tiles: Tiles | int | None = None,
+        mask_threshold: float = 0.5,
+        top_k: int = 100,
+        progress: bool = False,
+    ) -> Instances | list[Instances]:
+        """Instances of a picture, or of each in a list.
+
+        Args:
+            images: path of a file, address of http or https, PIL picture, or (H, W, 3) uint8 RGB array; or a list.
+            threshold: least score, 0 to 1.
+            tiles: cut pictures larger than this many pixels into windows; `Tiles` has more to choose.
+            mask_threshold: a pixel belongs to a mask when its probability is above this.
+            top_k: most instances a picture, with tiles a window.
+            progress: whether to show a progress bar.
+
+        Raises ImageError for a picture that cannot be read or is too large, ValueError for values out of range.
+        """
+        if not 0 <= threshold <= 1 or not 0 < mask_threshold < 1 or top_k < 1:
+            raise ValueError(f"out of range: threshold {threshold}, mask_threshold {mask_threshold} or top_k {top_k}.")
+        single = isinstance(images, _PICTURES)
+        pictures = [images] if single else list(images)
+        tiles = Tiles(tiles) if isinstance(tiles, int) else tiles
+        with tempfile.TemporaryDirectory(prefix="uplvp-") as folder:
+            rows = [self._row(picture, number, folder) for number, picture in enumerate(pictures)]
+            failures: list[dict[str, Any]] = []
+            results = predict_rows(
+                self.model, self.processor, InstanceDataset(rows, []), tiles, progress, failures,
+                batch_size=self.batch_size, threshold=threshold, mask_threshold=mask_threshold, top_k=top_k,
+            )  # fmt: skip
+            config = self.model.config
+            found = [
+                instances_of(
+                    result, (row["height"], row["width"]), config.id2label, config.category_ids, row["file_name"]
+                )
+                for row, result in results
+            ]
+        if failures:
+            raise ImageError(failures[0]["reason"], file=failures[0]["file"])
+        return found[0] if single else found
+
+    def _row(self, picture: Picture, number: int, folder: str) -> Row:
+        if isinstance(picture, np.ndarray):
+            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+                raise ValueError(f"an array must be (H, W, 3) uint8 RGB, got {picture.shape} {picture.dtype}.")
+            picture = Image.fromarray(picture)
+        if isinstance(picture, Image.Image):
+            check_pixels(picture.size, self.max_pixels, f"images[{number}]")
+            picture = to_rgb(picture).copy()
+            picture.info = {}  # taken as it stands: EXIF is not applied, so that results are in its pixels
+            return _memory_row(picture, number, f"images[{number}]")
+        path = os.fspath(picture)
+        if not is_url(path) and not Path(path).is_file():
+            raise ImageError("no such picture", file=path)
+        found = find_pictures([path], folder, self.max_pixels, self.limits)
+        return Row(**{**found[0], "image_id": number, "file_name": path})
+
+
+__all__ = ["Predictor", "load", "load_model", "predict_rows"]
