@@ -27,7 +27,7 @@ def write_comparison(comparison: Comparison, output: str | os.PathLike[str]) -> 
     """Writes compare.html, curves.png, curves.svg, table.md, table.csv and compare.json; returns their paths."""
     output = Path(output)
     figure = draw_curves(comparison)
-    drawn = {suffix: _saved(figure, suffix) for suffix in ("png", "svg")}
+    drawn = {suffix: figure_bytes(figure, suffix) for suffix in ("png", "svg")}
     for suffix, content in drawn.items():
         with replacing(output / f"curves.{suffix}", "wb") as stream:
             stream.write(content)
@@ -64,7 +64,7 @@ def draw_curves(comparison: Comparison) -> Figure:
     return figure
 
 
-def _saved(figure: Figure, suffix: str) -> bytes:
+def figure_bytes(figure: Figure, suffix: str) -> bytes:
     """The figure as bytes, the same for the same runs: without the date that matplotlib would put in."""
     import matplotlib
 
