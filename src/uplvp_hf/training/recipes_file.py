@@ -94,6 +94,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold settings as `key: value`.")
     bases = content.pop("base", [])
+    if not isinstance(bases, (str, list)):
+        raise ConfigError(f"{path}: `base` is the name of a recipe, or a list of them, got {bases!r}.")
     values: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
         try:
