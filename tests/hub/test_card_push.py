@@ -90,10 +90,69 @@ def test_dry_run_folder_is_complete(model_dir, scenes_dir, tmp_path, capsys):
     files = {str(file.relative_to(output)) for file in output.rglob("*") if file.is_file()}
     assert {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"} <= files
     assert {"assets/example_1.jpg", "assets/example_1_masks.png", "modeling_uplvp.py"} <= files
+    assert {"handler.py", "requirements.txt", "LICENSE"} <= files
+    assert "rendered examples" in (output / "README.md").read_text()
     assert not files & {"log.jsonl", "training_summary.json"}
     card = ModelCard.load(output / "README.md")
     assert card.data.widget[0]["src"] in files and card.data.widget[0]["output"]["url"] in files
     assert push.main(arguments) == 2 and "not an empty folder" in capsys.readouterr().err
+
+
+def test_rights_are_those_of_new_files(model_dir, tmp_path):
+    os.chmod(model_dir / "model.safetensors", 0o600)  # as safetensors leaves it
+    folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+    (tmp_path / "new").write_text("")
+    usual = (tmp_path / "new").stat().st_mode
+    assert {file.stat().st_mode for file in folder.rglob("*") if file.is_file()} == {usual}
+
+
+def test_licence_text_is_that_of_the_licence(model_dir, tmp_path):
+    ours = (Path(__file__).parents[2] / "LICENSE").read_text()
+    assert (prepare_folder(model_dir, tmp_path / "a", "user/animals") / "LICENSE").read_text() == ours
+    assert not (prepare_folder(model_dir, tmp_path / "b", "user/animals", license="cc-by-4.0") / "LICENSE").exists()
+    (model_dir / "LICENSE").write_text("mine")
+    folder = prepare_folder(model_dir, tmp_path / "c", "user/animals", license="other")
+    assert (folder / "LICENSE").read_text() == "mine"
+
+
+def test_links_and_names_out_of_the_model_folder_are_refused(model_dir, tmp_path):
+    weights = model_dir / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors leads out of .*elsewhere"):
+        prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+    weights.unlink()
+    index = {"weight_map": {"a": "../elsewhere.safetensors"}}
+    (model_dir / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="leads out of"):
+        prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+    assert not (tmp_path / "repository").exists()
+
+
+def test_a_pickle_only_is_refused_with_a_remedy(model_dir, tmp_path):
+    (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match="Only safetensors are pushed; `uplvp convert`"):
+        prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+
+
+def test_a_pretraining_checkpoint_is_no_endpoint(model_dir, tmp_path):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps({**config, "architectures": ["UplvpForPreTraining"]}))
+    folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+    assert not (folder / "handler.py").exists() and (folder / "modeling_uplvp.py").exists()
+    assert "Inference Endpoint" not in (folder / "README.md").read_text()
+
+
+def test_paths_of_runs_are_no_base_models(model_dir, tmp_path, monkeypatch):
+    def base_of(init):
+        summary = {**SUMMARY, "settings": {**SUMMARY["settings"], "model": {"init": init}}}
+        (model_dir / "training_summary.json").write_text(json.dumps(summary))
+        return build_card(model_dir, "user/animals").data.base_model
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert base_of("facebook/some-model") == "facebook/some-model"
+    assert base_of("runs/pretrain") is None and base_of("../x/y") is None and base_of("/a/b") is None
 
 
 REMOTE = """

@@ -82,6 +82,7 @@ def build_card(
         pretrained_only=pretrained_only,
         remote_code=remote_code,
         endpoint=remote_code and not pretrained_only,
+        examples=bool(examples),
         training=training_rows(summary, read_json(model_dir / "split.json", optional=True)),
         earlier=earlier_stages(summary),
         settings=settings_yaml(summary),
@@ -114,13 +115,13 @@ def _results(repo_id: str, summary: dict[str, Any], measured: dict[str, Any] | N
     if measured is not None:
         metrics, data, split = measured, measured.get("data"), measured.get("split")
         class_agnostic = bool(measured.get("class_agnostic"))
-        origin = "Measured by:"
+        origin = "Measured by `scripts/evaluate.py`:"
     else:
         metrics = summary.get("metrics")
         data, split = ((settings.get("data") or {}).get(key) for key in ("val", "val_split"))
         class_agnostic = bool((settings.get("evaluation") or {}).get("class_agnostic"))
         class_agnostic |= bool((settings.get("model") or {}).get("class_agnostic"))
-        origin = "Measured after the last training step. To measure it again:"
+        origin = "Measured after the last training step. To measure it again with `scripts/evaluate.py`:"
     if not metrics:
         return None
     if "AP" not in metrics:
