@@ -8,6 +8,8 @@ moving average and checkpoints work as without.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,6 +24,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # The loop changes no output in place, which is what torch warns of at every step.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     layers = set(model._no_split_modules)
     for module in model.modules():

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from ..data import InstanceDataset
@@ -52,20 +51,19 @@ class Validation:
         return metrics
 
     def _evaluate(self, model: UplvpPreTrainedModel) -> dict:
-        settings, accelerator = self.settings.evaluation, self.accelerator
-        metrics = None
-        if accelerator.is_main_process:
-            metrics = evaluate_model(
-                model,
-                self.processor,
-                self.rows,
-                batch_size=settings.batch_size,
-                class_agnostic=evaluates_agnostic(self.settings),
-                progress=self.progress,
-                mask_threshold=settings.mask_threshold,
-            )
-        accelerator.wait_for_everyone()
-        return broadcast_object_list([metrics])[0] if accelerator.num_processes > 1 else metrics
+        """Every process predicts its share of the pictures, and all get the numbers."""
+        settings = self.settings.evaluation
+        return evaluate_model(
+            model,
+            self.processor,
+            self.rows,
+            batch_size=settings.batch_size,
+            class_agnostic=evaluates_agnostic(self.settings),
+            progress=self.progress,
+            mask_threshold=settings.mask_threshold,
+            backend=settings.backend,
+            distributed=True,
+        )
 
     def is_exhausted(self, evaluations: dict[int, dict]) -> bool:
         """Whether the last `evaluation.patience` evaluations brought no better AP than one before."""
