@@ -72,7 +72,8 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
 
 
 def check_model_name(name: str | os.PathLike[str]) -> None:
-    """Raises FileNotFoundError when `name` is neither the folder of a model nor meant as a Hub repository (USER/NAME).
+    """Raises FileNotFoundError when `name` is neither the folder of a model nor meant as a Hub repository (USER/NAME),
+    or is a folder whose weights are a pickle.
 
     A missing folder beside existing ones is not looked up on the Hub, which would take long without a network.
     """
@@ -80,7 +81,20 @@ def check_model_name(name: str | os.PathLike[str]) -> None:
     if os.path.isdir(text):
         if not os.path.isfile(os.path.join(text, "config.json")):
             raise FileNotFoundError(f"{text}: no config.json; not the folder of a model.")
+        _refuse_pickles(text)
         return
     parent = os.path.dirname(text)
     if text.count("/") != 1 or text.startswith((".", "/", "~")) or os.path.isdir(parent):
         raise FileNotFoundError(f"{text}: no such folder. Pass a model folder or a Hub repository USER/NAME.")
+
+
+def _refuse_pickles(folder: str) -> None:
+    """Raises FileNotFoundError for weights in pickles alone, which run code of their maker when they are opened."""
+    names = sorted(os.listdir(folder))
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"))]
+    if pickles and not any(name.endswith(".safetensors") for name in names):
+        raise FileNotFoundError(
+            f"{folder}: no safetensors, only {pickles[0]}, a pickle, which is not opened: it can run code. Load it where "
+            "you trust it and write it anew with `save_pretrained`; a checkpoint of mmdetection or detectron2 is read "
+            "by `uplvp convert`."
+        )
