@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 VERBS = {
+    "data": "a data set -> what is in it, COCO JSON, low-data splits",
     "label": "pictures and class names -> pseudo labels",
     "pretrain": "pseudo labels -> pre-trained segmenter",
     "finetune": "a few labels -> fine-tuned segmenter",

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from tempfile import TemporaryFile
 from typing import IO, Any
 
 from ..files import replacing, writing
 from .dataset import InstanceDataset, Row, RowStream, empty_objects
-from .errors import DataError
+from .errors import DataError, DataWarning
 from .fields import (
     finite_number,
     image_identifier,
@@ -77,6 +77,7 @@ class _Reader:
         self.categories = read_categories(content.get("categories", []), path)
         self.known = {category["id"] for category in self.categories}
         self.rows: dict[int | str, Row] = {}
+        self.annotation_ids: set[str] = set()
 
     def read_images(self) -> None:
         for index, entry in enumerate(require_list(self.content, "images", self.path)):
@@ -119,7 +120,7 @@ class _Reader:
         for index, entry in enumerate(entries):
             if not self._tolerantly(self._read_annotation, entry, f"annotations[{index}]"):
                 self.dropped += 1
-        if entries and self.dropped == len(entries):
+        if self.strict and entries and self.dropped == len(entries):
             raise DataError(
                 f"none of the {len(entries)} annotations has a usable mask; the first: {self.failures[0]['reason']}",
                 file=self.path,
@@ -135,6 +136,8 @@ class _Reader:
         path = self.path
         require(entry, ("image_id", "category_id", "segmentation"), path, where)
         where = f"{where} (id {entry['id']})" if "id" in entry else where
+        if not self.strict:
+            self._look_closer(entry, where)
         image_id = image_identifier(entry, "image_id", path, where)
         category_id = whole_number(entry, "category_id", path, where)
         if image_id not in self.rows:
@@ -161,6 +164,23 @@ class _Reader:
         }
         for key, value in values.items():  # all or none: a fault above leaves the lists of equal length
             row["objects"][key].append(value)
+
+    def _look_closer(self, entry: dict[str, Any], where: str) -> None:
+        """Warns of what is read all the same: an id that other tools take for one annotation, and polygons that are
+        clipped by more than rounding."""
+        if "id" in entry and str(entry["id"]) in self.annotation_ids:
+            warnings.warn(DataWarning(f"the id {entry['id']!r} occurs twice", self.path, where), stacklevel=2)
+        self.annotation_ids.add(str(entry.get("id")))
+        row, parts = self.rows.get(entry["image_id"]), entry["segmentation"]
+        for part in parts if row is not None and isinstance(parts, list) else ():
+            if polygon_fault(part, row["height"], row["width"]) is not None:
+                continue  # is listed as broken
+            for name, values, size in (("x", part[0::2], row["width"]), ("y", part[1::2], row["height"])):
+                if min(values) < -1 or max(values) > size + 1:
+                    reason = (
+                        f"a polygon reaches from {name} = {min(values):g} to {max(values):g} in a picture of {size}"
+                    )
+                    warnings.warn(DataWarning(f"{reason} px; it is clipped", self.path, where), stacklevel=2)
 
     def _bbox(self, entry: dict[str, Any], rle: dict[str, Any], changed: bool, where: str) -> list[float]:
         bbox = entry.get("bbox")
@@ -219,11 +239,16 @@ def _official(path: str) -> str:
     return name if name in OFFICIAL_COUNTS and not stem.startswith(name[5:]) else ""
 
 
-def write_coco(dataset: InstanceDataset | RowStream, path: str | os.PathLike[str]) -> None:
+def write_coco(
+    dataset: InstanceDataset | RowStream,
+    path: str | os.PathLike[str],
+    progress: Callable[[Iterable[Row]], Iterable[Row]] = lambda rows: rows,
+) -> tuple[int, int]:
     """Write rows as a COCO instance file (with a `score` in each annotation), all of it or nothing, a row at a time.
 
     `read_coco` gives the same rows again, given the folder that the file names are relative to. Every row is asked for
-    once; annotations wait in a temporary file until the images are written. Raises DataError when an image id occurs
+    once; annotations wait in a temporary file until the images are written. `progress` wraps the rows, such as
+    `tqdm.tqdm`. Returns the numbers of pictures and of objects written. Raises DataError when an image id occurs
     twice, ValueError for numbers that JSON cannot hold (nan), OSError when it cannot be written.
     """
     path = os.path.abspath(os.fspath(path))
@@ -236,7 +261,7 @@ def write_coco(dataset: InstanceDataset | RowStream, path: str | os.PathLike[str
         TemporaryFile("w+", encoding="utf-8", dir=os.path.dirname(path)) as rest,
     ):
         stream.write('{"images": [')
-        for row in dataset:
+        for row in progress(dataset):
             if row["image_id"] in seen:
                 raise DataError(f"image id {row['image_id']!r} occurs twice", file=dataset.name or None)
             entry = {"id": row["image_id"], **{key: row[key] for key in ("file_name", "width", "height")}}
@@ -251,6 +276,7 @@ def write_coco(dataset: InstanceDataset | RowStream, path: str | os.PathLike[str
         rest.seek(0)
         shutil.copyfileobj(rest, stream)
         stream.write(f'], "categories": {json.dumps(dataset.categories)}}}\n')
+    return len(seen), number
 
 
 def _write_entry(stream: IO[str], entry: dict[str, Any], first: bool) -> None:

@@ -174,7 +174,7 @@ def load_dataset_rows(
             default pictures are opened when they are used, and `load_image` raises ImageError then.
         unlabelled: the pictures alone are of interest: annotations are not read, and none are needed.
         format: one of `FORMATS`, where the path could be several; None: what it looks like.
-        strict: False lists faulty entries of a COCO file in `failures` instead of raising at the first.
+        strict: False lists faulty entries of a COCO file or a store in `failures` instead of raising at the first.
 
     Raises DataError for a path that is none of these or could be several, and as the readers do.
     """
@@ -240,5 +240,5 @@ def _load_files(
     if kind == "coco":
         return _read_coco(_find_annotations(path, split) if folder else path, images, unlabelled, strict)
     if kind == "store":
-        return read_store(path, images)
+        return read_store(path, images, strict)
     return read_path_list(path) if kind == "list" else read_image_folder(path)

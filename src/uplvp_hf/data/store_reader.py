@@ -108,19 +108,23 @@ def _read_row(entry: Any, image_root: str | None, known: set[int], file: str, wh
     )
 
 
-def read_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> InstanceDataset:
+def read_store(
+    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None, strict: bool = True
+) -> InstanceDataset:
     """Read a pseudo-label store.
 
     Args:
         path: a folder with `header.json` and shards `rows-00000-00000.jsonl`; other files are left alone.
         images: the folder that relative picture paths start from; None: the header's `image_root`, which, if it is
             relative itself, starts from `path`.
+        strict: False lists rows that are faulty in `failures` and goes on, where otherwise the first raises; a line
+            that is not JSON raises all the same.
 
     The data set has the categories of the header, and what the files `failures*.jsonl` list as `failures`.
     Raises DataError, naming file and line, for a bad header, no rows, lines that are not JSON, missing keys, lists of
     unequal length, unknown categories, RLEs of another size than the picture, and an image id in two rows.
     """
-    stream = stream_store(path, images)
+    stream = stream_store(path, images, strict)
     rows = list(stream)
     # A run that was killed has had no time to strike out the pictures that it labelled at its second attempt.
     labelled = {row["image"] for row in rows} | {row["file_name"] for row in rows}
@@ -128,7 +132,9 @@ def read_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | No
     return InstanceDataset(rows, stream.categories, stream.name, failures)
 
 
-def stream_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None) -> RowStream:
+def stream_store(
+    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None, strict: bool = True
+) -> RowStream:
     """As `read_store`, with one shard in memory at a time; errors of the rows are met when they are reached."""
     path = os.path.abspath(os.fspath(path))
     header = read_header(path)
@@ -136,14 +142,23 @@ def stream_store(path: str | os.PathLike[str], images: str | os.PathLike[str] | 
     known = {category["id"] for category in categories}
     root = os.fspath(images) if images is not None else header.get("image_root")
     image_root = None if root is None else os.path.join(path, root) if images is None else os.path.abspath(root)
-    return RowStream(lambda: _rows(path, image_root, known), categories, path, read_failures(path))
+    failures = read_failures(path)
+    faults = None if strict else failures
+    return RowStream(lambda: _rows(path, image_root, known, faults), categories, path, failures)
 
 
-def _rows(path: str, image_root: str | None, known: set[int]) -> Iterator[Row]:
+def _rows(path: str, image_root: str | None, known: set[int], faults: list[dict[str, Any]] | None) -> Iterator[Row]:
+    """faults: list for those of single rows; None: the first is raised."""
     seen: dict[int | str, str] = {}
     for file in shard_files(path):
         for where, entry in _lines(file):
-            row = _read_row(entry, image_root, known, file, where)
+            try:
+                row = _read_row(entry, image_root, known, file, where)
+            except DataError as error:
+                if faults is None:
+                    raise
+                faults.append({"file": file, "row": error.row or where, "reason": error.reason})
+                continue
             if row["image_id"] in seen:
                 raise DataError(
                     f"image id {row['image_id']!r} is also in {seen[row['image_id']]}",
