@@ -1,0 +1,12 @@
+"""Arms x seeds x segmenters with few labels: is pre-training worth it? `uplvp benchmark` as a script.
+
+    python scripts/run_low_data_benchmark.py --recipe scenes_cpu --output runs/scenes --workers 2
+    python scripts/run_low_data_benchmark.py --recipe animals7_cpu --data DATA --var weights=WEIGHTS --output runs/animals7
+"""
+
+import sys
+
+from uplvp_hf.commands.benchmark import main
+
+if __name__ == "__main__":
+    sys.exit(main())

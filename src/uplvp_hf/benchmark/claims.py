@@ -1,0 +1,87 @@
+"""Whether rows of a benchmark support what the papers claim: differences between two arms, paired over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# What is claimed (SP and UPLVP, papers and released ablation settings), the arm that should be better, and the other.
+# Arms go by the names that they have in the recipes of this folder.
+CLAIMS = (
+    ("pre-training beats the supervised backbone, equal fine-tuning steps", "full", "scratch"),
+    ("pre-training beats the supervised backbone, equal total steps", "full", "scratch total"),
+    ("a quarter of the fine-tuning steps beats the full schedule without pre-training", "full quarter", "scratch"),
+    ("pseudo labels alone help", "pseudo", "scratch"),
+    ("prompts add to pseudo labels", "prompts", "pseudo"),
+    ("kernel supervision adds to prompts", "full", "prompts"),
+    ("cosine matching is at least sequential", "full", "full sequential"),
+    ("sequential matching is at least random", "full sequential", "full random"),
+    ("names in the pseudo labels help", "full", "full agnostic"),
+    ("keeping the class head helps", "full", "full new head"),
+)
+
+
+@dataclass
+class Verdict:
+    """differences: AP (0 to 1) of the better arm less that of the other, one a seed that both have."""
+
+    claim: str
+    better: str
+    worse: str
+    segmenter: str
+    labels_per_class: int
+    differences: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.differences)
+
+    @property
+    def error(self) -> float | None:
+        """Standard error of the mean over seeds; None for one seed."""
+        count = len(self.differences)
+        return statistics.stdev(self.differences) / count**0.5 if count > 1 else None
+
+    @property
+    def word(self) -> str:
+        """`supported` or `contradicted` where the mean is more than two standard errors from zero, else `undecided`."""
+        if self.error is None or abs(self.mean) <= 2 * self.error:
+            return "undecided"
+        return "supported" if self.mean > 0 else "contradicted"
+
+
+def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
+    """A verdict for every claim, segmenter and number of labels for which both arms have runs with the same seed."""
+    found: dict[tuple[str, str, int], dict[int, float]] = {}
+    for row in rows:
+        if row["metrics"]["AP"] is not None and not row["class_agnostic"]:
+            key = (row["segmenter"], row["arm"], row["labels_per_class"])
+            found.setdefault(key, {})[row["seed"]] = row["metrics"]["AP"]
+    places = sorted({(segmenter, count) for segmenter, _, count in found}, key=lambda place: (place[0], place[1]))
+    verdicts = []
+    for claim, better, worse in CLAIMS:
+        for segmenter, count in places:
+            ours, theirs = found.get((segmenter, better, count), {}), found.get((segmenter, worse, count), {})
+            seeds = sorted(set(ours) & set(theirs))
+            if seeds:
+                differences = [ours[seed] - theirs[seed] for seed in seeds]
+                verdicts.append(Verdict(claim, better, worse, segmenter, count, differences))
+    return verdicts
+
+
+def claims_table(verdicts: Sequence[Verdict]) -> str:
+    """Markdown: difference in AP points, its standard error, seeds in favour, verdict."""
+    lines = [
+        "| claim | segmenter | labels a class | difference in AP | seeds in favour | verdict |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for one in verdicts:
+        spread = "" if one.error is None else f" ± {100 * one.error:.1f}"
+        won = f"{sum(value > 0 for value in one.differences)} of {len(one.differences)}"
+        lines.append(
+            f"| {one.claim} (`{one.better}` - `{one.worse}`) | {one.segmenter} | {one.labels_per_class} | "
+            f"{100 * one.mean:+.1f}{spread} | {won} | {one.word} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,134 @@
+"""Tables and figures of the papers from rows: AP with deviation, AP against steps, ablation bars, maps of queries."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.compare import Arm, Comparison, Point
+from ..evaluation.compare_page import draw_curves, figure_bytes
+from ..files import replacing, write_text
+from .claims import claims_table, judge
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Rows = Sequence[dict[str, Any]]
+_BARS = "#0072B2"
+
+
+def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | None = None) -> str:
+    """Writes results.md, and curves_*, ablation_* and, of `maps`, queries_*, as .svg and .png; returns the text.
+
+    maps: segmenter -> arm -> mean masks of the queries (Q, h, w). Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("no finished run, so there is nothing to show yet")
+    figures: dict[str, Figure] = {}
+    for segmenter in _in_order(rows, "segmenter"):
+        own = [row for row in rows if row["segmenter"] == segmenter]
+        for count in sorted({row["labels_per_class"] for row in own} - {0}):
+            chosen = [row for row in own if row["labels_per_class"] == count]
+            name = f"{_file_name(segmenter)}_{count}"
+            figures[f"curves_{name}"] = draw_curves(curves_of(chosen))
+            if len(_in_order(chosen, "arm")) > 2:
+                figures[f"ablation_{name}"] = draw_bars(chosen, f"{segmenter}, {count} labelled pictures a class")
+    figures |= {f"queries_{_file_name(name)}": draw_activations(own) for name, own in (maps or {}).items()}
+    for name, figure in figures.items():
+        for suffix in ("svg", "png"):
+            with replacing(output / f"{name}.{suffix}", "wb") as stream:
+                stream.write(figure_bytes(figure, suffix))
+    text = "\n\n".join([*(results_table(rows, one) for one in _in_order(rows, "segmenter")), claims_table(judge(rows))])
+    write_text(output / "results.md", text + "\n")
+    return text
+
+
+def results_table(rows: Rows, segmenter: str) -> str:
+    """Markdown: an arm a line, AP / AP50 in per cent by labels a class, mean and deviation over seeds."""
+    own = [row for row in rows if row["segmenter"] == segmenter]
+    counts = sorted({row["labels_per_class"] for row in own} - {0})
+    head = [f"{segmenter}: arm", *(f"{count} labels a class" for count in counts), "fine-tuning steps", "runs"]
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for arm in _in_order(own, "arm"):
+        chosen = [row for row in own if row["arm"] == arm]
+        cells = [_cell([row for row in chosen if row["labels_per_class"] == count]) for count in counts]
+        if all(row["labels_per_class"] == 0 for row in chosen):  # no human label: one number for all columns
+            cells = [_cell(chosen)] * len(counts)
+        steps = sorted({row["finetune"]["steps"] if row["finetune"] else 0 for row in chosen})
+        name = arm + (" (class-agnostic AP)" if any(row["class_agnostic"] for row in chosen) else "")
+        lines.append("| " + " | ".join([name, *cells, ", ".join(map(str, steps)), str(len(chosen))]) + " |")
+    return "\n".join(lines)
+
+
+def _cell(rows: Rows) -> str:
+    return f"{mean_text(rows, 'AP')} / {mean_text(rows, 'AP50')}" if rows else "-"
+
+
+def mean_text(rows: Rows, metric: str) -> str:
+    """`39.9 (1.4)`: mean and standard deviation (n - 1) over rows, in per cent."""
+    values = [100 * row["metrics"][metric] for row in rows if row["metrics"][metric] is not None]
+    if not values:
+        return "-"
+    spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def curves_of(rows: Rows) -> Comparison:
+    """The arms of rows of one segmenter and number of labels, for `draw_curves`: AP against fine-tuning steps."""
+    arms = []
+    for name in _in_order(rows, "arm"):
+        own = [row for row in rows if row["arm"] == name and not row["class_agnostic"]]
+        shared = set.intersection(*(set(row["curve"]) for row in own)) if own else set()
+        steps = sorted(map(int, shared))
+        points = [Point(step, step, [row["curve"][str(step)] for row in own]) for step in steps]
+        if points:
+            arms.append(Arm(name, own, points, points[-1]))
+    return Comparison(arms, "AP", "steps", [])
+
+
+def draw_bars(rows: Rows, title: str) -> Figure:
+    """Final AP of every arm, mean and deviation over seeds, and a dot for each seed."""
+    from matplotlib.figure import Figure
+
+    names = _in_order(rows, "arm")
+    figure = Figure(figsize=(7.5, 0.7 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for place, name in enumerate(names):
+        values = [100 * row["metrics"]["AP"] for row in rows if row["arm"] == name and row["metrics"]["AP"] is not None]
+        spread = statistics.stdev(values) if len(values) > 1 else 0
+        axes.barh(place, statistics.mean(values), xerr=spread, color=_BARS, alpha=0.55, height=0.7, capsize=2)
+        axes.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("mask AP (%)")
+    axes.set_title(title, fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def draw_activations(maps: dict[str, Any], columns: int = 20) -> Figure:
+    """Mean mask of every query, an arm a line. maps: arm -> (Q, h, w); each is drawn from its least to its greatest."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, *(len(one) for one in maps.values()))
+    figure = Figure(figsize=(0.55 * columns + 1.2, 0.75 * len(maps)), layout="constrained")
+    grid = figure.subplots(len(maps), columns, squeeze=False)
+    for line, (name, queries) in zip(grid, maps.items(), strict=True):
+        for axes, query in zip(line, queries, strict=False):
+            axes.imshow(query, cmap="viridis")
+            axes.set_xticks([])
+            axes.set_yticks([])
+        line[0].set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
+    return figure
+
+
+def _in_order(rows: Rows, key: str) -> list[str]:
+    """Values of `key`, in the order in which they first occur."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"\W+", "_", name)

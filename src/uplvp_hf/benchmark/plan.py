@@ -1,0 +1,141 @@
+"""From a benchmark to its jobs: what is labelled, pre-trained and fine-tuned, once each, and in which order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..training.config import TrainSettings, load_settings
+from .recipe import Arm, Benchmark
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the data of a benchmark lies, as settings of training (`train`, `train_split`, ... without `data.`).
+
+    train, val: the labelled pictures and those to evaluate on. unlabelled: arguments of `load_dataset_rows` for the
+    pictures that are labelled and pre-trained on.
+    """
+
+    train: dict[str, str]
+    val: dict[str, str]
+    unlabelled: dict[str, str]
+
+
+@dataclass
+class Job:
+    """Something that is done once and leaves a folder. kind: label, pretrain, finetune or evaluate.
+
+    folder: in the output, also the job's name. needs: folders of jobs that come first. settings: of a training.
+    row: what the line of results says about the job, for finetune and evaluate. label_set: name, of a label job.
+    """
+
+    kind: str
+    folder: str
+    needs: tuple[str, ...] = ()
+    settings: TrainSettings | None = None
+    row: dict[str, Any] = field(default_factory=dict)
+    label_set: str = ""
+
+
+def make_plan(benchmark: Benchmark, output: Path, sources: Sources) -> list[Job]:
+    """All jobs, each after those that it needs; seed by seed, so that an unfinished benchmark has complete seeds.
+
+    Raises ConfigError for settings that no training takes.
+    """
+    jobs: dict[str, Job] = {}
+    for seed in benchmark.seeds:
+        for segmenter in benchmark.segmenters:
+            for name, arm in benchmark.arms.items():
+                if seed in (arm.seeds or [seed]) and segmenter in (arm.segmenters or [segmenter]):
+                    for job in _arm_jobs(benchmark, output, sources, segmenter, name, arm, seed):
+                        jobs.setdefault(job.folder, job)
+    return list(jobs.values())
+
+
+def _arm_jobs(
+    benchmark: Benchmark, output: Path, sources: Sources, segmenter: str, name: str, arm: Arm, seed: int
+) -> list[Job]:
+    counts = [count for count in benchmark.labels_per_class if count in (arm.labels_per_class or [count])]
+    if not counts:
+        return []
+    jobs, needs, start = [], (), {}
+    if arm.labels is not None:
+        pretrain_seed = min(benchmark.seeds) if benchmark.shared_pretraining else seed
+        before = _pretrain_jobs(benchmark, output, sources, segmenter, arm, pretrain_seed)
+        jobs += before
+        needs, start = (before[-1].folder,), {"model.init": str(output / before[-1].folder)}
+    said = {"benchmark": benchmark.name, "segmenter": segmenter, "arm": name, "labels": arm.labels, "seed": seed}
+    if arm.steps == 0:
+        folder = f"runs/{segmenter}/{name}/seed{pretrain_seed}".replace(" ", "_")
+        row = {**said, "seed": pretrain_seed, "labels_per_class": 0}
+        settings = _finetune_settings(benchmark, output / folder, sources, segmenter, arm, pretrain_seed, 1, start)
+        return [*jobs, Job("evaluate", folder, needs, settings, row)]
+    for count in counts:
+        folder = f"runs/{segmenter}/{name}/{count}_labels_seed{seed}".replace(" ", "_")
+        settings = _finetune_settings(benchmark, output / folder, sources, segmenter, arm, seed, count, start)
+        jobs.append(Job("finetune", folder, needs, settings, {**said, "labels_per_class": count}))
+    return jobs
+
+
+def _pretrain_jobs(
+    benchmark: Benchmark, output: Path, sources: Sources, segmenter: str, arm: Arm, seed: int
+) -> list[Job]:
+    labels = benchmark.labels[arm.labels]
+    jobs, needs = [], ()
+    if labels.truth:
+        data = {f"data.{_TRAIN_KEYS[key]}": value for key, value in sources.unlabelled.items()}
+    elif labels.store is not None:
+        data = {"data.train": labels.store}
+    else:
+        folder = f"labels/{arm.labels}".replace(" ", "_")
+        jobs.append(Job("label", folder, label_set=arm.labels))
+        needs, data = (folder,), {"data.train": str(output / folder)}
+    recipes = benchmark.segmenters[segmenter]
+    values = {**benchmark.settings, **recipes.settings, **benchmark.pretrain, **arm.pretrain, **data}
+    values |= {"seed": seed, "stage": "pretrain"}
+    # Arms that describe it alike share it: the name holds what it depends on.
+    digest = hashlib.sha256(json.dumps([recipes.pretrain, arm.labels, values], sort_keys=True).encode()).hexdigest()
+    folder = f"pretrain/{segmenter}_{arm.labels}_{digest[:8]}_seed{seed}".replace(" ", "_")
+    settings = _settings(recipes.pretrain, values, output / folder)
+    return [*jobs, Job("pretrain", folder, needs, settings)]
+
+
+_TRAIN_KEYS = {"path": "train", "split": "train_split", "images": "train_images"}
+
+
+def _finetune_settings(
+    benchmark: Benchmark,
+    folder: Path,
+    sources: Sources,
+    segmenter: str,
+    arm: Arm,
+    seed: int,
+    count: int,
+    start: Mapping[str, Any],
+) -> TrainSettings:
+    recipes = benchmark.segmenters[segmenter]
+    values = {**benchmark.settings, **recipes.settings, **benchmark.finetune, **arm.finetune, **start}
+    values |= {f"data.{key}": value for key, value in {**sources.train, **sources.val}.items()}
+    values |= {"data.labels_per_class": count, "data.split_seed": seed, "seed": seed, "stage": "finetune"}
+    steps = _settings(recipes.finetune, values, folder).optim.steps
+    if arm.equal_total:
+        steps += _usual_pretrain_steps(benchmark, segmenter)
+    steps = max(1, round(steps * (arm.steps or 1)))
+    values |= {"optim.steps": steps, "evaluation.at": sorted({max(1, round(steps * part)) for part in benchmark.curve})}
+    return _settings(recipes.finetune, values, folder)
+
+
+def _usual_pretrain_steps(benchmark: Benchmark, segmenter: str) -> int:
+    recipes = benchmark.segmenters[segmenter]
+    values = {**benchmark.settings, **recipes.settings, **benchmark.pretrain, "stage": "pretrain"}
+    return _settings(recipes.pretrain, values, Path("unused")).optim.steps
+
+
+def _settings(recipe: str, values: Mapping[str, Any], output: Path) -> TrainSettings:
+    words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+    return load_settings(recipe, words, output=str(output))

@@ -1,0 +1,215 @@
+"""What a low-data benchmark runs: a YAML file of data, label sets, segmenters and arms.
+
+    name: animals7
+    variables: {data: null, weights: null}       # filled by --var data=DIR --var weights=FILE; null has to be given
+    data: {train: "${data}", train_split: train, val: "${data}", val_split: val}
+    labels:                                      # label sets that arms pre-train on
+      named: {label: {labeler: foreground, backbone: "timm:mobilenetv2_100", namer: classifier}}   # `uplvp label`
+      truth: {truth: true}                       # the true masks of the unlabelled pictures: an upper bound
+    segmenters:
+      mask2former: {pretrain: small_pretrain, finetune: small_finetune}       # recipes of training
+    settings: {data.size: 160}                   # section.key: value, of every training
+    pretrain: {optim.steps: 400}                 # of every pre-training
+    finetune: {optim.steps: 200}                 # of every fine-tuning
+    arms:
+      scratch: {}
+      full: {labels: named}
+      no prompts: {labels: named, pretrain: {model.prompt_matching: none}}
+    labels_per_class: [5, 10, 20]
+    seeds: [0, 1, 2]
+
+Pre-training is shared by all arms that describe it alike, labelling by all that name the same label set.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..training.config import ConfigError
+from ..training.settings_file import build_settings, merge_words
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+_NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")
+
+
+@dataclass
+class BenchmarkData:
+    """train, val: as `data.train` and `data.val` of training; labels of `train` are drawn from it, `val` is only
+    evaluated on. unlabelled: pictures for label sets and pre-training; None: those of `train`, without their labels.
+    scenes: counts {unlabelled, train, val} of synthetic scenes that are generated in place of all that.
+    """
+
+    train: str | None = None
+    train_split: str | None = None
+    train_images: str | None = None
+    val: str | None = None
+    val_split: str | None = None
+    val_images: str | None = None
+    unlabelled: str | None = None
+    scenes: dict[str, Any] | None = None
+
+
+@dataclass
+class LabelSet:
+    """One of: store, a pseudo-label store (or COCO file) that exists; label, the arguments of `uplvp label` by name
+    (lists repeat an argument, true is a flag, `set` holds --set values); truth, the labels of the unlabelled pictures.
+    """
+
+    store: str | None = None
+    label: dict[str, Any] | None = None
+    truth: bool = False
+
+
+@dataclass
+class SegmenterRecipes:
+    """Recipes of training by name or file, and settings (section.key: value) of both stages with this segmenter."""
+
+    pretrain: str = ""
+    finetune: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Arm:
+    """labels: the label set to pre-train on; None: no pre-training. pretrain, finetune: settings of this arm alone.
+
+    steps: fine-tuning steps as a factor of the usual number; 0 evaluates the pre-trained model as it is. equal_total:
+    as many steps more as a pre-training takes. segmenters, labels_per_class, seeds: of the benchmark's, only those that
+    are named here. about: for tables.
+    """
+
+    labels: str | None = None
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    steps: float = 1.0
+    equal_total: bool = False
+    segmenters: list[str] | None = None
+    labels_per_class: list[int] | None = None
+    seeds: list[int] | None = None
+    about: str = ""
+
+
+@dataclass
+class Benchmark:
+    """A whole benchmark, see the head of this file.
+
+    shared_pretraining: one pre-training (seed 0) for all fine-tuning seeds; otherwise one a seed. curve: fractions of
+    the fine-tuning steps at which `val` is evaluated, the end apart. validation: fraction of the training pictures
+    that stand in for `val` and are kept out of everything else, to choose settings by. variables: what `${name}` in
+    any text stands for; null has to be given.
+    """
+
+    name: str = ""
+    variables: dict[str, Any] = field(default_factory=dict)
+    data: BenchmarkData = field(default_factory=BenchmarkData)
+    labels: dict[str, LabelSet] = field(default_factory=dict)
+    segmenters: dict[str, SegmenterRecipes] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    pretrain: dict[str, Any] = field(default_factory=dict)
+    finetune: dict[str, Any] = field(default_factory=dict)
+    labels_per_class: list[int] = field(default_factory=lambda: [10])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    shared_pretraining: bool = False
+    curve: list[float] = field(default_factory=lambda: [0.25, 0.5])
+    validation: float = 0.0
+
+    def __post_init__(self) -> None:
+        for section in ("name", "segmenters", "arms", "seeds", "labels_per_class"):
+            if not getattr(self, section):
+                raise ConfigError(f"A benchmark needs `{section}`.")
+        for table in (self.arms, self.labels, self.segmenters, [self.name]):
+            for name in table:  # they become names of folders
+                if not _NAME.fullmatch(name):
+                    raise ConfigError(f"`{name}`: names are made of letters, digits and . _ + - with single spaces.")
+        if min(self.labels_per_class) < 1:
+            raise ConfigError(f"`labels_per_class` must be at least 1, got {self.labels_per_class}.")
+        if any(not 0 < part < 1 for part in self.curve):
+            raise ConfigError(f"`curve` holds fractions of the steps, between 0 and 1, got {self.curve}.")
+        if not 0 <= self.validation < 1:
+            raise ConfigError(f"`validation` is a fraction of the training pictures, got {self.validation}.")
+        if self.data.scenes is None and not (self.data.train and self.data.val):
+            raise ConfigError("`data` needs `train` and `val`, or `scenes`.")
+        for name, labels in self.labels.items():
+            if sum((labels.store is not None, labels.label is not None, labels.truth)) != 1:
+                raise ConfigError(f"`labels.{name}` needs one of `store`, `label` and `truth: true`.")
+            if labels.label is not None and self.data.train_images and not self.data.unlabelled:
+                raise ConfigError(f"`labels.{name}.label` with `data.train_images` needs `data.unlabelled`, a folder.")
+        for name, arm in self.arms.items():
+            self._check_arm(name, arm)
+
+    def _check_arm(self, name: str, arm: Arm) -> None:
+        if arm.labels is not None and arm.labels not in self.labels:
+            known = ", ".join(self.labels) or "none"
+            raise ConfigError(f"`arms.{name}.labels`: no label set `{arm.labels}`; there are: {known}.")
+        if arm.steps < 0 or (arm.steps == 0 and arm.labels is None):
+            raise ConfigError(f"`arms.{name}.steps`: 0 needs `labels`, as only a pre-trained model can be evaluated.")
+        if arm.pretrain and arm.labels is None:
+            raise ConfigError(f"`arms.{name}.pretrain` has no effect without `labels`.")
+
+
+def load_benchmark(
+    recipe: str,
+    words: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+    arms: Sequence[str] | None = None,
+    segmenters: Sequence[str] | None = None,
+) -> Benchmark:
+    """A benchmark from a YAML file, or the name of one that ships with the package, and `section.key=value` words.
+
+    arms, segmenters: some of the recipe's only.
+
+    Raises ConfigError for a missing file, an unknown key, a wrong value, and a variable without a value.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        shipped = Path(str(resources.files("uplvp_hf.benchmark") / "recipes"))
+        known = sorted(file.stem for file in shipped.glob("*.yaml"))
+        if recipe not in known:
+            raise ConfigError(f"No benchmark recipe `{recipe}`. Shipped: {', '.join(known)}.")
+        path = shipped / f"{recipe}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value`.")
+    known = dict(content.get("variables") or {})
+    for name, value in (variables or {}).items():
+        if name not in known:
+            raise ConfigError(f"{path} has no variable `{name}`; it has: {', '.join(known) or 'none'}.")
+        known[name] = value
+    content["variables"] = known
+    merge_words(content, list(words))
+    content = _filled_in(content, known, str(path))
+    for table, chosen in (("arms", arms), ("segmenters", segmenters)):
+        further = sorted(set(chosen or ()) - set(content.get(table) or ()))
+        if further:
+            raise ConfigError(f"{path} has no {table} {further}; it has: {', '.join(content.get(table) or ())}.")
+        if chosen:
+            content[table] = {name: content[table][name] for name in content[table] if name in chosen}
+    return build_settings(Benchmark, content)
+
+
+def _filled_in(value: Any, variables: Mapping[str, Any], path: str) -> Any:
+    """`value` with every `${name}` in it, at any depth, replaced."""
+    if isinstance(value, dict):
+        return {key: item if key == "variables" else _filled_in(item, variables, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled_in(item, variables, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match) -> str:
+        if variables.get(match[1]) is None:
+            raise ConfigError(f"{path} needs the variable `{match[1]}`: give --var {match[1]}=VALUE.")
+        return str(variables[match[1]])
+
+    return _VARIABLE.sub(replace, value)

@@ -1,0 +1,132 @@
+"""Rows of results: one JSON object a run, with everything that is needed to judge or repeat it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..evaluation.predictor import METRICS, evaluate_model, load_segmenter
+from ..files import write_json_lines
+from ..training.build import build_data
+from ..training.config import TrainSettings
+from .activations import query_activations, spread
+from .plan import Job
+
+QUERY_MAPS = "query_maps.safetensors"  # `query_activations` of a run
+_DIGITS = 5  # of AP: more than any difference that counts
+
+
+def make_row(folder: Path, job: Job) -> dict[str, Any]:
+    """The row of a finished fine-tuning, or of a pre-trained model that is evaluated here as it is."""
+    own = folder / job.folder
+    before = [json.loads((folder / need / "training_summary.json").read_text()) for need in job.needs]
+    _, val = build_data(job.settings.data)
+    if job.kind == "finetune":
+        summary = json.loads((own / "training_summary.json").read_text())
+        evaluations, model_folder = summary["evaluations"], own
+        model, processor = load_segmenter(str(model_folder))
+    else:
+        model, processor = load_segmenter(str(folder / job.needs[0]))
+        agnostic = before[0]["settings"]["model"]["class_agnostic"]
+        metrics = evaluate_model(model, processor, val, class_agnostic=agnostic, progress=False)
+        summary, evaluations = None, {"0": metrics | {"class_agnostic": agnostic}}
+    last = evaluations[max(evaluations, key=int)]
+    maps = query_activations(model, processor, val)
+    own.mkdir(parents=True, exist_ok=True)
+    save_file({"maps": maps}, own / QUERY_MAPS)
+    return {
+        **job.row,
+        "metrics": {name: _rounded(last[name]) for name in METRICS},
+        "per_class": {name: _rounded(value) for name, value in last["per_class"].items()},
+        "class_agnostic": last.get("class_agnostic", job.settings.evaluation.class_agnostic),
+        "curve": {step: _rounded(metrics["AP"]) for step, metrics in evaluations.items()},
+        "query_spread": spread(maps),
+        "pretrain": _stage(before[0]) if before else None,
+        "finetune": _stage(summary) if summary else None,
+        "pictures": {"train": summary["pictures"] if summary else 0, "val": len(val)},
+        "parameters": before[0]["parameters"] if summary is None else summary["parameters"],
+        "hardware": (summary or before[0])["hardware"],
+        **source_revision(),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, _DIGITS)
+
+
+def _stage(summary: dict[str, Any]) -> dict[str, Any]:
+    """Steps, seconds and settings (those that are not the defaults, without paths) of a training."""
+    settings, usual = summary["settings"], TrainSettings().to_dict()
+    changed: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            changed |= {f"{key}.{name}": item for name, item in value.items() if item != usual[key].get(name)}
+        elif value != usual[key]:
+            changed[key] = value
+    paths = ("output", "data.train", "data.val", "data.train_images", "data.val_images", "model.init")
+    changed = {key: value for key, value in changed.items() if key not in (*paths, "model.backbone_weights")}
+    return {"steps": settings["optim"]["steps"], "seconds": summary["seconds"], "settings": changed}
+
+
+@cache
+def source_revision() -> dict[str, Any]:
+    """Version of the library, and the git revision of its source where it is a repository (`+` where changed)."""
+    from .. import __version__
+
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str | None:
+        try:
+            return subprocess.run(
+                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
+
+    revision = git("rev-parse", "--short=12", "HEAD")
+    if revision and git("status", "--porcelain", "--untracked-files=no"):
+        revision += "+"
+    return {"version": __version__, "revision": revision}
+
+
+def write_rows(folder: Path, jobs: Sequence[Job]) -> list[dict[str, Any]]:
+    """Collects the rows of all finished runs into `rows.jsonl`, those of the plan first and in its order."""
+    planned = [folder / job.folder / "row.json" for job in jobs if job.row]
+    files = dict.fromkeys([*(file for file in planned if file.is_file()), *sorted(folder.glob("runs/*/*/*/row.json"))])
+    rows = [json.loads(file.read_text()) for file in files]
+    write_json_lines(folder / "rows.jsonl", rows)
+    return rows
+
+
+def read_query_maps(folder: Path, jobs: Sequence[Job]) -> dict[str, dict[str, torch.Tensor]]:
+    """segmenter -> arm -> maps (Q, h, w) of the first finished run of each arm, in the order of the plan."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for job in jobs:
+        file = folder / job.folder / QUERY_MAPS
+        if job.row and file.is_file():
+            found.setdefault(job.row["segmenter"], {}).setdefault(job.row["arm"], load_file(file)["maps"])
+    return found
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file; raises ValueError naming the line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["metrics"]["AP"], float | None) or not isinstance(row["segmenter"], str):
+                raise ValueError("AP is no number")
+            rows.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: no row of a benchmark ({error})") from error
+    return rows
+
+
+__all__ = ["make_row", "read_rows", "source_revision", "write_rows"]

@@ -1,0 +1,221 @@
+"""Runs the jobs of a benchmark, in one process or several; what is finished is not repeated, what broke off resumes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import multiprocessing
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..files import write_json, write_text
+from ..training.config import ConfigError
+from .figures import write_results
+from .plan import Job, make_plan
+from .recipe import Benchmark, LabelSet
+from .rows import make_row, read_query_maps, write_rows
+from .sources import prepare_sources
+
+logger = logging.getLogger(__name__)
+
+DONE = {"label": "finished.json", "pretrain": "training_summary.json", "finetune": "row.json", "evaluate": "row.json"}
+_PAUSE = 2.0  # seconds between looks, while others do what a job needs
+
+
+def run_benchmark(benchmark: Benchmark, output: str, workers: int = 1, progress: bool = True) -> str:
+    """Runs what is not finished yet, with `workers` processes of one job each; returns tables and verdicts as Markdown.
+
+    Several calls may share an output folder, also from several machines that share it: a job is locked while it runs.
+    A job that fails is reported, what needs it is left out, the others go on. Writes `rows.jsonl`, one line a run, and
+    what `write_results` draws.
+
+    Raises ConfigError when the folder holds another benchmark or a job failed, and as `prepare_sources` does.
+    """
+    folder = Path(output)
+    _claim(benchmark, folder)
+    with _lock(folder / "locks" / "data", wait=True):
+        sources = prepare_sources(benchmark, folder)
+    jobs = make_plan(benchmark, folder, sources)
+    for job in jobs:
+        (folder / job.folder / "error.txt").unlink(missing_ok=True)
+    logger.info("%d jobs, %d of them finished.", len(jobs), sum(is_done(folder, job) for job in jobs))
+    if workers == 1:
+        _work(benchmark, folder, jobs, progress)
+    else:
+        _work_together(benchmark, folder, jobs, workers)
+    rows = write_rows(folder, jobs)
+    text = write_results(rows, folder, read_query_maps(folder, jobs)) if rows else ""
+    failed = [job.folder for job in jobs if has_failed(folder, job)]
+    if failed:
+        raise ConfigError(
+            f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed[:5])}. error.txt in their folders says why; "
+            "the same command tries them again."
+        )
+    return text
+
+
+def show_plan(benchmark: Benchmark, folder: Path) -> str:
+    """The jobs, one a line, and what is finished of them. Makes the folder, and the data that is to be made."""
+    _claim(benchmark, folder)
+    jobs = make_plan(benchmark, folder, prepare_sources(benchmark, folder))
+    lines = [f"{'done' if is_done(folder, job) else '    '}  {job.kind:9} {job.folder}" for job in jobs]
+    return "\n".join([*lines, f"{len(jobs)} jobs"])
+
+
+def _claim(benchmark: Benchmark, folder: Path) -> None:
+    """Makes the folder this benchmark's own. More seeds, arms, labels and segmenters may be asked for later."""
+    marker = folder / "benchmark.json"
+    record = {"name": benchmark.name, "data": vars(benchmark.data), "validation": benchmark.validation}
+    if marker.is_file():
+        if json.loads(marker.read_text()) != record:
+            raise ConfigError(f"{folder} holds another benchmark, see {marker}: choose another output or remove it.")
+    elif folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} holds something that is not a benchmark's: choose another output.")
+    write_json(marker, record)
+
+
+def _work_together(benchmark: Benchmark, folder: Path, jobs: list[Job], workers: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_worker, args=(benchmark, folder, jobs)) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join()
+    except KeyboardInterrupt:
+        for process in processes:
+            process.terminate()
+        raise
+
+
+def _worker(benchmark: Benchmark, folder: Path, jobs: list[Job]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    _work(benchmark, folder, jobs, progress=False)
+
+
+def _work(benchmark: Benchmark, folder: Path, jobs: Sequence[Job], progress: bool) -> None:
+    """Takes the first job that is free and whose needs are met, until none is left that could be done."""
+    while waiting := [job for job in jobs if not is_done(folder, job) and not has_failed(folder, job)]:
+        if not any(_try(benchmark, folder, job, progress) for job in waiting if _is_ready(folder, jobs, job)):
+            if not any(_may_become_ready(folder, jobs, job) for job in waiting):
+                return
+            time.sleep(_PAUSE)
+
+
+def is_done(folder: Path, job: Job) -> bool:
+    return (folder / job.folder / DONE[job.kind]).is_file()
+
+
+def has_failed(folder: Path, job: Job) -> bool:
+    return (folder / job.folder / "error.txt").is_file()
+
+
+def _needs(jobs: Sequence[Job], job: Job) -> list[Job]:
+    return [other for other in jobs if other.folder in job.needs]
+
+
+def _is_ready(folder: Path, jobs: Sequence[Job], job: Job) -> bool:
+    return all(is_done(folder, need) for need in _needs(jobs, job))
+
+
+def _may_become_ready(folder: Path, jobs: Sequence[Job], job: Job) -> bool:
+    return all(
+        is_done(folder, need) or (not has_failed(folder, need) and _may_become_ready(folder, jobs, need))
+        for need in _needs(jobs, job)
+    )
+
+
+def _try(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> bool:
+    """Does a job unless another process is at it; whether it was done, or failed, here."""
+    with _lock(folder / "locks" / job.folder.replace("/", "__")) as free:
+        if not free or is_done(folder, job) or has_failed(folder, job):
+            return False
+        logger.info("%s ...", job.folder)
+        try:
+            _WORK[job.kind](benchmark, folder, job, progress)
+        except Exception as error:
+            write_text(folder / job.folder / "error.txt", traceback.format_exc())
+            logger.error("%s failed: %s", job.folder, error)
+        return True
+
+
+@contextmanager
+def _lock(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether the lock was free. It is given up with the process that holds it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def _label(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> None:
+    pictures = prepare_sources(benchmark, folder).unlabelled
+    words = [pictures["path"], *(["--split", pictures["split"]] if "split" in pictures else [])]
+    words += [*label_words(benchmark.labels[job.label_set]), "--output", str(folder / job.folder)]
+    # A process of its own: it frees what a CLIP takes.
+    command = [sys.executable, "-m", "uplvp_hf.cli", "label", *words, *([] if progress else ["--quiet"])]
+    began = time.perf_counter()
+    done = subprocess.run(command, capture_output=not progress, text=True)
+    if done.returncode:
+        said = (done.stderr or "").strip().splitlines()[-1:] or ["see above"]
+        raise ConfigError(f"labelling failed: {said[0]}")
+    record = {"seconds": round(time.perf_counter() - began, 1), "command": ["uplvp", "label", *words]}
+    write_json(folder / job.folder / DONE["label"], record)
+
+
+def label_words(labels: LabelSet) -> list[str]:
+    """`labels.NAME.label` of a recipe as words of `uplvp label`. `package:...` is a file of this package."""
+    words: list[str] = []
+    for key, value in labels.label.items():
+        name = f"--{key.replace('_', '-')}"
+        if key == "set":
+            words += [word for setting, number in value.items() for word in (name, f"{setting}={_word(number)}")]
+        elif isinstance(value, list):
+            words += [word for item in value for word in (name, _word(item))]
+        elif value is True:
+            words.append(name)
+        elif value not in (False, None):
+            words += [name, _word(value)]
+    return words
+
+
+def _word(value: Any) -> str:
+    text = str(value)
+    if text.startswith("package:"):
+        return str(resources.files("uplvp_hf") / text.removeprefix("package:"))
+    return text
+
+
+def _train(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> None:
+    from ..training.loop import train
+
+    train(job.settings, resume=(folder / job.folder / "settings.json").is_file(), progress=progress)
+
+
+def _finetune(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> None:
+    if not (folder / job.folder / "training_summary.json").is_file():
+        _train(benchmark, folder, job, progress)
+    write_json(folder / job.folder / DONE["finetune"], make_row(folder, job))
+
+
+def _evaluate(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> None:
+    write_json(folder / job.folder / DONE["evaluate"], make_row(folder, job))
+
+
+_WORK = {"label": _label, "pretrain": _train, "finetune": _finetune, "evaluate": _evaluate}

@@ -1,0 +1,81 @@
+"""`uplvp benchmark`: does pre-training pay with few labels? Arms x seeds x segmenters, tables and figures.
+
+    uplvp benchmark --recipe photos_cpu --data photos --var weights=mobilenetv2.safetensors --output runs/benchmark
+    uplvp benchmark --recipe photos_cpu --data photos --unlabelled more/ --labels-per-class 5 10 20 --seeds 0 1 2
+    uplvp benchmark --rows runs/benchmark/rows.jsonl --output figures     # tables and figures of rows that exist
+
+A second call goes on where the first stopped; more seeds or labels may be asked for then.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ._terminal import add_verbosity, run
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="uplvp benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--recipe", metavar="R", help="YAML file, or the name of a recipe that ships with the package")
+    source.add_argument("--rows", metavar="FILE", nargs="+", help="run nothing: draw these rows.jsonl")
+    parser.add_argument("--output", metavar="DIR", required=True, help="runs, rows.jsonl, tables and figures")
+    parser.add_argument("--data", metavar="DIR", help="folder with annotations/{train,val}.json and images/")
+    parser.add_argument("--unlabelled", metavar="DIR", help="pictures to pre-train on (default: the training pictures)")
+    parser.add_argument("--labels-per-class", type=int, nargs="+", metavar="N", help="labelled pictures of a class")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N")
+    parser.add_argument("--arms", nargs="+", metavar="NAME", help="some of the recipe's only")
+    parser.add_argument("--segmenters", nargs="+", metavar="NAME", help="some of the recipe's only")
+    parser.add_argument("--var", action="append", default=[], metavar="NAME=VALUE", help="a variable of the recipe")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with a job of its own (default: 1)")
+    parser.add_argument("--plan", action="store_true", help="print the jobs and run nothing")
+    parser.add_argument("words", nargs="*", metavar="section.key=value", help="settings of the benchmark")
+    add_verbosity(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
+    arguments = make_parser().parse_args(argv)
+    return run("benchmark", lambda: _benchmark(arguments), arguments.verbose, "run the same command again to go on")
+
+
+def _benchmark(arguments: argparse.Namespace) -> None:
+    output = Path(arguments.output)
+    if arguments.rows:
+        from uplvp_hf.benchmark.figures import write_results
+        from uplvp_hf.benchmark.rows import read_rows
+
+        print(write_results([row for path in arguments.rows for row in read_rows(Path(path))], output))
+        return
+    from uplvp_hf.benchmark.run import run_benchmark, show_plan
+
+    if arguments.workers < 1:
+        raise ValueError("--workers must be at least 1")
+    benchmark = _load(arguments)
+    if arguments.plan:
+        print(show_plan(benchmark, output))
+    else:
+        print(run_benchmark(benchmark, output, arguments.workers, not arguments.quiet))
+
+
+def _load(arguments: argparse.Namespace):
+    from uplvp_hf.benchmark.recipe import load_benchmark
+
+    variables = {}
+    for word in arguments.var:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"--var {word} is not of the form NAME=VALUE")
+        variables[name] = value
+    if arguments.data:
+        variables["data"] = arguments.data
+    words = list(arguments.words)
+    words += [f"data.unlabelled={arguments.unlabelled}"] if arguments.unlabelled else []
+    words += [f"labels_per_class={arguments.labels_per_class}"] if arguments.labels_per_class else []
+    words += [f"seeds={arguments.seeds}"] if arguments.seeds else []
+    return load_benchmark(arguments.recipe, words, variables, arguments.arms, arguments.segmenters)

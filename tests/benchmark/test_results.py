@@ -1,0 +1,93 @@
+"""Benchmarks: tables, verdicts and figures of rows, against a few lines of arithmetic."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from uplvp_hf.benchmark.activations import spread
+from uplvp_hf.benchmark.claims import CLAIMS, judge
+from uplvp_hf.benchmark.figures import results_table, write_results
+from uplvp_hf.benchmark.rows import read_rows
+
+
+def row(arm: str, seed: int, ap: float, labels: int = 10, segmenter: str = "knet", steps: int = 200) -> dict:
+    return {
+        "benchmark": "test", "segmenter": segmenter, "arm": arm, "seed": seed, "labels_per_class": labels,
+        "metrics": {"AP": ap, "AP50": 2 * ap}, "class_agnostic": False,
+        "curve": {str(steps // 2): ap / 2, str(steps): ap},
+        "finetune": {"steps": steps, "seconds": 1.0, "settings": {}}, "pretrain": None,
+    }  # fmt: skip
+
+
+ROWS = [row("scratch", seed, ap) for seed, ap in enumerate((0.10, 0.12, 0.11))]
+ROWS += [row("full", seed, ap) for seed, ap in enumerate((0.20, 0.23, 0.21))]
+ROWS += [row("pseudo", seed, ap) for seed, ap in enumerate((0.20, 0.05, 0.11))]
+
+
+def test_table():
+    table = results_table(ROWS, "knet").splitlines()
+    assert table[0] == "| knet: arm | 10 labels a class | fine-tuning steps | runs |"
+    assert table[2] == "| scratch | 11.0 (1.0) / 22.0 (2.0) | 200 | 3 |"
+    assert table[3] == "| full | 21.3 (1.5) / 42.7 (3.1) | 200 | 3 |"
+
+
+def test_verdicts_are_paired_over_seeds():
+    found = {(one.better, one.worse): one for one in judge(ROWS)}
+    full = found["full", "scratch"]
+    assert full.differences == pytest.approx([0.10, 0.11, 0.10])
+    assert full.error == pytest.approx(0.0057735 / math.sqrt(3), rel=1e-4)
+    assert full.word == "supported"
+    assert found["pseudo", "scratch"].word == "undecided"  # +10, -7 and 0 points
+    turned = [{**one, "arm": {"full": "scratch", "scratch": "full"}.get(one["arm"], one["arm"])} for one in ROWS]
+    assert next(one for one in judge(turned) if one.worse == "scratch").word == "contradicted"
+    assert judge([row("full", 0, 0.5), row("scratch", 1, 0.1)]) == []  # no seed in common
+    single = judge([row("full", 0, 0.5), row("scratch", 0, 0.1)])[0]
+    assert single.error is None and single.word == "undecided"
+
+
+def test_claims_name_arms_of_the_shipped_recipe():
+    import yaml
+
+    from uplvp_hf.benchmark.recipe import resources
+
+    text = (resources.files("uplvp_hf.benchmark") / "recipes" / "animals7_cpu.yaml").read_text()
+    arms = set(yaml.safe_load(text)["arms"])
+    assert {arm for _, better, worse in CLAIMS for arm in (better, worse)} <= arms
+
+
+def test_files_are_the_same_twice(tmp_path):
+    maps = {"knet": {"scratch": torch.rand(20, 8, 8), "full": torch.rand(20, 8, 8)}}
+    text = write_results(ROWS, tmp_path / "a", maps)
+    write_results(ROWS, tmp_path / "b", maps)
+    names = {file.name for file in (tmp_path / "a").iterdir()}
+    stems = ("curves_knet_10", "ablation_knet_10", "queries_knet")
+    assert names == {"results.md", *(f"{stem}.{suffix}" for stem in stems for suffix in ("svg", "png"))}
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert (
+        "| pre-training beats the supervised backbone, equal fine-tuning steps (`full` - `scratch`) | knet | 10 |"
+        in text
+    )
+
+
+def test_reading_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in ROWS))
+    assert read_rows(path) == ROWS
+    path.write_text(path.read_text() + '{"arm": 3}\n')
+    with pytest.raises(ValueError, match="line 10: no row of a benchmark"):
+        read_rows(path)
+    with pytest.raises(ValueError, match="no finished run"):
+        write_results([], tmp_path)
+
+
+def test_spread_of_known_maps():
+    even = torch.full((3, 4, 4), 0.5)
+    assert spread(even) == {"entropy": 1.0, "centres": 0.0}
+    corners = torch.zeros(2, 4, 4)
+    corners[0, 0, 0] = corners[1, 3, 3] = 1.0
+    found = spread(corners)
+    assert found["entropy"] == pytest.approx(0, abs=1e-3)
+    assert found["centres"] == pytest.approx(0.375)  # centres at 1/8 and 7/8 of both sides
