@@ -250,31 +250,38 @@ SMALL = {
 }
 
 
+def run_small(verb, recipe, scenes, output, *words):
+    """One step of a recipe on small pictures, as the command runs it."""
+    segmenter = recipe.removeprefix("paper/").split("_")[0]
+    common = [f"data.train={scenes}", "data.train_images=", "data.train_split=", "data.workers=0", "optim.epochs="]
+    common += ["optim.steps=1", "optim.batch_size=1", "checkpoint.every=0", *SMALL[segmenter], f"output={output}"]
+    assert verb(["--recipe", recipe, *common, *words, "--quiet"]) == 0
+    return json.loads((output / "training_summary.json").read_text())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("segmenter", SEGMENTERS)
 def test_a_full_size_network_trains_from_converted_weights(segmenter, converted_resnet50, tmp_path):
-    """Pre-training and fine-tuning of 1 step each on small pictures, as the command runs the recipes."""
+    from safetensors import safe_open
+
     from uplvp_hf.commands.finetune import main as finetune
     from uplvp_hf.commands.pretrain import main as pretrain
-    from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
     network, weights = converted_resnet50
     scenes = write_scenes(tmp_path / "scenes", count=2, seed=0, size=96)
     init = tmp_path / "init.yaml"
     init.write_text(f"model:\n  backbone_weights: {weights}\n")
-    common = [f"data.train={scenes}", "data.train_images=", "data.train_split=", "data.workers=0", "optim.epochs="]
-    common += ["optim.steps=1", "optim.batch_size=1", "checkpoint.every=0", *SMALL[segmenter]]
-    before = tmp_path / "pretrained"
-    assert (
-        pretrain(["--recipe", f"paper/{segmenter}_pretrain", "--recipe", str(init), *common, f"output={before}"]) == 0
-    )
-    val = [f"data.val={scenes}", "data.val_images=", "data.val_split=", "evaluation.every_epochs="]
-    words = [*common, *val, f"model.init={before}", f"output={tmp_path / 'tuned'}"]
-    assert finetune(["--recipe", f"paper/{segmenter}_cityscapes_uplvp_finetune", *words]) == 0
-    summary = json.loads((tmp_path / "tuned" / "training_summary.json").read_text())
-    assert summary["metrics"]["num_images"] == 2 and "kept" in summary["transfer"]
-    model = UplvpForInstanceSegmentation.from_pretrained(tmp_path / "tuned")
-    stem = model.segmenter.backbone.state_dict()["embedder.embedder.convolution.weight"]
-    if segmenter != "mask2former":  # the stem is frozen in both stages
-        assert torch.equal(stem, network.conv1.weight)
-    assert torch.allclose(stem, network.conv1.weight, atol=1e-3)
+    last = tmp_path / "pretrained"
+    run_small(pretrain, f"paper/{segmenter}_pretrain", scenes, last, "--recipe", str(init))
+    if segmenter != "queryinst":  # the slowest on a CPU
+        val = [f"data.val={scenes}", "data.val_images=", "data.val_split=", "evaluation.every_epochs="]
+        recipe, output = f"paper/{segmenter}_cityscapes_uplvp_finetune", tmp_path / "tuned"
+        summary = run_small(finetune, recipe, scenes, output, *val, f"model.init={last}")
+        assert summary["metrics"]["num_images"] == 2 and "kept" in summary["transfer"]
+        last = output
+    with safe_open(last / "model.safetensors", "pt") as file:
+        (name,) = (key for key in sorted(file.keys()) if key.endswith("embedder.embedder.convolution.weight"))
+        stem = file.get_tensor(name)
+    if segmenter == "mask2former":  # its fine-tuning freezes nothing; a step moves a weight by its rate at most
+        assert not torch.equal(stem, network.conv1.weight)
+    assert torch.allclose(stem, network.conv1.weight, atol=1e-4 if segmenter == "mask2former" else 0, rtol=0)

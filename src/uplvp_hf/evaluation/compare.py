@@ -14,6 +14,7 @@ from typing import Any
 
 from .runs import CompareError, Run, read_run
 
+LONGEST_NAME = 48  # letters of an arm's name that is made of settings
 # Settings that say how a run is kept, shown or repeated, not what is trained.
 _BOOKKEEPING = {
     "seed", "output", "log_every", "tracker", "fsdp", "data.split_seed", "data.workers", "optim.max_skipped",
@@ -110,14 +111,15 @@ def compare_runs(
     notes = _evaluation_notes(found, force)
     for arm in found:
         notes += _fill(arm, metric, axis)
-    return Comparison(found, metric, axis, [*notes, *_seed_notes(found), *_split_notes(found)])
+    notes += [*_mixture_notes(found), *_seed_notes(found), *_split_notes(found)]
+    return Comparison(found, metric, axis, notes)
 
 
 def _identity(run: Run) -> dict[str, Any]:
     """Settings that make the arm: without bookkeeping, and with `*` for the run's own seed inside names."""
     found = {}
     for key, value in run.settings.items():
-        if key in _BOOKKEEPING:
+        if key in _BOOKKEEPING or (key == "optim.steps" and run.settings.get("optim.epochs") is not None):
             continue
         if key == "data.subset" and value is not None:
             value = re.sub(r"^\d+@", "*@", str(value))
@@ -146,7 +148,7 @@ def _names(groups: Sequence[Sequence[Run]]) -> list[str]:
     """Of each group, what it has otherwise than the others; the name of its folders where that is long or nothing."""
     differences = _differences([group[0] for group in groups])
     names = [_name(one) for one in differences]
-    if all(names) and len(set(names)) == len(names) and max(map(len, names)) <= 60:
+    if all(names) and len(set(names)) == len(names) and max(map(len, names), default=0) <= LONGEST_NAME:
         return names
     stems = [re.sub(r"[-_]?seed[-_=]?\d+", "", group[0].folder.name) or group[0].folder.name for group in groups]
     return stems if len(set(stems)) == len(stems) else [str(group[0].folder) for group in groups]
@@ -243,10 +245,7 @@ def _evaluation_notes(arms: Sequence[Arm], force: bool) -> list[str]:
     unlike = {key: values for key, values in found.items() if len(values) > 1}
     if not unlike:
         return []
-    text = "; ".join(
-        f"{key}: " + ", ".join(f"{value} ({folder})" for value, folder in values.items())
-        for key, values in unlike.items()
-    )
+    text = "; ".join(f"{key}: {_listed(values)}" for key, values in unlike.items())
     if not force:
         raise CompareError(f"The runs were not evaluated on the same data. {text}. Use --force to compare them anyway.")
     return [f"Not evaluated on the same data, so the numbers do not compare: {text}."]
@@ -258,6 +257,7 @@ def _evaluated_on(run: Run) -> dict[str, Any]:
     return {
         "data": os.path.normpath(str(get("data.val"))) if get("data.val") is not None else None,
         "split": get("data.val_split"),
+        "metric": last.get("metric", "coco"),
         "classes ignored": bool(get("evaluation.class_agnostic") or get("model.class_agnostic")),
         "pictures": last.get("num_images"),
         "instances": last.get("num_instances"),
@@ -287,15 +287,28 @@ def _split_notes(arms: Sequence[Arm]) -> list[str]:
     for key in _TRAINED_ON:
         values = {short(_identity(arm.runs[0]).get(key)): arm.name for arm in arms}
         if len(values) > 1:
-            listed = ", ".join(f"{value} ({name})" for value, name in values.items())
-            notes.append(f"The arms were trained on different data, {key}: {listed}.")
-    counts: dict[tuple, dict[int, str]] = defaultdict(dict)
+            notes.append(f"The arms were trained on different data, {key}: {_listed(values)}.")
+    drawn: dict[tuple, dict[str, str]] = defaultdict(dict)
     for arm in arms:
         for run in arm.runs:
-            if run.pictures is not None:
-                counts[run.replicate][run.pictures] = arm.name
-    for replicate, pictures in counts.items():
-        if len(pictures) > 1 and not notes:
-            listed = ", ".join(f"{count} ({name})" for count, name in pictures.items())
-            notes.append(f"{_replicate_text(replicate)}: unequal numbers of training pictures: {listed}.")
+            if run.split or run.pictures:
+                drawn[run.replicate][f"split {run.split[:8]}" if run.split else f"{run.pictures} pictures"] = arm.name
+    for replicate, splits in drawn.items():
+        if len(splits) > 1 and not notes:
+            seeds = _replicate_text(replicate)
+            notes.append(f"The arms were trained on different labelled pictures at {seeds}: {_listed(splits)}.")
+    return notes
+
+
+def _listed(values: Mapping[str, str]) -> str:
+    return ", ".join(f"{value} ({name})" for value, name in values.items())
+
+
+def _mixture_notes(arms: Sequence[Arm]) -> list[str]:
+    """Arms given by name whose runs differ in more than their seeds."""
+    notes = []
+    for arm in arms:
+        unlike = _differences(arm.runs)[0]
+        if unlike:
+            notes.append(f"{arm.name}: its runs differ in more than their seeds: {', '.join(unlike)}.")
     return notes

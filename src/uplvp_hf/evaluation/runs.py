@@ -23,7 +23,8 @@ class Run:
 
     evaluations: step -> numbers of `evaluate_model` (0 to 1). end: the numbers of the model that the run left, None
     for an unfinished run. settings: by full key (`optim.lr`). epochs_a_step: passes over the training pictures that a
-    step is, seconds: of all training steps; both None where they are not recorded.
+    step is, seconds: of all training steps; both None where they are not recorded. split: hash of the labelled pictures
+    that were drawn (`split.json`), None where all were taken.
     """
 
     folder: Path
@@ -33,6 +34,7 @@ class Run:
     epochs_a_step: float | None = None
     seconds: float | None = None
     pictures: int | None = None
+    split: str | None = None
 
     @property
     def seed(self) -> Any:
@@ -86,7 +88,7 @@ def _finished(folder: Path) -> Run:
     processes = int(summary["hardware"].split(" x ")[0])
     a_step = settings["optim.batch_size"] * settings["optim.accumulation"] * processes
     end = summary.get("metrics") or evaluations.get(max(evaluations, default=0))
-    return Run(folder, settings, evaluations, end, a_step / pictures, summary["seconds"], pictures)
+    return Run(folder, settings, evaluations, end, a_step / pictures, summary["seconds"], pictures, _split(folder))
 
 
 def _unfinished(folder: Path) -> Run:
@@ -95,7 +97,12 @@ def _unfinished(folder: Path) -> Run:
         numbers = {key.removeprefix("val_"): value for key, value in line.items() if key.startswith("val_")}
         if numbers:
             evaluations[int(line["step"])] = numbers
-    return Run(folder, _flat(_json(folder / "settings.json")), evaluations, None)
+    return Run(folder, _flat(_json(folder / "settings.json")), evaluations, None, split=_split(folder))
+
+
+def _split(folder: Path) -> str | None:
+    path = folder / "split.json"
+    return _json(path)["hash"] if path.is_file() else None
 
 
 def _evaluated(folder: Path) -> Run:
