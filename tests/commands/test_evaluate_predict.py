@@ -1,15 +1,21 @@
 """`uplvp evaluate` and `uplvp predict` from the command line's side."""
 
+import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from uplvp_hf.commands import evaluate, predict
 from uplvp_hf.data import load_dataset_rows
-from uplvp_hf.evaluation import load_segmenter, predict_dataset
+from uplvp_hf.evaluation import BACKENDS, METRICS, backends, load_segmenter, make_evaluator, predict_dataset
 
 
 def test_evaluate_writes_metrics_and_results(tiny_model_dir, scenes_dir, tmp_path, capsys):
@@ -25,7 +31,81 @@ def test_evaluate_writes_metrics_and_results(tiny_model_dir, scenes_dir, tmp_pat
     results = json.loads((output / "results.json").read_text())
     assert results and {entry["category_id"] for entry in results} <= set(dataset.category_ids)
     assert {entry["image_id"] for entry in results} <= {row["image_id"] for row in dataset.rows}
-    assert sorted(file.name for file in output.iterdir()) == ["metrics.json", "results.json"]
+    assert sorted(file.name for file in output.iterdir()) == [
+        "metrics.json", "per_class.csv", "report.html", "results.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["streaming", "pycocotools"])
+def test_results_give_pycocotools_the_numbers_of_the_metrics(backend, tiny_model_dir, scenes_dir, tmp_path, capsys):
+    options = ["--backend", backend, "--no-report", "--output", str(tmp_path), "--quiet", "--device", "cpu"]
+    assert evaluate.main([str(tiny_model_dir), str(scenes_dir), *options]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["backend"] == backend and not (tmp_path / "report.html").exists()
+    truth = COCO(str(scenes_dir / "annotations" / "instances.json"))
+    evaluator = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), "segm")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    found = [metrics[name] for name in METRICS]
+    assert [-1 if value is None else value for value in found] == evaluator.stats.tolist()
+    with open(tmp_path / "per_class.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["name"]: float(row["AP"]) if row["AP"] else None for row in rows} == metrics["per_class"]
+    assert sum(int(row["annotations"]) for row in rows) == len(truth.anns) == metrics["num_instances"]
+    assert sum(int(row["detections"]) for row in rows) == len(json.loads((tmp_path / "results.json").read_text()))
+
+
+@pytest.mark.filterwarnings("ignore:No row has a `void`")
+def test_evaluate_cityscapes_metric(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    words = [str(tiny_model_dir), str(scenes_dir), "--quiet", "--device", "cpu", "--metric", "cityscapes"]
+    assert evaluate.main([*words, "--output", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and "AP_S" not in metrics
+    assert "Cityscapes benchmark" in (tmp_path / "report.html").read_text()
+    assert "--metric cityscapes" in metrics["command"]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--report"], "--report needs --output"),
+        (["--threshold", "1.5"], "--threshold must be from 0 to 1"),
+        (["--mask-threshold", "-1"], "--mask-threshold must be from 0 to 1"),
+        (["--metric", "cityscapes", "--backend", "pycocotools"], "--backend pycocotools has no Cityscapes AP"),
+    ],
+)
+def test_evaluate_refuses_settings_before_anything_is_loaded(options, message, capsys):
+    assert evaluate.main(["no model", "no data", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_backend_is_one_sentence(monkeypatch, capsys):
+    found = backends.importlib.util.find_spec
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None if name == "hotcoco" else found(name))
+    assert evaluate.main(["no model", "no data", "--backend", "hotcoco"]) == 2
+    assert capsys.readouterr().err.count("pip install uplvp_hf[fast_eval]") == 1
+
+
+def test_choices_are_those_of_the_library():
+    assert (*BACKENDS, "fastest") == evaluate.BACKENDS
+    for metric in evaluate.METRICS:
+        make_evaluator(metric=metric)
+
+
+@pytest.mark.slow
+def test_evaluate_in_two_processes_writes_the_same_files(tiny_model_dir, scenes_dir, tmp_path):
+    words = ["evaluate", tiny_model_dir, scenes_dir, "--quiet", "--device", "cpu", "--batch-size", "1"]
+    for name, more in (("one", []), ("two", ["--processes", "2"])):
+        command = [sys.executable, "-m", "uplvp_hf.cli", *words, *more, "--output", tmp_path / name]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        subprocess.run([str(word) for word in command], check=True, capture_output=True, timeout=120, env=environment)
+    for name in ("results.json", "per_class.csv"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one.pop("seconds") and two.pop("seconds") and one == two
+    pages = [(tmp_path / name / "report.html").read_text() for name in ("one", "two")]
+    assert pages[0] == pages[1]
 
 
 def test_evaluate_names_both_class_lists(tiny_model_dir, scenes_dir, tmp_path, capsys):

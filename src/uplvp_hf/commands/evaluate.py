@@ -1,4 +1,4 @@
-"""`uplvp evaluate`: COCO mask AP of a model on a labelled data set."""
+"""`uplvp evaluate`: mask AP of a model on a labelled data set."""
 
 from __future__ import annotations
 
@@ -6,22 +6,47 @@ import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ._terminal import add_verbosity, check_device, run
+
+if TYPE_CHECKING:
+    from uplvp_hf.data import InstanceDataset
+    from uplvp_hf.evaluation.examples import Examples
+    from uplvp_hf.labeling.processes import Processes
+
+# Written here so that --help does not load the library; a test compares them with uplvp_hf.evaluation.
+BACKENDS = ("streaming", "pycocotools", "hotcoco", "faster_coco_eval", "fastest")
+METRICS = ("coco", "cityscapes")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="uplvp evaluate", description="COCO mask AP of a model on a labelled data set."
+        prog="uplvp evaluate",
+        description="Mask AP of a model on a labelled data set. With --output DIR: metrics.json, results.json (COCO "
+        "results), per_class.csv and report.html, a page with the best and worst pictures.",
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
     parser.add_argument("data", metavar="DATA", help="COCO JSON file, or folder with annotations/*.json and images/")
     parser.add_argument("--images", metavar="DIR", help="folder that the file names of the JSON are relative to")
     parser.add_argument("--split", help="picks annotations/SPLIT.json of the folder")
-    parser.add_argument("--output", metavar="DIR", help="write metrics.json and results.json (COCO results) there")
+    parser.add_argument("--output", metavar="DIR", help="write the files there")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward pass (default: 8)")
     parser.add_argument("--class-agnostic", action="store_true", help="compare masks only, whatever their classes")
+    parser.add_argument("--metric", choices=METRICS, default="coco", help="coco, or the Cityscapes benchmark's AP")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default="streaming",
+        help="who computes COCO's numbers, which are the same (default: streaming, which forgets the masks)",
+    )
+    parser.add_argument(
+        "--mask-threshold", type=float, default=0.5, help="least probability of a mask's pixels (default: 0.5)"
+    )
+    parser.add_argument("--report", action=argparse.BooleanOptionalAction, help="the page (default: with --output)")
+    parser.add_argument(
+        "--threshold", type=float, default=0.5, help="least score of what the page shows and rates (default: 0.5)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add_verbosity(parser)
     return parser
@@ -35,17 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data import load_dataset_rows
-    from uplvp_hf.evaluation import evaluate_model, evaluated_classes, load_segmenter, to_coco_results
+    from uplvp_hf.evaluation import evaluate_model, evaluated_classes, load_segmenter
+    from uplvp_hf.evaluation.backends import resolve_backend
+    from uplvp_hf.labeling.processes import Processes
 
-    if arguments.batch_size < 1:
-        raise ValueError("--batch-size must be at least 1")
-    check_device(arguments.device)
-    results: list[dict[str, Any]] = []
+    _check(arguments)
+    arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else arguments.backend
+    processes = Processes()
     dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split)
     model, processor = load_segmenter(arguments.model, arguments.device)
-    ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
+    category_ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
     if arguments.output:
         Path(arguments.output).mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
+    kept = _Kept(arguments, category_ids)
     metrics = evaluate_model(
         model,
         processor,
@@ -53,46 +80,133 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         class_agnostic=arguments.class_agnostic,
         progress=not arguments.quiet,
-        on_result=lambda row, result: results.extend(to_coco_results(row, result, ids)),
+        on_result=kept.add if arguments.output else None,
+        mask_threshold=arguments.mask_threshold,
+        backend=arguments.backend,
+        distributed=True,
+        metric=arguments.metric,
+        details=True,
     )
+    kept.gather(processes, dataset)
+    if processes.rank != 0:
+        return
     metrics["failures"] = [*dataset.failures, *metrics["failures"]]
     print(format_metrics(metrics))
     if arguments.output:
-        _write(Path(arguments.output), arguments, metrics, results)
+        names = {category_id: model.config.id2label[label] for label, category_id in enumerate(category_ids)}
+        _write(arguments, metrics, kept, dataset, names)
 
 
-def _write(output: Path, arguments: argparse.Namespace, metrics: dict[str, Any], results: list[dict[str, Any]]) -> None:
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.batch_size < 1:
+        raise ValueError("--batch-size must be at least 1")
+    for name in ("threshold", "mask_threshold"):
+        if not 0 <= getattr(arguments, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1")
+    if arguments.report and not arguments.output:
+        raise ValueError("--report needs --output DIR to write the page to")
+    if arguments.metric == "cityscapes" and arguments.backend not in ("streaming", "fastest"):
+        raise ValueError(f"--backend {arguments.backend} has no Cityscapes AP; leave it out")
+    check_device(arguments.device)
+
+
+class _Kept:
+    """What the files need of the results of this process: COCO results, and the best and worst pictures."""
+
+    def __init__(self, arguments: argparse.Namespace, category_ids: list[int]) -> None:
+        from uplvp_hf.evaluation.examples import Examples
+
+        self.category_ids, self.results = category_ids, []
+        wanted = arguments.output and arguments.report is not False
+        self.examples: Examples | None = (
+            Examples(threshold=arguments.threshold, class_agnostic=arguments.class_agnostic) if wanted else None
+        )
+
+    def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
+        from uplvp_hf.evaluation import as_prediction, as_reference, to_coco_results
+
+        for entry in to_coco_results(row, result, self.category_ids):
+            # With a box in it, pycocotools would sort a mask into small, medium and large by the area of the box.
+            del entry["bbox"]
+            self.results.append(entry)
+        if self.examples is not None:
+            self.examples.add(as_prediction(row, result, self.category_ids), as_reference(row))
+
+    def gather(self, processes: Processes, dataset: InstanceDataset) -> None:
+        """Adds what the other processes kept; results in the order of the pictures."""
+        if processes.size == 1:
+            return
+        every = processes.gather((self.results, self.examples))
+        if processes.rank != 0:
+            return
+        order = {dataset.image_id(index): index for index in range(len(dataset))}
+        results = [entry for results, _ in every for entry in results]
+        self.results = sorted(results, key=lambda entry: order[entry["image_id"]])
+        if self.examples is not None:
+            for _, examples in every[1:]:
+                self.examples.merge(examples)
+
+
+def _write(
+    arguments: argparse.Namespace,
+    metrics: dict[str, Any],
+    kept: _Kept,
+    dataset: InstanceDataset,
+    names: dict[int, str],
+) -> None:
+    from uplvp_hf.evaluation.report import write_class_table, write_evaluation_page
     from uplvp_hf.files import write_json, write_json_lines
 
-    command = shlex.join(["uplvp", "evaluate", *_words(arguments)])
-    source = {"command": command, "data": str(arguments.data), "split": arguments.split}
-    record = {**source, "model": arguments.model, "class_agnostic": arguments.class_agnostic, **metrics}
-    write_json(output / "results.json", results, indent=None)
-    write_json(output / "metrics.json", record)
+    output = Path(arguments.output)
+    source = {
+        "command": shlex.join(["uplvp", "evaluate", *_words(arguments)]),
+        "data": str(arguments.data),
+        "split": arguments.split,
+        "model": arguments.model,
+        "class_agnostic": arguments.class_agnostic,
+        "metric": arguments.metric,
+        "backend": arguments.backend,
+        "mask_threshold": arguments.mask_threshold,
+    }
+    written = [output / "metrics.json", output / "results.json"]
+    write_json(written[1], kept.results, indent=None)
+    write_json(written[0], {**source, **metrics})
     if metrics["failures"]:
-        write_json_lines(output / "failures.jsonl", metrics["failures"])
-    print(f"Written: {output / 'metrics.json'}, {output / 'results.json'}")
+        written.append(output / "failures.jsonl")
+        write_json_lines(written[-1], metrics["failures"])
+    if metrics["details"]["classes"]:
+        written.append(output / "per_class.csv")
+        write_class_table(written[-1], metrics)
+    if kept.examples is not None:
+        written.append(output / "report.html")
+        write_evaluation_page(written[-1], metrics, kept.examples, dataset, names, source)
+    print("Written: " + ", ".join(map(str, written)))
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:
     words = [arguments.model, arguments.data]
     words += ["--split", arguments.split] if arguments.split else []
     words += ["--images", arguments.images] if arguments.images else []
+    words += ["--mask-threshold", f"{arguments.mask_threshold:g}"] if arguments.mask_threshold != 0.5 else []
+    words += ["--metric", arguments.metric] if arguments.metric != "coco" else []
     return words + (["--class-agnostic"] if arguments.class_agnostic else [])
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """A table of the 12 numbers and of AP by class, in per cent."""
+    """A table of the numbers and of AP by class, in per cent."""
 
     def percent(value: float | None) -> str:
         return "-" if value is None else f"{100 * value:.1f}"
 
-    names = ["AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "AR_S", "AR_M", "AR_L"]
-    lines = ["".join(f"{name:>7}" for name in names), "".join(f"{percent(metrics[name]):>7}" for name in names)]
+    agnostic = metrics["details"]["class_agnostic"]
+    lines = ["".join(f"{name:>7}" for name in agnostic), "".join(f"{percent(metrics[name]):>7}" for name in agnostic)]
     if metrics["per_class"]:
+        lines += ["".join(f"{percent(value):>7}" for value in agnostic.values()) + "  whatever the class"]
         width = max(len(name) for name in metrics["per_class"])
-        lines += ["", f"{'class':<{width}}     AP"]
-        lines += [f"{name:<{width}} {percent(value):>6}" for name, value in metrics["per_class"].items()]
+        lines += ["", f"{'class':<{width}}     AP   AP50  annotations"]
+        for row in metrics["details"]["classes"]:
+            numbers = f"{percent(row['AP']):>6} {percent(row['AP50']):>6} {row['annotations']:>12}"
+            lines.append(f"{row['name']:<{width}} {numbers}")
     lines += [
         "",
         f"{metrics['num_images']} pictures, {metrics['num_instances']} instances, {metrics['seconds']:.1f} s.",

@@ -1,9 +1,13 @@
-"""Evaluation: streaming COCO mask AP, prediction over data sets, pictures of results."""
+"""Evaluation: COCO and Cityscapes mask AP, prediction over data sets, pictures and pages of results."""
 
 from . import _namesake  # noqa: F401 (must come before the import of `evaluate` in coco_map)
+from .backends import BACKENDS, make_evaluator
+from .cityscapes_ap import CityscapesAP
 from .coco_map import CocoMaskMap
 from .predictor import (
     METRICS,
+    as_prediction,
+    as_reference,
     evaluate_model,
     evaluated_classes,
     load_segmenter,
@@ -13,11 +17,16 @@ from .predictor import (
 )
 
 __all__ = [
+    "BACKENDS",
     "METRICS",
+    "CityscapesAP",
     "CocoMaskMap",
+    "as_prediction",
+    "as_reference",
     "evaluate_model",
     "evaluated_classes",
     "load_segmenter",
+    "make_evaluator",
     "match_category_ids",
     "predict_dataset",
     "to_coco_results",

@@ -54,7 +54,7 @@ def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -
             remedy="Models of `uplvp pretrain` and `uplvp finetune` are read here; others are a start (`model.init`).",
         )
     model, info = UplvpForInstanceSegmentation.from_pretrained(
-        name_or_dir, output_loading_info=True, ignore_mismatched_sizes=True
+        name_or_dir, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
     )
     # Left alone, such tensors would keep random values and the results would be noise.
     faults = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
@@ -288,7 +288,7 @@ def evaluate_model(
     counts = {"num_instances": 0, "void": 0}
     with gather_errors(processes):
         for row, result in pairs:
-            evaluator.add(prediction=_prediction(row, result, category_ids), reference=_reference(row))
+            evaluator.add(prediction=as_prediction(row, result, category_ids), reference=as_reference(row))
             counts["num_instances"] += len(row["objects"]["category_id"])
             counts["void"] += "void" in row
             if on_result is not None:
@@ -335,7 +335,8 @@ def _named(metrics: dict[str, Any], categories: list[dict[str, Any]]) -> dict[st
     return metrics
 
 
-def _prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> dict[str, Any]:
+def as_prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> dict[str, Any]:
+    """One picture's result as evaluators take it, with the category id of every class index as label."""
     return {
         "image_id": row["image_id"],
         "scores": result["scores"].tolist(),
@@ -344,7 +345,8 @@ def _prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> di
     }
 
 
-def _reference(row: Row) -> dict[str, Any]:
+def as_reference(row: Row) -> dict[str, Any]:
+    """The annotations of one picture as evaluators take them. Raises DataError for a malformed segmentation."""
     objects, size = row["objects"], (row["height"], row["width"])
     return {
         "image_id": row["image_id"],

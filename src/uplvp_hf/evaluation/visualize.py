@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import colorsys
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
-
-from uplvp_hf.data import decode_segmentation
 
 FILL = 0.42  # opacity of an instance: the texture below stays visible
 MIN_SIDE = 480  # pixels; smaller pictures are enlarged, so that captions are legible and leave room
@@ -73,12 +73,19 @@ def draw_instances(
 def _mask_picture(mask: Any, size: tuple[int, int], enlarged: tuple[int, int]) -> Image.Image:
     """Any mask as a PIL picture of 0 and 255, enlarged with smooth borders."""
     if isinstance(mask, (dict, list, tuple)):
-        mask = decode_segmentation(mask, size[1], size[0])
+        mask = _decoded(mask, size[1], size[0])
     mask = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask).astype(bool)
     if mask.shape != (size[1], size[0]):
         raise ValueError(f"A mask of {mask.shape} for a picture of {(size[1], size[0])} (height, width).")
     picture = Image.fromarray(mask.astype(np.uint8) * 255).resize(enlarged, Image.Resampling.BILINEAR)
     return picture.point(lambda value: 255 * (value > 127))
+
+
+def _decoded(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """(H, W) mask of a COCO segmentation."""
+    from uplvp_hf.data import decode_segmentation  # here, as in a Space this file runs without the library
+
+    return decode_segmentation(segmentation, height, width)
 
 
 def _paint(canvas: Image.Image, shape: Image.Image, colour: tuple[int, int, int], line: int) -> None:
@@ -126,6 +133,30 @@ def _caption(
 
 def _meets(x: float, y: float, width: float, height: float, other: tuple[float, float, float, float]) -> bool:
     return x < other[2] and other[0] < x + width and y < other[3] and other[1] < y + height
+
+
+def overlay_uri(
+    image: Image.Image,
+    segmentations: Sequence[Any],
+    labels: Sequence[int],
+    scores: Sequence[float] | None,
+    id2label: Mapping[int, str],
+    side: int,
+) -> str:
+    """A picture with its instances, at most `side` pixels long, as a JPEG data URI for a page.
+
+    segmentations: N COCO segmentations; their masks are decoded one at a time. The rest is as for `draw_instances`.
+    """
+    scale = min(1.0, side / max(image.size))
+    small = tuple(max(1, round(length * scale)) for length in image.size)
+    masks = []
+    for segmentation in segmentations:
+        mask = Image.fromarray(_decoded(segmentation, image.height, image.width))
+        masks.append(np.asarray(mask if scale == 1 else mask.resize(small, Image.Resampling.NEAREST)))
+    picture = image if scale == 1 else image.resize(small, Image.Resampling.BILINEAR)
+    buffer = io.BytesIO()
+    draw_instances(picture, masks, labels, scores, id2label).save(buffer, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def contact_sheet(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import os
 from array import array
@@ -17,7 +15,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from ..data import DataError, ImageError, InstanceDataset, Row, decode_segmentation, load_dataset_rows, open_image
+from ..data import DataError, ImageError, InstanceDataset, Row, load_dataset_rows, open_image
 from ..data.store_reader import read_failures, read_header, read_store, shard_files, stream_store
 from ..files import write_text
 from .quality import proposal_quality, row_keys
@@ -185,23 +183,13 @@ def _truth_of(store: str | os.PathLike[str], truth: InstanceDataset, wanted: set
 def overlay(image: Image.Image, row: Row, categories: Sequence[Mapping[str, Any]], scored: bool = True) -> str:
     """The row's instances drawn over its picture, as a data URI; masks are decoded one at a time."""
     # Loads its fonts and the metric; a report is the only part of labelling that draws.
-    from ..evaluation.visualize import draw_instances
+    from ..evaluation.visualize import overlay_uri
 
-    objects, size = row["objects"], image.size
-    scale = min(1.0, SIDE / max(size))
-    small = tuple(max(1, round(side * scale)) for side in size)
-    masks = []
-    for segmentation in objects["segmentation"]:
-        mask = Image.fromarray(decode_segmentation(segmentation, size[1], size[0]))
-        masks.append(np.asarray(mask if scale == 1 else mask.resize(small, Image.Resampling.NEAREST)))
+    objects = row["objects"]
     places = {category["id"]: place for place, category in enumerate(categories)}
     labels = [places[category_id] for category_id in objects["category_id"]]
     names = {place: category["name"] for place, category in enumerate(categories)}
-    picture = image if scale == 1 else image.resize(small, Image.Resampling.BILINEAR)
-    drawn = draw_instances(picture, masks, labels, objects["score"] if scored else None, names)
-    buffer = io.BytesIO()
-    drawn.save(buffer, format="JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return overlay_uri(image, objects["segmentation"], labels, objects["score"] if scored else None, names, SIDE)
 
 
 def _page(

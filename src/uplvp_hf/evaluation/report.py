@@ -1,0 +1,115 @@
+"""One self-contained HTML page about an evaluation, and its classes as a CSV table."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from uplvp_hf.data import DataError, ImageError, InstanceDataset
+from uplvp_hf.files import replacing, write_text
+
+from .examples import Examples
+from .visualize import overlay_uri
+
+SIDE = 560  # px, longer side of an example
+MOST_FAILURES = 100  # listed; the rest is counted
+WIDTH, HEIGHT = 420, 260  # px of the precision-recall curves
+CLASS_COLUMNS = ("id", "name", "AP", "AP50", "AP75", "AR100", "annotations", "crowds", "detections")
+
+
+def write_class_table(path: str | os.PathLike[str], metrics: Mapping[str, Any]) -> None:
+    """Writes the classes of `evaluate_model(details=True)` as CSV, a row each; what cannot be computed is empty."""
+    with replacing(path) as stream:
+        writer = csv.DictWriter(stream, CLASS_COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(metrics["details"]["classes"])
+
+
+def write_evaluation_page(
+    path: str | os.PathLike[str],
+    metrics: Mapping[str, Any],
+    examples: Examples,
+    dataset: InstanceDataset,
+    names: Mapping[int, str],
+    source: Mapping[str, Any],
+) -> None:
+    """Writes the page in one step.
+
+    Args:
+        path: of the page.
+        metrics: of `evaluate_model(details=True)`.
+        examples: filled with the same predictions and references.
+        dataset: the evaluated pictures.
+        names: of the labels of the predictions.
+        source: shown as settings; `model`, `data`, `split` and `metric` also in the text.
+
+    Raises OSError when it cannot be written.
+    """
+    groups, places = examples.groups(), {}
+    wanted = {entry["image_id"] for entries in groups.values() for entry in entries}
+    for index in range(len(dataset)):
+        if dataset.image_id(index) in wanted:
+            places[dataset.image_id(index)] = index
+    titles = {"best": "Best pictures", "worst": "Worst pictures"}
+    template = (resources.files("uplvp_hf.evaluation") / "templates" / "evaluation.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"number": _number, "percent": _percent}
+    page = environment.from_string(template).render(
+        metrics=metrics,
+        names=[name for name in metrics["details"]["class_agnostic"] if name in metrics],
+        classes=sorted(metrics["details"]["classes"], key=lambda row: -1 if row["AP"] is None else row["AP"])[::-1],
+        curves=_polylines(metrics["details"]["curves"]),
+        examples=examples,
+        seen=any(entry["rle"] for entries in groups.values() for entry in entries),
+        groups=[
+            (titles[name], [_drawn(entry, places[entry["image_id"]], dataset, names) for entry in entries])
+            for name, entries in groups.items()
+            if entries
+        ],
+        failures=metrics["failures"][:MOST_FAILURES],
+        source=source,
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    write_text(path, page)
+
+
+def _drawn(entry: Mapping[str, Any], index: int, dataset: InstanceDataset, names: Mapping[int, str]) -> dict[str, Any]:
+    """Prediction and truth over the picture, with a caption."""
+    row, quality = dataset[index], entry["quality"]
+    text = f"quality {quality.value:.2f}: {quality.matched} matches of {quality.detections} detections and "
+    text += f"{quality.annotations} annotations"
+    drawn = {"name": row["file_name"], "text": text, "prediction": None, "truth": None}
+    objects, true_names = row["objects"], {category["id"]: category["name"] for category in dataset.categories}
+    try:
+        image = dataset.load_image(index)
+        drawn["prediction"] = overlay_uri(image, entry["rle"], entry["labels"], entry["scores"], names, SIDE)
+        drawn["truth"] = overlay_uri(image, objects["segmentation"], objects["category_id"], None, true_names, SIDE)
+    except (ImageError, DataError) as error:  # the file was replaced since it was evaluated
+        drawn["text"] += f" ({error.reason})"
+    return drawn
+
+
+def _polylines(curves: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """(name, points of an SVG polyline) of every curve."""
+    if curves is None:
+        return []
+    titles = {"mean": "mean of IoU .50 to .95", "0.50": "IoU .50", "0.75": "IoU .75"}
+    return [
+        (title, " ".join(f"{r * WIDTH:.1f},{(1 - p) * HEIGHT:.1f}" for r, p in zip(curves["recall"], values)))
+        for key, title in titles.items()
+        for values in [curves["precision"][key]]
+    ]
+
+
+def _number(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:,}"
+
+
+def _percent(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{100 * value:.1f}"
