@@ -22,6 +22,7 @@ from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
 from ..data import DataError
+from ..data.manifest import record_manifest
 from ..evaluation.predictor import evaluated_classes
 from ..files import write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
@@ -94,6 +95,8 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
         evaluated_classes(model.config, val_rows, evaluates_agnostic(settings))  # now, not after hours of training
     settings = with_steps(settings, len(train_rows), accelerator.num_processes)
     claim_output(given, accelerator)
+    if accelerator.is_main_process:
+        record_manifest(train_rows.manifest, settings.output)
     if accelerator.process_index:  # all have the same weights, but should not drop the same prompts
         set_seed(settings.seed * 1_000_003 + accelerator.process_index)
     run = _Run(settings, accelerator, model, build_samples(settings, train_rows), val_rows, progress)
