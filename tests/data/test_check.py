@@ -1,0 +1,186 @@
+"""What `check_dataset` counts, and that every kind of broken row is found, with its place."""
+
+import json
+import re
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from uplvp_hf.data import DataError, InstanceDataset, Row, load_dataset_rows
+from uplvp_hf.data.check import check_dataset, format_report, object_faults
+from uplvp_hf.data.layouts import OFFICIAL_COUNTS
+from uplvp_hf.data.synthetic import write_scenes
+
+SQUARE = [[5, 5, 15, 5, 15, 15, 5, 15]]
+GOOD = {"segmentation": SQUARE, "category_id": 7, "bbox": [5, 5, 10, 10], "area": 100.0, "iscrowd": 0, "score": 1.0}
+
+
+def report_of(path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return check_dataset(lambda: load_dataset_rows(path, strict=False), **options)
+
+
+def test_counts(tmp_path):
+    """Against counts by hand, of drawn scenes."""
+    write_scenes(tmp_path / "scenes", count=6, seed=0, size=160)
+    dataset = load_dataset_rows(tmp_path / "scenes")
+    report = report_of(tmp_path / "scenes", images=True)
+    json.dumps(report)
+    assert report["broken"] == [] and report["warnings"] == [] and report["pictures"] == 6
+    areas, names = [], []
+    for index, row in enumerate(dataset.rows):
+        for k, category_id in enumerate(row["objects"]["category_id"]):
+            areas.append(dataset.mask(index, k).sum())
+            names.append((index, category_id))
+    assert report["instances"] == len(areas) and report["crowds"] == 0
+    counts = [sum(a < 1024 for a in areas), sum(1024 <= a < 9216 for a in areas), sum(a >= 9216 for a in areas)]
+    assert list(report["object_sizes"].values()) == counts and min(counts[:2]) > 0
+    for entry in report["classes"]:
+        held = [index for index, category_id in names if category_id == entry["id"]]
+        assert (entry["instances"], entry["pictures"]) == (len(held), len(set(held)))
+    assert report["picture_sizes"]["median"] == [dataset[3]["width"], dataset[3]["height"]]
+    assert report["most_instances"] == max(len(row["objects"]["area"]) for row in dataset.rows)
+
+
+def test_every_broken_entry_of_a_coco_file_is_listed(make_coco, annotation):
+    faults = {
+        "category_id": (4, "category id 4 is not in 'categories'"),
+        "image_id": (99, "image id 99 is not in 'images'"),
+        "bbox": ([5, 5, -10, 10], "'bbox' has a negative side"),
+        "area": (float("nan"), "'area' must be a finite number, got nan"),
+        "segmentation": ({"size": [40, 30], "counts": "0"}, "the RLE has size (height, width) [40, 30], the picture"),
+        "iscrowd": ("yes", "'iscrowd' must be a whole number"),
+    }
+    entries = [annotation(id=k, **{key: value}) for k, (key, (value, _)) in enumerate(faults.items())]
+    nan = [[5, 5, float("nan"), 5, 9, 9]]
+    entries += [annotation(id=20), annotation(id=21, segmentation=nan), annotation(id=22, iscrowd=1)]
+    folder = make_coco(entries, names=("a.png", "b.png", "../c.png"))
+    report = report_of(folder)
+    found = {fault["row"]: fault["reason"] for fault in report["broken"]}
+    assert found.pop("images[2] (id 12)").startswith("the file name '../c.png' leads out")
+    assert "number 2 is nan" in found.pop("annotations[7] (id 21)")
+    for k, (_, reason) in enumerate(faults.values()):
+        assert reason in found.pop(f"annotations[{k}] (id {k})")
+    assert not found and all(fault["file"].endswith("instances.json") for fault in report["broken"])
+    assert (report["pictures"], report["instances"], report["crowds"], report["empty_pictures"]) == (2, 1, 1, 1)
+    with pytest.raises(DataError, match=r"\.\./c\.png"):
+        load_dataset_rows(folder)
+    text = format_report(report, shown=3)
+    assert "8 broken, 0 warnings" in text and "... and 5 more" in text
+
+
+def test_warnings_of_a_coco_file(make_coco, annotation):
+    out = [[-4, 5, 16, 5, 16, 25, -4, 25]]
+    slightly = [[-0.5, 5, 16, 5, 16, 25, -0.5, 25]]
+    box = {"bbox": [0, 5, 16, 20]}
+    entries = [annotation(id=5), annotation(id=5), annotation(id=6, segmentation=out, **box)]
+    report = report_of(make_coco([*entries, annotation(id=7, segmentation=slightly, **box)]))
+    assert report["broken"] == []
+    assert [(fault["row"], fault["reason"].split(";")[0]) for fault in report["warnings"]] == [
+        ("annotations[1] (id 5)", "the id 5 occurs twice"),
+        ("annotations[2] (id 6)", "a polygon reaches from x = -4 to 16 in a picture of 40 px"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"category_id": 8}, "category id 8 is not among the classes"),
+        ({"iscrowd": 2}, "iscrowd must be 0 or 1, got 2"),
+        ({"score": float("nan")}, "a score lies between 0 and 1, got nan"),
+        ({"score": 1.5}, "a score lies between"),
+        ({"area": -1.0}, "an area must be"),
+        ({"segmentation": {"size": [3, 4], "counts": "0"}}, r"size \(height, width\) \[3, 4\]"),
+        ({"segmentation": [[5, 5, 5, 5, 5, 5]]}, "no pixel"),
+        ({"bbox": [5, 5, 10]}, "a box must be"),
+        ({"bbox": [5, 5, float("inf"), 1]}, "a box must be"),
+        ({"bbox": [5, 5, -1, 1]}, "negative side"),
+        ({"bbox": [-3, 5, 18, 10]}, "reaches out of the 40x30 picture"),
+        ({"bbox": [35, 5, 10, 10]}, "reaches out"),
+        ({"bbox": [15, 15, 10, 10]}, r"is not that of its mask, \[5.0, 5.0, 10.0, 10.0\]"),
+        ({"bbox": [4.6, 5.3, 10.2, 9.9]}, None),
+    ],
+)
+def test_objects(change, reason):
+    faults, area = object_faults({**GOOD, **change}, 30, 40, {7})
+    if reason is None:
+        assert faults == [] and area == 100
+    else:
+        (fault,) = faults
+        assert re.search(reason, fault)
+
+
+def test_rows_without_a_reader(tmp_path):
+    """As a program may hand them over: lengths, ids, names and sizes are looked at as well."""
+    rows = []
+    for name, image_id in (("a.png", 1), ("a.png", 1), ("../b.png", 2), ("c.png", 3)):
+        objects = {key: [value] for key, value in GOOD.items()}
+        path = str(tmp_path / name)
+        rows.append(Row(image=path, image_id=image_id, file_name=name, width=40, height=30, objects=objects))
+    Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save(tmp_path / "a.png")
+    rows[0]["objects"]["score"] = []
+    rows[3]["width"] = 0
+    report = check_dataset(lambda: InstanceDataset(rows, [{"id": 7, "name": "x"}], "rows"))
+    assert [(fault["row"], fault["reason"]) for fault in report["broken"]] == [
+        ("row 0 (image id 1)", "0 values of 'score' for 1 objects"),
+        ("row 1 (image id 1)", "the image id is also that of row 0"),
+        ("row 2 (image id 2)", "the file name '../b.png' leads out of the folder of the pictures"),
+        ("row 3 (image id 3)", "the size of the picture c.png cannot be read"),
+    ]
+    assert [fault["reason"] for fault in report["warnings"]] == ["the picture a.png is also that of row 0"]
+    images = check_dataset(lambda: InstanceDataset(rows[2:3], [{"id": 7, "name": "x"}], "rows"), images=True)
+    assert images["broken"][-1]["reason"] == "no such picture"
+
+
+def test_rows_that_are_made_when_asked_for(tmp_path):
+    """A broken annotation file is one broken row; the others are counted."""
+    names = ("a", "b", "c")
+    (tmp_path / "VOC2007/ImageSets/Segmentation").mkdir(parents=True)
+    (tmp_path / "VOC2007/ImageSets/Segmentation/val.txt").write_text("\n".join(names))
+    for tree, suffix in (("JPEGImages", "jpg"), ("SegmentationObject", "png"), ("SegmentationClass", "png")):
+        (tmp_path / "VOC2007" / tree).mkdir()
+        for name in names:
+            ids = np.zeros((30, 40), np.uint8)
+            ids[3:9, 4:12] = 2
+            Image.fromarray(ids).save(tmp_path / "VOC2007" / tree / f"{name}.{suffix}")
+    (tmp_path / "VOC2007/SegmentationObject/b.png").write_bytes(b"x")
+    report = report_of(tmp_path)
+    (fault,) = report["broken"]
+    assert fault["file"].endswith("SegmentationObject/b.png") and fault["row"] == "row 1"
+    assert report["pictures"] == 2 and report["instances"] == 2
+    assert [fault["reason"] for fault in report["warnings"]] == ["has 2 pictures, the published voc2007 val has 213"]
+    assert OFFICIAL_COUNTS["voc2007 train"] + OFFICIAL_COUNTS["voc2007 val"] == OFFICIAL_COUNTS["voc2007 trainval"]
+    assert OFFICIAL_COUNTS["voc2012 train"] + OFFICIAL_COUNTS["voc2012 val"] == OFFICIAL_COUNTS["voc2012 trainval"]
+
+
+@pytest.mark.parametrize("name", ["instances_val2017.json", "mine.json", "val2017.json"])
+def test_a_file_named_as_cocos_is_compared_with_it(make_coco, annotation, name):
+    file = make_coco([annotation()]) / "annotations" / "instances.json"
+    file = file.rename(file.with_name(name))
+    reasons = [fault["reason"] for fault in report_of(file)["warnings"]]
+    expected = ["has 2 pictures, the published coco val2017 has 5000"] if name.startswith("instances") else []
+    assert reasons == expected
+
+
+def test_faulty_rows_of_a_store(tmp_path):
+    from uplvp_hf.data.store_reader import HEADER_KEYS, SCHEMA_VERSION
+
+    header = {**dict.fromkeys(HEADER_KEYS), "schema_version": SCHEMA_VERSION, "categories": [{"id": 7, "name": "x"}]}
+    (tmp_path / "header.json").write_text(json.dumps(header))
+    objects = {key: [value] for key, value in GOOD.items()}
+    row = {"image": str(tmp_path / "a.png"), "file_name": "a.png", "width": 40, "height": 30, "objects": objects}
+    other = {**row, "image_id": 2, "objects": {**objects, "category_id": [9]}}
+    lines = [json.dumps({**row, "image_id": 1}), json.dumps(other), json.dumps({**row, "image_id": 3, "width": -1})]
+    (tmp_path / "rows-00000-00000.jsonl").write_text("\n".join(lines))
+    report = report_of(tmp_path)
+    assert report["pictures"] == 1
+    assert [(fault["row"], fault["reason"]) for fault in report["broken"]] == [
+        ("line 2 (image id 2)", "category id 9 is not in the header"),
+        ("line 3 (image id 3)", "'width' must be at least 1, got -1"),
+    ]
+    with pytest.raises(DataError, match="line 2"):
+        load_dataset_rows(tmp_path)
