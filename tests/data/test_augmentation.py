@@ -168,7 +168,7 @@ def test_short_edges_are_drawn_evenly_and_nothing_is_cropped():
     draws, transform = generator(), TrainTransform(32, short_edges=[64, 67], color_jitter=0)
     heights = []
     for _ in range(200):
-        pixels, moved, kept = transform(image, [encode_mask(mask) for mask in masks], HEIGHT, WIDTH, draws)
+        pixels, _, kept = transform(image, [encode_mask(mask) for mask in masks], HEIGHT, WIDTH, draws)
         heights.append(pixels.shape[1])
         assert pixels.shape[2] == round(WIDTH * pixels.shape[1] / HEIGHT) and kept == [0, 1, 2, 3]
     counts = np.bincount(heights, minlength=68)[64:]

