@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,10 @@ def place_rle(rle: dict[str, Any], window: Window, width: int, height: int) -> d
     joined = np.flatnonzero(starts[1:] == ends[:-1])  # a run over the end of a column of a window of full height
     starts, ends = np.delete(starts, joined + 1), np.delete(ends, joined)
     marks = np.stack([starts, ends], 1).ravel()
-    counts = np.diff(marks, prepend=0, append=width * height)
-    packed = coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    counts = np.diff(marks, prepend=0, append=width * height).tolist()
+    if counts[-1] == 0 and len(counts) > 1:  # as an encoder writes it
+        counts.pop()
+    packed = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     return {"size": [height, width], "counts": packed["counts"].decode("ascii")}
 
 
@@ -227,6 +230,7 @@ def _intersection(first: dict[str, Any], second: dict[str, Any]) -> dict[str, An
     return coco_mask.merge([_packed(first), _packed(second)], intersect=True)
 
 
+@lru_cache(maxsize=1024)  # asked for by every pair that meets
 def _window_rle(window: Window, width: int, height: int) -> dict[str, Any]:
     x1, y1, x2, y2 = window
     return place_rle(_full_rle(x2 - x1, y2 - y1), window, width, height)
