@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from .dataset import OBJECT_KEYS, InstanceDataset, LazyRows, Row, RowStream, empty_objects
+from .dataset import InstanceDataset, LazyRows, Row, RowStream, empty_objects
 from .errors import DataError, ImageError
+from .hf_objects import ReadObjects, find_objects
 from .images import bytes_size, image_size
 
 if TYPE_CHECKING:
     import datasets
 
 LIST_SUFFIXES = (".txt", ".lst")
-CATEGORIES_KEY = b"uplvp_categories"  # of the metadata of a Parquet file: the categories as JSON
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _SIZE_READERS = 16  # threads; reading the head of a file is waiting for the disk
 
@@ -127,8 +126,9 @@ def read_huggingface(
         id_column: numbers or texts that name a picture; None: "image_id" if there is such a column, else the running
             number, which is the same in every run as long as the data set is.
 
-    Objects in the form of `labeling.export_parquet` are read, others are not: the rows are then unlabelled. Category
-    ids are those of the exported file, where it is at hand, else 0, 1, ... in the order of the names.
+    Objects with masks are read in the form of `labeling.export_parquet` and in those that `hf_objects` lists; rows
+    without are unlabelled. Category ids are those of the exported file, where it is at hand; 0, 1, ... in the order of
+    the names of a ClassLabel or of texts; else the numbers themselves.
     Raises DataError where several splits or columns could be meant and for ids that are in two rows, and whatever
     `datasets` raises for a source that it cannot load.
     """
@@ -145,12 +145,12 @@ def read_huggingface(
         import datasets
 
         data = data.cast_column(image, datasets.Image(decode=False))
-    categories = _categories(features, source)
-    own_ids = _stored_categories(source) is not None
+    local = os.path.exists(source) and not _was_saved_to_disk(source)
+    categories, read_objects = find_objects(data, features, source, _parquet_files(source) if local else [])
 
     def row(number: int, example: dict[str, Any]) -> Row:
         image_id = number if id_column is None else example[id_column]
-        return _row(source, example, example[image], image_id, own_ids if categories else None)
+        return _row(source, example, example[image], image_id, read_objects)
 
     if streaming:
         return RowStream(lambda: (row(number, example) for number, example in enumerate(data)), categories, source)
@@ -232,27 +232,9 @@ def _identifier(data: datasets.Dataset, column: str | None, source: str) -> Call
     return ids.__getitem__
 
 
-def _stored_categories(source: str) -> list[dict[str, Any]] | None:
-    """Of the first Parquet file, where our export wrote them."""
-    if not os.path.exists(source) or _was_saved_to_disk(source) or not _parquet_files(source):
-        return None
-    import pyarrow.parquet
-
-    found = (pyarrow.parquet.read_schema(_parquet_files(source)[0]).metadata or {}).get(CATEGORIES_KEY)
-    return None if found is None else json.loads(found)
-
-
-def _categories(features: dict[str, Any], source: str) -> list[dict[str, Any]]:
-    """Of the objects; none where there are no objects that could be read."""
-    objects = features.get("objects")
-    if not isinstance(objects, dict) or not {*OBJECT_KEYS, "category"} <= objects.keys():
-        return []
-    names = objects["category"].feature.names
-    return _stored_categories(source) or [{"id": k, "name": name} for k, name in enumerate(names)]
-
-
-def _row(source: str, example: dict[str, Any], picture: Any, image_id: int | str, own_ids: bool | None) -> Row:
-    """own_ids: whether `category_id` is to be kept, else it is the number of the class; None: no objects are read."""
+def _row(
+    source: str, example: dict[str, Any], picture: Any, image_id: int | str, read_objects: ReadObjects | None
+) -> Row:
     image, path = _picture(picture, source)
     name = example.get("file_name") or (os.path.basename(path) if path else str(image_id))
     width, height = example.get("width"), example.get("height")
@@ -262,10 +244,8 @@ def _row(source: str, example: dict[str, Any], picture: Any, image_id: int | str
         except ImageError:
             width = height = 0  # opening it will say why
     objects = empty_objects()
-    if own_ids is not None:
-        objects = {key: list(example["objects"][key]) for key in OBJECT_KEYS}
-        if not own_ids:
-            objects["category_id"] = list(example["objects"]["category"])
+    if read_objects is not None:
+        objects = read_objects(example["objects"], height, width, f"image id {image_id!r}")
     return Row(image=image, image_id=image_id, file_name=name, width=width, height=height, objects=objects)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..data.arrow import has_text_ids, row_features, row_tables, rows_to_dataset
 from ..data.coco import write_coco
-from ..data.inputs import CATEGORIES_KEY
+from ..data.hf_objects import CATEGORIES_KEY
 from ..data.store_reader import read_header, stream_store
 from ..files import replacing
 
