@@ -17,6 +17,7 @@ _NAMES = {
     "UplvpForPreTraining": "models.modeling_uplvp",
     "UplvpImageProcessor": "models.image_processing_uplvp",
     "UplvpImageProcessorPil": "models.image_processing_pil_uplvp",
+    "UplvpInstanceSegmentationPipeline": "models.pipeline_uplvp",
     "KNetConfig": "models.configuration_knet",
     "KNetForInstanceSegmentation": "models.modeling_knet",
     "KNetModel": "models.modeling_knet",

@@ -1,7 +1,9 @@
-"""Registers UPLVP models with transformers' auto classes, without importing transformers before the user does.
+"""Registers UPLVP models with transformers' auto classes and the pipeline "instance-segmentation" with its pipelines,
+without importing transformers before the user does.
 
 The registration needs the model classes, whose import takes seconds (torch, transformers). So it waits until an auto
-module of transformers has been imported and no module of transformers, and no model file of ours, is half executed.
+module of transformers (the pipelines) has been imported and no module of transformers, and no model file of ours, is
+half executed.
 """
 
 import importlib.abc
@@ -9,15 +11,15 @@ import importlib.util
 import sys
 
 _AUTO = tuple(f"transformers.models.auto.{name}_auto" for name in ("configuration", "modeling", "image_processing"))
-_registered = False
+_PIPELINES = "transformers.pipelines"
+_registered: set[str] = set()
 
 
 def register_auto_classes() -> None:
     """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and `pipeline("image-segmentation")` know our models."""
-    global _registered
-    if _registered:
+    if "auto" in _registered:
         return
-    _registered = True
+    _registered.add("auto")
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
@@ -64,12 +66,40 @@ def register_auto_classes() -> None:
         AutoImageProcessor.register(config, image_processor_classes=dict(processors))
 
 
+def register_pipeline() -> None:
+    """Makes `pipeline("instance-segmentation")` ours."""
+    if "pipeline" in _registered:
+        return
+    _registered.add("pipeline")
+    from transformers import AutoModelForInstanceSegmentation
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    from .models.pipeline_uplvp import UplvpInstanceSegmentationPipeline
+
+    PIPELINE_REGISTRY.register_pipeline(
+        "instance-segmentation",
+        pipeline_class=UplvpInstanceSegmentationPipeline,
+        pt_model=(AutoModelForInstanceSegmentation,),
+        type="image",
+    )
+
+
 def register_when_needed() -> None:
-    """Registers now if an auto module is already imported, otherwise right after the first import of one."""
+    """Registers now what is already imported, the rest right after it is imported for the first time."""
+    _register_imported()
+    if not _complete() and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register_imported() -> None:
     if any(name in sys.modules for name in _AUTO):
         register_auto_classes()
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+    if _PIPELINES in sys.modules:
+        register_pipeline()
+
+
+def _complete() -> bool:
+    return _registered == {"auto", "pipeline"}
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -79,7 +109,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         self.running = 0
 
     def find_spec(self, fullname, path=None, target=None):
-        if _registered or not (fullname.split(".")[0] == "transformers" or fullname.startswith("uplvp_hf.models.")):
+        if _complete() or not (fullname.split(".")[0] == "transformers" or fullname.startswith("uplvp_hf.models.")):
             return None
         for finder in sys.meta_path:
             spec = None if finder is self else finder.find_spec(fullname, path, target)
@@ -97,9 +127,9 @@ class _AfterImport(importlib.abc.MetaPathFinder):
                 execute(module)
             finally:
                 self.running -= 1
-            if self.running == 0 and any(name in sys.modules for name in _AUTO):
-                register_auto_classes()
-                if self in sys.meta_path:
+            if self.running == 0:
+                _register_imported()
+                if _complete() and self in sys.meta_path:
                     sys.meta_path.remove(self)
 
         loader.exec_module = exec_module
