@@ -1,4 +1,4 @@
-"""`uplvp data`: check a data set, convert it to COCO JSON, draw low-data splits."""
+"""`uplvp data`: check a data set, convert it to COCO JSON, draw low-data splits, look at augmented samples."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ._data_preview import add_preview
 from ._terminal import add_verbosity, run
 
 if TYPE_CHECKING:
@@ -18,12 +19,13 @@ docs/data.md shows the trees."""
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="uplvp data", description="Check, convert and split data sets.", epilog=_EPILOG
+        prog="uplvp data", description="Check, convert, split and preview data sets.", epilog=_EPILOG
     )
     subparsers = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     add_check(subparsers)
     add_convert(subparsers)
     add_split(subparsers)
+    add_preview(subparsers)
     return parser
 
 

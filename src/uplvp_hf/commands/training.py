@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ._data_preview import write_preview
 from ._terminal import add_verbosity, is_main_process, run
 
 _EPILOG = """settings:
@@ -32,6 +33,9 @@ def run_training(stage: str, description: str, argv: list[str] | None) -> int:
     parser.add_argument("--output", help="folder for checkpoints and the model (default: runs/<stage>)")
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
+    parser.add_argument(
+        "--preview", metavar="FILE", help="write a sheet of augmented training samples there (.png, .jpg) and stop"
+    )
     add_verbosity(parser)
     arguments = parser.parse_intermixed_args(argv)  # settings and options in any order
     again = f"run the same command again{'' if arguments.resume else ' with --resume'} to go on"
@@ -45,6 +49,10 @@ def _train(stage: str, arguments: argparse.Namespace) -> None:
     words += [f"output={arguments.output}"] if arguments.output else []
     words += [f"seed={arguments.seed}"] if arguments.seed is not None else []
     settings = load_settings(arguments.recipe, [*words, f"stage={stage}"], output=f"runs/{stage}")
+    if arguments.preview:
+        if is_main_process():
+            write_preview(settings, arguments.preview)
+        return
 
     from uplvp_hf.training.loop import train
 
