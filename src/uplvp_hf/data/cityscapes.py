@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from .dataset import InstanceDataset, Objects
 from .errors import DataError
 from .fields import read_json, require, require_list, whole_number
-from .layouts import Pair, PairReader, choose_split, lazy_dataset, missing, objects_of, read_id_map, stems
+from .layouts import Pair, PairReader, choose_split, lazy_dataset, missing, objects_of, present_ids, read_id_map, stems
 from .rle import encode_id_map, polygon_fault
 
 CLASSES = {
@@ -109,8 +109,7 @@ def _annotations(
 def _objects(pair: Pair) -> tuple[int, int, Objects]:
     (path,) = pair.annotations
     ids = read_id_map(path) if path.endswith(".png") else draw_polygons(path)
-    present = np.unique(ids).tolist()
-    wanted = [value for value in present if (value if value < 1000 else value // 1000) in CLASSES]
+    wanted = [value for value in present_ids(ids) if (value if value < 1000 else value // 1000) in CLASSES]
     classes = [value if value < 1000 else value // 1000 for value in wanted]
     objects = objects_of(encode_id_map(ids, wanted), classes, [value < 1000 for value in wanted])
     return ids.shape[1], ids.shape[0], objects

@@ -152,6 +152,11 @@ def read_id_map(path: str) -> np.ndarray:
     return ids
 
 
+def present_ids(ids: np.ndarray) -> list[int]:
+    """The numbers >= 0 that occur in a map, sorted; counting is ten times faster than sorting 2 million pixels."""
+    return np.flatnonzero(np.bincount(ids.ravel())).tolist()
+
+
 def objects_of(rles: Sequence[dict[str, Any]], category_ids: Sequence[int], crowds: Sequence[bool]) -> Objects:
     """Objects of human labels, their boxes and areas those of the masks."""
     return {

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from .copy_paste import choose, paste
-from .dataset import InstanceDataset, Row
+from .dataset import InstanceDataset, LazyRows, Row
 from .errors import DataError, ImageError
 from .instance_masks import InstanceMasks
 from .transforms import TrainTransform, uniform
@@ -78,6 +78,8 @@ class TrainingSet(torch.utils.data.Dataset):
     def _check_label_map(self) -> None:
         if self.label_map is None:
             return
+        if isinstance(self.dataset.rows, LazyRows) and self.label_map.keys() >= set(self.dataset.category_ids):
+            return  # readers give no other categories, and to make every row here could take minutes
         for index, row in enumerate(self.dataset.rows):
             for category_id in row["objects"]["category_id"]:
                 if category_id not in self.label_map:

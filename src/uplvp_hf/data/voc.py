@@ -20,7 +20,18 @@ from pycocotools import mask as coco_mask
 from .dataset import InstanceDataset, Objects
 from .errors import DataError
 from .fields import inside
-from .layouts import Pair, PairReader, choose_split, lazy_dataset, missing, objects_of, pictures, read_id_map, stems
+from .layouts import (
+    Pair,
+    PairReader,
+    choose_split,
+    lazy_dataset,
+    missing,
+    objects_of,
+    pictures,
+    present_ids,
+    read_id_map,
+    stems,
+)
 from .rle import encode_id_map, rle_boxes
 
 CLASSES = (
@@ -113,7 +124,7 @@ def _objects(pair: Pair) -> tuple[int, int, Objects]:
             f"is {numbers.shape[1]}x{numbers.shape[0]}, {class_path} is {classes.shape[1]}x{classes.shape[0]}",
             file=path,
         )
-    wanted = [number for number in np.unique(numbers).tolist() if number not in (0, _CONTOUR)]
+    wanted = [number for number in present_ids(numbers) if number not in (0, _CONTOUR)]
     category_ids = [_class(classes[numbers == number], number, path, class_path) for number in wanted]
     rles = encode_id_map(numbers, wanted)
     crowds = [False] * len(rles)
