@@ -34,7 +34,18 @@ _AUTO_MODELS = (
 )
 
 # By transformers' names of the backends.
-_IMAGE_PROCESSORS = {"torchvision": "image_processing_uplvp.UplvpImageProcessor"}
+_IMAGE_PROCESSORS = {
+    "torchvision": "image_processing_uplvp.UplvpImageProcessor",
+    "pil": "image_processing_pil_uplvp.UplvpImageProcessorPil",
+}
+_PIPELINES = {
+    "instance-segmentation": {
+        "impl": "pipeline_uplvp.UplvpInstanceSegmentationPipeline",
+        "pt": ["AutoModelForInstanceSegmentation"],
+        "type": "image",
+    }
+}
+_COMMON_FILES = ("image_processing_uplvp.py", "image_processing_pil_uplvp.py", "pipeline_uplvp.py")
 
 
 def prepare_folder(
@@ -182,7 +193,8 @@ def _add_licence(model_dir: Path, folder: Path, license: str) -> None:
 
 
 def _add_code(folder: Path, model_type: str) -> None:
-    """Copies the model's source files, and names the classes in `config.json` (`auto_map`).
+    """Copies the model's source files, and names the classes in `config.json` (`auto_map`,
+    `custom_pipelines`).
 
     A folder with them loads with `trust_remote_code=True` where this library is not installed. The image processor is
     named there too, not in its own file: from that the stock pipeline would infer a video processor in remote code, and
@@ -196,7 +208,7 @@ def _add_code(folder: Path, model_type: str) -> None:
     source = Path(uplvp_hf.models.__path__[0])
     module, prefix, further = _OWN[model_type]
     files: set[str] = set()
-    for name in (f"configuration_{module}.py", f"modeling_{module}.py", "image_processing_uplvp.py"):
+    for name in (f"configuration_{module}.py", f"modeling_{module}.py", *_COMMON_FILES):
         files |= {str(source / name), *get_relative_import_files(source / name)}
     for file in sorted(files):
         shutil.copyfile(file, folder / Path(file).name)
@@ -204,7 +216,7 @@ def _add_code(folder: Path, model_type: str) -> None:
     config |= dict.fromkeys(_AUTO_MODELS, f"modeling_{module}.{prefix}ForInstanceSegmentation")
     config |= {auto: f"modeling_{module}.{name}" for auto, name in further.items()}
     config["AutoImageProcessor"] = _IMAGE_PROCESSORS
-    _change(folder / "config.json", lambda content: content.update(auto_map=config))
+    _change(folder / "config.json", lambda content: content.update(auto_map=config, custom_pipelines=_PIPELINES))
     _change(folder / "preprocessor_config.json", lambda content: content.pop("image_processor_type", None))
 
 
