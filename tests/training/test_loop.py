@@ -1,12 +1,7 @@
 """The loop: stopped and resumed, accumulated and distributed runs end where the plain run ends; failures are met."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,6 +9,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from training_helpers import DESCENT, assert_same_run, largest_difference, log_of, stop_at
 
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
@@ -22,58 +18,6 @@ from uplvp_hf.training.build import build_model, load_backbone_weights
 from uplvp_hf.training.checkpoint import list_checkpoints
 from uplvp_hf.training.config import ConfigError, load_settings
 from uplvp_hf.training.freezing import freeze_unused
-from uplvp_hf.training.loop import train
-
-
-@pytest.fixture
-def recipe(tmp_path, scenes_dir, tiny_segmenter):
-    """A recipe file: six updates on six scenes of 64 px."""
-    content = {
-        "stage": "pretrain",
-        "log_every": 4,
-        "data": {"train": str(scenes_dir), "size": 64},
-        "model": {"segmenter": tiny_segmenter("swin")},
-        "optim": {"steps": 6, "batch_size": 2, "lr": 1e-3, "warmup": 1},
-        "checkpoint": {"every": 2, "keep": 9},
-    }
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(content))
-    return file
-
-
-@pytest.fixture
-def run(recipe, tmp_path):
-    """run(name, *words) trains into tmp_path/name."""
-
-    def go(name="run", *words, resume=False):
-        settings = load_settings(str(recipe), [*words, f"output={tmp_path / name}"])
-        return train(settings, resume=resume, progress=False)
-
-    return go
-
-
-def stop_at(monkeypatch, step, error=KeyboardInterrupt):
-    """Makes the update number `step` (0-based) of any run raise, once."""
-    update = loop._Run._update
-
-    def interrupted(self, current, batches):
-        if current == step:
-            monkeypatch.setattr(loop._Run, "_update", update)
-            raise error
-        return update(self, current, batches)
-
-    monkeypatch.setattr(loop._Run, "_update", interrupted)
-
-
-def assert_same_run(one: Path, other: Path):
-    """Final weights, log and every checkpoint (weights, optimiser moments, random state) have the same bytes."""
-    files = ["model.safetensors", "log.jsonl"]
-    common = {path.name for path in list_checkpoints(one)} & {path.name for path in list_checkpoints(other)}
-    assert len(common) >= 2
-    for name in common:
-        files += [f"{name}/{part}.safetensors" for part in ("model", "optimizer", "random_state")]
-    for name in files:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, scenes_dir):
@@ -119,68 +63,6 @@ def test_evaluation_leaves_the_training_alone(run, tmp_path, scenes_dir):
     ).read_bytes()
 
 
-PROCESS = textwrap.dedent(
-    """
-    import os, signal, sys
-    import torch
-    from uplvp_hf.training import checkpoint, loop
-    from uplvp_hf.training.config import load_settings
-    torch.set_num_threads(1)
-    recipe, output, *words = sys.argv[1:]
-    """
-)
-TRAIN = 'loop.train(load_settings(recipe, [*words, f"output={output}"]), progress=False)\n'
-
-
-def in_new_process(code, *arguments, launcher=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-
-
-@pytest.mark.slow
-def test_killed_while_writing_a_checkpoint(run, recipe, tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(
-        PROCESS
-        + textwrap.dedent(
-            """
-            replace = os.replace
-            def kill(source, target):
-                if str(target).endswith("checkpoint-4"):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                replace(source, target)
-            checkpoint.os.replace = kill
-            """
-        )
-        + TRAIN
-    )
-    done = in_new_process(script, recipe, tmp_path / "parts")
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    parts = tmp_path / "parts"
-    assert (parts / ".checkpoint-4.tmp" / "state.json").is_file() and not (parts / "checkpoint-4").exists()
-    run("parts", resume=True)
-    run("whole")
-    assert_same_run(tmp_path / "whole", parts)
-    assert not list(parts.glob(".*tmp"))
-
-
-def test_torn_checkpoints_are_never_chosen(run, tmp_path, monkeypatch):
-    run("whole")
-    stop_at(monkeypatch, 5)
-    with pytest.raises(KeyboardInterrupt):
-        run("parts")
-    parts = tmp_path / "parts"
-    assert [path.name for path in list_checkpoints(parts)] == ["checkpoint-2", "checkpoint-4"]
-    (parts / "checkpoint-4" / "state.json").unlink()
-    (parts / "checkpoint-4" / "model.safetensors").write_bytes(b"torn")
-    shutil.copytree(parts / "checkpoint-4", parts / "checkpoint-5")
-    assert [path.name for path in list_checkpoints(parts)] == ["checkpoint-2"]
-    run("parts", resume=True)
-    shutil.rmtree(parts / "checkpoint-5")
-    assert_same_run(tmp_path / "whole", parts)
-
-
 def test_only_the_newest_checkpoints_are_kept(run, tmp_path):
     run("run", "checkpoint.every=1", "checkpoint.keep=2")
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-5"]
@@ -197,53 +79,6 @@ def test_an_output_folder_belongs_to_one_run(run, monkeypatch):
         run("run", "optim.lr=2e-3", resume=True)
 
 
-# Gradients are compared through plain gradient descent: Adam would blow up the noise of gradients near zero. Random
-# points are the same for every mask and prompts are kept for the same queries, however the batch is cut.
-DETERMINISTIC = textwrap.dedent(
-    """
-    rand = torch.rand
-
-    def even(*shape, generator=None, device=None, **options):
-        if generator is not None:
-            return rand(*shape, generator=generator, **options)
-        shape = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        count = shape[-2] if shape[-1] == 2 else shape[-1]
-        steps = torch.arange(1, count + 1, dtype=torch.float64)
-        columns = [steps * 0.7548776662466927 % 1, steps * 0.5698402909980532 % 1]
-        values = torch.stack(columns, -1) if shape[-1] == 2 else columns[0]
-        return values.float().expand(shape).clone()
-
-    def plain_descent(model, settings):
-        groups = loop_groups(model, settings)
-        for group in groups:
-            group["base_lr"] = group["lr"]
-            group["weight_decay"] = 0.0
-        return torch.optim.SGD(groups, lr=settings.lr)
-
-    from uplvp_hf.training.optim import parameter_groups as loop_groups
-    torch.rand = even
-    loop.make_optimizer = plain_descent
-    """
-)
-DESCENT = ["optim.lr=0.05", "optim.steps=3", "checkpoint.every=0", "log_every=1", "model.prompt_drop=0.3"]
-
-
-@pytest.fixture
-def deterministic(monkeypatch):
-    monkeypatch.setattr(torch, "rand", torch.rand)
-    monkeypatch.setattr(loop, "make_optimizer", loop.make_optimizer)
-    exec(DETERMINISTIC, {"torch": torch, "loop": loop})
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    one, other = (load_file(path / "model.safetensors") for path in (one, other))
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
-def log_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_accumulation_equals_a_larger_batch(run, deterministic, tmp_path):
     run("large", *DESCENT, "optim.batch_size=4")
     run("small", *DESCENT, "optim.batch_size=2", "optim.accumulation=2")
@@ -254,25 +89,6 @@ def test_accumulation_equals_a_larger_batch(run, deterministic, tmp_path):
     assert len(large) == 3
     for one, other in zip(large, small, strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, deterministic, tmp_path):
-    """DistributedDataParallel raises at the second update if a parameter got no gradient."""
-    run("one", *DESCENT, "optim.batch_size=4")
-    script = tmp_path / "distributed.py"
-    script.write_text(PROCESS + DETERMINISTIC + TRAIN)
-    # `accelerate launch --cpu --num_processes 2` starts a single process unless it is given an MPI.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    words = [*DESCENT, "optim.batch_size=2", "log_every=2"]
-    done = in_new_process(script, recipe, tmp_path / "two", *words, launcher=launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
-    summary = json.loads((tmp_path / "two" / "training_summary.json").read_text())
-    assert summary["hardware"].startswith("2 x CPU")
-    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-4
-    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
-    assert two[0]["loss"] == pytest.approx((one[0]["loss"] + one[1]["loss"]) / 2, rel=1e-4)
-    assert two[1]["loss"] == pytest.approx(one[2]["loss"], rel=1e-4)
 
 
 def poison(monkeypatch, steps, what):

@@ -1,0 +1,111 @@
+"""Two processes (gloo, on the CPU) end where one process with the doubled batch ends, with whole or spread weights."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_helpers import (
+    DESCENT,
+    DETERMINISTIC,
+    PROCESS,
+    TRAIN,
+    largest_difference,
+    log_of,
+    on_two_processes,
+    state_of,
+    stop_at,
+)
+
+from uplvp_hf.training.config import ConfigError, load_settings
+from uplvp_hf.training.launch import make_accelerator
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spread", [False, True], ids=["ddp", "fsdp"])
+def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, deterministic, tmp_path, scenes_dir, spread):
+    """DistributedDataParallel raises at the second update if a parameter got no gradient."""
+    words = [*DESCENT, "optim.ema=0.9", "optim.clip=2", f"data.val={scenes_dir}", "evaluation.every=2"]
+    words += ["checkpoint.every=2"]
+    run("one", *words, "optim.batch_size=6")
+    script = tmp_path / "distributed.py"
+    script.write_text(PROCESS + DETERMINISTIC + TRAIN)
+    two = ["optim.batch_size=1", "optim.accumulation=3", "log_every=2", f"fsdp={str(spread).lower()}"]
+    on_two_processes(script, recipe, tmp_path / "two", *words, *two)
+    summary = json.loads((tmp_path / "two" / "training_summary.json").read_text())
+    assert summary["hardware"].startswith("2 x CPU") and list(summary["evaluations"]) == ["2", "3"]
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    for file in ("model", "average"):
+        one, two = (load_file(tmp_path / name / "checkpoint-2" / f"{file}.safetensors") for name in ("one", "two"))
+        assert one.keys() == two.keys()
+        assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+    states = load_file(tmp_path / "two" / "checkpoint-2" / "random_state.safetensors")
+    assert {name.split(".")[0] for name in states} == {"0", "1"}
+    one, two = ([x for x in log_of(tmp_path / name) if "loss" in x] for name in ("one", "two"))
+    assert two[0]["loss"] == pytest.approx((one[0]["loss"] + one[1]["loss"]) / 2, rel=1e-4)
+    assert two[1]["loss"] == pytest.approx(one[2]["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mask2former", "knet", "queryinst"])
+def test_spread_runs_resume_to_the_same_bytes(recipe, segmenters, tmp_path, kind):
+    """With frozen stages, worker processes, accumulation and an average; and a plain run can go on from there."""
+    settings = yaml.safe_load(recipe.read_text())
+    settings["model"] |= {"segmenter": segmenters[kind]}
+    settings["optim"] |= {"accumulation": 2, "batch_size": 1, "ema": 0.9}
+    settings |= {"fsdp": True, "log_every": 1}
+    recipe.write_text(yaml.safe_dump(settings))
+    script, stopped = tmp_path / "whole.py", tmp_path / "stopped.py"
+    script.write_text(PROCESS + TRAIN.replace(", progress", ", resume=os.path.isdir(output), progress"))
+    stopped.write_text(PROCESS + STOPPED)
+    on_two_processes(script, recipe, tmp_path / "whole")
+    on_two_processes(stopped, recipe, tmp_path / "parts")
+    on_two_processes(script, recipe, tmp_path / "parts")
+    for file in ("model", "checkpoint-4/model", "checkpoint-4/optimizer", "checkpoint-4/average"):
+        one, other = (tmp_path / name / f"{file}.safetensors" for name in ("whole", "parts"))
+        assert one.read_bytes() == other.read_bytes(), file
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    assert state_of(tmp_path / "whole" / "checkpoint-4") == state_of(tmp_path / "parts" / "checkpoint-4")
+    config = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert config["architectures"] == ["UplvpForPreTraining"]
+
+
+STOPPED = """
+update = loop._Run._update
+def stop(self, step, batches):
+    if step == 3:
+        raise KeyboardInterrupt
+    return update(self, step, batches)
+loop._Run._update = stop
+try:
+    loop.train(load_settings(recipe, [*words, f"output={output}"]), progress=False)
+except KeyboardInterrupt:
+    pass
+"""
+
+
+def test_one_process_goes_on_with_a_checkpoint_of_two(run, recipe, tmp_path, monkeypatch, caplog):
+    """The other process' random state is not asked for; the pictures of a step have to be as many."""
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", "fsdp=true")  # one process spreads nothing
+    state = tmp_path / "parts" / "checkpoint-2" / "state.json"
+    content = json.loads(state.read_text())
+    state.write_text(json.dumps({**content, "processes": 2}))
+    assert run("parts", resume=True).steps == 6
+    assert "is of 2 processes" in caplog.text
+
+
+def test_other_ways_of_spreading_are_refused(monkeypatch):
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    monkeypatch.setattr(AcceleratorState, "distributed_type", DistributedType.FSDP, raising=False)
+    with pytest.raises(ConfigError, match=r"set up for FSDP: .*fsdp=true"):
+        make_accelerator(load_settings())
+
+
+def test_spread_weights_in_float16_are_refused():
+    with pytest.raises(ConfigError, match="fsdp"):
+        load_settings(None, ["fsdp=true", "mixed_precision=fp16"])
