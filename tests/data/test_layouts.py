@@ -1,6 +1,7 @@
 """Readers of published layouts: masks compared with what was drawn, files opened only when a row is asked for."""
 
 import json
+import pickle
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from PIL import Image, ImageDraw
 
 from uplvp_hf.data import DataError, DataWarning, ImageError, load_dataset_rows, write_coco
 from uplvp_hf.data.cityscapes import draw_polygons, read_cityscapes
+from uplvp_hf.data.manifest import take_split
 from uplvp_hf.data.rle import decode_segmentation, encode_id_map
+from uplvp_hf.data.splits import SplitSpec
 
 SIZE = (40, 30)
 
@@ -402,15 +405,21 @@ def test_nothing_is_opened_before_a_row_is_asked_for(layout):
         dataset[0]
 
 
+@pytest.mark.parametrize("layout", ["cityscapes", "voc"], indirect=True)  # CTW1500 has sizes in its pictures alone
 def test_pictures_are_opened_with_load_image_only(layout):
-    if layout.name == "ctw1500":
-        pytest.skip("its annotations do not say how large the picture is")
     for file in [*layout.rglob("*.jpg"), *layout.rglob("*leftImg8bit.png")]:
         file.write_bytes(b"")
     dataset = load_dataset_rows(layout, split="train")
     assert dataset[0]["objects"]["segmentation"]
     with pytest.raises(ImageError):
         dataset.load_image(0)
+
+
+def test_rows_reach_worker_processes(layout):
+    dataset = load_dataset_rows(layout, split="train")
+    few = take_split(dataset, SplitSpec("shot", 1, allow_fewer=True))
+    for one in (dataset, few, few.unlabelled()):
+        assert list(pickle.loads(pickle.dumps(one)).rows) == list(one.rows)
 
 
 def test_layouts_survive_coco_json(layout, tmp_path):

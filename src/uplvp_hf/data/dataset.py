@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -109,8 +110,12 @@ class LazyRows(Sequence[Row]):
 
     def map(self, change: Callable[[Row], Row]) -> LazyRows:
         """The same rows, each passed through `change` when it is asked for."""
-        read = self._read
-        return LazyRows(lambda position: change(read(position)), self._identify, self._indices)
+        # No closure: worker processes that are spawned need to pickle it.
+        return LazyRows(partial(_changed, self._read, change), self._identify, self._indices)
+
+
+def _changed(read: Callable[[int], Row], change: Callable[[Row], Row], position: int) -> Row:
+    return change(read(position))
 
 
 @dataclass

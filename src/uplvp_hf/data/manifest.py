@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from ..files import write_json
@@ -195,12 +196,13 @@ def _take(dataset: InstanceDataset, manifest: dict[str, Any], positions: dict[in
     subset = dataset.subset([positions[image_id] for image_id in manifest["image_ids"]])
     if manifest["kept"] is not None:
         kept = dict(zip(manifest["image_ids"], manifest["kept"]))
-        subset = subset.map(lambda row: _keep(row, kept[row["image_id"]]))
+        subset = subset.map(partial(_keep, kept))
     subset.manifest = manifest
     return subset
 
 
-def _keep(row: Row, positions: list[int]) -> Row:
+def _keep(kept: dict[int | str, list[int]], row: Row) -> Row:
+    positions = kept[row["image_id"]]
     objects: Objects = {key: [row["objects"][key][k] for k in positions] for key in OBJECT_KEYS}
     return Row(**{**row, "objects": objects})
 
