@@ -206,8 +206,7 @@ def test_pretraining_without_classes_has_one(segmenter):
 
 def on_meta(settings, classes):
     """The model of a recipe for so many classes, without memory for its weights."""
-    names = list(COCO_CLASSES.values()) if isinstance(COCO_CLASSES, dict) else list(COCO_CLASSES)
-    rows = InstanceDataset([], [{"id": i + 1, "name": str(names[i])} for i in range(classes)])
+    rows = InstanceDataset([], [{"id": i + 1, "name": COCO_CLASSES[i]} for i in range(classes)])
     model = dataclasses.replace(settings.model, backbone_weights=None, freeze_backbone=False, freeze_stages=0)
     settings = dataclasses.replace(settings, model=model, data=dataclasses.replace(settings.data, size=64))
     with torch.device("meta"):
