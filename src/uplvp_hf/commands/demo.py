@@ -1,26 +1,40 @@
-"""`uplvp demo`: the whole path on generated scenes, without data, weights or network."""
+"""`uplvp demo`: the whole path on generated scenes, without data, weights or network; or the page of a model."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from ._terminal import run
 
 
-def main(argv: list[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp demo",
         description="Label generated scenes with the small CLIP of the package, pre-train, fine-tune on 20 labelled "
         "pictures, and compare with training from scratch. Needs no data, weights or network; about 5 minutes on 2 "
-        "cores.",
+        "cores. With --app: a page on this machine that shows what a model finds in your pictures.",
     )
     parser.add_argument(
         "--output", default="runs/demo", help="folder; an earlier demo there is replaced (default: runs/demo)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on pictures and steps, for a quick look")
+    page = parser.add_argument_group("the page of a model")
+    page.add_argument("--app", metavar="MODEL", help="model folder or USER/NAME of the Hub; nothing is trained")
+    page.add_argument("--port", type=int, default=7860, help="of the page, on this machine only (default: 7860)")
+    page.add_argument(
+        "--share", choices=("no", "yes"), default="no", help="yes: also a public address through gradio's servers"
+    )
     parser.add_argument("--verbose", action="store_true", help="also where in the code an error arose")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
+    arguments = make_parser().parse_args(argv)
+    if arguments.app is not None:
+        return run("demo", lambda: _page(arguments), arguments.verbose)
 
     def demo() -> None:
         from uplvp_hf.demo.pipeline import run_demo
@@ -28,3 +42,27 @@ def main(argv: list[str] | None = None) -> int:
         run_demo(arguments.output, arguments.seed, arguments.scale)
 
     return run("demo", demo, arguments.verbose)
+
+
+def _page(arguments: argparse.Namespace) -> None:
+    from uplvp_hf.evaluation import load_segmenter
+    from uplvp_hf.hub.space_app import load_app
+
+    try:
+        app = load_app()
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    model, processor = load_segmenter(arguments.app)
+    name = arguments.app.rstrip("/").split("/")[-1]
+    page = app.build(model, processor, name)
+    page.launch(
+        server_name="127.0.0.1",
+        server_port=arguments.port or None,
+        share=arguments.share == "yes",
+        theme=app.THEME,
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
+    page.block_thread()

@@ -22,7 +22,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Per `model_type`: the file after `configuration_` and `modeling_`, the prefix of the classes, and what further auto
 # classes find in the repository.
 _OWN = {
-    "uplvp": ("uplvp", "Uplvp", {"AutoModelForPreTraining": "UplvpForPreTraining"}),
+    "uplvp": (
+        "uplvp",
+        "Uplvp",
+        {"AutoModel": "UplvpForInstanceSegmentation", "AutoModelForPreTraining": "UplvpForPreTraining"},
+    ),
     "knet": ("knet", "KNet", {"AutoModel": "KNetModel"}),
     "queryinst": ("queryinst", "QueryInst", {"AutoModel": "QueryInstModel"}),
 }

@@ -1,0 +1,183 @@
+"""A page for one model: upload a picture, choose a threshold, see its instances and their table, download them as JSON.
+
+Runs as a Space (`MODEL` names the repository) and locally:
+
+    uplvp demo --app MODEL_DIR
+    MODEL=USER/NAME TRUST_REMOTE_CODE=1 python app.py
+
+The model's own code is run only with TRUST_REMOTE_CODE=1, which is not needed where `uplvp_hf` is installed.
+MAX_PIXELS (default 50,000,000) is the largest picture that is taken.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
+from transformers import AutoImageProcessor, AutoModelForImageSegmentation
+
+try:
+    from visualize import draw_instances  # beside this file in a Space
+except ImportError:
+    from uplvp_hf.evaluation.visualize import draw_instances
+
+FLOOR = 0.05  # instances of smaller score are not kept, so that the slider needs no second run of the model
+SHOWN_SIDE = 1280  # pixels of the overlay's longer side
+COLUMNS = ["#", "label", "score", "x1, y1, x2, y2", "area"]
+# Fonts of the visitor's own machine: the page fetches nothing from anywhere else.
+THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def load(name: str, trust_remote_code: bool = False):
+    """(model, processor) of a folder or a repository."""
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    model = AutoModelForImageSegmentation.from_pretrained(name, trust_remote_code=trust_remote_code)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
+
+
+def open_picture(path: str) -> Image.Image:
+    """An upright RGB picture. Raises gr.Error, whose text the visitor sees."""
+    limit = int(os.environ.get("MAX_PIXELS", "50000000"))
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > limit:
+                raise gr.Error(f"The picture has {image.width} x {image.height} pixels; at most {limit:,} are taken.")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except gr.Error:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and more
+        raise gr.Error(f"This is not a picture that can be read ({type(error).__name__}).") from error
+
+
+class Segmenter:
+    """Finds the instances of a picture once, and shows those above a threshold as often as it is asked."""
+
+    def __init__(self, model, processor, name: str) -> None:
+        self.model, self.processor, self.name = model, processor, name
+        self.files = tempfile.TemporaryDirectory(prefix="uplvp_app_")
+        self._found = lru_cache(maxsize=16)(self._find)  # by content: run lengths are small
+
+    def __call__(self, path: str | None, threshold: float):
+        """(overlay, rows of the table, path of the JSON file) of the picture in `path`; blank without one."""
+        if path is None:
+            return None, [], None
+        content = Path(path).read_bytes()
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        image = open_picture(path)
+        instances = [entry for entry in self._found(digest, path) if entry["score"] >= threshold]
+        return self._overlay(image, instances), _rows(instances), self._file(digest, image, instances, threshold)
+
+    def _find(self, digest: str, path: str) -> list[dict]:
+        image = open_picture(path)
+        inputs = self.processor(image, return_tensors="pt").to(self.model.device)
+        with torch.inference_mode():
+            outputs = self.model(**inputs)
+        found = self.processor.post_process_instance_segmentation(
+            outputs,
+            threshold=FLOOR,
+            target_sizes=[(image.height, image.width)],
+            return_rle=True,
+            return_segmentation=False,
+        )[0]
+        values = zip(found["scores"].tolist(), found["labels"].tolist(), found["boxes"].tolist(), found["rle"])
+        return [
+            {
+                "label": self.model.config.id2label[label],
+                "score": score,
+                "box": [round(side, 1) for side in box],
+                "area": int(coco_mask.area(rle)),
+                "segmentation": {"size": list(rle["size"]), "counts": _text(rle["counts"])},
+            }
+            for score, label, box, rle in values
+        ]
+
+    @staticmethod
+    def _overlay(image: Image.Image, instances: list[dict]) -> Image.Image:
+        small = image.copy()
+        small.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
+        masks = [_shrunk(entry["segmentation"], small.size) for entry in instances]
+        names = {index: f"{index + 1} {entry['label']}" for index, entry in enumerate(instances)}
+        return draw_instances(small, masks, list(names), [entry["score"] for entry in instances], names)
+
+    def _file(self, digest: str, image: Image.Image, instances: list[dict], threshold: float) -> str:
+        content = {
+            "model": self.name,
+            "width": image.width,
+            "height": image.height,
+            "threshold": threshold,
+            "instances": instances,
+        }
+        file = Path(self.files.name) / digest / f"instances_{threshold:.2f}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        return str(file)
+
+
+def _text(counts: bytes | str) -> str:
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+
+
+def _shrunk(rle: dict, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of a run-length coded mask, scaled to `size` = (width, height)."""
+    picture = Image.fromarray(coco_mask.decode(rle) * 255)
+    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) > 127
+
+
+def _rows(instances: list[dict]) -> list[list]:
+    return [
+        [
+            number,
+            entry["label"],
+            round(entry["score"], 3),
+            ", ".join(f"{side:.0f}" for side in entry["box"]),
+            entry["area"],
+        ]
+        for number, entry in enumerate(instances, start=1)
+    ]
+
+
+def build(model, processor, name: str) -> gr.Blocks:
+    """The page. Its one function is also an endpoint: `/segment(picture, threshold)`."""
+    segment = Segmenter(model, processor, name)
+    with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
+        gr.Markdown(
+            f"## {name}\n{len(model.config.id2label)} classes. Every instance has a mask of its own; masks may overlap."
+        )
+        with gr.Row():
+            with gr.Column():
+                picture = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture")
+                threshold = gr.Slider(FLOOR, 1.0, value=0.5, step=0.01, label="Least score", elem_id="threshold")
+                download = gr.DownloadButton("Download JSON", elem_id="download")
+            with gr.Column():
+                overlay = gr.Image(
+                    label="Instances",
+                    interactive=False,
+                    format="png",
+                    buttons=["download", "fullscreen"],  # no "share", which sends the picture away
+                    elem_id="overlay",
+                )
+        table = gr.Dataframe(
+            headers=COLUMNS,
+            datatype=["number", "str", "number", "str", "number"],
+            interactive=False,
+            label="Boxes and areas in pixels of the picture",
+            elem_id="table",
+        )
+        outputs = [overlay, table, download]
+        picture.change(segment, [picture, threshold], outputs, api_name="segment")
+        threshold.release(segment, [picture, threshold], outputs, api_visibility="private")
+    return app
+
+
+if __name__ == "__main__":
+    MODEL = os.environ.get("MODEL", "uplvp/mask2former-coco")
+    build(*load(MODEL, os.environ.get("TRUST_REMOTE_CODE") == "1"), MODEL).launch(theme=THEME, ssr_mode=False)
