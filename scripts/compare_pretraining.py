@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import statistics
 import sys
 from pathlib import Path
 
@@ -98,11 +97,11 @@ def print_table(rows: list[dict], steps: list[int]) -> None:
 
 
 def _mean(runs: list[dict], step: int, key: str) -> str:
-    values = [100 * run[str(step)][key] for run in runs if str(step) in run]
-    if not values:
-        return "-"
-    spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    from uplvp_hf.evaluation.compare import Point
+    from uplvp_hf.evaluation.compare_page import percent
+
+    values = [run[str(step)][key] for run in runs if str(step) in run]
+    return percent(Point(step, step, values) if values else None)
 
 
 if __name__ == "__main__":
