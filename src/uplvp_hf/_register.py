@@ -46,7 +46,12 @@ def register_auto_classes() -> None:
 
         processors["torchvision"] = UplvpImageProcessor
     AutoModelForPreTraining.register(UplvpConfig, UplvpForPreTraining)
-    for config, body in ((KNetConfig, KNetModel), (QueryInstConfig, QueryInstModel)):
+    # A UPLVP model is a segmenter of another architecture; there is no smaller body that all of them have.
+    for config, body in (
+        (UplvpConfig, UplvpForInstanceSegmentation),
+        (KNetConfig, KNetModel),
+        (QueryInstConfig, QueryInstModel),
+    ):
         AutoModel.register(config, body)
     for config, model in (
         (UplvpConfig, UplvpForInstanceSegmentation),

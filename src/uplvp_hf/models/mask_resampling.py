@@ -61,7 +61,7 @@ def resampling_axis(cells: int, source: float, target: int, stride: float) -> Ax
 
 def signed_values(values: Tensor, bound: float) -> Tensor:
     """(..., h, w) of any floating type -> float32, above zero inside the mask, where `values` exceed `bound`."""
-    return (values.float() - bound).clamp(-LARGEST_VALUE, LARGEST_VALUE)
+    return (values.float().clamp(-LARGEST_VALUE, LARGEST_VALUE) - bound).clamp(-LARGEST_VALUE, LARGEST_VALUE)
 
 
 def mask_windows(values: Tensor, rows: Axis, columns: Axis) -> list[Window | None]:
