@@ -246,6 +246,10 @@ def test_what_cannot_be_compared_is_explained(runs, tmp_path):
     (never / "training_summary.json").write_text(json.dumps({**summary, "evaluations": {}, "metrics": None}))
     with pytest.raises(CompareError, match=r"never was never evaluated: set `data.val`"):
         compare_runs([never])
+    del summary["pictures"]
+    (never / "training_summary.json").write_text(json.dumps(summary))
+    with pytest.raises(CompareError, match=r"never does not record 'pictures': another version wrote it"):
+        compare_runs([never])
     (never / "training_summary.json").write_text("{")
     with pytest.raises(CompareError, match=r"never/training_summary\.json is not valid JSON"):
         compare_runs([never])

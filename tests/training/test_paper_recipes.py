@@ -167,6 +167,16 @@ def test_segmenters_are_the_same_in_all_recipes():
         assert len(found) == 1
 
 
+@pytest.mark.parametrize("segmenter", SEGMENTERS)
+def test_the_recipes_for_one_gpu_take_any_segmenter(segmenter):
+    wanted = load_settings(f"paper/{segmenter}_pretrain").model.segmenter
+    for stage in ("pretrain", "finetune"):
+        settings = load_settings([f"one_gpu_{stage}", f"parts/{segmenter}_r50"])
+        assert settings.model.segmenter == wanted and settings.stage == stage
+        assert settings.mixed_precision == "bf16" and settings.optim.batch_size * settings.optim.accumulation == 16
+    assert settings.optim.epochs is None and settings.optim.steps == 5000
+
+
 def queryinst_parameters(classes):
     """Counted from the layers that the paper and its release describe: 256 channels, 6 stages, 100 queries."""
     linear = lambda i, o, bias=True: i * o + o * bias  # noqa: E731

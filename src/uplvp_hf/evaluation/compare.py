@@ -19,7 +19,7 @@ LONGEST_NAME = 48  # letters of an arm's name that is made of settings
 _BOOKKEEPING = {
     "seed", "output", "log_every", "tracker", "fsdp", "data.split_seed", "data.workers", "optim.max_skipped",
     "checkpoint.every", "checkpoint.keep", "evaluation.at", "evaluation.every", "evaluation.every_epochs",
-    "evaluation.batch_size", "evaluation.backend", "data.val", "data.val_split", "data.val_images",
+    "evaluation.batch_size", "evaluation.backend", "data.val", "data.val_split", "data.val_images", "data.val_format",
 }  # fmt: skip
 # Settings that say which labelled pictures were trained on.
 _TRAINED_ON = ("data.train", "data.train_split", "data.subset", "data.labels_per_class")
@@ -255,7 +255,7 @@ def _evaluated_on(run: Run) -> dict[str, Any]:
     """What an evaluation was made on, as far as it is recorded."""
     get, last = run.settings.get, run.evaluations[max(run.evaluations)]
     return {
-        "data": os.path.normpath(str(get("data.val"))) if get("data.val") is not None else None,
+        "data": os.path.abspath(str(get("data.val"))) if get("data.val") is not None else None,
         "split": get("data.val_split"),
         "metric": last.get("metric", "coco"),
         "classes ignored": bool(get("evaluation.class_agnostic") or get("model.class_agnostic")),

@@ -64,18 +64,20 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     Raises CompareError naming the folder and the remedy when it holds none of these or no evaluation.
     """
     folder = Path(folder)
-    if (folder / "training_summary.json").is_file():
-        run = _finished(folder)
-    elif (folder / "settings.json").is_file():
-        run = _unfinished(folder)
-    elif (folder / "metrics.json").is_file():
-        run = _evaluated(folder)
-    elif not folder.is_dir():
+    readers = {"training_summary.json": _finished, "settings.json": _unfinished, "metrics.json": _evaluated}
+    reader = next((reader for name, reader in readers.items() if (folder / name).is_file()), None)
+    if not folder.is_dir():
         raise CompareError(f"{folder}: no such folder.")
-    else:
+    if reader is None:
         inside = sorted(path.parent.name for path in folder.glob("*/training_summary.json"))
         hint = f" Its subfolders do: {', '.join(inside[:3])}; pass {folder}/*." if inside else ""
         raise CompareError(f"{folder} holds no run and no metrics.json of `uplvp evaluate`.{hint}")
+    try:
+        run = reader(folder)
+    except KeyError as error:
+        raise CompareError(
+            f"{folder} does not record {error}: another version wrote it, or another program."
+        ) from error
     if not run.evaluations:
         raise CompareError(f"{folder} was never evaluated: set `data.val`, or run `uplvp evaluate` on it.")
     return run
@@ -110,13 +112,16 @@ def _evaluated(folder: Path) -> Run:
     numbers = _json(folder / "metrics.json")
     trained = Path(str(numbers.get("model")))
     if not (trained / "training_summary.json").is_file():
-        settings = {"model.init": numbers.get("model"), "evaluation.class_agnostic": bool(numbers["class_agnostic"])}
+        settings = {
+            "model.init": numbers.get("model"),
+            "evaluation.class_agnostic": bool(numbers.get("class_agnostic")),
+        }
         run = Run(folder, settings, {0: numbers}, numbers)
     else:
         run = _finished(trained)
         last = max(run.evaluations, default=run.settings["optim.steps"])
         run.folder, run.evaluations, run.end = folder, {last: numbers}, numbers
-        run.settings["evaluation.class_agnostic"] = bool(numbers["class_agnostic"])
+        run.settings["evaluation.class_agnostic"] = bool(numbers.get("class_agnostic"))
     run.settings |= {"data.val": numbers.get("data"), "data.val_split": numbers.get("split"), "data.val_images": None}
     return run
 
