@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from uplvp_hf.data import DataError, DataWarning, ImageError, load_dataset_rows, write_coco
 from uplvp_hf.data.cityscapes import draw_polygons, read_cityscapes
-from uplvp_hf.data.manifest import take_split
+from uplvp_hf.data.manifest import apply_manifest, draw_split, take_split
 from uplvp_hf.data.rle import decode_segmentation, encode_id_map
 from uplvp_hf.data.splits import SplitSpec
 
@@ -427,6 +427,9 @@ def test_layouts_survive_coco_json(layout, tmp_path):
     write_coco(dataset, tmp_path / "all.json")
     again = load_dataset_rows(tmp_path / "all.json", images=layout)
     assert list(again.rows) == list(dataset.rows) and again.categories == dataset.categories
+    manifest = draw_split(dataset, SplitSpec("shot", 1, allow_fewer=True))
+    few = apply_manifest(again, manifest)
+    assert [row["image_id"] for row in few.rows] == manifest["image_ids"]
 
 
 def test_ambiguous_folders_ask(layout, tmp_path):
