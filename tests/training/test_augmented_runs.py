@@ -1,6 +1,9 @@
 """Settings of the augmentation: what is refused, what the processor becomes, and that runs train with all of them."""
 
+import dataclasses
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ import torch
 from uplvp_hf.data import InstanceMasks, load_dataset_rows
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 from uplvp_hf.training.build import build_processor, build_samples, with_picture_settings
-from uplvp_hf.training.config import ConfigError, load_settings
+from uplvp_hf.training.config import ConfigError, DataSettings, load_settings
 from uplvp_hf.training.loop import train
 from uplvp_hf.training.stream import make_loader
 
@@ -111,3 +114,15 @@ def test_a_run_with_everything_on(more, scenes_dir, tmp_path, tiny_segmenter):
     assert result.skipped == 0 and set(result.evaluations) == {3}
     losses = [json.loads(line).get("loss") for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert all(0 < loss < 1000 for loss in losses if loss is not None)
+
+
+def test_the_guide_names_settings_with_their_defaults():
+    text = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text()
+    defaults = dataclasses.asdict(DataSettings())
+    table = dict(re.findall(r"^\| `data\.(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
+    assert set(re.findall(r"data\.(\w+)=?", text)) <= set(defaults) and len(table) == 12
+    for name, shown in table.items():
+        if shown not in ("see right", "none", "512"):  # 512: filled in by `with_picture_settings`
+            assert json.loads(shown) == defaults[name], name
+        else:
+            assert defaults[name] is None
