@@ -71,6 +71,12 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def usual_rights(folder: str | os.PathLike[str]) -> None:
+    """Gives the safetensors in a folder the rights that its other files get: they are written for their owner alone."""
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(Path(folder).stat().st_mode & 0o666)
+
+
 def check_model_name(name: str | os.PathLike[str]) -> None:
     """Raises FileNotFoundError when `name` is neither the folder of a model nor meant as a Hub repository (USER/NAME),
     or is a folder whose weights are a pickle.

@@ -38,16 +38,8 @@ def run_dir(scenes_dir, tiny_segmenter, tmp_path_factory):
     words = [f"data.train={folder / 'labels'}", f"output={folder / 'pretrain'}"]
     train(load_settings(str(recipe), words), progress=False)
     recipe.write_text(json.dumps({"stage": "finetune", **base, "model": {"init": str(folder / "pretrain")}}))
-    words = [f"data.train={scenes_dir}", f"data.val={scenes_dir}", f"output={folder / 'model'}"]
+    words = [f"data.train={scenes_dir}", f"data.val={scenes_dir}", "data.subset=1@50", f"output={folder / 'model'}"]
     train(load_settings(str(recipe), words), progress=False)
-    split = {
-        "kind": "fraction",
-        "amount": 10,
-        "seed": 1,
-        "hash": "0123456789abcdef",
-        "counts": {"pictures": 6, "instances": 21},
-    }
-    (folder / "model" / "split.json").write_text(json.dumps(split))
     return folder / "model"
 
 
@@ -71,10 +63,17 @@ def test_whole_card(run_dir, scenes_dir, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(run_dir, folder)
     assert evaluate.main([str(folder), str(scenes_dir), "--output", str(tmp_path / "evaluation"), "--quiet"]) == 0
+    split = json.loads((folder / "split.json").read_text())
     card = build_card(folder, "uplvp/tiny", metrics_file=tmp_path / "evaluation" / "metrics.json")
     text, pattern = str(card), PATTERN.read_text(encoding="utf-8")
     assert re.fullmatch(expression(pattern), text), first_difference(text, pattern)
+    assert split["hash"] in text and f"; {split['counts']['instances']} instances; " in text
     assert str(tmp_path) not in text and str(run_dir.parent) not in text
     assert ModelCard(text).data.to_dict()["model-index"][0]["name"] == "tiny"
     changed = text.replace("| Seed | 3 |", "| Seed | 4 |", 1)
     assert not re.fullmatch(expression(pattern), changed)  # the pattern is no wildcard
+
+
+@pytest.mark.slow
+def test_weights_of_a_run_have_the_rights_of_its_other_files(run_dir):
+    assert (run_dir / "model.safetensors").stat().st_mode == (run_dir / "config.json").stat().st_mode

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..data.coco_classes import COCO_CLASSES
-from ..files import write_json
+from ..files import usual_rights, write_json
 from .backbones import convert_resnet_backbone, resnet_config_of
 from .checkpoint_file import CheckpointError, detect_format, open_checkpoint
 from .detectron2 import convert_detectron2_mask2former
@@ -196,6 +196,7 @@ def convert_checkpoint(
         raise CheckpointError(f"{checkpoint} ({found}): {error}") from error
     report = ConversionReport.build(source, converted, dropped, model.state_dict(), _GAPS)
     model.save_pretrained(output)
+    usual_rights(output)
     if found != "resnet" and kind != "segmenter":
         _processor().save_pretrained(output)
     write_json(

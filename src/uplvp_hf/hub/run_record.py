@@ -55,7 +55,6 @@ def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
     data, model, optim = (_section(summary, section) for section in ("data", "model", "optim"))
     settings = summary.get("settings") or {}
     labels, seconds = data.get("labels_per_class"), summary.get("seconds")
-    steps, epochs = optim.get("steps"), optim.get("epochs")
     rows = [
         ("Stage", summary.get("stage")),
         ("Data", None if data.get("train") is None else public(data["train"])),
@@ -66,7 +65,7 @@ def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
         ("Started from", None if model.get("init") is None else public(model["init"])),
         ("Backbone weights", None if model.get("backbone_weights") is None else public(model["backbone_weights"])),
         ("Prompts", f"{model['prompt_matching']} matching" if model.get("prompt_matching") else None),
-        ("Steps", steps if epochs is None else f"{steps} ({epochs:g} epochs)" if steps else f"{epochs:g} epochs"),
+        ("Steps", _steps(summary)),
         (
             "Batch per process",
             None if "batch_size" not in optim else optim["batch_size"] * (optim.get("accumulation") or 1),
@@ -96,14 +95,23 @@ def _parameters(summary: dict[str, Any]) -> str | None:
 
 
 def _split(split: dict[str, Any]) -> str | None:
-    """The manifest of a low-data split in words: how it was drawn, how much it holds, and its hash."""
+    """The manifest of a low-data split in words: its name, how much it holds, and its hash."""
     if not split:
         return None
-    drawn = " ".join(str(split[key]) for key in ("kind", "amount") if split.get(key) is not None)
-    parts = [drawn + (f", seed {split['seed']}" if split.get("seed") is not None else "")]
-    parts += [f"{count} {name}" for name, count in (split.get("counts") or {}).items() if isinstance(count, int)]
-    parts += [f"hash `{split['hash']}`"] if split.get("hash") else []
-    return "; ".join(parts)
+    parts = [f"{split.get('name', 'unnamed')} ({split.get('kind')} {split.get('amount')}, seed {split.get('seed')})"]
+    parts += [f"{count} {name}" for name, count in (split.get("counts") or {}).items()]
+    return "; ".join([*parts, f"hash `{split.get('hash')}`"])
+
+
+def _steps(summary: dict[str, Any]) -> str | None:
+    """Steps that were taken, epochs if they were asked for, and of which step the weights are, if not of the last."""
+    optim, taken = _section(summary, "optim"), summary.get("steps")
+    steps, epochs = taken or optim.get("steps"), optim.get("epochs")
+    text = [] if steps is None else [str(steps)]
+    text += [] if epochs is None else [f"{epochs:g} epochs asked for"]
+    best = summary.get("model_step")
+    text += [f"weights of step {best}, the best"] if best is not None and best != steps else []
+    return "; ".join(text) or None
 
 
 def settings_yaml(summary: dict[str, Any]) -> str | None:

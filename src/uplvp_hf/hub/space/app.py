@@ -160,6 +160,7 @@ def build(model, processor, name: str) -> gr.Blocks:
             with gr.Column():
                 overlay = gr.Image(
                     label="Instances",
+                    show_label=False,
                     interactive=False,
                     format="png",
                     buttons=["download", "fullscreen"],  # no "share", which sends the picture away
