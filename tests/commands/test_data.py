@@ -76,6 +76,9 @@ def test_split_convert_and_train_on_it(scenes, tmp_path, capsys):
         assert [row["image_id"] for row in train.rows] == found["image_ids"] and train.manifest == found
     train, _ = build_data(load_settings(None, [f"data.train={scenes}", "data.labels_per_class=1"]).data)
     assert train.manifest["name"] == "0@1pictures" and len(train) == train.manifest["counts"]["pictures"]
+    words = [f"data.train={scenes}", "data.train_format=pictures"]
+    with pytest.raises(ConfigError, match="without classes"):
+        build_data(load_settings(None, words).data)
     with pytest.raises(ConfigError, match=r"`data\.subset` or `data\.labels_per_class`, not both"):
         load_settings(None, ["data.subset=1@10", "data.labels_per_class=1"])
 

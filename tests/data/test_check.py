@@ -54,14 +54,16 @@ def test_every_broken_entry_of_a_coco_file_is_listed(make_coco, annotation):
         "segmentation": ({"size": [40, 30], "counts": "0"}, "the RLE has size (height, width) [40, 30], the picture"),
         "iscrowd": ("yes", "'iscrowd' must be a whole number"),
     }
+    unhashable = annotation(id=23, image_id=[10])
     entries = [annotation(id=k, **{key: value}) for k, (key, (value, _)) in enumerate(faults.items())]
     nan = [[5, 5, float("nan"), 5, 9, 9]]
     entries += [annotation(id=20), annotation(id=21, segmentation=nan), annotation(id=22, iscrowd=1)]
-    folder = make_coco(entries, names=("a.png", "b.png", "../c.png"))
+    folder = make_coco([*entries, unhashable], names=("a.png", "b.png", "../c.png"))
     report = report_of(folder)
     found = {fault["row"]: fault["reason"] for fault in report["broken"]}
     assert found.pop("images[2] (id 12)").startswith("the file name '../c.png' leads out")
     assert "number 2 is nan" in found.pop("annotations[7] (id 21)")
+    assert "'image_id' must be" in found.pop("annotations[9] (id 23)")
     for k, (_, reason) in enumerate(faults.values()):
         assert reason in found.pop(f"annotations[{k}] (id {k})")
     assert not found and all(fault["file"].endswith("instances.json") for fault in report["broken"])
@@ -69,7 +71,7 @@ def test_every_broken_entry_of_a_coco_file_is_listed(make_coco, annotation):
     with pytest.raises(DataError, match=r"\.\./c\.png"):
         load_dataset_rows(folder)
     text = format_report(report, shown=3)
-    assert "8 broken, 0 warnings" in text and "... and 5 more" in text
+    assert "9 broken, 0 warnings" in text and "... and 6 more" in text
 
 
 def test_warnings_of_a_coco_file(make_coco, annotation):

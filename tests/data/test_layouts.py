@@ -259,6 +259,17 @@ def test_ctw1500_older_form(tmp_path):
         load_dataset_rows(root)[0]
 
 
+def test_ctw1500_is_told_by_a_name_of_its_own(ctw):
+    root, outline, _ = ctw
+    (root / "ctw1500_train_labels").rename(root / "train_labels")
+    assert load_dataset_rows(root, split="train").official == "ctw1500 train"
+    (root / "gt_ctw1500").rename(root / "test_labels")
+    root = root.rename(root.with_name("texts"))
+    assert load_dataset_rows(root).official == "", "a folder of pictures"
+    dataset = load_dataset_rows(root, split="train", format="ctw1500")
+    assert dataset[0]["objects"]["segmentation"][0] == [outline]
+
+
 def test_ctw1500_takes_pictures_as_they_are_stored(ctw):
     root, _, _ = ctw
     exif = Image.Exif()

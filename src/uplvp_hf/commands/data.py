@@ -45,6 +45,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", help="coco, cityscapes, ctw1500, voc, store, pictures, list or datasets (default: by its looks)"
     )
+    parser.add_argument("--config", help="configuration of a data set of the `datasets` library")
     add_verbosity(parser)
 
 
@@ -52,7 +53,7 @@ def load_source(arguments: argparse.Namespace, **options: Any) -> InstanceDatase
     """The rows that the arguments of `add_source` mean."""
     from uplvp_hf.data import load_dataset_rows
 
-    given = {"images": arguments.images, "split": arguments.split, "format": arguments.format}
+    given = {name: getattr(arguments, name) for name in ("images", "split", "format", "config")}
     return load_dataset_rows(arguments.path, **given, **options)
 
 

@@ -136,8 +136,6 @@ class _Reader:
         path = self.path
         require(entry, ("image_id", "category_id", "segmentation"), path, where)
         where = f"{where} (id {entry['id']})" if "id" in entry else where
-        if not self.strict:
-            self._look_closer(entry, where)
         image_id = image_identifier(entry, "image_id", path, where)
         category_id = whole_number(entry, "category_id", path, where)
         if image_id not in self.rows:
@@ -145,6 +143,8 @@ class _Reader:
         if category_id not in self.known:
             raise DataError(f"category id {category_id} is not in 'categories'", file=path, row=where)
         row = self.rows[image_id]
+        if not self.strict:
+            self._look_closer(entry, row, where)
 
         def complain(reason: str) -> None:
             self.failures.append({"file": path, "row": where, "reason": reason})
@@ -165,14 +165,15 @@ class _Reader:
         for key, value in values.items():  # all or none: a fault above leaves the lists of equal length
             row["objects"][key].append(value)
 
-    def _look_closer(self, entry: dict[str, Any], where: str) -> None:
+    def _look_closer(self, entry: dict[str, Any], row: Row, where: str) -> None:
         """Warns of what is read all the same: an id that other tools take for one annotation, and polygons that are
         clipped by more than rounding."""
-        if "id" in entry and str(entry["id"]) in self.annotation_ids:
-            warnings.warn(DataWarning(f"the id {entry['id']!r} occurs twice", self.path, where), stacklevel=2)
-        self.annotation_ids.add(str(entry.get("id")))
-        row, parts = self.rows.get(entry["image_id"]), entry["segmentation"]
-        for part in parts if row is not None and isinstance(parts, list) else ():
+        if "id" in entry:
+            if str(entry["id"]) in self.annotation_ids:
+                warnings.warn(DataWarning(f"the id {entry['id']!r} occurs twice", self.path, where), stacklevel=2)
+            self.annotation_ids.add(str(entry["id"]))
+        parts = entry["segmentation"]
+        for part in parts if isinstance(parts, list) else ():
             if polygon_fault(part, row["height"], row["width"]) is not None:
                 continue  # is listed as broken
             for name, values, size in (("x", part[0::2], row["width"]), ("y", part[1::2], row["height"])):

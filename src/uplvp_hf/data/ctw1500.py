@@ -34,6 +34,7 @@ PLACES = {
         ("gt_ctw1500", "test_labels", "annotations/test", "test/text_label_curve"),
     ),
 }
+_OWN_NAMES = ("ctw1500", "text_label_curve")
 _SUFFIXES = (".xml", ".txt")
 _DO_NOT_CARE = "###"
 _MARK = "####"  # in front of the text
@@ -52,8 +53,11 @@ def ctw_splits(folder: str) -> dict[str, tuple[str, str]]:
 
 
 def is_ctw1500(folder: str) -> bool:
-    """Whether a folder has pictures and annotations of CTW1500, under one of the names that they come with."""
-    return bool(ctw_splits(folder))
+    """Whether a folder has pictures and annotations of CTW1500. Some of the names in `PLACES` are common, so one that
+    is the set's own, or a folder called after it, is asked for."""
+    labels = [os.path.relpath(label_dir, folder) for _, label_dir in ctw_splits(folder).values()]
+    named = "ctw" in os.path.basename(os.path.abspath(folder)).lower()
+    return bool(labels) and (named or any(own in label for own in _OWN_NAMES for label in labels))
 
 
 def read_ctw1500(folder: str | os.PathLike[str], split: str | None = None, unlabelled: bool = False) -> InstanceDataset:

@@ -122,16 +122,13 @@ def pictures(folder: str) -> dict[str, str]:
 
 def choose_split(found: Sequence[str], split: str | None, folder: str) -> str:
     """`split`, or the only one there is. Raises DataError where it is not there, or several could be meant."""
-    if split is None and len(found) == 1:
-        return found[0]
-    if split is None:
-        raise (
-            DataError(f"has {len(found)} splits", file=folder, remedy=f"Choose one by `split`: {', '.join(found)}.")
-            if found
-            else DataError("has no split with pictures", file=folder)
-        )
+    if not found:
+        raise DataError("has no split with pictures", file=folder)
+    if split is None and len(found) > 1:
+        raise DataError(f"has {len(found)} splits", file=folder, remedy=f"Choose one by `split`: {', '.join(found)}.")
+    split = split or found[0]
     if split not in found:
-        raise DataError(f"has no split {split!r}", file=folder, remedy=f"It has: {', '.join(found) or 'none'}.")
+        raise DataError(f"has no split {split!r}", file=folder, remedy=f"It has: {', '.join(found)}.")
     return split
 
 
