@@ -99,7 +99,7 @@ def test_evaluate_in_two_processes_writes_the_same_files(tiny_model_dir, scenes_
     for name, more in (("one", []), ("two", ["--processes", "2"])):
         command = [sys.executable, "-m", "uplvp_hf.cli", *words, *more, "--output", tmp_path / name]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        subprocess.run([str(word) for word in command], check=True, capture_output=True, timeout=120, env=environment)
+        subprocess.run([str(word) for word in command], check=True, timeout=120, env=environment)
     for name in ("results.json", "per_class.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))

@@ -101,3 +101,15 @@ def test_errors_name_the_picture():
     metric.add(prediction=prediction, reference=reference)
     with pytest.raises(ValueError, match="Picture 4 was added before"):
         metric.add(prediction=prediction, reference=reference)
+
+
+def test_without_comparisons_across_classes():
+    pairs = hard_data(8, pictures=10)
+    whole, quick = CocoMaskMap(), CocoMaskMap()
+    quick.across_classes = False
+    for prediction, reference in pairs:
+        for metric in (whole, quick):
+            metric.add(prediction=prediction, reference=reference)
+    with pytest.raises(ValueError, match="different classes were not compared"):
+        quick.compute(details=True)
+    assert quick.compute() == whole.compute()

@@ -21,11 +21,9 @@ _DESCRIPTION = "COCO mask average precision and recall (12 numbers and AP per cl
 
 _CITATION = """\
 @inproceedings{lin2014microsoft,
-  title={Microsoft COCO: Common Objects in Context},
+  title={Microsoft COCO: Common Objects in Context}, booktitle={ECCV}, year={2014},
   author={Lin, Tsung-Yi and Maire, Michael and Belongie, Serge and Hays, James and Perona, Pietro and Ramanan, Deva and
-          Doll{\\'a}r, Piotr and Zitnick, C Lawrence},
-  booktitle={ECCV},
-  year={2014}
+          Doll{\\'a}r, Piotr and Zitnick, C Lawrence}
 }
 """
 
@@ -86,27 +84,24 @@ class _Matches:
 
 
 class CocoMaskMap(evaluate.Metric):
-    """Streaming COCO mask AP. See `inputs_description` for what it takes and gives."""
+    """Streaming COCO mask AP. See `inputs_description` for what it takes and gives.
+
+    across_classes: set to False before the first picture, masks of different classes are not compared, which saves most
+    of the time where masks are ragged; then there are no class-agnostic numbers and no details.
+    """
+
+    across_classes = True
 
     def _info(self) -> evaluate.MetricInfo:
-        rle = {"size": datasets.Sequence(datasets.Value("int64")), "counts": datasets.Value("string")}
-        features = datasets.Features(
-            {
-                "predictions": {
-                    "image_id": datasets.Value("int64"),
-                    "scores": datasets.Sequence(datasets.Value("float64")),
-                    "labels": datasets.Sequence(datasets.Value("int64")),
-                    "rle": [rle],
-                },
-                "references": {
-                    "image_id": datasets.Value("int64"),
-                    "category_id": datasets.Sequence(datasets.Value("int64")),
-                    "segmentation": [rle],
-                    "iscrowd": datasets.Sequence(datasets.Value("int64")),
-                    "area": datasets.Sequence(datasets.Value("float64")),
-                },
-            }
-        )
+        whole, real = datasets.Sequence(datasets.Value("int64")), datasets.Sequence(datasets.Value("float64"))
+        image_id, rles = datasets.Value("int64"), [{"size": whole, "counts": datasets.Value("string")}]
+        inputs = {
+            "predictions": {"image_id": image_id, "scores": real, "labels": whole, "rle": rles},
+            "references": {
+                "image_id": image_id, "category_id": whole, "segmentation": rles, "iscrowd": whole, "area": real,
+            },
+        }  # fmt: skip
+        features = datasets.Features(inputs)
         return evaluate.MetricInfo(
             description=_DESCRIPTION, citation=_CITATION, inputs_description=_INPUTS, features=features
         )
@@ -124,7 +119,7 @@ class CocoMaskMap(evaluate.Metric):
         """Adds one picture. Masks are compared at once and not kept."""
         if kwargs:
             raise ValueError(f"Unknown inputs {sorted(kwargs)}; a picture is a prediction and a reference.")
-        self._keep(reference["image_id"], compare(prediction, reference))
+        self._keep(reference["image_id"], compare(prediction, reference, self.across_classes))
 
     def _keep(self, image_id: Any, picture: "Picture") -> None:
         if image_id in self._added():
@@ -161,6 +156,8 @@ class CocoMaskMap(evaluate.Metric):
         pictures = self._added()
         if not pictures:
             raise ValueError("No picture was added: nothing to compute.")
+        if not self.across_classes and (class_agnostic or details):
+            raise ValueError("Masks of different classes were not compared: leave `across_classes` True.")
         self._pictures = {}
         # The order decides between equal scores. Ids are whole numbers or texts.
         ordered = [pictures[image_id] for image_id in sorted(pictures, key=lambda i: (isinstance(i, str), i))]
@@ -178,7 +175,7 @@ class CocoMaskMap(evaluate.Metric):
 
 @dataclass
 class Curves:
-    """Precision and recall of K categories (one, if class agnostic); -1 where no annotation of a category counts."""
+    """Precision and recall of K categories (one, if class agnostic); -1 where no annotation counts."""
 
     categories: list[Any]
     precision: dict[str, np.ndarray]  # range of areas -> (T, R, K)
@@ -208,14 +205,13 @@ class Curves:
         crowd = np.concatenate([picture.gt_crowd for picture in pictures])
         rows = {}
         for category in sorted({*labels.tolist(), *gt_labels.tolist()}):
-            place = self.categories.index(category) if category in self.categories else None
-            precision = np.full((len(IOU_THRESHOLDS), 1), -1.0)
-            precision = precision if place is None else self.precision["all"][:, :, place]
+            place = [k for k, known in enumerate(self.categories) if known == category]
+            precision = self.precision["all"][:, :, place]
             rows[category] = {
                 "AP": _mean(precision),
                 "AP50": _mean(precision[0]),
                 "AP75": _mean(precision[5]),
-                "AR100": None if place is None else _mean(self.recall["all"][:, place]),
+                "AR100": _mean(self.recall["all"][:, place]),
                 "annotations": int((~crowd[gt_labels == category]).sum()),
                 "crowds": int(crowd[gt_labels == category].sum()),
                 "detections": int((labels == category).sum()),
@@ -228,10 +224,8 @@ class Curves:
         if not counted.size:
             return None
         chosen = {"mean": counted.mean((0, 2)), "0.50": counted[0].mean(1), "0.75": counted[5].mean(1)}
-        return {
-            "recall": RECALL_POINTS.tolist(),
-            "precision": {name: values.tolist() for name, values in chosen.items()},
-        }
+        precision = {name: values.tolist() for name, values in chosen.items()}
+        return {"recall": RECALL_POINTS.tolist(), "precision": precision}
 
 
 def check_picture(prediction: dict, reference: dict) -> tuple[list[dict], list[dict], np.ndarray, np.ndarray]:
@@ -274,25 +268,27 @@ def _compressed(rle: Any, image_id: Any) -> dict:
 
 def mask_areas(rles: list[dict]) -> np.ndarray:
     """(N,) float64 pixels."""
-    # In portions: pycocotools 2.0.11 with numpy 2 raises OverflowError for a list of more than 255.
+    # pycocotools 2.0.11 with numpy 2 raises OverflowError for a list of more than 255.
     parts = [coco_mask.area(rles[start : start + 255]) for start in range(0, len(rles), 255)]
     return np.concatenate([np.zeros(0), *parts]).astype(np.float64)
 
 
-def compare(prediction: dict, reference: dict) -> Picture:
-    """What the numbers need to know of a picture. Raises ValueError as `check_picture`."""
-    found, truth, crowd, areas = check_picture(prediction, reference)
-    both = found and truth
-    ious = np.asarray(coco_mask.iou(found, truth, crowd.astype(np.uint8).tolist())) if both else np.zeros((0, 0))
-    return Picture(
-        scores=np.asarray(prediction["scores"], dtype=np.float64),
-        labels=np.asarray(prediction["labels"], dtype=np.int64),
-        areas=mask_areas(found),
-        gt_labels=np.asarray(reference["category_id"], dtype=np.int64),
-        gt_areas=areas,
-        gt_crowd=crowd,
-        ious=ious.reshape(len(found), len(truth)),
-    )
+def compare(prediction: dict, reference: dict, across_classes: bool = True) -> Picture:
+    """What the numbers need to know of a picture; without `across_classes`, IoUs between classes are left at 0.
+
+    Raises ValueError as `check_picture`.
+    """
+    found, truth, crowd, gt_areas = check_picture(prediction, reference)
+    labels = np.asarray(prediction["labels"], dtype=np.int64)
+    gt_labels = np.asarray(reference["category_id"], dtype=np.int64)
+    ious = np.zeros((len(found), len(truth)))
+    for category in [None] if across_classes else np.unique(gt_labels):
+        rows, columns = (np.flatnonzero((category is None) | (values == category)) for values in (labels, gt_labels))
+        if len(rows) and len(columns):
+            pairs = [found[k] for k in rows], [truth[k] for k in columns]
+            ious[np.ix_(rows, columns)] = coco_mask.iou(*pairs, crowd[columns].astype(np.uint8).tolist())
+    scores = np.asarray(prediction["scores"], dtype=np.float64)
+    return Picture(scores, labels, mask_areas(found), gt_labels, gt_areas, crowd, ious)
 
 
 def _ranked(picture: Picture, class_agnostic: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -312,8 +308,7 @@ def _ranked(picture: Picture, class_agnostic: bool) -> tuple[np.ndarray, np.ndar
 
 
 def _match(picture: Picture, class_agnostic: bool) -> _Matches:
-    """Greedy matching for every range of areas and IoU threshold: best detection first, each to its best annotation of
-    its group that is still free.
+    """Greedy matching for every range of areas and IoU threshold: best detection first, to its best free annotation.
 
     Annotations outside the range of areas and crowds are ignored: they are matched only if no other fits, and a crowd
     any number of times. Of equal IoUs the last annotation wins.
@@ -325,7 +320,7 @@ def _match(picture: Picture, class_agnostic: bool) -> _Matches:
     ious, areas = picture.ious[np.ix_(order, columns)], picture.areas[order]
     gt_groups = np.zeros_like(gt_labels) if class_agnostic else gt_labels
     ious = np.where(groups[:, None] == gt_groups, ious, -1.0)
-    low, high = _LOW[:, None], _HIGH[:, None]
+    low, high = np.array(list(AREA_RANGES.values()), dtype=np.float64).T[:, :, None]  # (A, 1) each
     gt_ignored = crowd | (gt_areas < low) | (gt_areas > high)  # (A, N)
     outside = (areas < low) | (areas > high)  # (A, D)
     shape = (len(low), len(IOU_THRESHOLDS))
@@ -347,13 +342,8 @@ def _match(picture: Picture, class_agnostic: bool) -> _Matches:
         area, threshold = np.nonzero(hit)
         taken[area, threshold, near[best[hit]]] = True
     ignored |= ~matched & outside.T[:, :, None]
-    return _Matches(
-        picture.scores[order], groups, ranks, matched & ~ignored, ~matched & ~ignored, gt_groups, ~gt_ignored.T
-    )
-
-
-_LOW = np.array([low for low, _ in AREA_RANGES.values()], dtype=np.float64)
-_HIGH = np.array([high for _, high in AREA_RANGES.values()], dtype=np.float64)
+    hits, misses = matched & ~ignored, ~matched & ~ignored
+    return _Matches(picture.scores[order], groups, ranks, hits, misses, gt_groups, ~gt_ignored.T)
 
 
 def _curves(pictures: list[Picture], class_agnostic: bool) -> Curves:

@@ -281,7 +281,8 @@ def evaluate_model(
         RuntimeError: if another process failed.
     """
     category_ids = evaluated_classes(model.config, dataset, class_agnostic)
-    evaluator, failures, started = make_evaluator(backend, metric), [], time.perf_counter()
+    evaluator = make_evaluator(backend, metric, across_classes=class_agnostic or details)
+    failures, started = [], time.perf_counter()
     rank, processes = share = place() if distributed else (0, 1)
     options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
     pairs = predict_dataset(model, processor, dataset, batch_size, failures=failures, **options)
