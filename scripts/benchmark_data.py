@@ -16,6 +16,8 @@ resized by U(1, 1) (so that no instance leaves the crop), mirrored and jittered 
   bool at the end, as the model gets them) and with the float stack. Rounds alternate in one process, medians.
   `speed_ratio` is ours over theirs.
 
+* `held_bytes`: the masks of a finished sample, as they are handed from a worker process to the training process.
+
 The table shows the masks of the sample in the forms that were considered: their bytes, and the time to make all of them
 and to fill the dense bool masks from them. The last line is one JSON object.
 
@@ -37,9 +39,14 @@ import sys
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from uplvp_hf.data import TrainingSet
 
 # Freed memory goes back to the system at once (glibc), or a peak depends on what the allocator happens to keep.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -112,7 +119,8 @@ def _star(rng: np.random.Generator, size: int, radius: list[int]) -> list[list[f
     return [np.stack([centre[0] + lengths * np.cos(angles), centre[1] + lengths * np.sin(angles)], 1).ravel().tolist()]
 
 
-def make_samples(rows: list[dict[str, Any]], size: int, rotate: float = 0.0, copy_paste: float = 0.0):
+def make_samples(rows: list[dict[str, Any]], size: int, rotate: float = 0.0, copy_paste: float = 0.0) -> TrainingSet:
+    """Samples of these rows that keep every instance."""
     from uplvp_hf.data import InstanceDataset, TrainingSet, TrainTransform
 
     transform = TrainTransform(size, (1, 1), rotate=rotate, rotate_probability=1)
@@ -150,7 +158,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def masks_only(samples) -> Any:
+def masks_only(samples: TrainingSet) -> Any:
     """The masks of the first sample, without its pixels."""
     from uplvp_hf.data import segmentation_to_rle
 
@@ -161,7 +169,7 @@ def masks_only(samples) -> Any:
     return window.masks(rles, height, width, transform.min_area)
 
 
-def dense_masks(samples) -> Any:
+def dense_masks(samples: TrainingSet) -> torch.Tensor:
     """The masks of the first sample as (N, h, w) float32: each decoded, resampled as a whole, and written to its
     place."""
     import torch
@@ -181,7 +189,7 @@ def dense_masks(samples) -> Any:
     return masks
 
 
-def peak_growth(work: Callable[[], Any], warm_up) -> int:
+def peak_growth(work: Callable[[], Any], warm_up: TrainingSet) -> int:
     """Bytes by which the resident set grows at most while `work` runs, in a process of its own."""
     context = multiprocessing.get_context("fork")  # code and data are there already
     receiver, sender = context.Pipe(duplex=False)
@@ -219,7 +227,7 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     """See the head of the file."""
     import torch
 
-    from uplvp_hf.data import InstanceMasks, collate
+    from uplvp_hf.data import collate
 
     samples = make_samples(make_rows(arguments.instances, arguments.size, arguments.radius), arguments.size)
 
@@ -233,7 +241,6 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
         height, width = batch["pixel_values"].shape[2:]
         return torch.nn.functional.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
 
-    assert isinstance(samples[0]["mask_labels"], InstanceMasks)
     if not torch.equal(ours().float(), dense()):
         raise AssertionError("the two ways give different masks")
     seconds: dict[str, list[float]] = {"ours": [], "dense": []}

@@ -66,7 +66,7 @@ def _offset(room: int, generator: torch.Generator) -> int:
 def _moved(patch: Patch, left: int, top: int, height: int, width: int, min_area: int) -> Patch | None:
     """The part of an instance that lies on the canvas after moving it; None if that is too small."""
     x, y = patch.left + left, patch.top + top
-    mask = patch.mask()[max(-y, 0) : height - y, max(-x, 0) : width - x] if x < width and y < height else np.zeros(0)
+    mask = patch.mask()[max(-y, 0) : max(height - y, 0), max(-x, 0) : max(width - x, 0)]
     return make_patch(mask, max(x, 0), max(y, 0)) if np.count_nonzero(mask) >= min_area else None
 
 

@@ -77,7 +77,7 @@ class TrainTransform:
                 f"rotate must be within 0 to 45 degrees and rotate_probability within 0 to 1, got {rotate} and "
                 f"{rotate_probability}"
             )
-        check_edges(short_edges, longest_edge, keep_ratio)
+        _check_edges(short_edges, longest_edge, keep_ratio)
         self.size = size
         self.scale_range = (float(scale_range[0]), float(scale_range[1]))
         self.flip = flip
@@ -154,7 +154,7 @@ class TrainTransform:
         return functional.adjust_saturation(pixels, uniform(generator, low, high))
 
 
-def check_edges(short_edges: Sequence[int] | None, longest_edge: int | None, keep_ratio: bool) -> None:
+def _check_edges(short_edges: Sequence[int] | None, longest_edge: int | None, keep_ratio: bool) -> None:
     """Raises ValueError unless the three fit together, see `TrainTransform`."""
     if short_edges is None:
         if longest_edge is not None or not keep_ratio:
