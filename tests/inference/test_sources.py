@@ -7,7 +7,7 @@ from PIL import Image
 
 from uplvp_hf.data import DataError, ImageError
 from uplvp_hf.inference.download import Limits, fetch_picture
-from uplvp_hf.inference.sources import check_pixels, find_pictures, plain_stem
+from uplvp_hf.inference.sources import check_pixels, find_pictures, pixels_unbounded, plain_stem
 
 QUICK = Limits(max_bytes=1_000_000, pause=0.4, seconds=0.8, redirects=3)
 
@@ -109,6 +109,17 @@ def test_gigapixel_pictures_are_refused_by_their_head_and_let_through_on_request
     assert bound == Image.MAX_IMAGE_PIXELS
     with pytest.raises(ImageError, match="26 x 4"):
         check_pixels((26, 4), 100, "x")
+
+
+def test_blocks_without_a_bound_may_overlap():
+    bound = Image.MAX_IMAGE_PIXELS
+    first, second = pixels_unbounded(), pixels_unbounded()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert Image.MAX_IMAGE_PIXELS is None
+    second.__exit__(None, None, None)
+    assert bound == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     from uplvp_hf.inference import load_model, predict_rows
     from uplvp_hf.inference.instances import instances_of
     from uplvp_hf.inference.journal import Journal
+    from uplvp_hf.inference.sources import pixels_unbounded
 
     tiles = _check(arguments)
     check_device(arguments.device)
@@ -72,13 +73,14 @@ def _predict(arguments: argparse.Namespace) -> None:
     failures = list(dataset.failures)
     settings = {key: getattr(arguments, key) for key in ("batch_size", "threshold", "mask_threshold", "top_k")}
     todo = dataset.subset([index for index, row in enumerate(dataset.rows) if row["image_id"] not in known])
-    for row, result in predict_rows(
-        model, processor, todo, tiles, progress=not arguments.quiet, failures=failures, **settings
-    ):
-        found = instances_of(result, (row["height"], row["width"]), config.id2label, config.category_ids)
-        if not arguments.no_overlays:
-            _draw(row, found, output / "overlays")
-        journal.add(row, found.to_coco(row["image_id"]))
+    with pixels_unbounded():
+        for row, result in predict_rows(
+            model, processor, todo, tiles, progress=not arguments.quiet, failures=failures, **settings
+        ):
+            found = instances_of(result, (row["height"], row["width"]), config.id2label, config.category_ids)
+            if not arguments.no_overlays:
+                _draw(row, found, output / "overlays")
+            journal.add(row, found.to_coco(row["image_id"]))
     write_json_lines(output / "failures.jsonl", failures)
     if not journal.places:
         raise DataError(f"none of the {len(failures)} pictures could be read; see {output / 'failures.jsonl'}")
@@ -123,8 +125,12 @@ def _find(arguments: argparse.Namespace, output: Path):
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the results of a picture depend on, for the run that goes on where this one was killed."""
     keys = ("threshold", "mask_threshold", "top_k", "tiles", "overlap", "tiles_with_full", "no_overlays")
-    model = os.path.abspath(arguments.model) if os.path.isdir(arguments.model) else arguments.model
-    return {"model": model, **{key: getattr(arguments, key) for key in keys}}
+    model, weights = arguments.model, []
+    if os.path.isdir(model):
+        model = os.path.abspath(model)
+        files = (file for file in sorted(Path(model).iterdir()) if file.suffix in (".safetensors", ".onnx", ".json"))
+        weights = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return {"model": model, "weights": weights, **{key: getattr(arguments, key) for key in keys}}
 
 
 def _draw(row: Any, instances: Instances, folder: Path) -> None:

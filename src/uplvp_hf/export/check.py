@@ -34,7 +34,8 @@ def largest_differences(
 ) -> dict[str, float]:
     """Largest |a - b| / max(1, |a|) of every output, a of `model` and b of `run`, over batches of `check_batch`.
 
-    So an output of small numbers is compared absolutely, boxes in pixels relative to their size. Mask logits beside
+    So small numbers are compared absolutely. For a box, |a| is its largest coordinate: two ends are found from a centre
+    and a side, with the rounding of these. Mask logits beside
     `roi_mask_logits` are compared as probabilities: QueryInst makes them from probabilities that are exactly zero
     outside the boxes, where logits are an arbitrary bound.
     """
@@ -47,6 +48,7 @@ def largest_differences(
             theirs = found[name]
             if name == "masks_queries_logits" and "roi_mask_logits" in expected:
                 ours, theirs = ours.sigmoid(), theirs.sigmoid()
-            difference = ((ours - theirs).abs() / ours.abs().clamp(min=1)).max().item()
+            size = ours.abs().amax(-1, keepdim=True) if name == "boxes" else ours.abs()
+            difference = ((ours - theirs).abs() / size.clamp(min=1)).max().item()
             largest[name] = max(largest.get(name, 0.0), difference)
     return largest

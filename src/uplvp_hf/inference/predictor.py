@@ -68,25 +68,23 @@ def predict_rows(
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
     """As `predict_dataset`, whose `settings` these are, with pictures larger than `tiles` cut into windows.
 
-    The thread that decodes pictures does not outlive the iterator. With tiles a picture and the windows of one batch
-    are in memory, and run lengths; pictures that fit into one window are predicted whole, with the same result as
-    without tiles and a batch size of 1.
+    With tiles a picture and the windows of one batch are in memory, and run lengths; pictures that fit into one window
+    are predicted whole, with the same result as without tiles and a batch size of 1. Pictures that Pillow refuses for
+    their size can be decoded inside `pixels_unbounded` alone.
     """
     failures = failures if failures is not None else []
-    with pixels_unbounded():
-        if tiles is None:
-            settings.update(progress=progress, failures=failures)
-            yield from predict_dataset(model, processor, dataset, **settings)
-            return
-        for index in tqdm(range(len(dataset)), desc="predict", unit="img", disable=None if progress else True):
-            row = dataset[index]
-            try:
-                image = dataset.load_image(index)
-            except ImageError as error:
-                file = error.file or row["file_name"]
-                failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
-                continue
-            yield row, _predict_tiled(model, processor, image, tiles, settings)
+    if tiles is None:
+        yield from predict_dataset(model, processor, dataset, progress=progress, failures=failures, **settings)
+        return
+    for index in tqdm(range(len(dataset)), desc="predict", unit="img", disable=None if progress else True):
+        row = dataset[index]
+        try:
+            image = dataset.load_image(index)
+        except ImageError as error:
+            file = error.file or row["file_name"]
+            failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
+            continue
+        yield row, _predict_tiled(model, processor, image, tiles, settings)
 
 
 def _predict_tiled(
@@ -171,7 +169,7 @@ class Predictor:
         single = isinstance(images, _PICTURES)
         pictures = [images] if single else list(images)
         tiles = Tiles(tiles) if isinstance(tiles, int) else tiles
-        with tempfile.TemporaryDirectory(prefix="uplvp-") as folder:
+        with tempfile.TemporaryDirectory(prefix="uplvp-") as folder, pixels_unbounded():
             rows = [self._row(picture, number, folder) for number, picture in enumerate(pictures)]
             failures: list[dict[str, Any]] = []
             results = predict_rows(

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -24,15 +25,26 @@ from .download import LIMITS, Limits, fetch_picture, is_url
 MAX_PIXELS = 100_000_000
 
 
+_unbounded = threading.Lock()
+_inside: list[int | None] = []  # Pillow's own bound, once for every block that is active
+
+
 @contextmanager
 def pixels_unbounded() -> Iterator[None]:
-    """Pillow's own bound, which warns first and refuses later, set aside: sizes are checked here."""
-    bound = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    """Pillow's own bound, which warns first and refuses later, set aside: sizes are checked here.
+
+    It is one for the whole process: blocks of several threads may overlap, the last to end restores it.
+    """
+    with _unbounded:
+        _inside.append(_inside[0] if _inside else Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = None
     try:
         yield
     finally:
-        Image.MAX_IMAGE_PIXELS = bound
+        with _unbounded:
+            bound = _inside.pop()
+            if not _inside:
+                Image.MAX_IMAGE_PIXELS = bound
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int, file: object) -> None:
