@@ -1,6 +1,8 @@
 """`uplvp data` as it is typed: exit codes, what is printed and what is written."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -146,3 +148,17 @@ def test_a_run_records_its_split_and_refuses_another(scenes, recipe, tmp_path, c
     again = [*words[:-3], f"data.subset={run / 'split.json'}", "--output", str(tmp_path / "other"), "--quiet"]
     assert main(again) == 2
     assert "not those that the split was drawn from" in capsys.readouterr().err
+
+
+def test_the_guide_shows_commands_and_counts_that_exist():
+    from uplvp_hf.commands.data import make_parser
+    from uplvp_hf.data.layouts import OFFICIAL_COUNTS
+
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    commands = [line.split()[2:] for line in text.splitlines() if line.startswith("    uplvp data ")]
+    assert {make_parser().parse_args(words).task for words in commands} == {"check", "convert", "split"}
+    rows = re.findall(r"^\| (Cityscapes|CTW1500|VOC \d+|COCO) ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    for name, splits, counts in rows:
+        for split, count in zip(splits.split(" / "), counts.split(" / "), strict=True):
+            assert OFFICIAL_COUNTS[f"{name.replace(' ', '').lower()} {split}"] == int(count)

@@ -184,6 +184,31 @@ def test_stratified_keeps_the_shares_of_the_classes():
     assert len({tuple(draw_split(dataset, SplitSpec("percent", 5, s, True))["image_ids"]) for s in range(8)}) == 8
 
 
+def test_stratified_is_the_rule_that_its_docstring_states(varied):
+    """Spelt out in sets and sums: neediest class, its first 8 pictures that are left, smallest chi-square."""
+    held = []
+    for row in varied.rows:
+        classes = [c for c, crowd in zip(row["objects"]["category_id"], row["objects"]["iscrowd"]) if not crowd]
+        held.append({k: classes.count(k) for k in classes} or {"empty": 1})
+    keys = [*IDS, "empty"]
+    totals = {k: sum(h.get(k, 0) for h in held) for k in keys}
+    for seed in range(3):
+        left, chosen = np.random.default_rng(seed).permutation(60).tolist(), []
+        while len(chosen) < 30:
+            taken = {k: sum(held[i].get(k, 0) for i in chosen) for k in keys}
+            neediest = min((k for k in keys if any(k in held[i] for i in left)), key=lambda k: taken[k] / totals[k])
+            share = (len(chosen) + 1) / 60
+
+            def error(i, taken=taken, share=share):
+                return sum((taken[k] + held[i].get(k, 0) - totals[k] * share) ** 2 / totals[k] for k in keys)
+
+            best = min([i for i in left if neediest in held[i]][:8], key=error)
+            left.remove(best)
+            chosen.append(best)
+        manifest = draw_split(varied, SplitSpec("percent", 50, seed, True))
+        assert manifest["image_ids"] == [varied[i]["image_id"] for i in sorted(chosen)]
+
+
 def test_stratified_can_take_everything(varied):
     manifest = draw_split(varied, SplitSpec("percent", 100, 0, True))
     assert len(manifest["image_ids"]) == 60

@@ -143,9 +143,8 @@ class _Survey:
     def result(self) -> dict[str, Any]:
         official = getattr(self.dataset, "official", "")
         expected = OFFICIAL_COUNTS.get(official)
-        found = self.pictures
-        if expected is not None and found != expected:
-            reason = f"has {found} pictures, the published {official} has {expected}"
+        if expected is not None and self.pictures != expected:
+            reason = f"has {self.pictures} pictures, the published {official} has {expected}"
             self.warnings.insert(0, {"file": self.dataset.name, "row": None, "reason": reason})
         return {
             "name": self.dataset.name,

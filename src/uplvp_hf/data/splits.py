@@ -12,6 +12,7 @@ drawn here, and are not those of the lists that its authors published.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -197,12 +198,15 @@ def _stratified(contents: Contents, order: list[int], count: int) -> list[int]:
     known = np.flatnonzero(totals)
     waiting = {k: iter(queues[k]) for k in known.tolist()}
     ahead: dict[int, list[int]] = {k: [] for k in waiting}
-    taken, chosen = np.zeros(len(totals)), {}
+    taken, exhausted = np.zeros(len(totals)), totals == 0
+    chosen: dict[int, None] = {}
     while len(chosen) < count:
-        shares = np.full(len(totals), np.inf)
-        open_classes = [k for k in waiting if _refill(ahead[k], waiting[k], chosen)]
-        shares[open_classes] = taken[open_classes] / totals[open_classes]
-        candidates = ahead[int(shares.argmin())]
+        shares = np.where(exhausted, np.inf, taken / np.maximum(totals, 1))
+        neediest = int(shares.argmin())
+        candidates = ahead[neediest]
+        if not _refill(candidates, waiting[neediest], chosen):
+            exhausted[neediest] = True
+            continue
         goal = totals[known] * (len(chosen) + 1) / len(order)
         after = np.tile(taken, (len(candidates), 1))
         for row, i in enumerate(candidates):
@@ -221,11 +225,8 @@ def _class_counts(classes: list[int | None], index_of: dict[int, int], empty: in
 def _refill(ahead: list[int], waiting: Iterator[int], chosen: dict[int, None]) -> bool:
     """Whether a class has pictures left: the next few of its queue, less those that were chosen for another class."""
     ahead[:] = [i for i in ahead if i not in chosen]
-    for i in waiting:
-        if i not in chosen:
-            ahead.append(i)
-        if len(ahead) == _CANDIDATES:
-            break
+    unchosen = (i for i in waiting if i not in chosen)
+    ahead += itertools.islice(unchosen, _CANDIDATES - len(ahead))
     return bool(ahead)
 
 
