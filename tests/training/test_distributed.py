@@ -1,10 +1,12 @@
 """Two processes (gloo, on the CPU) end where one process with the doubled batch ends, with whole or spread weights."""
 
 import json
+import re
 
 import pytest
 import torch
 import yaml
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from training_helpers import (
     DESCENT,
@@ -18,8 +20,8 @@ from training_helpers import (
     stop_at,
 )
 
+from uplvp_hf.training import launch
 from uplvp_hf.training.config import ConfigError, load_settings
-from uplvp_hf.training.launch import make_accelerator
 
 
 @pytest.mark.slow
@@ -85,6 +87,29 @@ except KeyboardInterrupt:
 """
 
 
+@pytest.mark.slow
+def test_pictures_of_all_processes_are_named(recipe, tmp_path):
+    """The second process meets a picture that is not a number: both leave the step out, the first one reports."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(PROCESS + POISONED + TRAIN)
+    told = on_two_processes(script, recipe, tmp_path / "run", "optim.steps=2", "log_every=1")
+    lines = [line for line in told.splitlines() if "Step 2 skipped" in line]
+    assert len(lines) == 1 and len(re.search(r"Pictures: \[([\d, ]+)\]", lines[0])[1].split(", ")) == 4
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    assert summary["skipped_steps"] == 1
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "run" / "model.safetensors").values())
+
+
+POISONED = """
+update = loop._Run._update
+def poisoned(self, step, batches):
+    if step == 1 and self.accelerator.process_index == 1:
+        batches[0]["pixel_values"][0] = float("nan")
+    return update(self, step, batches)
+loop._Run._update = poisoned
+"""
+
+
 def test_one_process_goes_on_with_a_checkpoint_of_two(run, recipe, tmp_path, monkeypatch, caplog):
     """The other process' random state is not asked for; the pictures of a step have to be as many."""
     stop_at(monkeypatch, 3)
@@ -98,12 +123,9 @@ def test_one_process_goes_on_with_a_checkpoint_of_two(run, recipe, tmp_path, mon
 
 
 def test_other_ways_of_spreading_are_refused(monkeypatch):
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
-
-    monkeypatch.setattr(AcceleratorState, "distributed_type", DistributedType.FSDP, raising=False)
+    monkeypatch.setattr(launch.Accelerator, "distributed_type", property(lambda self: DistributedType.FSDP))
     with pytest.raises(ConfigError, match=r"set up for FSDP: .*fsdp=true"):
-        make_accelerator(load_settings())
+        launch.make_accelerator(load_settings())
 
 
 def test_spread_weights_in_float16_are_refused():

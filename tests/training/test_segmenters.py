@@ -1,7 +1,6 @@
 """Training runs of K-Net and QueryInst, with the settings of the method that the other runs leave alone."""
 
 import json
-from types import MethodType
 
 import pytest
 import torch
@@ -113,30 +112,6 @@ def test_from_pretraining_to_predictions_and_card(run, tmp_path, scenes_dir):
     assert pixels[0] > pixels[1]  # the lower the bound, the larger the masks
     card = str(build_card(tmp_path / "fine", "user/name", "apache-2.0"))
     assert f"An instance segmenter ({run.segmenter})" in card and f"- {run.segmenter}" in card
-
-
-def test_accumulation_equals_a_larger_batch(run, tmp_path, monkeypatch):
-    """All divisors are those of the effective batch, those that are counted from the masks too."""
-
-    def plain_descent(model, settings):
-        for module in model.modules():  # QueryInst's mask heads take statistics over the batch at hand
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
-                module.train = MethodType(lambda self, mode=True: self, module)
-        group = {
-            "params": [p for p in model.parameters() if p.requires_grad],
-            "lr": settings.lr,
-            "base_lr": settings.lr,
-        }
-        return torch.optim.SGD([group])
-
-    monkeypatch.setattr(loop, "make_optimizer", plain_descent)
-    words = ["optim.lr=0.01", "optim.steps=2", "checkpoint.every=0", "model.prompt_drop=0"]
-    run("large", *words, "optim.batch_size=4")
-    run("small", *words, "optim.batch_size=2", "optim.accumulation=2")
-    logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("large", "small")]
-    for one, other in zip(*logs, strict=True):
-        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
 def test_settings_of_the_method_reach_the_model(run, tmp_path, scenes_dir):

@@ -65,13 +65,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 
 
-def on_two_processes(script: Path, *arguments) -> None:
-    """Runs a script with `torchrun` and fails with its messages if it does not end well."""
+def on_two_processes(script: Path, *arguments) -> str:
+    """Runs a script with `torchrun`, fails with its messages if it does not end well, and returns them."""
     # `accelerate launch --cpu --num_processes 2` starts a single process unless it is given an MPI.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [sys.executable, *launcher, script, *arguments]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
 
 
 # Gradients are compared through plain gradient descent: Adam would blow up the noise of gradients near zero. Random

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from ._data_preview import write_preview
 from ._terminal import add_verbosity, is_main_process, run
@@ -10,7 +11,7 @@ from ._terminal import add_verbosity, is_main_process, run
 _EPILOG = """settings:
   Any setting of a recipe can be overridden by section.key=value, for example
     data.train=runs/labels  data.val=photos/val.json  optim.steps=500  optim.lr=1e-3  model.init=runs/pretrain
-  Sections: data, model, optim, evaluation, checkpoint (see uplvp_hf/training/config.py). Without a recipe the
+  Sections: data, model, optim, evaluation, checkpoint (see docs/training.md). Without a recipe the
   defaults of that file hold; shipped recipes are in uplvp_hf/training/recipes.
 """
 
@@ -34,6 +35,11 @@ def run_training(stage: str, description: str, argv: list[str] | None) -> int:
     parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
     parser.add_argument(
+        "--overfit-one-batch",
+        action="store_true",
+        help="train on the first batch only, to see that the loss can fall (default output: runs/<stage>-one-batch)",
+    )
+    parser.add_argument(
         "--preview", metavar="FILE", help="write a sheet of augmented training samples there (.png, .jpg) and stop"
     )
     add_verbosity(parser)
@@ -48,7 +54,10 @@ def _train(stage: str, arguments: argparse.Namespace) -> None:
     words = [*arguments.settings]
     words += [f"output={arguments.output}"] if arguments.output else []
     words += [f"seed={arguments.seed}"] if arguments.seed is not None else []
+    words += ["overfit_one_batch=true"] if arguments.overfit_one_batch else []
     settings = load_settings(arguments.recipe, [*words, f"stage={stage}"], output=f"runs/{stage}")
+    if arguments.overfit_one_batch and not arguments.output:  # the real run is to have its own folder free
+        settings = dataclasses.replace(settings, output=f"{settings.output}-one-batch")
     if arguments.preview:
         if is_main_process():
             write_preview(settings, arguments.preview)
@@ -61,4 +70,5 @@ def _train(stage: str, arguments: argparse.Namespace) -> None:
         return
     for step, metrics in sorted(result.evaluations.items()):
         print(f"step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
-    print(f"{settings.optim.steps} steps in {result.seconds:.0f} s. Model: {settings.output}")
+    which = f", of step {result.model_step}" if result.model_step != result.steps else ""
+    print(f"{result.steps} steps in {result.seconds:.0f} s. Model{which}: {settings.output}")

@@ -16,7 +16,8 @@ from .config import ConfigError, TrainSettings
 def make_accelerator(settings: TrainSettings) -> Accelerator:
     """Accelerate for a run with these settings.
 
-    Raises ConfigError where `accelerate launch` was told to spread the model itself: `fsdp=true` does that here.
+    Raises ConfigError where `accelerate launch` was told to spread the model itself (`fsdp=true` does that here), and
+    for float16 on the CPU.
     """
     AcceleratorState._reset_state()  # another run of this Python process may have had another precision
     accelerator = Accelerator(
@@ -25,6 +26,8 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         project_dir=settings.output,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    if settings.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("mixed_precision=fp16 needs a GPU (Accelerate would train in float32): set bf16, or no.")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"`accelerate launch` is set up for {accelerator.distributed_type.value}: launch without it, and set "

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from ..data import DataError
 from ..data.manifest import record_manifest
 from ..evaluation.predictor import evaluated_classes
-from ..files import write_json, write_text, writing
+from ..files import usual_rights, write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
 from ..models.modeling_uplvp import UplvpPreTrainedModel
@@ -41,7 +41,7 @@ from .checkpoint import (
 from .config import ConfigError, TrainingAborted, TrainSettings
 from .freezing import training_mode
 from .launch import hardware, make_accelerator
-from .one_batch import describe_one_batch, on_one_batch
+from .one_batch import describe_one_batch, on_one_batch, report_one_batch
 from .optim import learning_rate_factor, make_optimizer, pictures_per_step, with_steps
 from .output import check_output, claim_output, summary
 from .random_state import random_state, restore_random_state
@@ -349,11 +349,14 @@ class _Run:
             with writing(self.output / "model.safetensors"):
                 model.save_pretrained(self.output)
                 self.processor.save_pretrained(self.output)
+                usual_rights(self.output)
             write_json(self.output / "training_summary.json", summary(self.settings, result, self._facts()))
             if failures:
                 path = self.output / "failures.jsonl"
                 write_text(path, "".join(line + "\n" for line in failures))
                 logger.warning("%d pictures or objects could not be used: see %s.", len(failures), path)
+            if self.settings.overfit_one_batch and len(result.losses) == 2:
+                report_one_batch(*result.losses)
         self.log.end()
 
     def _facts(self) -> dict:

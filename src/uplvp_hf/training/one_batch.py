@@ -34,3 +34,10 @@ def describe_one_batch(image_ids: list, settings: TrainSettings) -> None:
         len(image_ids), ", ".join(map(str, image_ids[:8])) + (", ..." if len(image_ids) > 8 else ""),
         round(100 * EXPECTED_FALL), settings.optim.lr,
     )  # fmt: skip
+
+
+def report_one_batch(first: float, last: float) -> None:
+    """Says how far the loss fell, as a warning when that is less than expected."""
+    fall = 1 - last / first
+    level = logging.INFO if fall > EXPECTED_FALL else logging.WARNING
+    logger.log(level, "The loss went from %.2f to %.2f (%+.0f %%).", first, last, -100 * fall)
