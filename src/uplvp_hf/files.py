@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +70,25 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
     """One JSON value a line, as `write_text`."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+@contextmanager
+def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """A draft folder beside `output`, which takes its name at the end of the block: complete or not at all.
+
+    Raises FileExistsError when `output` exists and is not an empty folder.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} already exists and is not an empty folder; choose another or remove it.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as draft:
+        folder = Path(draft) / "folder"
+        folder.mkdir()
+        yield folder
+        if output.exists():
+            output.rmdir()
+        os.replace(folder, output)
 
 
 def usual_rights(folder: str | os.PathLike[str]) -> None:

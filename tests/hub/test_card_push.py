@@ -202,8 +202,17 @@ def test_a_model_of_transformers_gets_no_code(model_dir, tmp_path):
     config = json.loads((model_dir / "config.json").read_text())
     (model_dir / "config.json").write_text(json.dumps({**config["segmenter_config"], "id2label": {"0": "cat"}}))
     folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+    text = (folder / "README.md").read_text()
+    assert "trust_remote_code" not in text and "uplvp_hf\n" not in text and 'instance-segmentation", ' not in text
     assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
     assert "custom_code" not in ModelCard.load(folder / "README.md").data.tags
+
+
+def test_without_code_the_card_asks_for_the_library(model_dir, tmp_path):
+    folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals", remote_code=False)
+    text = (folder / "README.md").read_text()
+    assert "import uplvp_hf" in text and "trust_remote_code" not in text and "handler.py" not in text
+    assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
 
 
 def test_wrong_input_fails_in_one_line(model_dir, tmp_path, capsys):

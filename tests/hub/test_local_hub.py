@@ -71,11 +71,17 @@ class Hidden:
 
 sys.meta_path.insert(0, Hidden())
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoImageProcessor, pipeline
 
 if sys.argv[1] == "trust":
-    segmenter = pipeline("image-segmentation", model="uplvp/mask2former-coco", trust_remote_code=True)
+    name = "uplvp/mask2former-coco"
+    segmenter = pipeline("image-segmentation", model=name, trust_remote_code=True)
     assert segmenter(Image.new("RGB", (90, 50)), threshold=0.0, overlap_mask_area_threshold=0.0)
+    segmenter = pipeline("instance-segmentation", model=name, trust_remote_code=True)
+    found = segmenter(Image.new("RGB", (90, 50)), threshold=0.0)
+    assert {"label", "score", "box", "rle"} <= set(found[0]), found[0].keys()
+    processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True, backend="pil")
+    assert type(processor).__name__ == "UplvpImageProcessorPil", type(processor)
 else:
     pipeline("image-segmentation", model="uplvp/mask2former-coco")
 """
@@ -212,3 +218,16 @@ def test_push_to_hub_of_transformers(hub_client, fresh_process, tiny_model_dir):
     code = "import uplvp_hf; from transformers import pipeline; pipeline('image-segmentation', model='uplvp/plain')"
     result = fresh_process(code)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_space_beside_the_model(hub_client, tiny_model_dir, tmp_path, capsys):
+    arguments = [str(tiny_model_dir), "--repo-id", NAME, "--space", "uplvp/page"]
+    assert push.main(arguments) == 0
+    assert hub_client.repositories["space", "uplvp/page"].sdk == "gradio"
+    pushed = hub_client.files("uplvp/page", kind="space")
+    assert {"app.py", "README.md", "requirements.txt", "visualize.py"} <= set(pushed)
+    assert "TRUST_REMOTE_CODE" in capsys.readouterr().out
+    assert push.main([*arguments, "--dry-run", "--output", str(tmp_path / "dry")]) == 0
+    written = {file.name: file.read_bytes() for file in (tmp_path / "dry-space").iterdir()}
+    assert written == {name: content for name, content in pushed.items() if name != ".gitattributes"}
+    assert push.main([str(tiny_model_dir), "--repo-id", NAME, "--space", "page"]) == 2

@@ -22,9 +22,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-code", action="store_true", help="leave out the source files (the library is needed then)"
     )
+    parser.add_argument(
+        "--space", metavar="USER/NAME", help="also a Space: a page that shows what the model finds in uploaded pictures"
+    )
     parser.add_argument("--message", default="Upload model", help="commit message")
     parser.add_argument("--dry-run", action="store_true", help="write the folder and push nothing")
-    parser.add_argument("--output", metavar="DIR", help="where to write the folder, with --dry-run")
+    parser.add_argument(
+        "--output", metavar="DIR", help="where to write the folder, with --dry-run (that of a Space: DIR-space)"
+    )
     parser.add_argument("--verbose", action="store_true", help="also where in the code an error arose")
     return parser
 
@@ -39,18 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _push(arguments: argparse.Namespace) -> None:
-    if arguments.dry_run:
-        folder = _prepare(arguments, Path(arguments.output))
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-        print("\n".join(f"{file.stat().st_size:>12,}  {file.relative_to(folder)}" for file in files))
-        print(f"Nothing was pushed; {folder} holds what would be.")
-        return
-    from uplvp_hf.hub import push_folder
+    from uplvp_hf.hub import check_repo_id, prepare_space, push_folder
 
+    if arguments.space:
+        check_repo_id(arguments.space)
+    if arguments.dry_run:
+        folders = [_prepare(arguments, Path(arguments.output))]
+        if arguments.space:
+            folders.append(prepare_space(f"{arguments.output}-space", arguments.repo_id))
+        for folder in folders:
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            print("\n".join(f"{file.stat().st_size:>12,}  {file.relative_to(folder)}" for file in files))
+            print(f"Nothing was pushed; {folder} holds what would be.")
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = _prepare(arguments, Path(temporary) / "repository")
-        # Errors of the Hub are OSErrors, so they are one line too.
         print(push_folder(folder, arguments.repo_id, arguments.private, arguments.revision, message=arguments.message))
+        if arguments.space:
+            folder = prepare_space(Path(temporary) / "space", arguments.repo_id)
+            print(push_folder(folder, arguments.space, arguments.private, message="Upload app", repo_type="space"))
+            print("The Space runs the code of the model's repository once its variable TRUST_REMOTE_CODE is set to 1.")
 
 
 def _prepare(arguments: argparse.Namespace, folder: Path) -> Path:

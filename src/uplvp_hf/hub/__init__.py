@@ -1,6 +1,8 @@
-"""The Hub: model cards, and pushing models."""
+"""The Hub: model cards, pushing models, and pages that show them."""
 
 from .card import build_card
-from .push import prepare_folder, push_folder
+from .errors import HubError
+from .push import check_repo_id, prepare_folder, push_folder
+from .space_app import prepare_space
 
-__all__ = ["build_card", "prepare_folder", "push_folder"]
+__all__ = ["HubError", "build_card", "check_repo_id", "prepare_folder", "prepare_space", "push_folder"]

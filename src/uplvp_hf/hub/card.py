@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .code_files import OWN_MODELS
 from .run_record import base_model, earlier_stages, public, read_json, settings_yaml, training_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
@@ -81,6 +82,8 @@ def build_card(
         facts=_facts(architecture, segmenter, processor),
         pretrained_only=pretrained_only,
         remote_code=remote_code,
+        native=config.get("model_type") not in OWN_MODELS,
+        trust=", trust_remote_code=True" if remote_code else "",
         endpoint=remote_code and not pretrained_only,
         examples=bool(examples),
         training=training_rows(summary, read_json(model_dir / "split.json", optional=True)),

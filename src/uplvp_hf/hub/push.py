@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi
 from PIL import Image
 
+from ..files import new_folder
 from .card import build_card
+from .code_files import OWN_MODELS, add_code
 from .errors import hub_errors
 from .run_record import read_json
 
 TEMPLATES = Path(__file__).parent / "templates"
-
-# Per `model_type`: the file after `configuration_` and `modeling_`, the prefix of the classes, and what further auto
-# classes find in the repository.
-_OWN = {
-    "uplvp": (
-        "uplvp",
-        "Uplvp",
-        {"AutoModel": "UplvpForInstanceSegmentation", "AutoModelForPreTraining": "UplvpForPreTraining"},
-    ),
-    "knet": ("knet", "KNet", {"AutoModel": "KNetModel"}),
-    "queryinst": ("queryinst", "QueryInst", {"AutoModel": "QueryInstModel"}),
-}
-# The stock pipeline asks for AutoModelForImageSegmentation only; the others are what users look for.
-_AUTO_MODELS = (
-    "AutoModelForImageSegmentation",
-    "AutoModelForInstanceSegmentation",
-    "AutoModelForUniversalSegmentation",
-)
-
-# By transformers' names of the backends.
-_IMAGE_PROCESSORS = {
-    "torchvision": "image_processing_uplvp.UplvpImageProcessor",
-    "pil": "image_processing_pil_uplvp.UplvpImageProcessorPil",
-}
-_PIPELINES = {
-    "instance-segmentation": {
-        "impl": "pipeline_uplvp.UplvpInstanceSegmentationPipeline",
-        "pt": ["AutoModelForInstanceSegmentation"],
-        "type": "image",
-    }
-}
-_COMMON_FILES = ("image_processing_uplvp.py", "image_processing_pil_uplvp.py", "pipeline_uplvp.py")
 
 
 def prepare_folder(
@@ -85,18 +52,13 @@ def prepare_folder(
     check_repo_id(repo_id)
     weights = _weights(model_dir)
     config = read_json(model_dir / "config.json")
-    remote_code = remote_code and config.get("model_type") in _OWN
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} already exists and is not an empty folder; choose another or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as draft:
-        folder = Path(draft) / "repository"
-        folder.mkdir()
+    remote_code = remote_code and config.get("model_type") in OWN_MODELS
+    with new_folder(output) as folder:
         for file in (*weights, model_dir / "config.json", model_dir / "preprocessor_config.json"):
             check_inside(file, model_dir)
             shutil.copyfile(file, folder / file.name)  # not its mode: safetensors writes files for their owner alone
         if remote_code:
-            _add_code(folder, config["model_type"])
+            add_code(folder, config["model_type"])
         if remote_code and "UplvpForPreTraining" not in (config.get("architectures") or []):
             for name in ("handler.py", "requirements.txt"):
                 shutil.copyfile(TEMPLATES / name, folder / name)
@@ -104,9 +66,6 @@ def prepare_folder(
         shown = _add_examples(model_dir, folder, examples)
         card = build_card(model_dir, repo_id, license, metrics_file, shown, remote_code)
         card.save(folder / "README.md")
-        if output.exists():
-            output.rmdir()
-        os.replace(folder, output)
     return output
 
 
@@ -116,6 +75,7 @@ def push_folder(
     private: bool = False,
     revision: str | None = None,
     message: str = "Upload model",
+    repo_type: str = "model",
 ) -> str:
     """Creates the repository if it does not exist and uploads the folder in one commit; returns the commit's address.
 
@@ -128,6 +88,7 @@ def push_folder(
         private: make the repository private, and refuse to push into an existing public one.
         revision: a branch, made if missing; default: main.
         message: of the commit.
+        repo_type: "model", or "space" for a folder of `prepare_space`.
 
     Raises:
         HubError: for everything that the Hub or the connection refuses. ValueError: for a link, or a public repository.
@@ -135,19 +96,23 @@ def push_folder(
     check_repo_id(repo_id)
     for file in Path(folder).rglob("*"):
         check_inside(file, Path(folder))
+    is_space = repo_type == "space"
     with hub_errors(repo_id):
         api = HfApi()
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.repo_info(repo_id).private:
+        api.create_repo(
+            repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk="gradio" if is_space else None
+        )
+        if private and not api.repo_info(repo_id, repo_type=repo_type).private:
             raise ValueError(f"{repo_id} exists and is public; make it private in its settings first.")
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
+            repo_type=repo_type,
             revision=revision,
             commit_message=message,
-            delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
+            delete_patterns=None if is_space else ["model*.safetensors", "model.safetensors.index.json"],
         )
     return str(commit.commit_url)
 
@@ -194,40 +159,6 @@ def _add_licence(model_dir: Path, folder: Path, license: str) -> None:
         source = TEMPLATES / f"LICENSE.{license}"
     if source.is_file():
         shutil.copyfile(source, folder / "LICENSE")
-
-
-def _add_code(folder: Path, model_type: str) -> None:
-    """Copies the model's source files, and names the classes in `config.json` (`auto_map`,
-    `custom_pipelines`).
-
-    A folder with them loads with `trust_remote_code=True` where this library is not installed. The image processor is
-    named there too, not in its own file: from that the stock pipeline would infer a video processor in remote code, and
-    ask for `trust_remote_code` even where this library is installed (transformers 5.23). For the same reason the type
-    is left out of that file; transformers then looks into `config.json`.
-    """
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    import uplvp_hf.models
-
-    source = Path(uplvp_hf.models.__path__[0])
-    module, prefix, further = _OWN[model_type]
-    files: set[str] = set()
-    for name in (f"configuration_{module}.py", f"modeling_{module}.py", *_COMMON_FILES):
-        files |= {str(source / name), *get_relative_import_files(source / name)}
-    for file in sorted(files):
-        shutil.copyfile(file, folder / Path(file).name)
-    config: dict[str, Any] = {"AutoConfig": f"configuration_{module}.{prefix}Config"}
-    config |= dict.fromkeys(_AUTO_MODELS, f"modeling_{module}.{prefix}ForInstanceSegmentation")
-    config |= {auto: f"modeling_{module}.{name}" for auto, name in further.items()}
-    config["AutoImageProcessor"] = _IMAGE_PROCESSORS
-    _change(folder / "config.json", lambda content: content.update(auto_map=config, custom_pipelines=_PIPELINES))
-    _change(folder / "preprocessor_config.json", lambda content: content.pop("image_processor_type", None))
-
-
-def _change(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    content = read_json(path)
-    change(content)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.PathLike]) -> list[tuple[str, str]]:

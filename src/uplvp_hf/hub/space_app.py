@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from types import ModuleType
 
+from ..files import new_folder
 from .push import check_repo_id
 
 SPACE = Path(__file__).parent / "space"
@@ -41,18 +41,10 @@ def prepare_space(output: str | os.PathLike, model: str) -> Path:
 
     output = Path(output)
     check_repo_id(model)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} already exists and is not an empty folder; choose another or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as draft:
-        folder = Path(draft) / "space"
-        folder.mkdir()
+    with new_folder(output) as folder:
         for file in (*SPACE.glob("*.*"), Path(visualize.__file__)):
             shutil.copyfile(file, folder / file.name)
         for name in ("app.py", "README.md"):
             text = (folder / name).read_text(encoding="utf-8").replace("uplvp/mask2former-coco", model)
             (folder / name).write_text(text, encoding="utf-8")
-        if output.exists():
-            output.rmdir()
-        os.replace(folder, output)
     return output

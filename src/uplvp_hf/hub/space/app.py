@@ -155,7 +155,7 @@ def build(model, processor, name: str) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 picture = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture")
-                threshold = gr.Slider(FLOOR, 1.0, value=0.5, step=0.01, label="Least score", elem_id="threshold")
+                threshold = gr.Slider(FLOOR, 1.0, value=0.3, step=0.01, label="Least score", elem_id="threshold")
                 download = gr.DownloadButton("Download JSON", elem_id="download")
             with gr.Column():
                 overlay = gr.Image(

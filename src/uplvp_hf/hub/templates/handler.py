@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 
-DEFAULTS = {"threshold": 0.5, "mask_threshold": 0.5, "overlap_mask_area_threshold": None, "subtask": "instance"}
+DEFAULTS = {"threshold": 0.3, "mask_threshold": 0.5, "overlap_mask_area_threshold": None, "subtask": "instance"}
 MAX_REDIRECTS = 5
 TIMEOUT = 20  # seconds
 
@@ -41,7 +41,7 @@ class EndpointHandler:
     def __call__(self, data: dict | bytes) -> list[dict]:
         """The instances of one picture.
 
-        Parameters of a request: `threshold` (0..1, default 0.5) is the least score; `mask_threshold` (0..1, default
+        Parameters of a request: `threshold` (0..1, default 0.3) is the least score; `mask_threshold` (0..1, default
         0.5) the least probability of a pixel; with `overlap_mask_area_threshold` (0..1) every pixel goes to the best
         instance, and instances of which less than this share is left are dropped, as the pipeline of transformers
         does; without it masks may overlap. `subtask` is "instance".
