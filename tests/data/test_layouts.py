@@ -392,6 +392,9 @@ def test_voc_without_masks_is_unlabelled(voc):
     (root / "ImageSets/Segmentation/test.txt").write_text("2008_1\n")
     dataset = load_dataset_rows(root, split="test")
     assert dataset[0]["objects"]["segmentation"] == [] and dataset.load_image(0).size == SIZE
+    (root / "ImageSets/Segmentation/val.txt").write_text("\n2008_1\n")
+    with pytest.raises(DataError, match=r"no picture of voc2012 val .* '2008_1' has no file in SegmentationObject"):
+        load_dataset_rows(root, split="val")
     (root / "Annotations/2007_000032.xml").write_text("<annotation><object/></annotation>")
     with pytest.raises(DataError, match=r"2007_000032\.xml, object\[0\]: needs a name"):
         load_dataset_rows(root, split="train")[0]

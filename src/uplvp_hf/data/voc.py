@@ -62,7 +62,7 @@ def read_voc(folder: str | os.PathLike[str], split: str | None = None, unlabelle
     Args:
         folder: VOC2012 or VOC2007, or VOCdevkit with one of them.
         split: a file of ImageSets/Segmentation without .txt; None: the only one there is.
-        unlabelled: the pictures alone; so is a split none of whose pictures has masks (the test set of 2012).
+        unlabelled: the pictures alone; so is `test` where none of its pictures has masks (those of 2012 are withheld).
 
     Masks are those of SegmentationObject; the contour (255) belongs to no instance. The class of an object is that of
     most of its pixels in SegmentationClass. An object that the XML calls difficult (same class, boxes that overlap by
@@ -92,15 +92,15 @@ def read_voc(folder: str | os.PathLike[str], split: str | None = None, unlabelle
 def _pairs(folder: str, listing: str, unlabelled: bool) -> tuple[list[Pair], list[dict[str, Any]]]:
     try:
         with open(listing, encoding="utf-8") as stream:
-            names = [line.strip() for line in stream if line.strip()]
+            names = {f"line {number}": line.strip() for number, line in enumerate(stream, start=1) if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read ({error})", file=listing) from error
     images, boxes = pictures(os.path.join(folder, "JPEGImages")), stems(os.path.join(folder, "Annotations"), [".xml"])
     masks = {tree: stems(os.path.join(folder, tree), [".png"]) for tree in ("SegmentationObject", "SegmentationClass")}
-    unlabelled = unlabelled or not any(name in masks["SegmentationObject"] for name in names)
+    if os.path.basename(listing) == "test.txt" and not masks["SegmentationObject"].keys() & set(names.values()):
+        unlabelled = True
     pairs, failures, seen = [], [], set()
-    for line, name in enumerate(names, start=1):
-        where = f"line {line}"
+    for where, name in names.items():
         inside(folder, name, listing, where)
         if name in seen:
             raise DataError(f"the name {name!r} occurs twice", file=listing, row=where)
