@@ -1,6 +1,7 @@
 """Prediction over a data set, with an oracle in the place of the model."""
 
 import copy
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,3 +128,24 @@ def test_class_agnostic_ignores_the_classes(dataset, processor):
 def test_nothing_annotated(dataset, processor):
     with pytest.raises(DataError, match="none of the 7 pictures is annotated"):
         evaluate_model(Oracle(dataset), processor, dataset.unlabelled(), progress=False)
+
+
+def test_cityscapes_reads_the_void_of_the_rows(dataset, processor):
+    options = {"metric": "cityscapes", "progress": False, "details": True}
+    with pytest.warns(UserWarning, match="No row has a `void`"):
+        plain = evaluate_model(Oracle(dataset), processor, dataset, **options)
+    assert plain["AP50"] > 0.99 and plain["details"]["curves"] is None
+    lost = copy.copy(dataset)  # one object is not annotated: its detection is false, unless it lies on void
+    lost.rows = [copy.deepcopy(row) for row in dataset.rows]
+    objects = lost.rows[0]["objects"]
+    gone = {key: values.pop() for key, values in objects.items()}
+    with pytest.warns(UserWarning, match="No row has a `void`"):
+        worse = evaluate_model(Oracle(dataset), processor, lost, **options)
+    lost.rows[0]["void"] = [gone["segmentation"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        same = evaluate_model(Oracle(dataset), processor, lost, **options)
+    name = dataset.id2label[dataset.category_ids.index(gone["category_id"])]
+    assert worse["per_class"][name] < same["per_class"][name]
+    counted = {row["name"]: row["annotations"] for row in same["details"]["classes"]}
+    assert sum(counted.values()) == plain["num_instances"] - 1 == same["num_instances"]

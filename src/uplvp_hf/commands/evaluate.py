@@ -60,12 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data import load_dataset_rows
-    from uplvp_hf.evaluation import evaluate_model, evaluated_classes, load_segmenter
+    from uplvp_hf.evaluation import evaluate_model, evaluated_classes, load_segmenter, make_evaluator
     from uplvp_hf.evaluation.backends import resolve_backend
     from uplvp_hf.labeling.processes import Processes
 
     _check(arguments)
-    arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else arguments.backend
+    make_evaluator(arguments.backend, arguments.metric)  # refused now, not after loading everything
+    arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else "streaming"
     processes = Processes()
     dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split)
     model, processor = load_segmenter(arguments.model, arguments.device)
@@ -105,8 +106,6 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1")
     if arguments.report and not arguments.output:
         raise ValueError("--report needs --output DIR to write the page to")
-    if arguments.metric == "cityscapes" and arguments.backend not in ("streaming", "fastest"):
-        raise ValueError(f"--backend {arguments.backend} has no Cityscapes AP; leave it out")
     check_device(arguments.device)
 
 

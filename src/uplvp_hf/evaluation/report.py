@@ -82,8 +82,8 @@ def write_evaluation_page(
 def _drawn(entry: Mapping[str, Any], index: int, dataset: InstanceDataset, names: Mapping[int, str]) -> dict[str, Any]:
     """Prediction and truth over the picture, with a caption."""
     row, quality = dataset[index], entry["quality"]
-    text = f"quality {quality.value:.2f}: {quality.matched} matches of {quality.detections} detections and "
-    text += f"{quality.annotations} annotations"
+    counts = f"{quality.annotations} annotated, {quality.detections} detected, {quality.matched} matched"
+    text = f"quality {quality.value:.2f}: {counts}"
     drawn = {"name": row["file_name"], "text": text, "prediction": None, "truth": None}
     objects, true_names = row["objects"], {category["id"]: category["name"] for category in dataset.categories}
     try:
