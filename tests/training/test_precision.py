@@ -63,10 +63,13 @@ def scaled(monkeypatch):
     return go
 
 
-def test_float16_trains(run, kind, scaled, tmp_path):
+def test_float16_trains(run, kind, recipe, scaled, tmp_path):
+    if kind == "queryinst":  # the gradients of a narrow dynamic convolution come near the largest number of float16
+        settings = yaml.safe_load(recipe.read_text())
+        settings["model"]["segmenter"]["dynamic_channels"] = 64
+        recipe.write_text(yaml.safe_dump(settings))
     run("full", "log_every=1")
-    # Some gradients of this tiny QueryInst come near the largest number of float16.
-    scaled(2.0 if kind == "queryinst" else 256.0, half=True)
+    scaled(8.0, half=True)
     result = run("half", "log_every=1")
     assert result.skipped == 0 and result.overflows < 4  # of 6, while the scale is found
     full, half = log_of(tmp_path / "full"), log_of(tmp_path / "half")
