@@ -1,5 +1,6 @@
 """The card says what the files say, and the folder that would be pushed works by itself."""
 
+import configparser
 import json
 import os
 import subprocess
@@ -98,6 +99,16 @@ def test_dry_run_folder_is_complete(model_dir, scenes_dir, tmp_path, capsys):
     assert push.main(arguments) == 2 and "not an empty folder" in capsys.readouterr().err
 
 
+def test_requirements_are_those_of_the_package():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
+    ours = set(setup["options"]["install_requires"].split())
+    hub = Path(uplvp_hf.__path__[0]) / "hub"
+    for file in (hub / "templates" / "requirements.txt", hub / "space" / "requirements.txt"):
+        further = {line for line in file.read_text().split() if line not in ours}
+        assert further <= {"httpx", "gradio>=6,<7"}, further
+
+
 def test_rights_are_those_of_new_files(model_dir, tmp_path):
     os.chmod(model_dir / "model.safetensors", 0o600)  # as safetensors leaves it
     folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals")
@@ -131,7 +142,7 @@ def test_links_and_names_out_of_the_model_folder_are_refused(model_dir, tmp_path
 
 def test_a_pickle_only_is_refused_with_a_remedy(model_dir, tmp_path):
     (model_dir / "model.safetensors").rename(model_dir / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="Only safetensors are pushed; `uplvp convert`"):
+    with pytest.raises(FileNotFoundError, match="a pickle, which is not opened"):
         prepare_folder(model_dir, tmp_path / "repository", "user/animals")
 
 
@@ -175,6 +186,7 @@ assert found and all(entry["mask"].size == (90, 50) for entry in found), found
 """
 
 
+@pytest.mark.slow
 def test_folder_works_without_the_library(model_dir, tmp_path):
     loads_without_the_library(model_dir, tmp_path, "UplvpForInstanceSegmentation")
 
@@ -185,6 +197,7 @@ def loads_without_the_library(model_dir, tmp_path, name):
     subprocess.run([sys.executable, "-c", REMOTE, str(folder), name], check=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["KNet", "QueryInst"])
 def test_a_segmenter_alone_is_pushed_as_what_it_is(name, tiny_segmenter, tmp_path):
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_queries": 6, "num_stages": 1, "intermediate_size": 16}

@@ -18,6 +18,7 @@ import browser
 
 from uplvp_hf.commands import demo
 from uplvp_hf.evaluation import load_segmenter
+from uplvp_hf.hub import prepare_folder
 from uplvp_hf.hub.space_app import load_app, prepare_space
 
 
@@ -165,3 +166,35 @@ def test_folder_of_a_space(tmp_path):
         prepare_space(folder, "somebody/model")
     with pytest.raises(ValueError, match="USER/NAME"):
         prepare_space(tmp_path / "other", "model")
+
+
+ALONE = """
+import json
+import sys
+
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "uplvp_hf":
+            raise ImportError("hidden")
+
+sys.meta_path.insert(0, Hidden())
+sys.path.insert(0, sys.argv[1])
+import app
+
+model, processor = app.load(sys.argv[2], trust_remote_code=True)
+app.build(model, processor, "alone")
+overlay, rows, file = app.Segmenter(model, processor, "alone")(sys.argv[3], 0.05)
+print(json.dumps([overlay.size, len(rows), len(json.loads(open(file).read())["instances"])]))
+"""
+
+
+@pytest.mark.slow
+def test_a_space_works_without_the_library(tiny_model_dir, picture, truth, tmp_path, monkeypatch):
+    space = prepare_space(tmp_path / "space", "somebody/model")
+    repository = prepare_folder(tiny_model_dir, tmp_path / "repository", "somebody/model")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    command = [sys.executable, "-c", ALONE, str(space), str(repository), str(picture)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    size, rows, instances = json.loads(result.stdout.splitlines()[-1])
+    assert rows == instances == len(truth["scores"]) and min(size) >= 96

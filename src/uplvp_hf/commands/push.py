@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.dry_run != bool(arguments.output):
         parser.error("--dry-run and --output DIR go together")
-    return run("push", lambda: _push(arguments), arguments.verbose)
+    return run("push", lambda: _push(arguments), arguments.verbose, "run the same command again to go on")
 
 
 def _push(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from PIL import Image
 
-from ..files import new_folder
+from ..files import check_model_name, new_folder
 from .card import build_card
 from .code_files import OWN_MODELS, add_code
 from .errors import hub_errors
@@ -133,9 +133,9 @@ def check_repo_id(repo_id: str) -> None:
 def _weights(model_dir: Path) -> list[Path]:
     if not model_dir.is_dir():
         raise FileNotFoundError(f"{model_dir}: no such folder.")
-    for needed in ("config.json", "preprocessor_config.json"):
-        if not (model_dir / needed).is_file():
-            raise FileNotFoundError(f"{model_dir}: no {needed}; not the folder of a trained model.")
+    check_model_name(model_dir)
+    if not (model_dir / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(f"{model_dir}: no preprocessor_config.json; not the folder of a trained model.")
     index = model_dir / "model.safetensors.index.json"
     if index.is_file():
         shards = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -144,10 +144,7 @@ def _weights(model_dir: Path) -> list[Path]:
         files = [model_dir / "model.safetensors"]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
-        raise FileNotFoundError(
-            f"{model_dir}: no {', '.join(missing)}. Only safetensors are pushed; `uplvp convert` and `save_pretrained` "
-            "write them."
-        )
+        raise FileNotFoundError(f"{model_dir}: no {', '.join(missing)}. Only safetensors are pushed.")
     return files
 
 
