@@ -63,3 +63,20 @@ class StrictConfigMixin:
     @classmethod
     def _is_known(cls, key: str) -> bool:
         return key in cls.__dataclass_fields__ or key in cls.attribute_map or key in COMMON_KEYS or key.startswith("_")
+
+
+def checked_category_ids(id2label: dict[int, str], category_ids: list[int] | None) -> list[int]:
+    """The original ids of the classes, 1, 2, ... when not given.
+
+    Raises ValueError for classes that are not numbered 0..K-1, two of one name, and other than K different ids.
+    """
+    if sorted(id2label) != list(range(len(id2label))):
+        raise ValueError(f"id2label must map 0..{len(id2label) - 1}, got the keys {sorted(id2label)}.")
+    names = list(id2label.values())
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Two classes have the same name: {', '.join(twice)}.")
+    ids = list(category_ids) if category_ids is not None else [key + 1 for key in id2label]
+    if len(ids) != len(id2label) or len(set(ids)) != len(ids):
+        raise ValueError(f"category_ids must hold {len(id2label)} different ids, one a class, got {ids}.")
+    return ids

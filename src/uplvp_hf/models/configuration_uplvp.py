@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_base import StrictConfigMixin
+from .configuration_base import StrictConfigMixin, checked_category_ids
 from .configuration_knet import KNetConfig
 from .configuration_queryinst import QueryInstConfig
 
@@ -136,16 +136,7 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
         """Sets the classes here and in the segmenter. `id2label` maps 0..K-1 to names; `category_ids` has K ids."""
         self.id2label = {int(key): str(name) for key, name in id2label.items()}
         self.label2id = {name: key for key, name in self.id2label.items()}
-        if sorted(self.id2label) != list(range(len(self.id2label))):
-            raise ValueError(f"id2label must map 0..{len(self.id2label) - 1}, got the keys {sorted(self.id2label)}.")
-        if len(self.label2id) != len(self.id2label):
-            names = list(self.id2label.values())
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"Two classes have the same name: {', '.join(twice)}.")
-        ids = list(category_ids) if category_ids is not None else [key + 1 for key in self.id2label]
-        if len(ids) != len(self.id2label) or len(set(ids)) != len(ids):
-            raise ValueError(f"category_ids must hold {len(self.id2label)} different ids, one a class, got {ids}.")
-        self.category_ids = ids
+        self.category_ids = checked_category_ids(self.id2label, category_ids)
         if self.segmenter_config is not None:
             self.segmenter_config.id2label = dict(self.id2label)
             self.segmenter_config.label2id = dict(self.label2id)

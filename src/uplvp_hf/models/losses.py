@@ -22,13 +22,15 @@ class Normalizers:
     The training loop passes the values of the whole effective batch (all accumulated batches, averaged over
     processes), so that accumulated gradients equal those of one large batch.
     masks: number of true masks; class_weight: sum of the cross-entropy weights over all queries; pairs: number of
-    supervised pairs (query, prompt) over all layers; cells: number of cells that hold an object (K-Net's class maps).
+    supervised pairs (query, prompt) over all layers; cells: number of cells that hold an object (K-Net's class maps);
+    pictures: number of pictures (Mask R-CNN, whose terms are means over what it samples in a batch).
     """
 
     masks: Tensor | float | None = None
     class_weight: Tensor | float | None = None
     pairs: Tensor | float | None = None
     cells: Tensor | float | None = None
+    pictures: Tensor | float | None = None
 
 
 @dataclass

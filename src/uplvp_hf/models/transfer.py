@@ -38,8 +38,9 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
     """Copies the tensors of `source` into `target`, model by model of the same architecture.
 
     Class-sized tensors (named by `segmenter.class_sized`, classes along the first axis, an extra last row being "no
-    object") are copied row by row by class name with `class_head="remap"`, left as initialised with `"new"`. Any
-    other tensor of unequal shape is left as initialised and reported.
+    object", or the first rows where the segmenter has `background_first`) are copied row by row by class name with
+    `class_head="remap"`, left as initialised with `"new"`. Any other tensor of unequal shape is left as initialised and
+    reported.
     """
     if class_head not in ("remap", "new"):
         raise ValueError(f"class_head must be `remap` or `new`, got `{class_head}`.")
@@ -47,12 +48,14 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
     old, new = source.state_dict(), target.state_dict()
     rows = _class_rows(source.config.id2label, target.config.id2label)
     same_classes = source.config.id2label == target.config.id2label
-    class_sized = {f"segmenter.{name}" for name in target.segmenter.class_sized}
+    prefix = "" if target.segmenter is target else "segmenter."
+    class_sized = {f"{prefix}{name}" for name in target.segmenter.class_sized}
+    copy_rows = _copy_rows_after_background if getattr(target.segmenter, "background_first", False) else _copy_rows
     for name, tensor in new.items():
         if name not in old:
             report.reinitialised.append(name)
         elif name in class_sized and class_head == "remap" and (rows or same_classes):
-            _copy_rows(old[name], tensor, rows, len(source.config.id2label), len(target.config.id2label))
+            copy_rows(old[name], tensor, rows, len(source.config.id2label), len(target.config.id2label))
             report.remapped.append(name)
         elif name not in class_sized and old[name].shape == tensor.shape:
             tensor.copy_(old[name])
@@ -77,3 +80,13 @@ def _copy_rows(old: torch.Tensor, new: torch.Tensor, rows: dict[int, int], old_c
         new[target] = old[source]
     if old.shape[0] == old_count + 1 and new.shape[0] == new_count + 1:
         new[new_count] = old[old_count]  # "no object"
+
+
+def _copy_rows_after_background(
+    old: torch.Tensor, new: torch.Tensor, rows: dict[int, int], old_count: int, new_count: int
+) -> None:
+    """Several rows a class, such as four numbers of a box, are kept together."""
+    old, new = old.unflatten(0, (old_count + 1, -1)), new.unflatten(0, (new_count + 1, -1))
+    new[0] = old[0]
+    for target, source in rows.items():
+        new[target + 1] = old[source + 1]

@@ -1,0 +1,253 @@
+"""Mask R-CNN (arXiv 1703.06870) from torchvision's parts, on the backbones of the query segmenters: the baseline.
+
+    maps      = pyramid(backbone(picture))                  five levels, strides 4 to 64
+    proposals = region proposal network(maps)
+    classes, boxes = box head(RoIAlign(maps, proposals))
+    masks     = mask head(RoIAlign(maps, boxes))
+
+It has no queries, so there is nothing to prompt: it is fine-tuned from a pre-trained backbone, and evaluated, as the
+segmenters of UPLVP are. Exact to torchvision's own model on pictures whose sides are multiples of 64.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .backbones import build_backbone
+from .configuration_mask_rcnn import MaskRcnnConfig
+from .fpn import FeaturePyramid
+from .layers_mask_rcnn import POOLED, build_heads, build_proposals, init_mask_rcnn_weights
+from .losses import Normalizers, check_labels
+from .padding import extend_edges, padding_masked
+from .prompts import tight_boxes
+from .transfer import TransferReport, transfer_weights
+
+# Mask probabilities become logits of at most this size, 13.8.
+PROBABILITY_EPS = 1e-6
+# Score of a class that a detection does not have: below any threshold.
+NO_DETECTION = -1.0
+
+
+@dataclass
+class MaskRcnnFeatures:
+    """Pyramid levels by name, "0" to "3" with strides 4 to 32.
+
+    maps: with "4", stride 64, for the proposals; pooled: edges of the pictures repeated over the padding, for the
+    heads; images: the padded input with the (height, width) of every picture; pixel_mask as given.
+    """
+
+    maps: dict[str, Tensor]
+    pooled: dict[str, Tensor]
+    images: ImageList
+    pixel_mask: Tensor | None
+
+
+@dataclass
+class MaskRcnnForInstanceSegmentationOutput(ModelOutput):
+    """Output of [`MaskRcnnForInstanceSegmentation`]: B pictures, N = `detections_per_picture`, K classes, float32.
+
+    loss: scalar, the sum of `losses`, with labels only; losses: terms by name. The others are None in training with
+    labels. Detections stand best first; the rest of the N places is empty. class_scores (B, N, K): the final score in
+    the column of the detection's class, -1 in the others and in empty places. boxes (B, N, 4) x1, y1, x2, y2 in pixels
+    of the padded input, within the picture; zeros in empty places. roi_mask_logits (B, N, K, 28, 28): the mask of the
+    detection's class within the box, the same in all columns (a view, to be pasted with `paste_masks`).
+    """
+
+    loss: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    class_scores: Tensor | None = None
+    boxes: Tensor | None = None
+    roi_mask_logits: Tensor | None = None
+
+
+class MaskRcnnPreTrainedModel(PreTrainedModel):
+    """Weights and loading."""
+
+    config: MaskRcnnConfig
+    base_model_prefix = "mask_rcnn"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FeaturePyramid", "RPNHead", "TwoMLPHead", "MaskRCNNHeads"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        init_mask_rcnn_weights(module)
+        if isinstance(module, FeaturePyramid):
+            module.init_weights()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: all our initialisation goes through `transformers.initialization`."""
+        return False
+
+
+class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
+    """Mask R-CNN with its losses. What the training loop asks of a model beside `forward` is here too: `segmenter`,
+    `normalizers`, `set_progress`, `from_pretraining`, `transfer_report`."""
+
+    def __init__(self, config: MaskRcnnConfig):
+        super().__init__(config)
+        self.backbone = build_backbone(config.backbone_config)
+        self.neck = FeaturePyramid(self.backbone.channels, config.hidden_size)
+        self.rpn = build_proposals(config)
+        self.roi_heads = build_heads(config)
+        self.transfer_report: TransferReport | None = None
+        self.post_init()
+
+    @property
+    def segmenter(self) -> "MaskRcnnForInstanceSegmentation":
+        """The model itself: nothing is wrapped around it."""
+        return self
+
+    @property
+    def class_sized(self) -> tuple[str, ...]:
+        """Names of the tensors with as many rows for the background, then for every class."""
+        heads = ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits")
+        return tuple(f"roi_heads.{head}.{part}" for head in heads for part in ("weight", "bias"))
+
+    @property
+    def background_first(self) -> bool:
+        """Whether the class-sized tensors begin with the background."""
+        return True
+
+    @classmethod
+    def from_pretraining(
+        cls,
+        name_or_dir: str,
+        id2label: dict[int, str],
+        category_ids: list[int] | None = None,
+        class_head: str = "remap",
+        **kwargs,
+    ) -> "MaskRcnnForInstanceSegmentation":
+        """Loads a Mask R-CNN for other classes; see `UplvpPreTrainedModel.from_pretraining`."""
+        source = cls.from_pretrained(name_or_dir, **kwargs)
+        settings = {key: value for key, value in source.config.to_dict().items() if key != "label2id"}
+        config = MaskRcnnConfig.from_dict({**settings, "id2label": dict(id2label), "category_ids": category_ids})
+        model = cls(config).to(source.dtype)
+        model.transfer_report = transfer_weights(source, model, class_head)
+        return model
+
+    def set_progress(self, epoch: float) -> None:
+        """Tells how many epochs are done, before a step. Nothing depends on it."""
+
+    def normalizers(self, counts: list[int], num_prompts: int = 0, mask_labels=None) -> Normalizers:
+        """The number of pictures: the terms are means over a batch, whose share in a step is its share of pictures."""
+        return Normalizers(pictures=len(counts))
+
+    def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> MaskRcnnFeatures:
+        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W) with 1 on the picture."""
+        batch, _, *canvas = pixel_values.shape
+        with padding_masked(self.backbone, pixel_mask):
+            maps = self.backbone(pixel_values.to(self.dtype)).feature_maps
+        with padding_masked(self.neck, pixel_mask):
+            maps = self.neck(maps)
+        coarsest = maps[-1][..., ::2, ::2]
+        if pixel_mask is None:
+            sizes = [tuple(canvas)] * batch
+        else:
+            real = pixel_mask.bool()
+            # Where the canvas is no multiple of 64, what is masked by shares of it reaches too far on this map.
+            coarsest = coarsest * real[:, None, ::64, ::64].to(coarsest)
+            sizes = [tuple(size) for size in torch.stack([real[:, :, 0].sum(1), real[:, 0].sum(1)], 1).tolist()]
+        named = dict(zip((*POOLED, "4"), (*maps, coarsest), strict=True))
+        pooled = {name: extend_edges(named[name], pixel_mask) for name in POOLED}
+        return MaskRcnnFeatures(named, pooled, ImageList(pixel_values, sizes), pixel_mask)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        mask_labels: list[Tensor] | None = None,
+        class_labels: list[Tensor] | None = None,
+        normalizers: Normalizers | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> MaskRcnnForInstanceSegmentationOutput | tuple:
+        """
+        pixel_values (B, 3, H, W), H and W multiples of 32, normalised by the image processor; pixel_mask (B, H, W), 1
+        on the picture, 0 on padding; mask_labels: per picture (G, H, W) bool at the padded input size, masks without a
+        pixel are left out; class_labels: per picture (G,) int in 0..K-1. `normalizers` is for the training loop: the
+        pictures of the whole step. Raises ValueError for labels that do not fit the masks or the classes.
+
+        With labels there is a loss, for which anchors and proposals are sampled from torch's global generator; without
+        labels, or in evaluation mode, there are detections.
+        """
+        features = self.encode(pixel_values, pixel_mask)
+        output = MaskRcnnForInstanceSegmentationOutput()
+        if mask_labels is None or not self.training:
+            output.class_scores, output.boxes, output.roi_mask_logits = self._detections(features)
+        if mask_labels is not None:
+            if class_labels is None:
+                raise ValueError("mask_labels need class_labels beside them.")
+            output.losses = self._losses(features, mask_labels, class_labels, normalizers)
+            output.loss = torch.stack(list(output.losses.values())).sum()
+        returned = self.config.return_dict if return_dict is None else return_dict
+        return output if returned else output.to_tuple()
+
+    @contextmanager
+    def _heads(self, training: bool, pixel_mask: Tensor | None) -> Iterator[None]:
+        """The heads take their path with a loss, or that with detections; they hold no layer that differs otherwise."""
+        before = self.rpn.training, self.roi_heads.training
+        self.rpn.training = self.roi_heads.training = training
+        try:
+            with padding_masked(self.rpn.head, pixel_mask):
+                yield
+        finally:
+            self.rpn.training, self.roi_heads.training = before
+
+    def _losses(
+        self,
+        features: MaskRcnnFeatures,
+        mask_labels: list[Tensor],
+        class_labels: list[Tensor],
+        normalizers: Normalizers | None,
+    ) -> dict[str, Tensor]:
+        targets = self._targets(features.images, mask_labels, class_labels)
+        with self._heads(True, features.pixel_mask):
+            proposals, losses = self.rpn(features.images, features.maps, targets)
+            _, more = self.roi_heads(features.pooled, proposals, features.images.image_sizes, targets)
+        pictures = None if normalizers is None else normalizers.pictures
+        share = 1.0 if pictures is None else len(targets) / pictures
+        return {name.removeprefix("loss_"): share * value.float() for name, value in {**losses, **more}.items()}
+
+    def _targets(
+        self, images: ImageList, mask_labels: list[Tensor], class_labels: list[Tensor]
+    ) -> list[dict[str, Tensor]]:
+        """What torchvision's heads compare with: boxes around the masks, classes from 1 on, masks."""
+        check_labels(class_labels, mask_labels, self.config.num_labels)
+        device, targets = images.tensors.device, []
+        for masks, labels in zip(mask_labels, class_labels, strict=True):
+            masks, labels = masks.to(device).bool(), labels.to(device).long()
+            seen = masks.flatten(1).any(1)
+            masks, labels = masks[seen], labels[seen]
+            targets.append({"boxes": tight_boxes(masks).float(), "labels": labels + 1, "masks": masks})
+        return targets
+
+    def _detections(self, features: MaskRcnnFeatures) -> tuple[Tensor, Tensor, Tensor]:
+        """class_scores, boxes and roi_mask_logits, see the output."""
+        with self._heads(False, features.pixel_mask):
+            proposals, _ = self.rpn(features.images, features.maps)
+            found, _ = self.roi_heads(features.pooled, proposals, features.images.image_sizes)
+        batch, places, classes = len(found), self.config.detections_per_picture, self.config.num_labels
+        side = 2 * self.config.mask_pool_size
+        values = features.images.tensors.new_zeros(1, dtype=torch.float32)
+        scores = values.new_full((batch, places, classes), NO_DETECTION)
+        boxes = values.new_zeros((batch, places, 4))
+        masks = values.new_zeros((batch, places, side, side))
+        for index, one in enumerate(found):
+            count = len(one["scores"])
+            scores[index, torch.arange(count, device=scores.device), one["labels"] - 1] = one["scores"]
+            boxes[index, :count] = one["boxes"]
+            masks[index, :count] = one["masks"][:, 0].logit(PROBABILITY_EPS)
+        return scores, boxes, masks[:, :, None].expand(-1, -1, classes, -1, -1)
+
+
+__all__ = ["MaskRcnnForInstanceSegmentation", "MaskRcnnForInstanceSegmentationOutput", "MaskRcnnPreTrainedModel"]
