@@ -138,7 +138,7 @@ def test_command_with_patterns_addresses_and_odd_names(tiny_model_dir, scenes_di
     monkeypatch.chdir(base / "in" / "deep")
     sources = ["../../up.png", "../*.png", f"{web.address}/good.png", f"{web.address}/text.png"]
     output = tmp_path / "out"
-    assert predict.main([*words(tiny_model_dir, output, "--quiet"), *sources]) == 0
+    assert predict.main([*words(tiny_model_dir, output, "--quiet", "--top-k", 5), *sources]) == 0
     result = content(output)
     assert [image["id"] for image in result["images"]] == [1, 2, 3, 4, 5]
     assert result["images"][0]["file_name"] == "up.png" and result["images"][4]["file_name"] == sources[2]
@@ -156,14 +156,11 @@ def test_command_with_patterns_addresses_and_odd_names(tiny_model_dir, scenes_di
 
 def test_command_in_tiles(tiny_model_dir, scenes_dir, tmp_path, capsys):
     pictures = str(scenes_dir / "images")
-    tiled = words(
-        tiny_model_dir, tmp_path / "tiled", "--quiet", "--tiles", "64", "--overlap", "0.3", "--tiles-with-full"
-    )
-    assert predict.main([*tiled, pictures]) == 0
-    one = words(tiny_model_dir, tmp_path / "one", "--quiet", "--tiles", "96")
-    assert predict.main([*one, pictures]) == 0
-    whole = words(tiny_model_dir, tmp_path / "whole", "--quiet", "--batch-size", "1")
-    assert predict.main([*whole, pictures]) == 0
+    plain = ("--quiet", "--no-overlays")
+    tiled = (*plain, "--tiles", 64, "--overlap", 0.3, "--tiles-with-full", "--top-k", 9)
+    assert predict.main([*words(tiny_model_dir, tmp_path / "tiled", *tiled), pictures]) == 0
+    assert predict.main([*words(tiny_model_dir, tmp_path / "one", *plain, "--tiles", 96), pictures]) == 0
+    assert predict.main([*words(tiny_model_dir, tmp_path / "whole", *plain, "--batch-size", 1), pictures]) == 0
     assert content(tmp_path / "one") == content(tmp_path / "whole") != content(tmp_path / "tiled")
     assert all(a["segmentation"]["size"] == [96, 96] for a in content(tmp_path / "tiled")["annotations"])
 
@@ -198,6 +195,7 @@ def test_wrong_numbers(tiny_model_dir, scenes_dir, tmp_path, more, reason, capsy
     assert reason in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tiny_model_dir, scenes_dir, tmp_path, capsys):
     """A process killed between pictures; the second run does the rest, and the file is that of an undisturbed run."""
     pictures = tmp_path / "pictures"
