@@ -130,7 +130,7 @@ print(sorted({name.partition(".")[0] for name in sys.modules} & {"uplvp_hf", "tr
 @pytest.mark.slow
 def test_predictions_of_an_exported_model_are_those_of_the_model(make_model, scenes_dir, tmp_path, capsys):
     pytest.importorskip("onnxscript")
-    model, data = make_model("knet"), load_dataset_rows(scenes_dir)
+    model, data = make_model("queryinst"), load_dataset_rows(scenes_dir)
     model.save_pretrained(tmp_path / "model")
     UplvpImageProcessor(size={"longest_edge": 64}).save_pretrained(tmp_path / "model")
     arguments = [str(tmp_path / "model"), "--output", str(tmp_path / "onnx"), "--check"]
