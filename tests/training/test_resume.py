@@ -210,13 +210,15 @@ def test_settings_that_change_updates_may_not_change(run, tmp_path, monkeypatch)
     assert run("parts", "optim.schedule=cosine", "optim.batch_size=1", "optim.accumulation=2", resume=True).steps == 6
 
 
-def test_a_run_at_a_constant_rate_can_be_made_longer(run, tmp_path):
+def test_a_run_at_a_constant_rate_can_be_made_longer(run, tmp_path, scenes_dir):
     run("long", "optim.steps=8", "log_every=2")
     run("short", "log_every=2")
     run("short", "log_every=2", "optim.steps=8", resume=True)
     assert_same_run(tmp_path / "long", tmp_path / "short")
     with pytest.raises(ConfigError, match=r"checkpoint-6 is beyond optim\.steps=5"):
         run("short", "log_every=2", "optim.steps=5", resume=True)
+    ended = run("short", "log_every=2", "optim.steps=6", f"data.val={scenes_dir}", resume=True)
+    assert list(ended.evaluations) == [6] and ended.steps == 6  # evaluated though nothing was left to train
 
 
 def test_records_of_older_versions_are_filled_with_defaults(run, tmp_path, monkeypatch):

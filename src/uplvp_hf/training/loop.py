@@ -130,8 +130,8 @@ class _Run:
             unit="step",
             disable=None if self.progress else True,
         )
+        began = time.perf_counter()
         for step, micro_batches in self._batches(start):
-            began = time.perf_counter()
             losses = self._step(step, micro_batches)
             self.result.seconds += time.perf_counter() - began
             self.means.add(losses)
@@ -147,7 +147,10 @@ class _Run:
                 break
             if checkpoint.every and done % checkpoint.every == 0:
                 self._checkpoint(done)
+            began = time.perf_counter()  # waiting for the next pictures counts
         bar.close()
+        if self.val_rows is not None and self.result.steps not in self.result.evaluations:
+            self._evaluate(self.result.steps)  # resumed at its last step
         self._finish()
         return self.result
 
