@@ -1,8 +1,8 @@
 """uplvp_hf: instance segmentation from many pictures and few labels.
 
 Importing this package is quick: nothing heavy is loaded until a name is used. The auto classes of transformers
-(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP, K-Net and
-QueryInst models from the moment that both packages are imported, in any order.
+(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP, K-Net, QueryInst
+and Mask R-CNN models from the moment that both packages are imported, in any order.
 """
 
 import importlib
@@ -24,6 +24,8 @@ _NAMES = {
     "QueryInstConfig": "models.configuration_queryinst",
     "QueryInstForInstanceSegmentation": "models.modeling_queryinst",
     "QueryInstModel": "models.modeling_queryinst",
+    "MaskRcnnConfig": "models.configuration_mask_rcnn",
+    "MaskRcnnForInstanceSegmentation": "models.modeling_mask_rcnn",
     "InstanceDataset": "data",
     "load_dataset_rows": "data",
     "label_images": "labeling.pipeline",

@@ -41,23 +41,28 @@ def register_auto_classes() -> None:
     from .models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
     processors = {"pil": UplvpImageProcessorPil}
-    if is_torchvision_available():
-        from .models.image_processing_uplvp import UplvpImageProcessor
-
-        processors["torchvision"] = UplvpImageProcessor
-    AutoModelForPreTraining.register(UplvpConfig, UplvpForPreTraining)
-    # A UPLVP model is a segmenter of another architecture; there is no smaller body that all of them have.
-    for config, body in (
+    bodies = [  # a UPLVP model is a segmenter of another architecture; there is no smaller body that all of them have
         (UplvpConfig, UplvpForInstanceSegmentation),
         (KNetConfig, KNetModel),
         (QueryInstConfig, QueryInstModel),
-    ):
-        AutoModel.register(config, body)
-    for config, model in (
+    ]
+    models = [
         (UplvpConfig, UplvpForInstanceSegmentation),
         (KNetConfig, KNetForInstanceSegmentation),
         (QueryInstConfig, QueryInstForInstanceSegmentation),
-    ):
+    ]
+    if is_torchvision_available():
+        from .models.configuration_mask_rcnn import MaskRcnnConfig
+        from .models.image_processing_uplvp import UplvpImageProcessor
+        from .models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
+
+        processors["torchvision"] = UplvpImageProcessor
+        bodies.append((MaskRcnnConfig, MaskRcnnForInstanceSegmentation))
+        models.append((MaskRcnnConfig, MaskRcnnForInstanceSegmentation))
+    AutoModelForPreTraining.register(UplvpConfig, UplvpForPreTraining)
+    for config, body in bodies:
+        AutoModel.register(config, body)
+    for config, model in models:
         AutoConfig.register(config.model_type, config)
         # The stock pipeline tries only AutoModelForImageSegmentation and AutoModelForSemanticSegmentation.
         for auto in (

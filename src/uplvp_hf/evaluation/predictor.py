@@ -35,8 +35,10 @@ def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -
     """
     from uplvp_hf.models.configuration_uplvp import UplvpConfig
     from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+    from uplvp_hf.models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
     from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
+    models = {"uplvp": UplvpForInstanceSegmentation, "mask_rcnn": MaskRcnnForInstanceSegmentation}
     if os.path.isdir(name_or_dir):
         for needed in ("config.json", "preprocessor_config.json"):
             if not os.path.isfile(os.path.join(name_or_dir, needed)):
@@ -47,13 +49,13 @@ def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{name_or_dir}: no such folder, and no model of the Hub: {reason}") from error
-    if kind != UplvpConfig.model_type:
+    if kind not in models:
         raise DataError(
             f"holds a `{kind}` model",
             file=name_or_dir,
             remedy="Models of `uplvp pretrain` and `uplvp finetune` are read here; others are a start (`model.init`).",
         )
-    model, info = UplvpForInstanceSegmentation.from_pretrained(
+    model, info = models[kind].from_pretrained(
         name_or_dir, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True
     )
     # Left alone, such tensors would keep random values and the results would be noise.

@@ -26,8 +26,11 @@ from .layers_mask_rcnn import POOLED, build_heads, build_proposals, init_mask_rc
 from .losses import Normalizers, check_labels
 from .padding import extend_edges, padding_masked
 from .prompts import tight_boxes
+from .roi_masks import paste_masks
 from .transfer import TransferReport, transfer_weights
 
+# Masks on the whole picture are given at a quarter of its resolution, as by the other segmenters.
+MASK_STRIDE = 4
 # Mask probabilities become logits of at most this size, 13.8.
 PROBABILITY_EPS = 1e-6
 # Score of a class that a detection does not have: below any threshold.
@@ -57,11 +60,13 @@ class MaskRcnnForInstanceSegmentationOutput(ModelOutput):
     the column of the detection's class, -1 in the others and in empty places. boxes (B, N, 4) x1, y1, x2, y2 in pixels
     of the padded input, within the picture; zeros in empty places. roi_mask_logits (B, N, K, 28, 28): the mask of the
     detection's class within the box, the same in all columns (a view, to be pasted with `paste_masks`).
+    masks_queries_logits (B, N, H/4, W/4): these pasted on the padded input, -13.8 outside the box.
     """
 
     loss: Tensor | None = None
     losses: dict[str, Tensor] | None = None
     class_scores: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
     boxes: Tensor | None = None
     roi_mask_logits: Tensor | None = None
 
@@ -181,14 +186,15 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         labels, or in evaluation mode, there are detections.
         """
         features = self.encode(pixel_values, pixel_mask)
-        output = MaskRcnnForInstanceSegmentationOutput()
-        if mask_labels is None or not self.training:
-            output.class_scores, output.boxes, output.roi_mask_logits = self._detections(features)
+        losses, found = None, {}
         if mask_labels is not None:
             if class_labels is None:
                 raise ValueError("mask_labels need class_labels beside them.")
-            output.losses = self._losses(features, mask_labels, class_labels, normalizers)
-            output.loss = torch.stack(list(output.losses.values())).sum()
+            losses = self._losses(features, mask_labels, class_labels, normalizers)
+        if mask_labels is None or not self.training:
+            found = self._detections(features)
+        loss = None if losses is None else torch.stack(list(losses.values())).sum()
+        output = MaskRcnnForInstanceSegmentationOutput(loss=loss, losses=losses, **found)
         returned = self.config.return_dict if return_dict is None else return_dict
         return output if returned else output.to_tuple()
 
@@ -231,23 +237,32 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
             targets.append({"boxes": tight_boxes(masks).float(), "labels": labels + 1, "masks": masks})
         return targets
 
-    def _detections(self, features: MaskRcnnFeatures) -> tuple[Tensor, Tensor, Tensor]:
-        """class_scores, boxes and roi_mask_logits, see the output."""
+    def _detections(self, features: MaskRcnnFeatures) -> dict[str, Tensor]:
+        """The fields of the output that tell what was found."""
         with self._heads(False, features.pixel_mask):
             proposals, _ = self.rpn(features.images, features.maps)
             found, _ = self.roi_heads(features.pooled, proposals, features.images.image_sizes)
-        batch, places, classes = len(found), self.config.detections_per_picture, self.config.num_labels
+        pixels, places, classes = features.images.tensors, self.config.detections_per_picture, self.config.num_labels
         side = 2 * self.config.mask_pool_size
-        values = features.images.tensors.new_zeros(1, dtype=torch.float32)
-        scores = values.new_full((batch, places, classes), NO_DETECTION)
-        boxes = values.new_zeros((batch, places, 4))
-        masks = values.new_zeros((batch, places, side, side))
+        size = [-(-length // MASK_STRIDE) for length in pixels.shape[-2:]]
+        values = pixels.new_zeros((), dtype=torch.float32)
+        scores = values.new_full((len(found), places, classes), NO_DETECTION)
+        boxes = values.new_zeros((len(found), places, 4))
+        masks = values.new_zeros((len(found), places, side, side))
+        pasted = values.new_zeros((len(found), places, *size))
         for index, one in enumerate(found):
             count = len(one["scores"])
             scores[index, torch.arange(count, device=scores.device), one["labels"] - 1] = one["scores"]
             boxes[index, :count] = one["boxes"]
-            masks[index, :count] = one["masks"][:, 0].logit(PROBABILITY_EPS)
-        return scores, boxes, masks[:, :, None].expand(-1, -1, classes, -1, -1)
+            masks[index, :count] = one["masks"][:, 0]
+            pasted[index, :count] = paste_masks(masks[index, :count], one["boxes"] / MASK_STRIDE, size)
+        regions = masks.logit(PROBABILITY_EPS)[:, :, None].expand(-1, -1, classes, -1, -1)
+        return {
+            "class_scores": scores,
+            "masks_queries_logits": pasted.logit(PROBABILITY_EPS),
+            "boxes": boxes,
+            "roi_mask_logits": regions,
+        }
 
 
 __all__ = ["MaskRcnnForInstanceSegmentation", "MaskRcnnForInstanceSegmentationOutput", "MaskRcnnPreTrainedModel"]

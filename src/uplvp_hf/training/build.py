@@ -21,13 +21,17 @@ from ..data.text_embeddings import read_text_matrix
 from ..data.training_set import TrainingSet
 from ..data.transforms import TrainTransform
 from ..files import check_model_name
+from ..models.configuration_mask_rcnn import MaskRcnnConfig
 from ..models.configuration_uplvp import OWN_SEGMENTERS, UplvpConfig
 from ..models.image_processing_uplvp import UplvpImageProcessor
+from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
 from .freezing import freeze_backbone
 
 logger = logging.getLogger(__name__)
+
+TrainedModel = UplvpPreTrainedModel | MaskRcnnForInstanceSegmentation
 
 
 def build_data(settings: DataSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
@@ -95,10 +99,11 @@ def _processor_settings(init: str | None) -> dict:
         return {}
 
 
-def build_model(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
+def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel:
     """The model of the run, with the classes of the data, weights loaded and parts frozen.
 
-    Raises ConfigError for a frozen backbone that would be random, and for an `init` that is not the `segmenter` given.
+    Raises ConfigError for a frozen backbone that would be random, for an `init` that is not the `segmenter` given, and
+    for a Mask R-CNN with settings that need queries.
     """
     frozen = "freeze_backbone" if settings.model.freeze_backbone else "freeze_stages"
     if getattr(settings.model, frozen) and not (settings.model.init or settings.model.backbone_weights):
@@ -192,9 +197,35 @@ def _text_features(path: str) -> tuple[torch.Tensor, list[str]]:
         raise ConfigError(f"`model.text_features`: {error}") from error
 
 
-def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
+def _check_baseline(settings: TrainSettings) -> None:
+    """Raises ConfigError for settings that a Mask R-CNN has no use for: it has no queries."""
+    if settings.stage == "pretrain":
+        raise ConfigError(
+            "A `mask_rcnn` has no queries, so it cannot be pre-trained with prompts: fine-tune it from a backbone "
+            "(`model.backbone_weights`), or pre-train a mask2former, knet or queryinst."
+        )
+    names = sorted({*_METHOD, "text_features"} - {"class_agnostic"})
+    given = [f"`model.{name}`" for name in names if getattr(settings.model, name) is not None]
+    if given:
+        raise ConfigError(f"A `mask_rcnn` has no queries: leave out {', '.join(given)}.")
+
+
+def _baseline(settings: TrainSettings, train: InstanceDataset) -> MaskRcnnForInstanceSegmentation:
+    """A new Mask R-CNN."""
+    _check_baseline(settings)
+    id2label, category_ids = classes_of(settings, train)
+    given = {key: value for key, value in settings.model.segmenter.items() if key != "model_type"}
+    _refuse_unknown_names(given, MaskRcnnConfig, "model.segmenter.")
+    config = MaskRcnnConfig(**given, id2label=id2label, category_ids=category_ids)
+    _refuse_unknown(given, config)
+    return MaskRcnnForInstanceSegmentation(config)
+
+
+def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedModel:
     if settings.model.segmenter is None:
         raise ConfigError("Set `model.init` (a checkpoint) or `model.segmenter` (settings of a new segmenter).")
+    if settings.model.segmenter.get("model_type") == MaskRcnnConfig.model_type:
+        return _baseline(settings, train)
     id2label, category_ids = classes_of(settings, train)
     own = OWN_SEGMENTERS.get(settings.model.segmenter.get("model_type"))
     if own is not None:  # these refuse by themselves, without the place of the key in the recipe
@@ -227,7 +258,7 @@ def _refuse_unknown_names(given: dict, kind: type[PreTrainedConfig], prefix: str
             raise ConfigError(f"`{prefix}{key}` is no setting of a {kind.model_type}.{hint}")
 
 
-def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrainedModel:
+def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel:
     """From one of our checkpoints, or from a segmenter's. Prints what was kept."""
     from transformers import AutoConfig
 
@@ -245,7 +276,11 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> UplvpPreTrai
             f"{init} does not hold the segmenter that the settings describe ({'; '.join(unlike)}). Start from another "
             "checkpoint, or give settings without `model.segmenter`."
         )
-    method = _method(settings.model)
+    if segmenter.model_type == MaskRcnnConfig.model_type:
+        _check_baseline(settings)
+        cls, method = MaskRcnnForInstanceSegmentation, {}
+    else:
+        method = _method(settings.model)
     model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
     logger.info("From %s: %s", init, model.transfer_report)
     return model
