@@ -183,6 +183,17 @@ def test_who_may_not_write_is_told_so(hub_client, small, monkeypatch):
         push_folder(small, "uplvp/x")
 
 
+def test_offline_mode_is_named(small):
+    with pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
+        push_folder(small, "uplvp/x")
+
+
+def test_errors_of_another_kind_stay_what_they_are(hub_client, small):
+    (small / "README.md").write_text("---\ntags: [\n---\n")
+    with pytest.raises(ValueError, match=r"Invalid metadata in README\.md"):
+        push_folder(small, "uplvp/x")
+
+
 def test_links_out_of_the_folder_are_refused(small, tmp_path):
     (tmp_path / "secret").write_text("secret")
     (small / "notes.txt").symlink_to(tmp_path / "secret")

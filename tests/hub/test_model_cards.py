@@ -93,3 +93,14 @@ def test_figures_have_the_margins_that_were_noted_apart():
     assert [margin(model, 0, "MoCo-v2") for model in ("mask2former", "queryinst")] == [1.1, 1.4]
     assert [margin(model, 1, "ImageNet") for model in ("mask2former", "queryinst")] == [14.1, 10.9]
     assert [margin(model, 1, "MoCo-v2") for model in ("mask2former", "queryinst")] == [9.6, 7.6]
+
+
+def test_citations_are_those_of_the_citation_file():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    works = [citation["preferred-citation"], *citation["references"]]
+    templates = [ROOT / "model_cards" / "template.md.j2", ROOT / "src/uplvp_hf/hub/templates/model_card.md.j2"]
+    entries = [re.search(r"```bibtex.*?```", file.read_text(), re.DOTALL)[0] for file in templates]
+    assert entries[0] == entries[1]
+    for work in works:
+        authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in work["authors"])
+        assert all(part in entries[0] for part in (work["title"], authors, work["url"].split("/")[-1]))

@@ -74,7 +74,7 @@ def test_interface_for_programs(page, picture, truth):
         assert Image.open(overlay).width >= Image.open(picture).width
 
 
-def test_bad_pictures_are_refused(app, tmp_path, monkeypatch):
+def test_bad_pictures_are_refused(app, tmp_path):
     import gradio as gr
 
     (tmp_path / "a.png").write_bytes(b"no picture")
@@ -83,6 +83,9 @@ def test_bad_pictures_are_refused(app, tmp_path, monkeypatch):
     Image.new("1", (9000, 9000)).save(tmp_path / "b.png")
     with pytest.raises(gr.Error, match="9000 x 9000 pixels; at most 50,000,000"):
         app.open_picture(str(tmp_path / "b.png"))
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "c.png")
+    with pytest.raises(gr.Error, match="too large; at most 50,000,000"):
+        app.open_picture(str(tmp_path / "c.png"))
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")

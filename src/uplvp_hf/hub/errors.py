@@ -18,11 +18,16 @@ class HubError(OSError):
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Around calls of `huggingface_hub`: its errors, and those of the connection, leave as `HubError`."""
+    """Around calls of `huggingface_hub`: refusals of the Hub and errors of the connection leave as `HubError`.
+
+    ValueErrors, such as for a card whose metadata cannot be read, stay as they are.
+    """
     try:
         yield
     except Exception as error:
         cause = next((link for link in _chain(error) if isinstance(link, (HfHubHTTPError, httpx.TransportError))), None)
+        if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+            raise  # of the client, about what it was given: its sentence is the clear one
         if isinstance(error, OfflineModeIsEnabled):
             text = "HF_HUB_OFFLINE is set, so nothing was sent. Unset it to reach the Hub."
         elif isinstance(cause, HfHubHTTPError):
@@ -57,4 +62,4 @@ def _refused(error: HfHubHTTPError, repo_id: str) -> str:
         return f"{told}: too many requests. Wait{f' {wait} seconds' if wait else ' some minutes'}. {_AGAIN}"
     if status >= 500:
         return f"{told}: a fault on its side. Wait a little. {_AGAIN}"
-    return f"{told}. {' '.join(str(error).split())}"
+    return told if said else f"{told}. {' '.join(str(error).split())}"

@@ -185,7 +185,7 @@ def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.Pat
     (folder / "assets").mkdir()
     shown = []
     dataset = InstanceDataset(rows, [])
-    for row, result in predict_dataset(model, processor, dataset, threshold=0.5, progress=False):
+    for row, result in predict_dataset(model, processor, dataset, threshold=0.3, progress=False):
         masks = row["file_name"].replace(".jpg", "_masks.png")
         row["image"].save(folder / row["file_name"], quality=90)
         drawn = draw_instances(row["image"], result["rle"], result["labels"], result["scores"], model.config.id2label)

@@ -54,7 +54,9 @@ def open_picture(path: str) -> Image.Image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except gr.Error:
         raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, DecompressionBombError and more
+    except Image.DecompressionBombError as error:
+        raise gr.Error(f"The picture is too large; at most {limit:,} pixels are taken.") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
         raise gr.Error(f"This is not a picture that can be read ({type(error).__name__}).") from error
 
 
