@@ -183,6 +183,8 @@ def test_what_cannot_be_exported(make_model, processor, tmp_path, capsys):
         export_model(make_model("knet"), processor, tmp_path / "a", "tflite")
     with pytest.raises(ValueError, match="give --size"):
         export_model(make_model("knet"), UplvpImageProcessor(size={"shortest_edge": 64}), tmp_path / "a")
+    with pytest.raises(ValueError, match="opset 11 is too old"):
+        export_model(make_model("knet"), processor, tmp_path / "a", opset=11)
     assert not (tmp_path / "a").exists()
     words = [str(tmp_path), "--output", str(tmp_path / "a")]
     assert (

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from uplvp_hf.files import replacing, write_json, writing
 
-from .check import check_batch, largest_differences
+from .check import largest_differences
 from .program import INPUTS, OUTPUTS, canvas_of, trace
 
 # Operators of ONNX that the graphs are written in: the first with all that the three segmenters need, as torch has it.
 OPSET = 20
+MIN_OPSET = 18  # of torch's exporter
 DESCRIPTION = "export.json"
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "mask2former": "model.safetensors"}
 FORMATS = tuple(FILES)
@@ -55,6 +56,8 @@ def export_model(
     directory = Path(directory)
     if form not in FILES:
         raise ValueError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
+    if opset < MIN_OPSET:
+        raise ValueError(f"opset {opset} is too old: torch writes {MIN_OPSET} and later.")
     if (directory / "config.json").is_file() and not (directory / DESCRIPTION).is_file():
         raise ValueError(f"{directory} holds a model that was not exported, which would be lost: name another folder.")
     model = model.eval().float().cpu()
@@ -172,4 +175,4 @@ def _compare_with_transformers(model: nn.Module, processor: Any, directory: Path
     return largest_differences(model, run, canvas_of(processor), batches=(1,))
 
 
-__all__ = ["DESCRIPTION", "FILES", "FORMATS", "OPSET", "check_batch", "export_model"]
+__all__ = ["DESCRIPTION", "FILES", "FORMATS", "OPSET", "export_model"]

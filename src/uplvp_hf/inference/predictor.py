@@ -42,6 +42,8 @@ def load_model(
     Raises as `evaluation.load_segmenter`; DataError for an exported folder that is run by other means.
     """
     name = os.fspath(name_or_dir)
+    if os.path.isfile(os.path.join(name, "model.safetensors")):
+        return load_segmenter(name, device)
     if os.path.isfile(os.path.join(name, "model.onnx")):
         from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 

@@ -98,6 +98,7 @@ class UplvpPreTrainedModel(PreTrainedModel):
         `kwargs` that are settings of `UplvpConfig` go there, the others to `from_pretrained` of the segmenter (for
         example `revision`). The classes are those of the checkpoint, with COCO's own ids if they are its 80.
         """
+        kwargs.setdefault("use_safetensors", True)  # pickles can run code
         config = AutoConfig.from_pretrained(name_or_dir, **_where(kwargs))
         if config.model_type not in SEGMENTERS:
             raise ValueError(
@@ -133,6 +134,7 @@ class UplvpPreTrainedModel(PreTrainedModel):
         checkpoint, the others go to `from_pretrained`.
         """
         settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
+        kwargs.setdefault("use_safetensors", True)  # pickles can run code
         found, _ = UplvpConfig.get_config_dict(name_or_dir, **_where(kwargs))
         if found.get("model_type") == UplvpConfig.model_type:
             config = UplvpConfig.from_pretrained(name_or_dir, **_where(kwargs))
