@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import DistributedType
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_helpers import (
     DESCENT,
     DETERMINISTIC,
@@ -20,7 +20,9 @@ from training_helpers import (
     stop_at,
 )
 
+from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.training import launch
+from uplvp_hf.training.build import build_model
 from uplvp_hf.training.config import ConfigError, load_settings
 
 
@@ -52,28 +54,34 @@ def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, determinist
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mask2former", "knet", "queryinst"])
 def test_spread_runs_resume_to_the_same_bytes(recipe, segmenters, tmp_path, kind):
-    """With frozen stages, worker processes, accumulation and an average; and a plain run can go on from there."""
+    """With frozen stages, accumulation and an average. The first files are those of a run without spreading, too."""
     settings = yaml.safe_load(recipe.read_text())
     settings["model"] |= {"segmenter": segmenters[kind]}
     settings["optim"] |= {"accumulation": 2, "batch_size": 1, "ema": 0.9}
     settings |= {"fsdp": True, "log_every": 1}
     recipe.write_text(yaml.safe_dump(settings))
-    script, stopped = tmp_path / "whole.py", tmp_path / "stopped.py"
-    script.write_text(PROCESS + TRAIN.replace(", progress", ", resume=os.path.isdir(output), progress"))
-    stopped.write_text(PROCESS + STOPPED)
-    on_two_processes(script, recipe, tmp_path / "whole")
-    on_two_processes(stopped, recipe, tmp_path / "parts")
-    on_two_processes(script, recipe, tmp_path / "parts")
+    built = build_model(load_settings(str(recipe)), load_dataset_rows(settings["data"]["train"]))
+    save_file(built.segmenter.backbone.state_dict(), tmp_path / "backbone.safetensors")
+    settings["model"] |= {"backbone_weights": str(tmp_path / "backbone.safetensors"), "freeze_stages": 1}
+    recipe.write_text(yaml.safe_dump(settings))
+    script = tmp_path / "spread.py"
+    script.write_text(PROCESS + SPREAD)
+    on_two_processes(script, recipe, tmp_path)
     for file in ("model", "checkpoint-4/model", "checkpoint-4/optimizer", "checkpoint-4/average"):
         one, other = (tmp_path / name / f"{file}.safetensors" for name in ("whole", "parts"))
         assert one.read_bytes() == other.read_bytes(), file
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
     assert state_of(tmp_path / "whole" / "checkpoint-4") == state_of(tmp_path / "parts" / "checkpoint-4")
+    one, other = (load_file(tmp_path / name / "checkpoint-2" / "model.safetensors") for name in ("whole", "plain"))
+    assert one.keys() == other.keys() and all(torch.allclose(one[name], other[name], atol=1e-3) for name in one)
     config = json.loads((tmp_path / "parts" / "config.json").read_text())
     assert config["architectures"] == ["UplvpForPreTraining"]
 
 
-STOPPED = """
+SPREAD = """
+def go(name, *more, resume=False):
+    loop.train(load_settings(recipe, [*more, f"output={output}/{name}"]), resume=resume, progress=False)
+go("whole")
 update = loop._Run._update
 def stop(self, step, batches):
     if step == 3:
@@ -81,9 +89,11 @@ def stop(self, step, batches):
     return update(self, step, batches)
 loop._Run._update = stop
 try:
-    loop.train(load_settings(recipe, [*words, f"output={output}"]), progress=False)
+    go("parts")
 except KeyboardInterrupt:
-    pass
+    loop._Run._update = update
+go("parts", resume=True)
+go("plain", "fsdp=false", "optim.steps=3")
 """
 
 
