@@ -29,8 +29,9 @@ def build_card(
 
     Args:
         model_dir: its folder. `config.json` and `preprocessor_config.json` are needed; `training_summary.json`, which
-            the training loop writes, gives data, settings, seconds and the metrics of its last evaluation; `split.json`
-            the labelled subset. Where the folders that the run started from still exist, their records are shown too.
+            the training loop writes, gives data, settings, seconds and the metrics of the weights that were kept;
+            `split.json` the labelled subset. Where the folders that the run started from still exist, their records are
+            shown too.
         repo_id: USER/NAME, as the snippets and results name it.
         license: of the weights, an identifier of the Hub.
         metrics_file: `metrics.json` of `uplvp evaluate`, to be shown in the place of the training's own numbers.
@@ -56,20 +57,7 @@ def build_card(
     names = [name for _, name in sorted((int(key), name) for key, name in labels.items())]
     pretrained_only = "UplvpForPreTraining" in (config.get("architectures") or [])
     architecture = segmenter.get("model_type", "unknown")
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-segmentation",
-        license=license,
-        base_model=base_model(summary),
-        tags=["instance-segmentation", "uplvp", architecture, "vision", *(["custom_code"] if remote_code else [])],
-        model_name=repo_id.split("/")[-1],
-        eval_results=_eval_results(results),
-        widget=[
-            {"src": picture, "example_title": Path(picture).stem, "output": {"url": masks}}
-            for picture, masks in examples
-        ]
-        or None,
-    )
+    data = _metadata(repo_id, license, architecture, summary, results, examples, remote_code)
     kind = "A pre-training checkpoint" if pretrained_only else "An instance segmenter"
     return ModelCard.from_template(
         data,
@@ -92,6 +80,32 @@ def build_card(
         results=results,
         num_queries=segmenter.get("num_queries", "A fixed number of"),
         size=_size_text(processor.get("size") or {}),
+    )
+
+
+def _metadata(
+    repo_id: str,
+    license: str,
+    architecture: str,
+    summary: dict[str, Any],
+    results: dict[str, Any] | None,
+    examples: Sequence[tuple[str, str]],
+    remote_code: bool,
+) -> ModelCardData:
+    """The YAML head of the card."""
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        license=license,
+        base_model=base_model(summary),
+        tags=["instance-segmentation", "uplvp", architecture, "vision", *(["custom_code"] if remote_code else [])],
+        model_name=repo_id.split("/")[-1],
+        eval_results=_eval_results(results),
+        widget=[
+            {"src": picture, "example_title": Path(picture).stem, "output": {"url": masks}}
+            for picture, masks in examples
+        ]
+        or None,
     )
 
 
@@ -124,7 +138,7 @@ def _results(repo_id: str, summary: dict[str, Any], measured: dict[str, Any] | N
         data, split = ((settings.get("data") or {}).get(key) for key in ("val", "val_split"))
         class_agnostic = bool((settings.get("evaluation") or {}).get("class_agnostic"))
         class_agnostic |= bool((settings.get("model") or {}).get("class_agnostic"))
-        origin = "Measured after the last training step. To measure it again with `scripts/evaluate.py`:"
+        origin = "Measured in training, on these weights. To measure it again with `scripts/evaluate.py`:"
     if not metrics:
         return None
     if "AP" not in metrics:
