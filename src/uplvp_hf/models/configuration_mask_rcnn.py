@@ -6,6 +6,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_base import StrictConfigMixin, checked_category_ids
 
+CLASS_KEYS = ("num_labels", "id2label", "label2id", "category_ids")
+
 
 @strict
 class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
@@ -90,10 +92,11 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As in `StrictConfigMixin`; other classes given by keyword (`num_labels`, `id2label`) also drop the stored
-        `category_ids`."""
-        if "category_ids" not in kwargs and any(kwargs.get(key) is not None for key in ("num_labels", "id2label")):
-            config_dict = {key: value for key, value in config_dict.items() if key != "category_ids"}
+        """As in `StrictConfigMixin`; other classes given by keyword (`num_labels`, `id2label`) replace all that is
+        stored about classes."""
+        given = {key: kwargs.pop(key) for key in CLASS_KEYS if kwargs.get(key) is not None}
+        if given:
+            config_dict = {key: value for key, value in config_dict.items() if key not in CLASS_KEYS} | given
         return super().from_dict(config_dict, **kwargs)
 
     @property

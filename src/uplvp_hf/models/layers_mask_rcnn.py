@@ -122,7 +122,8 @@ def _in_float32(module: nn.Module, inputs: tuple, output):
 
 
 def init_mask_rcnn_weights(module: nn.Module) -> None:
-    """torchvision's initial weights of the part `module`, if it is one. For `_init_weights` of a model."""
+    """torchvision's initial weights of the part `module`, if it is one; biases of the mask predictor are zero here. For
+    `_init_weights` of a model."""
     if isinstance(module, RPNHead):
         _each(module, nn.Conv2d, lambda weight: init.normal_(weight, std=0.01))
     elif isinstance(module, (TwoMLPHead, FastRCNNPredictor)):
