@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from local_hub import PART_SIZE
+from local_hub_routes import PART_SIZE
 
 from uplvp_hf.commands import push
 from uplvp_hf.hub import prepare_folder, push_folder
