@@ -7,6 +7,7 @@ from PIL import Image
 
 from uplvp_hf.cli import main
 from uplvp_hf.commands._data_preview import _picture, preview_sheet
+from uplvp_hf.commands.data import parse
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.training.build import build_samples, with_picture_settings
 from uplvp_hf.training.config import load_settings
@@ -25,6 +26,21 @@ def test_data_preview(scenes_dir, tmp_path, capsys):
     assert sheet.format == "PNG" and sheet.width > 2 * 320 and sheet.height > 3 * 320
 
 
+def test_settings_stand_anywhere(scenes_dir, tmp_path):
+    words = [str(scenes_dir), "--output", "x.png", "data.size=96", "--count", "2", "data.rotate=-9"]
+    assert parse(["preview", *words]).settings == ["data.size=96", "data.rotate=-9"]
+    assert parse(["preview", str(scenes_dir), "data.flip=0", *words[1:]]).settings[0] == "data.flip=0"
+
+
+@pytest.mark.parametrize("words", [["preview", "x", "--output", "x.png", "word"], ["check", "x", "--nothing", "a=b"]])
+def test_other_words_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        parse(words)
+    assert (
+        f"unrecognized arguments: {' '.join(words[-1:] if 'word' in words else words[-2:])}" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize("verb", ["pretrain", "finetune"])
 def test_preview_of_training_writes_nothing_else(verb, scenes_dir, recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -38,6 +54,7 @@ def test_preview_of_training_writes_nothing_else(verb, scenes_dir, recipe, tmp_p
     [
         (["--output", "sheet.pdf"], "sheet.pdf: the name of a preview ends in .png, .jpg"),
         (["--output", "sheet.png", "--count", "0"], "--count must be at least 1"),
+        (["--output", "sheet.png", "--config", "full"], "--config full: training reads no configurations"),
         (["data.rotat=3", "--output", "sheet.png"], "Did you mean `data.rotate`?"),
     ],
 )

@@ -25,7 +25,7 @@ def add_preview(subparsers: Any) -> None:
         "preview",
         help="write a sheet of augmented training samples",
         description="Write a sheet of training samples as a recipe augments them, with masks and class names. "
-        "Settings (section.key=value) follow PATH, for example: uplvp data preview PATH data.rotate=9 --output x.png",
+        "For example: uplvp data preview PATH --output x.png data.rotate=9 data.copy_paste=0.5",
     )
     add_source(parser)
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over those of the recipe")
@@ -40,6 +40,11 @@ def add_preview(subparsers: Any) -> None:
 def _preview(arguments: argparse.Namespace) -> None:
     from uplvp_hf.training.config import load_settings
 
+    if arguments.config is not None:
+        raise ValueError(
+            f"--config {arguments.config}: training reads no configurations of `datasets`; "
+            "write the set with `uplvp data convert --config ...` and preview that"
+        )
     source = {"train": arguments.path, "train_split": arguments.split, "train_images": arguments.images}
     source["train_format"] = arguments.format
     words = [f"data.{key}={value}" for key, value in source.items() if value is not None]

@@ -12,26 +12,42 @@ from ._terminal import add_verbosity, run
 if TYPE_CHECKING:
     from uplvp_hf.data import InstanceDataset, RowStream
 
-_EPILOG = """PATH is anything that training reads: a COCO JSON file or folder, the root of Cityscapes, CTW1500 or Pascal
-VOC as published, a pseudo-label store, a folder or a list of pictures, a data set of the `datasets` library.
+_EPILOG = """
+PATH is anything that training reads: a COCO JSON file or folder, the root of Cityscapes, CTW1500 or Pascal VOC as
+published, a pseudo-label store, a folder or a list of pictures, a data set of the `datasets` library.
 docs/data.md shows the trees."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="uplvp data", description="Check, convert, split and preview data sets.", epilog=_EPILOG
+        prog="uplvp data",
+        description="Check, convert, split and preview data sets.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     add_check(subparsers)
     add_convert(subparsers)
     add_split(subparsers)
     add_preview(subparsers)
+    usages = [task.format_usage().removeprefix("usage: ") for task in subparsers.choices.values()]
+    parser.epilog = "\n".join(["what the tasks take:", *usages, _EPILOG.lstrip()])
     return parser
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; the settings of `preview` may also follow its options, where argparse stops looking for them."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (arguments.task != "preview" or any("=" not in word or word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.settings += rest
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the task; returns 0, 1 where `check` found broken rows, or 2 with one line on stderr for wrong input."""
-    arguments = make_parser().parse_args(argv)
+    arguments = parse(argv)
     outcome: list[int | None] = []
     code = run(f"data {arguments.task}", lambda: outcome.append(arguments.work(arguments)), arguments.verbose)
     return code or next(iter(outcome), None) or 0
