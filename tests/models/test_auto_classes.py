@@ -1,6 +1,8 @@
 """K-Net and QueryInst through transformers' auto classes, as our own package or none of it is imported by name."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,3 +97,27 @@ def test_misspelt_settings_of_a_segmenter_are_refused_but_those_in_files_are_rea
     (tmp_path / "config.json").write_text(json.dumps(content))
     read = uplvp_hf.UplvpConfig.from_pretrained(tmp_path)
     assert read.segmenter_config.to_dict() == whole.segmenter_config.to_dict()
+
+
+def test_auto_model_of_a_wrapped_segmenter_is_the_whole_model(config):
+    whole = uplvp_hf.UplvpConfig(segmenter_config=config.to_dict(), id2label=config.id2label)
+    assert type(AutoModel.from_config(whole)) is uplvp_hf.UplvpForInstanceSegmentation
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import uplvp_hf; from transformers import pipeline",
+        "from transformers import pipeline; import uplvp_hf",
+        "from transformers import AutoConfig; import uplvp_hf; from transformers import pipeline",
+        "from uplvp_hf.models import pipeline_uplvp",
+    ],
+)
+@pytest.mark.slow
+def test_the_pipeline_is_known_after_imports_in_any_order(imports):
+    code = imports + "\nfrom transformers.pipelines import PIPELINE_REGISTRY as r; from transformers import AutoConfig"
+    code += (
+        "\nprint(r.check_task('instance-segmentation')[1]['impl'].__name__, AutoConfig.for_model('knet').model_type)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
+    assert done.stdout.split() == ["UplvpInstanceSegmentationPipeline", "knet"], done.stderr

@@ -61,6 +61,15 @@ class UplvpProcessing:
             size takes 1.6 GB in float32.
         image_mean, image_std (`tuple[float]`, *optional*, defaults to ImageNet's):
             Of pixels scaled to 0..1.
+
+    Example:
+
+    ```python
+    >>> processor = UplvpImageProcessor(size={"longest_edge": 512})
+    >>> inputs = processor(image, return_tensors="pt")  # pixel_values (1, 3, H, W), pixel_mask (1, H, W)
+    >>> outputs = model(**inputs)
+    >>> result = processor.post_process_instance_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
+    ```
     """
 
     valid_kwargs = UplvpImageProcessorKwargs
@@ -216,7 +225,7 @@ class UplvpProcessing:
             top_k (`int`, *optional*, defaults to 100):
                 Most instances a picture (COCO evaluation looks at 100).
             return_rle (`bool`, *optional*, defaults to `False`):
-                Return `rle`, COCO compressed run lengths, in place of `masks`. Never holds more than 16 dense masks.
+                Return `rle`, COCO compressed run lengths, in place of `masks`, from the logits without dense masks.
             return_segmentation (`bool`, *optional*, defaults to `True`):
                 Also return `segmentation` and `segments_info`.
 
@@ -227,7 +236,8 @@ class UplvpProcessing:
             `segments_info`, a list of `{"id", "label_id", "score", "was_fused": False}` for what the map shows.
 
         Raises:
-            `ValueError`: if sizes and batch disagree, or an input size is larger than the logits' canvas.
+            `ValueError`: if sizes and batch disagree, an input size is larger than the logits' canvas, a threshold is no
+            probability, or `top_k` is below 1. `ImportError`: for `return_rle` without pycocotools.
         """
         _check_thresholds(threshold, mask_threshold, top_k)
         if return_rle:

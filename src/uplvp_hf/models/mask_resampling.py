@@ -90,9 +90,14 @@ def _cells(axis: Axis, first: int, last: int) -> tuple[int, int]:
     return max(first - 1, 0), min(last + 2, int(axis.high[-1]) + 1)
 
 
-def resized_mask(values: Tensor, window: Window | None, rows: Axis, columns: Axis) -> Tensor:
-    """(h, w) float32 -> bool of the target size, on the same device. Every pixel of the window is computed."""
-    mask = torch.zeros((len(rows.low), len(columns.low)), dtype=torch.bool, device=values.device)
+def resized_mask(
+    values: Tensor, window: Window | None, rows: tuple[Tensor, ...], columns: tuple[Tensor, ...]
+) -> Tensor:
+    """(h, w) float32 -> bool of the target size. Every pixel of the window is computed.
+
+    rows, columns: the parts of the two `Axis` as tensors on the device of `values`.
+    """
+    mask = torch.zeros((len(rows[0]), len(columns[0])), dtype=torch.bool, device=values.device)
     if window is None or window.top >= window.bottom or window.left >= window.right:
         return mask
     across = _interpolated(values, columns, window.left, window.right, 1)  # (h, width of the window)
@@ -103,8 +108,8 @@ def resized_mask(values: Tensor, window: Window | None, rows: Axis, columns: Axi
     return mask
 
 
-def _interpolated(values: Tensor, axis: Axis, start: int, end: int, dim: int) -> Tensor:
-    low, high, share = (torch.from_numpy(part[start:end]).to(values.device) for part in axis)
+def _interpolated(values: Tensor, axis: tuple[Tensor, ...], start: int, end: int, dim: int) -> Tensor:
+    low, high, share = (part[start:end] for part in axis)
     share = share[:, None] if dim == 0 else share
     return values.index_select(dim, low).mul_(1 - share).add_(values.index_select(dim, high).mul_(share))
 
@@ -172,8 +177,9 @@ def window_flips(mask: np.ndarray, top: int, left: int, size: tuple[int, int]) -
 
 def resized_masks(values: Tensor, rows: Axis, columns: Axis) -> Iterator[Tensor]:
     """(n, h, w) -> the n masks (H, W) one after the other, see `resized_mask`."""
+    down, across = (tuple(torch.from_numpy(part).to(values.device) for part in axis) for axis in (rows, columns))
     for value, window in zip(values, mask_windows(values, rows, columns), strict=True):
-        yield resized_mask(value, window, rows, columns)
+        yield resized_mask(value, window, down, across)
 
 
 def resized_flips(values: Tensor, rows: Axis, columns: Axis) -> Iterator[np.ndarray]:
