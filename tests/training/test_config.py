@@ -64,6 +64,8 @@ def test_recipe_over_defaults_and_words_over_both(tmp_path):
         (["stage=train"], "`stage` must be one of pretrain, finetune, got `train`"),
         (["mixed_precision=int8"], "`mixed_precision` must be one of"),
         (["optim.schedule=exponential"], "`optim.schedule` must be one of"),
+        (["optim.optimizer=adam"], "`optim.optimizer` must be one of adamw, sgd, got `adam`"),
+        (["optim.momentum=1"], "optim.momentum must be within 0 to below 1, got 1.0"),
         (["model.class_head=drop"], "`model.class_head` must be one of"),
         (["optim.steps=0"], "`optim.steps` must be at least 1, got 0"),
         (["log_every=0"], "`log_every` must be at least 1"),
@@ -176,6 +178,10 @@ def test_parameter_groups(tiny_segmenter, backbone):
         embedding = "queries_" in name or name.endswith("transformer_module.level_embed.weight")
         expected[id(parameter)] = (rate, 0.0 if parameter.dim() == 1 or embedding else 0.5)
     assert found == expected
+    sgd = make_optimizer(model, OptimSettings(optimizer="sgd", momentum=0.8, lr=1.0, backbone_multiplier=0.25))
+    assert type(sgd) is torch.optim.SGD and {group["momentum"] for group in sgd.param_groups} == {0.8}
+    assert {group["base_lr"] for group in sgd.param_groups} == {0.25, 1.0}
+    assert type(make_optimizer(model, OptimSettings())) is torch.optim.AdamW
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter to train"):
         make_optimizer(model, OptimSettings())

@@ -32,10 +32,14 @@ RELEASED = {
     "queryinst_ctw1500": (80, (60, 72), 4, 0, None), "queryinst_ctw1500_uplvp": (20, (12, 18), 4, 0, None),
     "queryinst_ctw1500_sp": (20, (12, 18), 4, 0, None), "mask2former_coco10": (24, (18, 22), 4, 0, None),
     "mask2former_cityscapes": (24, (18, 22), 4, 0, None), "mask2former_ctw1500_uplvp": (20, (12, 18), 4, 0, None),
-    "mask2former_ctw1500_sp": (20, (12, 18), 4, 0, None),
+    "mask2former_ctw1500_sp": (20, (12, 18), 4, 0, None), "mask_rcnn_coco10": (12, (8, 11), 4, 50, 1e-3),
+    "mask_rcnn_cityscapes": (24, (16, 22), 4, 100, 1e-3), "mask_rcnn_ctw1500": (92, (72, 88), 4, 100, 1e-4),
 }  # fmt: skip
 # Weight decay, multiplier of the backbone's rate, clipping, frozen stages.
-OPTIMISERS = {"knet": (0.05, 0.25, 4.0, 1), "queryinst": (1e-4, 0.1, 0.1, 1), "mask2former": (0.05, 0.25, 0.01, 0)}
+OPTIMISERS = {
+    "knet": (0.05, 0.25, 4.0, 1), "queryinst": (1e-4, 0.1, 0.1, 1), "mask2former": (0.05, 0.25, 0.01, 0),
+    "mask_rcnn": (0.05, 0.25, 4.0, 1), "mask_rcnn_cityscapes": (1e-4, 0.25, 4.0, 1),
+}  # fmt: skip
 # Pre-training: pictures a GPU with and without classes, weight decay, clipping, warm-up, dropped prompts.
 PRETRAINING = {
     "knet": (2, 6, 0.05, 1.0, 1000, 0.1), "queryinst": (2, 6, 1e-4, 0.1, 1000, 0.05),
@@ -45,6 +49,10 @@ PRETRAINING = {
 
 def data_of(name):
     return next(data for data in DATA if f"_{data}_" in name)
+
+
+def segmenter_of(name):
+    return next(segmenter for segmenter in (*SEGMENTERS, "mask_rcnn") if name.startswith(f"paper/{segmenter}_"))
 
 
 def comment_of(name):
@@ -61,6 +69,7 @@ def test_every_experiment_has_a_recipe():
         for data in DATA:
             assert {f"paper/{segmenter}_{data}{kind}_finetune" for kind in ("", "_uplvp")} <= set(PAPER)
         assert {f"paper/{segmenter}{kind}_pretrain" for kind in ("", "_sp")} <= set(PAPER)
+    assert {f"paper/mask_rcnn_{data}_finetune" for data in DATA if data != "coco_full"} <= set(PAPER)
     published = ("knet_coco5", "knet_coco10", *(f"{s}_{d}" for s in SEGMENTERS[1:] for d in DATA[3:]))
     assert {f"paper/{row}_sp_finetune" for row in published} <= set(PAPER)
 
@@ -70,8 +79,9 @@ def test_a_recipe_is_what_its_name_and_comment_say(name):
     settings, comment = load_settings(name), comment_of(name)
     optim, model = settings.optim, settings.model
     assert name.endswith(f"_{settings.stage}") and settings.output == f"runs/{name}"
-    segmenter = name.removeprefix("paper/").split("_")[0]
-    assert model.segmenter["model_type"] == segmenter and model.segmenter["num_queries"] == 100
+    segmenter = segmenter_of(name)
+    assert model.segmenter["model_type"] == segmenter
+    assert model.segmenter.get("num_queries") == (None if segmenter == "mask_rcnn" else 100)
     pattern = (
         r"Rate: / 10 after epochs ([\d.]+) and ([\d.]+)\. "
         r"Cost: (\d+) epochs x ([\d,]+) pictures, batch (\d+) \(8 GPUs x (\d+)\): ([\d,]+) steps\."
@@ -82,7 +92,9 @@ def test_a_recipe_is_what_its_name_and_comment_say(name):
     steps = math.ceil(optim.epochs * pictures / batch)
     assert said[2:] == [optim.epochs, pictures, batch, optim.batch_size, steps]
     assert said[:2] == pytest.approx(milestones(optim), abs=0.001)
-    assert "Source: " in comment and optim.lr == 1e-4 and optim.schedule == "step" and optim.ema == 0
+    assert "Source: " in comment and optim.schedule == "step" and optim.ema == 0
+    sgd = name == "paper/mask_rcnn_cityscapes_finetune"
+    assert (optim.optimizer, optim.lr) == (("sgd", 0.02) if sgd else ("adamw", 1e-4))
     if settings.stage == "finetune":
         check_finetuning(name, segmenter, settings)
     else:
@@ -91,12 +103,12 @@ def test_a_recipe_is_what_its_name_and_comment_say(name):
 
 def check_finetuning(name, segmenter, settings):
     data, model, optim = data_of(name), settings.model, settings.optim
-    full = data == "coco_full"
+    full, optimiser = data == "coco_full", OPTIMISERS.get(f"{segmenter}_{data}", OPTIMISERS[segmenter])
     assert (optim.weight_decay, optim.backbone_multiplier, optim.clip, model.freeze_stages) == (
-        OPTIMISERS[segmenter][0],
-        0.1 if full and segmenter == "mask2former" else OPTIMISERS[segmenter][1],
-        1.0 if full and segmenter == "knet" else OPTIMISERS[segmenter][2],
-        OPTIMISERS[segmenter][3],
+        optimiser[0],
+        0.1 if full and segmenter == "mask2former" else optimiser[1],
+        1.0 if full and segmenter == "knet" else optimiser[2],
+        optimiser[3],
     )
     assert model.freeze_backbone_norm and settings.checkpoint.best
     assert settings.data.subset == {"coco5": "1@5", "coco10": "1@10"}.get(data) and settings.data.flip == 0.5
@@ -162,7 +174,7 @@ def test_an_initialisation_is_a_recipe_on_top(init):
 
 
 def test_segmenters_are_the_same_in_all_recipes():
-    for segmenter in SEGMENTERS:
+    for segmenter in (*SEGMENTERS, "mask_rcnn"):
         found = {json.dumps(load_settings(n).model.segmenter, sort_keys=True) for n in PAPER if f"/{segmenter}_" in n}
         assert len(found) == 1
 
@@ -194,7 +206,7 @@ def queryinst_parameters(classes):
 
 
 @pytest.mark.parametrize("data", CLASSES)
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
+@pytest.mark.parametrize("segmenter", [*SEGMENTERS, "mask_rcnn"])
 def test_models_have_the_classes_of_the_data_and_the_published_size(segmenter, data):
     name = f"paper/{segmenter}_{'coco10' if data == 'coco' else data}_finetune"
     model = on_meta(load_settings(name), CLASSES[data])
@@ -202,6 +214,10 @@ def test_models_have_the_classes_of_the_data_and_the_published_size(segmenter, d
     parameters = sum(parameter.numel() for parameter in model.parameters())
     if segmenter == "queryinst":
         assert parameters == queryinst_parameters(CLASSES[data])
+    elif segmenter == "mask_rcnn":
+        # torchvision says 44,401,393 of maskrcnn_resnet50_fpn, with 90 classes and without the 53,120 numbers of the
+        # batch norms; a class has five rows of 1024 weights and a bias, and one of 256 and a bias.
+        assert parameters - 53_120 + (90 - CLASSES[data]) * (5 * 1025 + 257) == 44_401_393
     elif data == "coco":  # K-Net: 2106.14855, table 1; Mask2Former: 2112.01527, table 1
         assert parameters / 1e6 == pytest.approx({"knet": 37.3, "mask2former": 44.0}[segmenter], rel=0.01)
 
@@ -256,12 +272,13 @@ SMALL = {
     "knet": ["data.short_edges=[64]", "data.longest_edge=96"],
     "queryinst": ["data.short_edges=[64]", "data.longest_edge=96"],
     "mask2former": ["data.size=96", "model.segmenter.train_num_points=256"],
+    "mask_rcnn": ["data.short_edges=[64]", "data.longest_edge=96", "model.segmenter.proposals=[100,50]"],
 }
 
 
 def run_small(verb, recipe, scenes, output, *words):
     """One step of a recipe on small pictures, as the command runs it."""
-    segmenter = recipe.removeprefix("paper/").split("_")[0]
+    segmenter = segmenter_of(recipe)
     common = [f"data.train={scenes}", "data.train_images=", "data.train_split=", "data.workers=0", "optim.epochs="]
     common += ["optim.steps=1", "optim.batch_size=1", "checkpoint.every=0", *SMALL[segmenter], f"output={output}"]
     assert verb(["--recipe", recipe, *common, *words, "--quiet"]) == 0
@@ -294,3 +311,22 @@ def test_a_full_size_network_trains_from_converted_weights(segmenter, converted_
     if segmenter == "mask2former":  # its fine-tuning freezes nothing; a step moves a weight by its rate at most
         assert not torch.equal(stem, network.conv1.weight)
     assert torch.allclose(stem, network.conv1.weight, atol=1e-4 if segmenter == "mask2former" else 0, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_full_size_mask_rcnn_trains_from_converted_weights(converted_resnet50, tmp_path):
+    from safetensors import safe_open
+
+    from uplvp_hf.commands.finetune import main as finetune
+
+    network, weights = converted_resnet50
+    scenes = write_scenes(tmp_path / "scenes", count=2, seed=0, size=96)
+    words = [f"data.val={scenes}", "data.val_images=", "data.val_split=", "evaluation.every_epochs="]
+    output = tmp_path / "run"
+    summary = run_small(
+        finetune, "paper/mask_rcnn_cityscapes_finetune", scenes, output, *words, f"model.backbone_weights={weights}"
+    )
+    assert summary["metrics"]["num_images"] == 2 and summary["skipped_steps"] == 0
+    with safe_open(output / "model.safetensors", "pt") as file:
+        stem = file.get_tensor("backbone.embedder.embedder.convolution.weight")
+    assert torch.equal(stem, network.conv1.weight)  # frozen

@@ -76,7 +76,7 @@ class ModelSettings:
 
     init: checkpoint to start from, our own (pre-training or fine-tuned), a K-Net or QueryInst, or an official
     Mask2Former; None builds `segmenter` (settings of the segmenter's configuration: `model_type` mask2former, knet or
-    queryinst, `backbone_config` and its own).
+    queryinst, or the baseline mask_rcnn, which is only fine-tuned; `backbone_config` and its own).
     backbone_weights: safetensors with the backbone's weights. freeze_backbone: no gradients, norms in eval mode.
     freeze_stages: so many first stages of the backbone are frozen, norms in eval mode; 1 is the stem and the first
     stage (`frozen_stages=1` of mmdetection), 0 none. freeze_backbone_norm: the batch norms of the backbone keep their
@@ -111,8 +111,9 @@ class ModelSettings:
 
 @dataclass
 class OptimSettings:
-    """AdamW and its schedule. batch_size is a process's micro-batch; the effective batch is batch_size x accumulation
-    x processes. epochs, if set, replaces steps: ceil(epochs x pictures / effective batch).
+    """The optimiser and its schedule. optimizer: adamw, or sgd with `momentum`. batch_size is a process's micro-batch;
+    the effective batch is batch_size x accumulation x processes. epochs, if set, replaces steps: ceil(epochs x pictures
+    / effective batch).
     schedule: constant, linear, cosine, poly (the share of steps left, to `power`) or step (x0.1 at each fraction of the
     steps in `milestones`), after `warmup` steps of linear warm-up, which starts from `warmup_factor` of the rate (None:
     from 1 / (warmup + 1)). backbone_multiplier scales the backbone's rate. clip: largest gradient norm, 0 for none.
@@ -124,6 +125,8 @@ class OptimSettings:
     epochs: float | None = None
     batch_size: int = 8
     accumulation: int = 1
+    optimizer: str = "adamw"
+    momentum: float = 0.9
     lr: float = 1e-4
     backbone_multiplier: float = 0.1
     weight_decay: float = 0.05
@@ -250,6 +253,7 @@ def _check_edges(data: DataSettings) -> None:
 
 
 def _check_optim(optim: OptimSettings) -> None:
+    choice("optim.optimizer", optim.optimizer, ("adamw", "sgd"))
     choice("optim.schedule", optim.schedule, ("constant", "linear", "cosine", "poly", "step"))
     for key, least in {
         "steps": 1, "batch_size": 1, "accumulation": 1, "lr": 0, "backbone_multiplier": 0, "clip": 0, "weight_decay": 0,
@@ -258,6 +262,8 @@ def _check_optim(optim: OptimSettings) -> None:
         at_least(f"optim.{key}", getattr(optim, key), least)
     if optim.epochs is not None and optim.epochs <= 0:
         raise ConfigError(f"optim.epochs must be above 0, got {optim.epochs}.")
+    if not 0 <= optim.momentum < 1:
+        raise ConfigError(f"optim.momentum must be within 0 to below 1, got {optim.momentum}.")
     if not 0 <= optim.ema < 1:
         raise ConfigError(f"optim.ema is a decay of 0 (none) to below 1, such as 0.999; got {optim.ema}.")
     if optim.warmup_factor is not None and not 0 <= optim.warmup_factor <= 1:

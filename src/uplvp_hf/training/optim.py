@@ -78,11 +78,13 @@ def pictures_per_step(settings: OptimSettings, processes: int) -> int:
     return settings.batch_size * settings.accumulation * processes
 
 
-def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`. Each group's base rate is kept under `base_lr` for the schedule."""
+def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
+    """AdamW or SGD over `parameter_groups`. Each group's base rate is kept under `base_lr` for the schedule."""
     groups = parameter_groups(model, settings)
     if not groups:
         raise ValueError("The model has no parameter to train: everything is frozen.")
     for group in groups:
         group["base_lr"] = group["lr"]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
