@@ -236,8 +236,8 @@ class UplvpProcessing:
             `segments_info`, a list of `{"id", "label_id", "score", "was_fused": False}` for what the map shows.
 
         Raises:
-            `ValueError`: if sizes and batch disagree, an input size is larger than the logits' canvas, a threshold is no
-            probability, or `top_k` is below 1. `ImportError`: for `return_rle` without pycocotools.
+            `ValueError`: if sizes and batch disagree, an input size is larger than the logits' canvas, a threshold is
+            no probability, or `top_k` is below 1. `ImportError`: for `return_rle` without pycocotools.
         """
         _check_thresholds(threshold, mask_threshold, top_k)
         if return_rle:
