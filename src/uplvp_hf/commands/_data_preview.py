@@ -76,7 +76,7 @@ def write_preview(settings: TrainSettings, file: str, count: int = COUNT) -> Non
 
 
 def preview_sheet(samples: TrainingSet, names: dict[int, str], count: int) -> Image.Image:
-    """A sheet of `count` samples, their masks tinted and named, their file names and numbers of objects underneath.
+    """A sheet of `count` samples, their masks tinted and named, numbers of objects and file names underneath.
 
     Of a large set pictures at even distances, as in the first epoch; of a small one all, in as many epochs as needed.
     """
@@ -90,7 +90,7 @@ def preview_sheet(samples: TrainingSet, names: dict[int, str], count: int) -> Im
         masks, labels = sample["mask_labels"], sample["class_labels"].tolist()
         drawn.append(draw_instances(_picture(sample["pixel_values"], samples), masks.dense(), labels, id2label=names))
         name = Path(samples.dataset[sample["index"]]["file_name"]).name
-        captions.append(f"{name}: {len(masks)} object{'s' * (len(masks) != 1)}")
+        captions.append(f"{len(masks)} object{'s' * (len(masks) != 1)}: {name}")  # a long name is cut at its end
     return contact_sheet(drawn, columns=max(1, round(count**0.5)), captions=captions, cell=_CELL)
 
 
