@@ -1,10 +1,9 @@
-"""Arms x seeds x segmenters with few labels: is pre-training worth it? `uplvp benchmark` as a script.
+"""Arms x seeds x segmenters with few labels: does pre-training pay? `uplvp benchmark` as a script.
 
 Commands:
 
     python scripts/run_low_data_benchmark.py --recipe scenes_cpu --output runs/scenes --workers 2
-    python scripts/run_low_data_benchmark.py --recipe animals7_cpu --data DATA --var weights=WEIGHTS \
-        --output runs/animals7
+    python scripts/run_low_data_benchmark.py --recipe animals7_cpu --data DATA --var weights=WEIGHTS --output runs/animals
 """
 
 import sys
