@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw
 from uplvp_hf.data import DataError, DataWarning, ImageError, load_dataset_rows, write_coco
 from uplvp_hf.data.cityscapes import draw_polygons, read_cityscapes
 from uplvp_hf.data.manifest import apply_manifest, draw_split, take_split
-from uplvp_hf.data.rle import decode_segmentation, encode_id_map
+from uplvp_hf.data.rle import decode_segmentation, encode_id_map, encode_mask
 from uplvp_hf.data.splits import SplitSpec
+from uplvp_hf.evaluation.cityscapes_ap import CityscapesAP
+from uplvp_hf.evaluation.predictor import as_reference
 
 SIZE = (40, 30)
 
@@ -154,16 +156,46 @@ def test_cityscapes_counterparts(cityscapes):
         dataset[0]
 
 
+def test_void_of_cityscapes(cityscapes, tmp_path):
+    """Of both kinds of annotation, through COCO JSON, and where it decides about a false positive."""
+    root, ids = cityscapes
+    ids = ids.copy()
+    ids[0, :5], ids[29, :], ids[28, 10:] = 18, 4, 30  # poles, static, a group of trailers; ids[0, 39] is one caravan
+    id_map(root / "gtFine/train/aachen/aachen_000000_000019_gtFine_instanceIds.png", ids)
+    dataset = load_dataset_rows(root, split="train")
+    void = (ids == 18) | (ids == 4) | (ids == 30)
+    np.testing.assert_array_equal(decode_segmentation(dataset[0]["void"][0], *SIZE[::-1]), void)
+    assert len(dataset[0]["void"]) == 1 and dataset[1]["void"] == []  # all of the second is road, or has an instance
+    write_coco(dataset, tmp_path / "all.json")
+    again = load_dataset_rows(tmp_path / "all.json", images=root)
+    assert [row["void"] for row in again.rows] == [row["void"] for row in dataset.rows]
+    assert "void" not in load_dataset_rows(tmp_path / "all.json", images=root, unlabelled=True)[0]
+    assert "void" not in dataset.unlabelled()[0] and "void" not in again.unlabelled()[0]
+    for row, ap in ((again[0], 1), ({**again[0], "void": []}, 0.25)):
+        reference = as_reference(row)
+        reference |= {"segmentation": [encode_mask(big := np.pad(np.ones((20, 20), bool), ((0, 10), (0, 20))))]}
+        reference |= {"category_id": [26], "iscrowd": [0], "area": [400]}
+        found = {"image_id": row["image_id"], "scores": [0.9, 0.5], "labels": [26, 26]}
+        metric = CityscapesAP()
+        metric.add(prediction={**found, "rle": [encode_mask(ids == 4), encode_mask(big)]}, reference=reference)
+        assert metric.compute()["AP"] == pytest.approx(ap)
+    content = json.loads((tmp_path / "all.json").read_text())
+    content["images"][0]["void"] = [{"size": [1, 1], "counts": "1"}]
+    (tmp_path / "all.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"images\[0\] \(id aachen_000000_000019\): 'void': the RLE has size"):
+        load_dataset_rows(tmp_path / "all.json", images=root)
+
+
 def test_polygons_are_drawn_as_pillow_draws_them(tmp_path):
     rng = np.random.default_rng(3)
     shapes = rng.integers(-5, 45, (12, 5, 2)).tolist()
     labels = rng.choice(["car", "person", "persongroup", "road", "polegroup", "trailer"], 12).tolist()
     file = polygon_file(tmp_path / "x.json", [{"label": k, "polygon": p} for k, p in zip(labels, shapes)])
-    expected, numbers = np.zeros((30, 40), int), {"car": 26000, "person": 24000}
+    expected, numbers = np.zeros((30, 40), int), {"car": 26000, "person": 24000, "trailer": 30000}
     for label, shape in zip(labels, shapes):
         one = Image.new("1", SIZE)
         ImageDraw.Draw(one).polygon([tuple(point) for point in shape], fill=1)
-        expected[np.asarray(one)] = numbers.get(label, {"persongroup": 24}.get(label, 0))
+        expected[np.asarray(one)] = numbers.get(label, {"persongroup": 24, "road": 7, "polegroup": 18}.get(label))
         if label in numbers:
             numbers[label] += 1
     np.testing.assert_array_equal(draw_polygons(str(file)), expected)

@@ -13,10 +13,21 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .dataset import InstanceDataset, Objects
+from .dataset import InstanceDataset
 from .errors import DataError
 from .fields import read_json, require, require_list, whole_number
-from .layouts import Pair, PairReader, choose_split, lazy_dataset, missing, objects_of, present_ids, read_id_map, stems
+from .layouts import (
+    Labels,
+    Pair,
+    PairReader,
+    choose_split,
+    lazy_dataset,
+    missing,
+    objects_of,
+    present_ids,
+    read_id_map,
+    stems,
+)
 from .rle import encode_id_map, polygon_fault
 
 CLASSES = {
@@ -29,14 +40,19 @@ CLASSES = {
     32: "motorcycle",
     33: "bicycle",
 }
-_IDS = {name: label_id for label_id, name in CLASSES.items()}
-# The other labels of the polygon files; they hide what was drawn before them. Licence plates lie on vehicles and are
-# not drawn.
-_OTHER = {
+# The labels by id. Those that are no class hide what was drawn before them. Licence plates lie on vehicles and are not
+# drawn.
+_LABELS = (
     "unlabeled", "ego vehicle", "rectification border", "out of roi", "static", "dynamic", "ground", "road", "sidewalk",
     "parking", "rail track", "building", "wall", "fence", "guard rail", "bridge", "tunnel", "pole", "polegroup",
-    "traffic light", "traffic sign", "vegetation", "terrain", "sky", "caravan", "trailer",
-}  # fmt: skip
+    "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus",
+    "caravan", "trailer", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+_IDS = {name: label_id for label_id, name in enumerate(_LABELS)}
+_NUMBERED = {*CLASSES, 29, 30}  # caravans and trailers have instances, too
+# What the benchmark does not judge (ignoreInEval in labels.py of cityscapesScripts): pixels of exactly these values, so
+# of caravans and trailers the groups alone.
+VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 _NOT_DRAWN = "license plate"
 _SPLITS = ("train", "val", "test", "train_extra")
 _PICTURE, _MAP, _POLYGONS = "_leftImg8bit.png", "_gtFine_instanceIds.png", "_gtFine_polygons.json"
@@ -59,7 +75,8 @@ def read_cityscapes(
         unlabelled: the pictures alone.
         source: "instanceIds" or "polygons"; None: the id map of a picture, or where it has none its polygons.
 
-    Regions without an instance number (groups) become crowds. Classes keep the published label ids 24 to 33.
+    Regions without an instance number (groups) become crowds. Classes keep the published label ids 24 to 33. `void` of
+    a labelled row is what the benchmark does not judge, as one region.
     Pictures without annotations and the reverse are left out and listed in `failures`. Raises DataError for a missing
     split, and when a row is asked for whose annotation file is broken.
     """
@@ -81,7 +98,7 @@ def read_cityscapes(
             file_name = os.path.relpath(file, folder).replace(os.sep, "/")
             pairs.append(Pair(name, file_name, file, (annotations[name],) if labelled else ()))
     categories = [{"id": label_id, "name": name} for label_id, name in CLASSES.items()]
-    return lazy_dataset(PairReader(pairs, _objects), categories, folder, failures, f"cityscapes {split}")
+    return lazy_dataset(PairReader(pairs, _labels), categories, folder, failures, f"cityscapes {split}")
 
 
 def _cities(*folders: str | None) -> list[str]:
@@ -106,18 +123,19 @@ def _annotations(
     return found, failures
 
 
-def _objects(pair: Pair) -> tuple[int, int, Objects]:
+def _labels(pair: Pair) -> Labels:
     (path,) = pair.annotations
     ids = read_id_map(path) if path.endswith(".png") else draw_polygons(path)
     wanted = [value for value in present_ids(ids) if (value if value < 1000 else value // 1000) in CLASSES]
     classes = [value if value < 1000 else value // 1000 for value in wanted]
     objects = objects_of(encode_id_map(ids, wanted), classes, [value < 1000 for value in wanted])
-    return ids.shape[1], ids.shape[0], objects
+    void = np.isin(ids, VOID)
+    return Labels(ids.shape[1], ids.shape[0], objects, encode_id_map(void.view(np.uint8), [1]) if void.any() else [])
 
 
 def draw_polygons(path: str) -> np.ndarray:
     """(H, W) int32 id map of a polygon file: objects are drawn in their order, later ones cover earlier ones, and
-    instances of a class are numbered from 0. What belongs to none of the 8 classes is 0.
+    instances of a class are numbered from 0. Groups and labels without instances are their plain label id.
 
     Raises DataError, naming file and object, for missing keys, unknown labels and coordinates that are not finite.
     """
@@ -125,7 +143,7 @@ def draw_polygons(path: str) -> np.ndarray:
     require(content, ("imgWidth", "imgHeight"), path, None)
     size = tuple(whole_number(content, key, path, "head", minimum=1) for key in ("imgWidth", "imgHeight"))
     canvas = Image.new("I", size, 0)
-    draw, numbers = ImageDraw.Draw(canvas), dict.fromkeys(CLASSES, 0)
+    draw, numbers = ImageDraw.Draw(canvas), dict.fromkeys(_NUMBERED, 0)
     for index, entry in enumerate(require_list(content, "objects", path)):
         where = f"objects[{index}]"
         require(entry, ("label", "polygon"), path, where)
@@ -143,13 +161,10 @@ def _value(label: Any, numbers: dict[int, int], path: str, where: str) -> int | 
         raise DataError(f"'label' must be text, got {label!r:.60}", file=path, row=where)
     if label == _NOT_DRAWN:
         return None
-    name = label.removesuffix("group")
-    if label in _OTHER or name in _OTHER:
-        return 0
-    if name not in _IDS:
+    label_id = _IDS.get(label, _IDS.get(label.removesuffix("group")))
+    if label_id is None:
         raise DataError(f"the label {label!r} is none of Cityscapes", file=path, row=where)
-    label_id = _IDS[name]
-    if name != label:
+    if label not in _IDS or label_id not in _NUMBERED:
         return label_id
     numbers[label_id] += 1
     return label_id * 1000 + numbers[label_id] - 1

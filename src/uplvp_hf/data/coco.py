@@ -26,7 +26,8 @@ from .fields import (
 from .layouts import OFFICIAL_COUNTS
 from .rle import polygon_fault, rle_areas, rle_boxes, segmentation_to_rle
 
-AS_STORED = "as_stored"  # of a row, and of an image entry in files that we write
+# Of a row, and of an image entry in files that we write.
+AS_STORED, VOID = "as_stored", "void"
 
 
 def clean_segmentation(
@@ -71,7 +72,8 @@ class _Reader:
 
     def __init__(self, content: Any, path: str, image_dir: str, unlabelled: bool, strict: bool) -> None:
         require(content, ("images",) if unlabelled else ("images", "annotations", "categories"), path, None)
-        self.content, self.path, self.image_dir, self.strict = content, path, image_dir, strict
+        self.content, self.path, self.image_dir = content, path, image_dir
+        self.unlabelled, self.strict = unlabelled, strict
         self.failures: list[dict[str, Any]] = []
         self.dropped = 0
         self.categories = read_categories(content.get("categories", []), path)
@@ -111,7 +113,15 @@ class _Reader:
             height=whole_number(entry, "height", self.path, where, minimum=1),
             objects=empty_objects(),
         )
-        self.rows[image_id] = Row(**row, as_stored=True) if entry.get(AS_STORED) is True else row
+        if entry.get(AS_STORED) is True:
+            row[AS_STORED] = True
+        if VOID in entry and not self.unlabelled:
+            regions = require_list(entry, VOID, self.path, where)
+            try:
+                row[VOID] = [segmentation_to_rle(region, row["height"], row["width"]) for region in regions]
+            except DataError as error:
+                raise DataError(f"'void': {error.reason}", file=self.path, row=where) from error
+        self.rows[image_id] = row
 
     def read_annotations(self) -> None:
         entries = require_list(self.content, "annotations", self.path)
@@ -266,7 +276,8 @@ def write_coco(
             if row["image_id"] in seen:
                 raise DataError(f"image id {row['image_id']!r} occurs twice", file=dataset.name or None)
             entry = {"id": row["image_id"], **{key: row[key] for key in ("file_name", "width", "height")}}
-            _write_entry(stream, {**entry, AS_STORED: True} if row.get(AS_STORED) else entry, first=not seen)
+            entry |= {key: row[key] for key in (AS_STORED, VOID) if key in row}
+            _write_entry(stream, entry, first=not seen)
             seen.add(row["image_id"])
             objects = row["objects"]
             for k in range(len(objects["category_id"])):

@@ -17,10 +17,10 @@ import warnings
 from xml.etree import ElementTree
 
 from .coco import clean_segmentation
-from .dataset import InstanceDataset, Objects
+from .dataset import InstanceDataset
 from .errors import DataError, DataWarning
 from .images import image_size
-from .layouts import Pair, PairReader, choose_split, lazy_dataset, missing, objects_of, pictures, stems
+from .layouts import Labels, Pair, PairReader, choose_split, lazy_dataset, missing, objects_of, pictures, stems
 from .rle import polygon_fault
 
 # Folders of a split: as the archives unpack, as mmocr arranges them, and as the first release of 2017 had them.
@@ -87,7 +87,7 @@ def read_ctw1500(folder: str | os.PathLike[str], split: str | None = None, unlab
         pairs.append(Pair(name, file_name, file, () if unlabelled else (label,)))
     if not unlabelled:
         failures += [missing(file, f"its picture is not in {image_dir}") for file in labels.values()]
-    reader = PairReader(pairs, _objects, exif=False)
+    reader = PairReader(pairs, _labels, exif=False)
     return lazy_dataset(reader, [{"id": 1, "name": "text"}], folder, failures, f"ctw1500 {split}")
 
 
@@ -96,7 +96,7 @@ def _number(name: str) -> str:
     return name.lstrip("0") if name.isdecimal() else name
 
 
-def _objects(pair: Pair) -> tuple[int, int, Objects]:
+def _labels(pair: Pair) -> Labels:
     (path,) = pair.annotations
     width, height = image_size(pair.image, exif=False)
     entries = _read_xml(path, pair) if path.lower().endswith(".xml") else _read_text(path)
@@ -114,7 +114,7 @@ def _objects(pair: Pair) -> tuple[int, int, Objects]:
         rles.append(cleaned[1])
         crowds.append(text == _DO_NOT_CARE)
     objects = objects_of(rles, [1] * len(rles), crowds)
-    return width, height, {**objects, "segmentation": segmentations}
+    return Labels(width, height, {**objects, "segmentation": segmentations})
 
 
 def _read_xml(path: str, pair: Pair) -> list[tuple[str, list[float], str]]:

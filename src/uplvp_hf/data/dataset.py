@@ -44,9 +44,12 @@ class _Row(TypedDict):
 class Row(_Row, total=False):
     """One picture. `image` is an absolute path, the content of a picture file, or a PIL picture; an unlabelled picture
     has empty lists in `objects`. width and height are 0 for content that no picture can be read from. `as_stored`
-    (absent: False) marks pictures that were annotated as they are stored, whatever rotation their EXIF asks for."""
+    (absent: False) marks pictures that were annotated as they are stored, whatever rotation their EXIF asks for. `void`
+    holds segmentations of regions where a detection is neither right nor wrong; absent: not known. Only the AP of the
+    Cityscapes benchmark reads them."""
 
     as_stored: bool
+    void: list[Any]
 
 
 def empty_objects() -> Objects:
@@ -55,7 +58,7 @@ def empty_objects() -> Objects:
 
 
 def _without_objects(row: Row) -> Row:
-    return Row(**{**row, "objects": empty_objects()})
+    return Row(**{**{key: value for key, value in row.items() if key != "void"}, "objects": empty_objects()})
 
 
 def load_picture(row: Row) -> Image.Image:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -54,23 +54,33 @@ class Pair:
     annotations: tuple[str, ...] = ()
 
 
+class Labels(NamedTuple):
+    """What the annotations of a picture say; `void` as of `Row`, None where the layout has none."""
+
+    width: int
+    height: int
+    objects: Objects
+    void: list[dict[str, Any]] | None = None
+
+
 @dataclass(frozen=True)
 class PairReader:
-    """Makes the row of a pair. `objects` gives (width, height, objects) of a pair with annotations."""
+    """Makes the row of a pair. `read_labels` is asked for pairs with annotations."""
 
     pairs: Sequence[Pair]
-    objects: Callable[[Pair], tuple[int, int, Objects]]
+    read_labels: Callable[[Pair], Labels]
     exif: bool = True
 
     def read(self, index: int) -> Row:
         pair = self.pairs[index]
-        if pair.annotations:
-            width, height, objects = self.objects(pair)
-        else:
-            (width, height), objects = self._size(pair.image), empty_objects()
-        row = Row(image=pair.image, image_id=pair.image_id, file_name=pair.file_name, width=width, height=height,
-                  objects=objects)  # fmt: skip
-        return row if self.exif else Row(**row, as_stored=True)
+        labels = self.read_labels(pair) if pair.annotations else Labels(*self._size(pair.image), empty_objects())
+        row = Row(image=pair.image, image_id=pair.image_id, file_name=pair.file_name, width=labels.width,
+                  height=labels.height, objects=labels.objects)  # fmt: skip
+        if not self.exif:
+            row["as_stored"] = True
+        if labels.void is not None:
+            row["void"] = labels.void
+        return row
 
     def identify(self, index: int) -> str:
         return self.pairs[index].image_id

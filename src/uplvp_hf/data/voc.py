@@ -17,10 +17,11 @@ from xml.etree import ElementTree
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .dataset import InstanceDataset, Objects
+from .dataset import InstanceDataset
 from .errors import DataError
 from .fields import inside
 from .layouts import (
+    Labels,
     Pair,
     PairReader,
     choose_split,
@@ -85,7 +86,7 @@ def read_voc(folder: str | os.PathLike[str], split: str | None = None, unlabelle
     pairs, failures = _pairs(folder, lists[split], unlabelled)
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     return lazy_dataset(
-        PairReader(pairs, _objects), categories, folder, failures, f"voc{year[1] if year else ''} {split}"
+        PairReader(pairs, _labels), categories, folder, failures, f"voc{year[1] if year else ''} {split}"
     )
 
 
@@ -116,7 +117,7 @@ def _pairs(folder: str, listing: str, unlabelled: bool) -> tuple[list[Pair], lis
     return pairs, failures
 
 
-def _objects(pair: Pair) -> tuple[int, int, Objects]:
+def _labels(pair: Pair) -> Labels:
     path, class_path = pair.annotations[:2]
     numbers, classes = read_id_map(path), read_id_map(class_path)
     if numbers.shape != classes.shape:
@@ -130,7 +131,7 @@ def _objects(pair: Pair) -> tuple[int, int, Objects]:
     crowds = [False] * len(rles)
     if len(pair.annotations) > 2:
         crowds = _difficult(rle_boxes(rles).tolist(), category_ids, pair.annotations[2])
-    return numbers.shape[1], numbers.shape[0], objects_of(rles, category_ids, crowds)
+    return Labels(numbers.shape[1], numbers.shape[0], objects_of(rles, category_ids, crowds))
 
 
 def _class(pixels: np.ndarray, number: int, path: str, class_path: str) -> int:
