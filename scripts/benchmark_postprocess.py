@@ -139,7 +139,7 @@ def call(way: str, arguments: argparse.Namespace, outputs: Any, size: tuple[int,
         from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 
         processor = UplvpImageProcessor(size={"longest_edge": arguments.longest_edge})
-        settings |= {"return_rle": True, "return_segmentation": False}
+        settings |= {"return_rle": True, "return_segmentation": False, "top_k": arguments.queries}  # as theirs
         return lambda: processor.post_process_instance_segmentation(outputs, **settings)[0]
     from transformers import Mask2FormerImageProcessor
 
