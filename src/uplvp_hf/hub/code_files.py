@@ -20,6 +20,7 @@ OWN_MODELS = {
     ),
     "knet": ("knet", "KNet", {"AutoModel": "KNetModel"}),
     "queryinst": ("queryinst", "QueryInst", {"AutoModel": "QueryInstModel"}),
+    "mask_rcnn": ("mask_rcnn", "MaskRcnn", {"AutoModel": "MaskRcnnForInstanceSegmentation"}),
 }
 # The stock pipeline asks for AutoModelForImageSegmentation only; the others are what users look for.
 _AUTO_MODELS = (
