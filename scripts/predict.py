@@ -3,7 +3,8 @@
 Commands:
 
     python scripts/predict.py runs/finetune pictures/ --output predictions --threshold 0.5
-    python scripts/predict.py runs/finetune one.jpg two.png --output predictions --device cpu
+    python scripts/predict.py runs/finetune one.jpg 'shots/**/*.png' https://example.org/two.jpg --output predictions
+    python scripts/predict.py runs/finetune aerial.tif --output predictions --tiles 1024 --overlap 0.25
 """
 
 import sys

@@ -86,6 +86,7 @@ def test_onnx_gives_what_the_model_gives(segmenter, backbone, make_model, proces
     other = exported(pixel_values)
     assert (other.class_queries_logits - found.class_queries_logits)[1].abs().max() > 1e-4
     assert max(done["largest_difference"].values()) < 1e-4
+    assert list(done["own_rounding"]) == done["outputs"] and 0 < max(done["own_rounding"].values()) < 1e-3
     with pytest.raises(ValueError, match=r"exported at \(64, 96\)"):
         exported(torch.zeros(1, 3, 32, 32))
 

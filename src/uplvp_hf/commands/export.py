@@ -53,4 +53,5 @@ def _export(arguments: argparse.Namespace) -> None:
     else:
         print(f"{arguments.output}: loads as {done['class']}")
     for name, difference in done.get("largest_difference", {}).items():
-        print(f"  {name:22} differs by at most {difference:.1e}")
+        own = done["own_rounding"][name]
+        print(f"  {name:22} differs by at most {difference:.1e}; the model from itself, rounded, by {own:.1e}")

@@ -52,3 +52,13 @@ def largest_differences(
             difference = ((ours - theirs).abs() / size.clamp(min=1)).max().item()
             largest[name] = max(largest.get(name, 0.0), difference)
     return largest
+
+
+def own_rounding(model: nn.Module, canvas: tuple[int, int]) -> dict[str, float]:
+    """`largest_differences` of the model from itself on pictures whose values are the next larger float32.
+
+    What no export can be expected to undercut: untrained or unstable weights amplify rounding from stage to stage.
+    """
+    tensors = TensorModel(model)
+    step = 1 + torch.finfo(torch.float32).eps
+    return largest_differences(model, lambda pixel_values, pixel_mask: tensors(pixel_values * step, pixel_mask), canvas)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from uplvp_hf.files import replacing, write_json, writing
 
-from .check import largest_differences
+from .check import largest_differences, own_rounding
 from .program import INPUTS, OUTPUTS, canvas_of, trace
 
 # Operators of ONNX that the graphs are written in: the first with all that the three segmenters need, as torch has it.
@@ -48,7 +48,8 @@ def export_model(
         form: one of `FORMATS`.
         longest_edge: pixels; pictures are scaled so that their longer side has them, in place of the processor's size.
         opset: of ONNX.
-        check: also compare the file that was written, opened anew, with the model (`largest_differences`).
+        check: also compare the file that was written, opened anew, with the model (`largest_differences`), and that
+            with itself (`own_rounding`).
 
     Returns the content of `export.json`: format, file, canvas, inputs, outputs, versions, and differences if checked.
     Raises ValueError for an unknown format, for a model that the format cannot hold, or for a folder that is in use.
@@ -81,6 +82,7 @@ def export_model(
     }
     if check:
         description["largest_difference"] = largest_differences(model, _runner(file), canvas)
+        description["own_rounding"] = own_rounding(model, canvas)
     write_json(directory / DESCRIPTION, description)
     return description
 
@@ -159,6 +161,7 @@ def _write_mask2former(
     }
     if check:
         description["largest_difference"] = _compare_with_transformers(model, processor, directory)
+        description["own_rounding"] = own_rounding(model, canvas_of(processor))
     write_json(directory / DESCRIPTION, description)
     return description
 
