@@ -206,6 +206,19 @@ def test_the_numbers_of_evaluate_join_in(runs, tmp_path):
         compare_runs([trained, tmp_path / "own"])
 
 
+def test_metrics_are_never_mixed(runs, tmp_path):
+    run = runs("one", [0.1, 0.2, 0.3])
+    numbers = {"AP": 0.9, "data": "data/val.json", "split": None, "model": str(run), "metric": "cityscapes"}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps(numbers))
+        numbers["metric"] = "coco"
+    arms = {"x": [tmp_path / "first"], "y": [tmp_path / "second"]}
+    for given in ({"folders": [tmp_path / "first", tmp_path / "second"]}, {"arms": arms}):
+        with pytest.raises(CompareError, match=r"different metrics: cityscapes \(.*first\), coco \(.*second\)"):
+            compare_runs(**given, force=True)
+
+
 def test_arms_by_name_may_hold_unlike_runs_and_say_so(two_arms):
     comparison = compare_runs(arms={"slow": two_arms[:3], "fast": two_arms[3:4], "both": [two_arms[4]]})
     assert [arm.name for arm in comparison.arms] == ["slow", "fast", "both"]

@@ -90,14 +90,17 @@ def compare_runs(
 ) -> Comparison:
     """Reads runs and groups them: `folders` by their settings, all but seeds; `arms` as given, by name.
 
-    Raises CompareError for a folder without a run or evaluation, a run given twice, two runs of an arm with the same
-    seeds, and, unless `force`, runs that were evaluated on different data.
+    Raises CompareError for a folder without a run or evaluation, a run given twice, runs evaluated by different
+    metrics (COCO's AP and that of Cityscapes), two runs of an arm with the same seeds, and, unless `force`, runs that
+    were evaluated on different data.
     """
     groups = _group([read_run(folder) for folder in folders])
     named = {name: [read_run(folder) for folder in chosen] for name, chosen in (arms or {}).items()}
     if not groups and not named:
         raise CompareError("No runs to compare.")
-    _check_once([run for group in (*groups, *named.values()) for run in group])
+    every = [run for group in (*groups, *named.values()) for run in group]
+    _check_once(every)
+    _check_metrics(every)
     found = [Arm(name, runs) for name, runs in zip(_names(groups), groups)]
     found += [Arm(name, runs) for name, runs in named.items()]
     names = [arm.name for arm in found]
@@ -192,6 +195,18 @@ def _check_replicates(arm: Arm) -> None:
         seen[run.replicate] = run.folder
 
 
+def _check_metrics(runs: Sequence[Run]) -> None:
+    """Numbers of one name, such as AP, that are computed differently do not compare, forced or not."""
+    found: dict[str, str] = {}
+    for run in runs:
+        for numbers in run.evaluations.values():
+            found.setdefault(numbers.get("metric", "coco"), str(run.folder))
+    if len(found) > 1:
+        raise CompareError(
+            f"The runs were evaluated by different metrics: {_listed(found)}. Evaluate all with one `--metric`."
+        )
+
+
 def _fill(arm: Arm, metric: str, axis: str) -> list[str]:
     """Points and end of an arm. Returns notes about what not all of its runs have."""
     notes = []
@@ -257,7 +272,6 @@ def _evaluated_on(run: Run) -> dict[str, Any]:
     return {
         "data": os.path.abspath(str(get("data.val"))) if get("data.val") is not None else None,
         "split": get("data.val_split"),
-        "metric": last.get("metric", "coco"),
         "classes ignored": bool(get("evaluation.class_agnostic") or get("model.class_agnostic")),
         "pictures": last.get("num_images"),
         "instances": last.get("num_instances"),
