@@ -1,6 +1,9 @@
 """Mask R-CNN: equal to torchvision's own model, padding left out, labels, loading and transfer."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForInstanceSegmentation
 
 from uplvp_hf import MaskRcnnConfig, MaskRcnnForInstanceSegmentation, UplvpImageProcessor
 from uplvp_hf.conversion.resnet import resnet_name
+from uplvp_hf.hub.push import prepare_folder
 from uplvp_hf.models.losses import Normalizers
 
 CLASSES = {0: "cat", 1: "dog", 2: "horse"}
@@ -337,3 +341,35 @@ def test_transfer_to_other_classes_goes_by_name(make_model, tmp_path):
     assert torch.equal(before[kept], after[kept])
     fresh = MaskRcnnForInstanceSegmentation.from_pretraining(tmp_path, new, class_head="new").transfer_report
     assert set(fresh.reinitialised) == set(model.class_sized) and not fresh.remapped
+
+
+WITHOUT_THE_LIBRARY = """
+import sys
+
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "uplvp_hf":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Refused())
+import torch
+from transformers import AutoModelForInstanceSegmentation
+model = AutoModelForInstanceSegmentation.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+with torch.no_grad():
+    print(model(torch.ones(1, 3, 64, 96)).boxes.double().sum().item())
+"""
+
+
+@pytest.mark.slow
+def test_a_repository_loads_without_the_library(make_model, tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    UplvpImageProcessor().save_pretrained(tmp_path / "model")
+    folder = prepare_folder(tmp_path / "model", tmp_path / "repository", "user/name")
+    command = [sys.executable, "-c", WITHOUT_THE_LIBRARY, str(folder)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with torch.no_grad():
+        expected = model(torch.ones(1, 3, 64, 96)).boxes.double().sum().item()
+    assert float(done.stdout.split()[-1]) == pytest.approx(expected, rel=1e-5) and expected > 0
