@@ -27,9 +27,14 @@ def make_parser() -> argparse.ArgumentParser:
         "results), per_class.csv and report.html, a page with the best and worst pictures.",
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
-    parser.add_argument("data", metavar="DATA", help="COCO JSON file, or folder with annotations/*.json and images/")
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        help="labelled pictures, such as a COCO JSON file or folder, or a published layout",
+    )
     parser.add_argument("--images", metavar="DIR", help="folder that the file names of the JSON are relative to")
-    parser.add_argument("--split", help="picks annotations/SPLIT.json of the folder")
+    parser.add_argument("--split", help="picks annotations/SPLIT.json of the folder, or a split of a published layout")
+    parser.add_argument("--format", help="of DATA, where it could be several, such as coco or cityscapes")
     parser.add_argument("--output", metavar="DIR", help="write the files there")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward pass (default: 8)")
     parser.add_argument("--class-agnostic", action="store_true", help="compare masks only, whatever their classes")
@@ -68,12 +73,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     make_evaluator(arguments.backend, arguments.metric)  # refused now, not after loading everything
     arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else "streaming"
     processes = Processes()
-    dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split)
+    dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split, format=arguments.format)
     model, processor = load_segmenter(arguments.model, arguments.device)
     category_ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
     if arguments.output:
         Path(arguments.output).mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
-    kept = _Kept(arguments, category_ids)
+    kept = _Kept(arguments, category_ids) if arguments.output else None
     metrics = evaluate_model(
         model,
         processor,
@@ -81,19 +86,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         class_agnostic=arguments.class_agnostic,
         progress=not arguments.quiet,
-        on_result=kept.add if arguments.output else None,
+        on_result=kept and kept.add,
         mask_threshold=arguments.mask_threshold,
         backend=arguments.backend,
         distributed=True,
         metric=arguments.metric,
         details=True,
     )
-    kept.gather(processes, dataset)
+    if kept is not None:
+        kept.gather(processes, dataset)
     if processes.rank != 0:
         return
     metrics["failures"] = [*dataset.failures, *metrics["failures"]]
     print(format_metrics(metrics))
-    if arguments.output:
+    if kept is not None:
         names = {category_id: model.config.id2label[label] for label, category_id in enumerate(category_ids)}
         _write(arguments, metrics, kept, dataset, names)
 
@@ -110,13 +116,15 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 class _Kept:
-    """What the files need of the results of this process: COCO results, and the best and worst pictures."""
+    """What the files in `--output` need of the results of this process: COCO results, the best and worst pictures."""
 
     def __init__(self, arguments: argparse.Namespace, category_ids: list[int]) -> None:
         from uplvp_hf.evaluation.examples import Examples
+        from uplvp_hf.evaluation.results_file import ResultsFile
 
-        self.category_ids, self.results = category_ids, []
-        wanted = arguments.output and arguments.report is not False
+        self.category_ids = category_ids
+        self.results = ResultsFile(Path(arguments.output) / "results.json")
+        wanted = arguments.report is not False
         self.examples: Examples | None = (
             Examples(threshold=arguments.threshold, class_agnostic=arguments.class_agnostic) if wanted else None
         )
@@ -124,10 +132,11 @@ class _Kept:
     def add(self, row: dict[str, Any], result: dict[str, Any]) -> None:
         from uplvp_hf.evaluation import as_prediction, as_reference, to_coco_results
 
-        for entry in to_coco_results(row, result, self.category_ids):
+        entries = to_coco_results(row, result, self.category_ids)
+        for entry in entries:
             # With a box in it, pycocotools would sort a mask into small, medium and large by the area of the box.
             del entry["bbox"]
-            self.results.append(entry)
+        self.results.add(row["image_id"], entries)
         if self.examples is not None:
             self.examples.add(as_prediction(row, result, self.category_ids), as_reference(row))
 
@@ -135,12 +144,11 @@ class _Kept:
         """Adds what the other processes kept; results in the order of the pictures."""
         if processes.size == 1:
             return
-        every = processes.gather((self.results, self.examples))
+        every = processes.gather((list(self.results.pictures()), self.examples))
         if processes.rank != 0:
             return
         order = {dataset.image_id(index): index for index in range(len(dataset))}
-        results = [entry for results, _ in every for entry in results]
-        self.results = sorted(results, key=lambda entry: order[entry["image_id"]])
+        self.results.merge((picture for pictures, _ in every[1:] for picture in pictures), order)
         if self.examples is not None:
             for _, examples in every[1:]:
                 self.examples.merge(examples)
@@ -168,7 +176,7 @@ def _write(
         "mask_threshold": arguments.mask_threshold,
     }
     written = [output / "metrics.json", output / "results.json"]
-    write_json(written[1], kept.results, indent=None)
+    kept.results.write()
     write_json(written[0], {**source, **metrics})
     if metrics["failures"]:
         written.append(output / "failures.jsonl")
@@ -186,6 +194,7 @@ def _words(arguments: argparse.Namespace) -> list[str]:
     words = [arguments.model, arguments.data]
     words += ["--split", arguments.split] if arguments.split else []
     words += ["--images", arguments.images] if arguments.images else []
+    words += ["--format", arguments.format] if arguments.format else []
     words += ["--mask-threshold", f"{arguments.mask_threshold:g}"] if arguments.mask_threshold != 0.5 else []
     words += ["--metric", arguments.metric] if arguments.metric != "coco" else []
     return words + (["--class-agnostic"] if arguments.class_agnostic else [])
