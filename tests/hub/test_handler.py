@@ -1,13 +1,17 @@
 """The endpoint's handler, loaded from a pushed folder as the endpoint does, answers what `InferenceClient` parses."""
 
 import base64
+import gzip
 import importlib.util
 import io
 import json
+import re
+import socket
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,6 +138,7 @@ def test_parameters(handler, picture):
         ({"mask_threshold": "0.5"}, "mask_threshold is '0.5'"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"subtask": "panoptic"}, "'panoptic' is not what this model does"),
+        ([0.5], '"parameters" is a list'),
     ],
 )
 def test_wrong_parameters(handler, picture, parameters, said):
@@ -172,12 +177,71 @@ def test_bad_pictures_are_refused_with_a_sentence(module, picture, serve, monkey
 def test_addresses_of_the_own_network_are_refused(module, serve):
     asked = []
     url = serve(lambda path, body, headers: asked.append(path) or (200, {}, b""))
-    for address in (f"{url}/x", "http://169.254.169.254/latest/meta-data", "http://[::1]/", "http://10.0.0.1/"):
+    hosts = ["169.254.169.254/latest/meta-data", "[::1]", "10.0.0.1", "2130706433", "[::ffff:10.0.0.1]", "224.0.0.1"]
+    hosts += ["[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[2001:0:7f00:1::1]"]  # forms of 127.0.0.1
+    for address in (f"{url}/x", url.upper(), *(f"http://{host}/" for host in hosts)):
         with pytest.raises(ValueError, match="not a public address"):
             module.read_picture(address)
     assert not asked
     with pytest.raises(ValueError, match='no "inputs"'):
         module.EndpointHandler.__call__(None, {"image": 1})
+
+
+def test_a_name_that_changes_its_address_is_asked_once(module, serve, picture, monkeypatch):
+    """A second lookup might lead into the own network; the address that was checked is the one connected to."""
+    looked_up, hosts = [], []
+    url = serve(lambda path, body, headers: hosts.append(headers["Host"]) or (200, {}, picture.read_bytes()))
+    port = int(url.rsplit(":", 1)[1])
+
+    def getaddrinfo(host, port, **how):
+        looked_up.append(host)
+        return [(0, 0, 0, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(module, "is_public", lambda address: True)
+    monkeypatch.setattr(module, "socket", SimpleNamespace(getaddrinfo=getaddrinfo, IPPROTO_TCP=socket.IPPROTO_TCP))
+    assert module.read_picture(f"http://pictures.invalid:{port}/x").size == Image.open(picture).size
+    assert looked_up == ["pictures.invalid"] and hosts == [f"pictures.invalid:{port}"]
+
+
+def test_a_small_answer_does_not_unpack_to_a_large_one(module, serve, monkeypatch):
+    monkeypatch.setenv("ALLOW_LOCAL_URLS", "1")
+    asked = []
+    bomb = gzip.compress(bytes(5_000_000))
+    url = serve(lambda path, body, headers: asked.append(headers) or (200, {"Content-Encoding": "gzip"}, bomb))
+    with pytest.raises(ValueError, match=f"The {len(bomb):,} bytes sent are not a picture"):
+        module.read_picture(url)
+    assert asked[0]["Accept-Encoding"] == "identity"
+
+
+def test_a_slow_answer_ends(module, serve, monkeypatch):
+    monkeypatch.setenv("ALLOW_LOCAL_URLS", "1")
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=iter((0, 21)).__next__))
+    with pytest.raises(ValueError, match="takes more than 20 seconds"):
+        module.read_picture(serve(lambda path, body, headers: (200, {}, b"drop")))
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:99999/", "http://a b/", f"http://{'a' * 70}.com/"])
+def test_addresses_that_are_none_are_named(module, url):
+    with pytest.raises(ValueError, match=re.escape(url)):
+        module.read_picture(url)
+
+
+def test_pictures_become_rgb_as_in_the_library(module):
+    from uplvp_hf.data.images import to_rgb
+
+    values = np.random.default_rng(0).integers(0, 65536, (5, 7)).astype(np.uint16)
+    clear = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 4)).astype(np.uint8))
+    for image in (Image.fromarray(values), clear, clear.convert("LA"), clear.convert("CMYK"), clear.convert("1")):
+        stream = io.BytesIO()
+        image.save(stream, "TIFF")
+        assert np.array_equal(module.read_picture(stream.getvalue()), to_rgb(image)), image.mode
+
+
+def test_no_program_is_started_for_a_picture(module):
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(eps)).format == "EPS"  # Pillow would, and start Ghostscript
+    with pytest.raises(ValueError, match="are not a picture; JPEG, "):
+        module.read_picture(eps)
 
 
 def test_inference_client_parses_the_answer(handler, picture, serve, online):

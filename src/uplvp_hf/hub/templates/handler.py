@@ -6,6 +6,7 @@ base64 PNG of the picture's size with 255 inside.
 
 Environment: MAX_PIXELS (default 50,000,000) is the largest picture, MAX_BYTES (default 50,000,000) the largest
 download. ALLOW_LOCAL_URLS=1 lets requests name addresses of the endpoint's own network, which is refused otherwise.
+Downloads take no proxy and no passwords from the environment.
 """
 
 import base64
@@ -14,6 +15,7 @@ import io
 import ipaddress
 import os
 import socket
+import time
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -25,7 +27,12 @@ from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 
 DEFAULTS = {"threshold": 0.3, "mask_threshold": 0.5, "overlap_mask_area_threshold": None, "subtask": "instance"}
 MAX_REDIRECTS = 5
-TIMEOUT = 20  # seconds
+_GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
+TIMEOUT = 20  # seconds, for every answer and for a download as a whole
+# What Pillow decodes itself; for others, such as EPS, it starts programs.
+Image.init()
+_WANTED = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
+FORMATS = [name for name in _WANTED if name in Image.OPEN]
 
 
 class EndpointHandler:
@@ -79,6 +86,8 @@ class EndpointHandler:
 
 def read_parameters(given: dict | None) -> dict:
     """The parameters of a request with defaults. Raises ValueError, naming the parameter."""
+    if not isinstance(given, (dict, type(None))):
+        raise ValueError(f'"parameters" is a {type(given).__name__}; an object such as {{"threshold": 0.5}} is needed.')
     given = {name: value for name, value in (given or {}).items() if value is not None}
     unknown = sorted(set(given) - set(DEFAULTS))
     if unknown:
@@ -100,11 +109,12 @@ def read_picture(source) -> Image.Image:
         source = read_text(source.strip())
     if isinstance(source, (bytes, bytearray)):
         try:
-            source = Image.open(io.BytesIO(source))
+            source = Image.open(io.BytesIO(source), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise ValueError(f"The picture is too large ({error}). Scale it down.") from error
         except Exception as error:
-            raise ValueError(f"The {len(source):,} bytes sent are not a picture that Pillow reads.") from error
+            known = ", ".join(FORMATS)
+            raise ValueError(f"The {len(source):,} bytes sent are not a picture; {known} are read.") from error
     if not isinstance(source, Image.Image):
         raise ValueError(f'"inputs" is a {type(source).__name__}; one picture as text or bytes is needed.')
     limit = int(os.environ.get("MAX_PIXELS", "50000000"))
@@ -114,14 +124,25 @@ def read_picture(source) -> Image.Image:
             "Scale it down, or set MAX_PIXELS of the endpoint."
         )
     try:
-        return ImageOps.exif_transpose(source).convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(source))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
         raise ValueError(f"The picture is damaged and cannot be decoded ({error}).") from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB: 16-bit grey is scaled, transparent pixels show white."""
+    if image.mode == "I" or image.mode.startswith("I;"):
+        deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def read_text(text: str) -> bytes:
     """The bytes behind an http(s) address, a data URL or base64. Raises ValueError."""
-    if text.startswith(("http://", "https://")):
+    if text[:8].lower().startswith(("http://", "https://")):
         return download(text)
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
@@ -140,38 +161,68 @@ def read_text(text: str) -> bytes:
 
 def download(url: str) -> bytes:
     """What an address gives, at most MAX_BYTES. Every hop must lead to a public address. Raises ValueError."""
-    limit = int(os.environ.get("MAX_BYTES", "50000000"))
-    shown = url
+    shown, end = url, time.monotonic() + TIMEOUT
     try:
-        for _ in range(MAX_REDIRECTS + 1):
-            check_public(url)
-            with httpx.stream("GET", url, timeout=TIMEOUT, follow_redirects=False) as response:
-                if response.has_redirect_location:
+        with httpx.Client(timeout=TIMEOUT, trust_env=False) as client:
+            for _ in range(MAX_REDIRECTS + 1):
+                response = client.send(request_to(client, url), stream=True)
+                try:
+                    if not response.has_redirect_location:
+                        return read_answer(response, shown, end)
                     url = urljoin(url, response.headers["Location"])
-                    continue
-                if response.status_code != 200:
-                    raise ValueError(f"{shown} answered {response.status_code}, not with a picture.")
-                content = bytearray()
-                for chunk in response.iter_bytes():
-                    content += chunk
-                    if len(content) > limit:
-                        raise ValueError(f"{shown} gives more than {limit:,} bytes. Send a smaller picture.")
-                return bytes(content)
+                finally:
+                    response.close()
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         raise ValueError(f"{shown} cannot be fetched ({error}). Check the address, or send the bytes.") from error
     raise ValueError(f"{shown} redirects more than {MAX_REDIRECTS} times. Send the address of the picture itself.")
 
 
-def check_public(url: str) -> None:
-    """Raises ValueError for an address inside the endpoint's own network, where requests have no business."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+def request_to(client: httpx.Client, url: str) -> httpx.Request:
+    """A request to the address that was checked: a name that is looked up again may lead elsewhere."""
+    host, address = public_address(url)
+    request = client.build_request("GET", url, headers={"Accept-Encoding": "identity"})
+    request.url = request.url.copy_with(host=f"[{address}]" if ":" in address else address)
+    request.extensions["sni_hostname"] = host  # certificates are held against the name
+    return request
+
+
+def read_answer(response: httpx.Response, shown: str, end: float) -> bytes:
+    """The body as it is sent, so that nothing small unpacks to something large."""
+    limit = int(os.environ.get("MAX_BYTES", "50000000"))
+    if response.status_code != 200:
+        raise ValueError(f"{shown} answered {response.status_code}, not with a picture.")
+    content = bytearray()
+    for chunk in response.iter_raw():
+        content += chunk
+        if len(content) > limit:
+            raise ValueError(f"{shown} gives more than {limit:,} bytes. Send a smaller picture.")
+        if time.monotonic() > end:
+            raise ValueError(f"{shown} takes more than {TIMEOUT} seconds. Send the bytes instead.")
+    return bytes(content)
+
+
+def public_address(url: str) -> tuple[str, str]:
+    """(host, an address of it). Raises ValueError if any of its addresses is inside the endpoint's own network, where
+    requests have no business."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"{url} is not a correct address ({error}).") from error
+    if parts.scheme not in ("http", "https") or not host:
         raise ValueError(f"{url} is not an http(s) address.")
-    if os.environ.get("ALLOW_LOCAL_URLS") == "1":
-        return
-    for entry in socket.getaddrinfo(parts.hostname, parts.port or 80, proto=socket.IPPROTO_TCP):
-        if not ipaddress.ip_address(entry[4][0].split("%")[0]).is_global:
-            raise ValueError(f"{url} leads to {entry[4][0]}, which is not a public address. Send the bytes instead.")
+    found = [entry[4][0].split("%")[0] for entry in socket.getaddrinfo(host, port or 80, proto=socket.IPPROTO_TCP)]
+    for address in found:
+        if not is_public(ipaddress.ip_address(address)) and os.environ.get("ALLOW_LOCAL_URLS") != "1":
+            raise ValueError(f"{url} leads to {address}, which is not a public address. Send the bytes instead.")
+    return host, min(found, key=lambda address: ":" in address)  # not every container has IPv6
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether it is one machine of the open internet, and no IPv6 form of some IPv4 address (6to4, Teredo, NAT64)."""
+    if address.version == 6 and (address not in _GLOBAL_IPV6 or address.sixtofour or address.teredo):
+        return False
+    return address.is_global and not address.is_multicast
 
 
 def to_png(mask: np.ndarray) -> str:
