@@ -2,7 +2,8 @@
 
 Both get the same logits, of one picture each: queries with class scores and masks as a trained model gives them, a few
 sure of an object, some of them duplicates, the rest unsure; a mask is one to three blobs with a rough rim. The pictures
-have 480 x 640 and 1080 x 1920 pixels, resized to a longer side of 1024, masks at a quarter of that.
+have 480 x 640 and 1080 x 1920 pixels, resized to a longer side of 1024, masks at a quarter of that. None
+of them needs padding, which theirs would not cut off.
 
 Ours returns the run lengths of every instance. Theirs is timed in both of its ways, and each speed-up is over the
 faster one:
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--objects", type=int, default=12, help="objects that the model is sure of")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each way")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest-edge", type=int, default=1024, help="longer side of the model's input in pixels")
+    parser.add_argument("--longest-edge", type=int, default=1024, help="longer side of the input, a multiple of 512")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--peak-of", nargs=3, metavar=("WAY", "SIZE", "PERCENT"), help=argparse.SUPPRESS)  # the child
     arguments = parser.parse_args(argv)
@@ -104,7 +106,7 @@ def model_outputs(arguments: argparse.Namespace, size: tuple[int, int]) -> Simpl
 
     generator = torch.Generator().manual_seed(arguments.seed)
     scale = arguments.longest_edge / max(size) / 4
-    height, width = (32 * round(scale * side * 4 / 32) // 4 for side in size)
+    height, width = (8 * math.ceil(scale * side / 8 - 1e-6) for side in size)  # padded to multiples of 32
     queries, objects = arguments.queries, arguments.objects
     sure = torch.arange(queries) < objects
     truth = torch.randint(0, CLASSES, (queries,), generator=generator)

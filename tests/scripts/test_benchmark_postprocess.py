@@ -10,7 +10,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_postprocess.py"
-SMALL = {"queries": 12, "objects": 4, "seed": 0, "longest_edge": 256}
+SMALL = {"queries": 12, "objects": 4, "seed": 0, "longest_edge": 512}
 
 
 @pytest.fixture
