@@ -191,7 +191,8 @@ def test_scripts_have_help_and_commands_that_exist(script, tmp_path):
         used = set(re.findall(r"--[a-z][a-z-]*", command.partition(f"scripts/{script.name}")[2]))
         assert used <= known, f"{command}: no option {sorted(used - known)}"
         for recipe in re.findall(r"--recipe (\w+)(?:\s|$)", command):
-            assert (resources.files("uplvp_hf") / "training" / "recipes" / f"{recipe}.yaml").is_file()
+            rooms = [resources.files("uplvp_hf") / room / "recipes" for room in ("training", "benchmark")]
+            assert any((room / f"{recipe}.yaml").is_file() for room in rooms)
 
 
 def clean_environment() -> dict:
