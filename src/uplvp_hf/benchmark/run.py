@@ -98,8 +98,11 @@ def _work_together(benchmark: Benchmark, folder: Path, jobs: list[Job], workers:
 
 def _worker(benchmark: Benchmark, folder: Path, jobs: list[Job]) -> None:
     import torch
+    from transformers.utils import logging as transformers_logging
 
     torch.set_num_threads(1)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     _work(benchmark, folder, jobs, progress=False)
