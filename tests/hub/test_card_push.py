@@ -13,7 +13,7 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 
 import uplvp_hf
 from uplvp_hf.commands import push
-from uplvp_hf.hub import build_card, prepare_folder
+from uplvp_hf.hub import build_card, check_repo_id, prepare_folder
 
 SUMMARY = {
     "stage": "finetune",
@@ -92,7 +92,7 @@ def test_dry_run_folder_is_complete(model_dir, scenes_dir, tmp_path, capsys):
     assert {"README.md", "config.json", "preprocessor_config.json", "model.safetensors"} <= files
     assert {"assets/example_1.jpg", "assets/example_1_masks.png", "modeling_uplvp.py"} <= files
     assert {"handler.py", "requirements.txt", "LICENSE"} <= files
-    assert "rendered examples" in (output / "README.md").read_text()
+    assert "](assets/example_1_masks.png)" in (output / "README.md").read_text()
     assert not files & {"log.jsonl", "training_summary.json"}
     card = ModelCard.load(output / "README.md")
     assert card.data.widget[0]["src"] in files and card.data.widget[0]["output"]["url"] in files
@@ -219,6 +219,39 @@ def test_a_model_of_transformers_gets_no_code(model_dir, tmp_path):
     assert "trust_remote_code" not in text and "uplvp_hf\n" not in text and 'instance-segmentation", ' not in text
     assert not list(folder.glob("*.py")) and "auto_map" not in (folder / "config.json").read_text()
     assert "custom_code" not in ModelCard.load(folder / "README.md").data.tags
+
+
+def test_examples_of_a_model_of_transformers_are_refused(model_dir, scenes_dir, tmp_path):
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config["segmenter_config"]))
+    with pytest.raises(ValueError, match=r"`mask2former` model of transformers.*Leave them out"):
+        prepare_folder(model_dir, tmp_path / "repository", "user/animals", examples=sorted(scenes_dir.glob("images/*")))
+    assert not (tmp_path / "repository").exists()
+
+
+def test_names_of_classes_do_not_break_the_card(model_dir):
+    config = json.loads((model_dir / "config.json").read_text())
+    name = "cat | dog\n# <b>bold</b>"
+    (model_dir / "config.json").write_text(json.dumps({**config, "id2label": {"0": name}}))
+    summary = {**SUMMARY, "metrics": {"AP": 0.5, "per_class": {name: 0.5}}}
+    (model_dir / "training_summary.json").write_text(json.dumps(summary))
+    text = str(build_card(model_dir, "user/animals"))
+    assert "| cat \\| dog # &lt;b>bold&lt;/b> | 50.0 |" in text and "\ncat \\| dog # &lt;b>bold" in text
+
+
+def test_names_that_the_hub_would_not_take_are_refused_before_it_is_asked():
+    for name in ("x", "../x", "a/b/c", "a/-b", "a/b c", "a/b.git", "a/é", "/b", "a/"):
+        with pytest.raises(ValueError, match="not of the form USER/NAME"):
+            check_repo_id(name)
+    check_repo_id("user/some.model-1_b")
+
+
+def test_files_that_are_no_metrics_are_named(model_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file; `uplvp evaluate` writes it"):
+        build_card(model_dir, "user/animals", metrics_file=tmp_path / "none.json")
+    (tmp_path / "other.json").write_text('{"loss": 1}')
+    with pytest.raises(ValueError, match=r"other\.json: no 'AP', only \['loss'\]"):
+        build_card(model_dir, "user/animals", metrics_file=tmp_path / "other.json")
 
 
 def test_without_code_the_card_asks_for_the_library(model_dir, tmp_path):

@@ -45,14 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _page(arguments: argparse.Namespace) -> None:
-    from uplvp_hf.evaluation import load_segmenter
+    from uplvp_hf.hub.push import load_shown
     from uplvp_hf.hub.space_app import load_app
 
     try:
         app = load_app()
     except ImportError as error:
         raise ValueError(str(error)) from error
-    model, processor = load_segmenter(arguments.app)
+    model, processor = load_shown(arguments.app)
     name = arguments.app.rstrip("/").split("/")[-1]
     page = app.build(model, processor, name)
     page.launch(

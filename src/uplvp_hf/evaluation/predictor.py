@@ -22,12 +22,15 @@ from .processes import gather, gather_errors, place
 METRICS = NAMES
 
 
-def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -> tuple[Any, Any]:
+def load_segmenter(
+    name_or_dir: str, device: str | torch.device | None = None, further: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     """The model, in evaluation mode, and its image processor, from a folder or a Hub repository.
 
     Args:
         name_or_dir: a folder written by `save_pretrained`, or a repository such as `user/name`.
         device: default: the first GPU if there is one, else the CPU.
+        further: model type to class, of models that the caller can use besides trained ones.
 
     Raises:
         FileNotFoundError: if it is neither, or the folder has no `config.json` or `preprocessor_config.json`.
@@ -38,7 +41,7 @@ def load_segmenter(name_or_dir: str, device: str | torch.device | None = None) -
     from uplvp_hf.models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
     from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
-    models = {"uplvp": UplvpForInstanceSegmentation, "mask_rcnn": MaskRcnnForInstanceSegmentation}
+    models = {"uplvp": UplvpForInstanceSegmentation, "mask_rcnn": MaskRcnnForInstanceSegmentation, **(further or {})}
     if os.path.isdir(name_or_dir):
         for needed in ("config.json", "preprocessor_config.json"):
             if not os.path.isfile(os.path.join(name_or_dir, needed)):

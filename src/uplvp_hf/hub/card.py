@@ -11,9 +11,10 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .code_files import OWN_MODELS
-from .run_record import base_model, earlier_stages, public, read_json, settings_yaml, training_rows
+from .run_record import base_model, earlier_stages, plain, public, read_json, settings_yaml, training_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
+EXAMPLE_THRESHOLD = 0.3  # least score of what the pictures with masks show; as the endpoint's default
 HEADLINE = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
 
 
@@ -51,7 +52,7 @@ def build_card(
     summary = read_json(model_dir / "training_summary.json", optional=True)
     if metrics_file is None and (model_dir / "metrics.json").is_file():
         metrics_file = model_dir / "metrics.json"
-    results = _results(repo_id, summary, None if metrics_file is None else read_json(Path(metrics_file)))
+    results = _results(repo_id, summary, metrics_file)
     segmenter = config.get("segmenter_config") or config  # a segmenter alone describes itself
     labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out
     names = [name for _, name in sorted((int(key), name) for key, name in labels.items())]
@@ -66,14 +67,15 @@ def build_card(
         repo_id=repo_id,
         kind=f"{kind} ({architecture})",
         num_classes=len(names),
-        classes=", ".join(names),
+        classes=", ".join(map(plain, names)),
         facts=_facts(architecture, segmenter, processor),
         pretrained_only=pretrained_only,
         remote_code=remote_code,
         native=config.get("model_type") not in OWN_MODELS,
         trust=", trust_remote_code=True" if remote_code else "",
         endpoint=remote_code and not pretrained_only,
-        examples=bool(examples),
+        examples=examples,
+        example_threshold=EXAMPLE_THRESHOLD,
         training=training_rows(summary, read_json(model_dir / "split.json", optional=True)),
         earlier=earlier_stages(summary),
         settings=settings_yaml(summary),
@@ -126,10 +128,11 @@ def _facts(architecture: str, segmenter: dict[str, Any], processor: dict[str, An
     return [(name, value) for name, value in facts if value is not None]
 
 
-def _results(repo_id: str, summary: dict[str, Any], measured: dict[str, Any] | None) -> dict[str, Any] | None:
+def _results(repo_id: str, summary: dict[str, Any], metrics_file: str | os.PathLike | None) -> dict[str, Any] | None:
     """What the card says about accuracy: of `uplvp evaluate` if it was run, else of the training's last evaluation."""
     settings = summary.get("settings") or {}
-    if measured is not None:
+    if metrics_file is not None:
+        measured = read_json(Path(metrics_file), what="`uplvp evaluate` writes it")
         metrics, data, split = measured, measured.get("data"), measured.get("split")
         class_agnostic = bool(measured.get("class_agnostic"))
         origin = "Measured by `scripts/evaluate.py`:"
@@ -142,7 +145,10 @@ def _results(repo_id: str, summary: dict[str, Any], measured: dict[str, Any] | N
     if not metrics:
         return None
     if "AP" not in metrics:
-        raise ValueError(f"The metrics of {repo_id} have no 'AP', only {sorted(metrics)}.")
+        raise ValueError(
+            f"{metrics_file or 'training_summary.json'}: no 'AP', only {sorted(metrics)}. `uplvp evaluate` writes a "
+            "metrics.json that has it."
+        )
     name = "the validation data" if data is None else public(data)
     flags = (f" --split {split}" if split else "") + (" --class-agnostic" if class_agnostic else "")
     return {
@@ -154,7 +160,7 @@ def _results(repo_id: str, summary: dict[str, Any], measured: dict[str, Any] | N
         "names": list(HEADLINE),
         "cells": ["-" if metrics.get(key) is None else f"{100 * metrics[key]:.1f}" for key in HEADLINE],
         "per_class": [
-            (key, "-" if value is None else f"{100 * value:.1f}")
+            (plain(key), "-" if value is None else f"{100 * value:.1f}")
             for key, value in (metrics.get("per_class") or {}).items()
         ],
         "num_images": metrics.get("num_images", "an unknown number of"),

@@ -6,12 +6,15 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ..files import check_model_name, new_folder
-from .card import build_card
+from .card import EXAMPLE_THRESHOLD, build_card
 from .code_files import OWN_MODELS, add_code
 from .errors import hub_errors
 from .run_record import read_json
@@ -46,13 +49,20 @@ def prepare_folder(
 
     Raises:
         FileNotFoundError: if the model folder lacks a file. FileExistsError: if `output` holds something.
-        ValueError: for a `repo_id` that is not USER/NAME, or a link that leads out of the model folder.
+        ValueError: for a `repo_id` that the Hub would not take, a link that leads out of the model folder, or examples
+            for a model of transformers.
     """
     model_dir, output = Path(model_dir), Path(output)
     check_repo_id(repo_id)
     weights = _weights(model_dir)
     config = read_json(model_dir / "config.json")
-    remote_code = remote_code and config.get("model_type") in OWN_MODELS
+    own = config.get("model_type") in OWN_MODELS
+    if examples and not own:
+        raise ValueError(
+            f"{model_dir}: holds a `{config.get('model_type')}` model of transformers; examples are drawn with models "
+            "of this library. Leave them out (`--example`)."
+        )
+    remote_code = remote_code and own
     with new_folder(output) as folder:
         for file in (*weights, model_dir / "config.json", model_dir / "preprocessor_config.json"):
             check_inside(file, model_dir)
@@ -117,6 +127,19 @@ def push_folder(
     return str(commit.commit_url)
 
 
+def load_shown(name: str | os.PathLike) -> tuple[Any, Any]:
+    """(model, image processor) whose results can be drawn: a trained model, or a K-Net or QueryInst by itself.
+
+    Raises what `evaluation.load_segmenter` does; DataError for any other model, as those of transformers.
+    """
+    from uplvp_hf.evaluation import load_segmenter
+    from uplvp_hf.models.modeling_knet import KNetForInstanceSegmentation
+    from uplvp_hf.models.modeling_queryinst import QueryInstForInstanceSegmentation
+
+    alone = {"knet": KNetForInstanceSegmentation, "queryinst": QueryInstForInstanceSegmentation}
+    return load_segmenter(os.fspath(name), further=alone)
+
+
 def check_inside(file: Path, folder: Path) -> None:
     """Raises ValueError for a link, or a name with `..`, that leads out of `folder`."""
     if not file.resolve().is_relative_to(folder.resolve()):
@@ -124,10 +147,13 @@ def check_inside(file: Path, folder: Path) -> None:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises ValueError unless it has the form USER/NAME."""
-    user, _, name = repo_id.partition("/")
-    if not user or not name or "/" in name or any(character.isspace() for character in repo_id):
+    """Raises ValueError unless it has the form USER/NAME, in letters that the Hub takes."""
+    if repo_id.count("/") != 1:
         raise ValueError(f"repo id {repo_id!r} is not of the form USER/NAME.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo id {repo_id!r} is not of the form USER/NAME: {' '.join(str(error).split())}") from error
 
 
 def _weights(model_dir: Path) -> list[Path]:
@@ -163,7 +189,7 @@ def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.Pat
     if not examples:
         return []
     from uplvp_hf.data import InstanceDataset, Row, empty_objects, open_image
-    from uplvp_hf.evaluation import load_segmenter, predict_dataset
+    from uplvp_hf.evaluation import predict_dataset
     from uplvp_hf.evaluation.visualize import draw_instances
 
     rows = []
@@ -181,11 +207,11 @@ def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.Pat
                 objects=empty_objects(),
             )
         )
-    model, processor = load_segmenter(str(model_dir))
+    model, processor = load_shown(model_dir)
     (folder / "assets").mkdir()
     shown = []
     dataset = InstanceDataset(rows, [])
-    for row, result in predict_dataset(model, processor, dataset, threshold=0.3, progress=False):
+    for row, result in predict_dataset(model, processor, dataset, threshold=EXAMPLE_THRESHOLD, progress=False):
         masks = row["file_name"].replace(".jpg", "_masks.png")
         row["image"].save(folder / row["file_name"], quality=90)
         drawn = draw_instances(row["image"], result["rle"], result["labels"], result["scores"], model.config.id2label)

@@ -16,14 +16,14 @@ import yaml
 Rows = list[tuple[str, Any]]
 
 
-def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+def read_json(path: Path, optional: bool = False, what: str = "a model folder holds it") -> dict[str, Any]:
     """The object in a JSON file. Raises FileNotFoundError or ValueError, which name the file."""
     if optional and not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file; a model folder holds it.") from None
+        raise FileNotFoundError(f"{path}: no such file; {what}.") from None
     except ValueError as error:
         raise ValueError(f"{path}: not JSON ({error}).") from None
     if not isinstance(content, dict):
@@ -35,6 +35,11 @@ def public(value: Any) -> str:
     """The last part of a path; anything else as it is."""
     text = str(value)
     return Path(text).name if os.sep in text and not is_repository(text) else text
+
+
+def plain(text: Any) -> str:
+    """A name of somebody's data as text of a card: in one line, without a meaning for Markdown's tables or HTML."""
+    return " ".join(str(text).split()).replace("<", "&lt;").replace("|", "\\|")
 
 
 def is_repository(name: str) -> bool:
@@ -145,7 +150,7 @@ def earlier_stages(summary: dict[str, Any]) -> list[tuple[str, Rows]]:
 def _label_rows(header: dict[str, Any]) -> Rows:
     """Labeler, encoder with the licence of its weights, and vocabulary of a store of pseudo labels."""
     names = header.get("vocabulary") or []
-    shown = ", ".join(map(str, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    shown = ", ".join(map(plain, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     rows = [
         ("Labeler", header.get("labeler")),
         ("Encoder", None if header.get("encoder") is None else public(header["encoder"])),
