@@ -175,7 +175,8 @@ def test_parameter_groups(tiny_segmenter, backbone):
         if "class_predictor" in name:
             continue
         rate = 0.25 if "pixel_level_module.encoder." in name else 1.0
-        embedding = "queries_" in name or name.endswith("transformer_module.level_embed.weight")
+        tables = ("level_embed", "level_embed.weight", "position_embeddings", "relative_position_bias_table")
+        embedding = "queries_" in name or name.endswith(tables)
         expected[id(parameter)] = (rate, 0.0 if parameter.dim() == 1 or embedding else 0.5)
     assert found == expected
     sgd = make_optimizer(model, OptimSettings(optimizer="sgd", momentum=0.8, lr=1.0, backbone_multiplier=0.25))

@@ -36,7 +36,8 @@ def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, determinist
     script = tmp_path / "distributed.py"
     script.write_text(PROCESS + DETERMINISTIC + TRAIN)
     two = ["optim.batch_size=1", "optim.accumulation=3", "log_every=2", f"fsdp={str(spread).lower()}"]
-    on_two_processes(script, recipe, tmp_path / "two", *words, *two)
+    told = on_two_processes(script, recipe, tmp_path / "two", *words, *two)
+    assert "FutureWarning" not in told
     summary = json.loads((tmp_path / "two" / "training_summary.json").read_text())
     assert summary["hardware"].startswith("2 x CPU") and list(summary["evaluations"]) == ["2", "3"]
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5

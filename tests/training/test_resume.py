@@ -221,6 +221,21 @@ def test_a_run_at_a_constant_rate_can_be_made_longer(run, tmp_path, scenes_dir):
     assert list(ended.evaluations) == [6] and ended.steps == 6  # evaluated though nothing was left to train
 
 
+def test_other_pictures_are_refused(run, scenes_dir, tmp_path, monkeypatch):
+    """The order of the pictures depends on how many there are."""
+    shutil.copytree(scenes_dir, tmp_path / "data")
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", f"data.train={tmp_path / 'data'}")
+    file = tmp_path / "data" / "annotations" / "instances.json"
+    content = json.loads(file.read_text())
+    gone = content["images"].pop()["id"]
+    content["annotations"] = [one for one in content["annotations"] if one["image_id"] != gone]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"with 6 training pictures, now `data\.train` has 5.*Restore the data"):
+        run("parts", f"data.train={tmp_path / 'data'}", resume=True)
+
+
 def test_records_of_older_versions_are_filled_with_defaults(run, tmp_path, monkeypatch):
     stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):

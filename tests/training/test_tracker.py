@@ -4,6 +4,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_helpers import log_of, stop_at
 
+from uplvp_hf.training import launch
+from uplvp_hf.training.config import ConfigError
+
 
 def curves(folder) -> dict[str, dict[int, list[float]]]:
     """{name: {step: values}} of what TensorBoard shows."""
@@ -31,6 +34,10 @@ def test_a_resumed_run_continues_its_curves(run, tmp_path, scenes_dir, monkeypat
             assert found[name][step] == pytest.approx([value], rel=1e-6), (name, step)  # once, and the same number
 
 
-def test_an_unknown_tracker_is_refused(run):
-    with pytest.raises(ValueError, match="nothing"):
-        run("run", "tracker=nothing")
+def test_a_tracker_that_is_not_there_is_refused(run, monkeypatch, tmp_path):
+    """Accelerate only warns of one that is not installed, and the run would not be tracked."""
+    monkeypatch.setattr(launch, "get_available_trackers", lambda: ["tensorboard"])
+    for name in ("nothing", "wandb"):
+        with pytest.raises(ConfigError, match=f"`tracker` must be one of tensorboard, got `{name}`"):
+            run("run", f"tracker={name}")
+    assert not (tmp_path / "run").exists()

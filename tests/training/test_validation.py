@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import log_of, stop_at
 
+from uplvp_hf.evaluation.compare import compare_runs
 from uplvp_hf.evaluation.predictor import evaluate_model
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 from uplvp_hf.training import validation
 from uplvp_hf.training.config import ConfigError, load_settings
-from uplvp_hf.training.validation import best_step, evaluation_steps
+from uplvp_hf.training.validation import best_step, evaluation_steps, shown
 
 
 @pytest.mark.parametrize(
@@ -76,6 +77,39 @@ def test_a_surpassed_model_stays_as_long_as_a_checkpoint_goes_back_to_it(run, sc
     assert sorted(path.name for path in (tmp_path / "run").glob("best-*")) == ["best-2", "best-3"]
 
 
+def test_without_checkpoints_only_the_best_model_stays(run, scored, scenes_dir, tmp_path):
+    scored([0.1, 0.2, 0.1, 0.3, 0.0, 0.1])
+    words = [f"data.val={scenes_dir}", "evaluation.every=1", "checkpoint.best=true", "checkpoint.every=0"]
+    assert run("run", *words).model_step == 4
+    assert [path.name for path in (tmp_path / "run").glob("best-*")] == ["best-4"]
+
+
+def test_evaluations_know_how_long_the_training_took(run, scenes_dir, tmp_path):
+    result = run("run", f"data.val={scenes_dir}", "evaluation.every=2", "log_every=1")
+    seconds = [metrics["training_seconds"] for metrics in result.evaluations.values()]
+    assert 0 < seconds[0] < seconds[1] < seconds[2] == pytest.approx(result.seconds, abs=0.001)
+    logged = [line["val_training_seconds"] for line in log_of(tmp_path / "run") if "val_AP" in line]
+    assert logged == seconds
+    points = compare_runs([tmp_path / "run"], axis="seconds").arms[0].points
+    assert [point.x for point in points] == seconds
+    (tmp_path / "run" / "training_summary.json").unlink()  # as if it were still running
+    points = compare_runs([tmp_path / "run"], axis="seconds").arms[0].points
+    assert [point.x for point in points] == seconds
+
+
+def test_settings_without_pictures_to_evaluate_on_are_reported(run, caplog):
+    assert not run("run", "evaluation.every=2", "optim.steps=1").evaluations
+    assert [r.message for r in caplog.records if "`data.val` is not set: nothing is evaluated" in r.message]
+    caplog.clear()
+    run("other", "optim.steps=1")
+    run("batch", "evaluation.every=2", "optim.steps=1", "overfit_one_batch=true")
+    assert "data.val" not in caplog.text
+
+
+def test_nothing_to_find_is_a_dash():
+    assert shown({"AP": None, "AP50": 0.1234}) == "AP -  AP50 12.3"
+
+
 def test_a_resumed_run_knows_its_best_model(run, scored, scenes_dir, tmp_path, monkeypatch):
     words = [f"data.val={scenes_dir}", "evaluation.every=1", "checkpoint.best=true"]
     seen = scored([0.1, 0.5, 0.9, 0.3, 0.2, 0.2, 0.1])
@@ -116,6 +150,7 @@ def test_the_average_is_what_is_evaluated(run, scored, scenes_dir, tmp_path):
         (["evaluation.patience=2", "evaluation.every=3"], "`evaluation.patience` needs"),
         (["evaluation.patience=2", "data.val=x"], "`evaluation.patience` needs"),
         (["evaluation.every_epochs=0"], "above 0"),
+        (["evaluation.at=[5, 0]"], "`evaluation.at` must be at least 1, got 0"),
         (["evaluation.backend=fast"], "`evaluation.backend` must be one of"),
         (["optim.ema=1"], "optim.ema is a decay"),
         (["optim.epochs=0"], "optim.epochs must be above 0"),

@@ -12,7 +12,14 @@ _EPILOG = """settings:
   Any setting of a recipe can be overridden by section.key=value, for example
     data.train=runs/labels  data.val=photos/val.json  optim.steps=500  optim.lr=1e-3  model.init=runs/pretrain
   Sections: data, model, optim, evaluation, checkpoint (see docs/training.md). Without a recipe the
-  defaults of that file hold; shipped recipes are in uplvp_hf/training/recipes.
+  defaults of that file hold.
+
+recipes:
+  YAML files of settings. --recipe can be given several times, the later one wins key by key, and words win
+  over all of them; `base: NAME` (or a list) in a file names the recipes that it builds on. A name is a file, or
+  a shipped recipe of uplvp_hf/training/recipes, for example
+    --recipe one_gpu_pretrain --recipe parts/queryinst_r50
+    --recipe paper/knet_coco10_finetune --recipe paper/init_densecl
 """
 
 
@@ -64,11 +71,12 @@ def _train(stage: str, arguments: argparse.Namespace) -> None:
         return
 
     from uplvp_hf.training.loop import train
+    from uplvp_hf.training.validation import shown
 
     result = train(settings, resume=arguments.resume, progress=not arguments.quiet)
     if not is_main_process():
         return
     for step, metrics in sorted(result.evaluations.items()):
-        print(f"step {step}: AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
+        print(f"step {step}: {shown(metrics)}")
     which = f", of step {result.model_step}" if result.model_step != result.steps else ""
     print(f"{result.steps} steps in {result.seconds:.0f} s. Model{which}: {settings.output}")

@@ -47,10 +47,13 @@ class Run:
         return self.seed, self.settings.get("data.split_seed"), fold and fold[1]
 
     def x(self, step: int, axis: str) -> float:
-        """Place of `step` on an axis of `X_AXES`. Seconds count training alone, in proportion to the steps."""
+        """Place of `step` on an axis of `X_AXES`. Seconds count training alone: those recorded with an evaluation, else
+        in proportion to the steps."""
         if axis == "steps":
             return float(step)
         last = max(self.evaluations)
+        if axis == "seconds" and "training_seconds" in self.evaluations.get(step, {}):
+            return self.evaluations[step]["training_seconds"]
         factor = self.epochs_a_step if axis == "epochs" else self.seconds and self.seconds / last
         if factor is None:
             raise CompareError(f"{self.folder} does not record its {axis} (is it finished?): choose --x steps.")
@@ -99,7 +102,9 @@ def _unfinished(folder: Path) -> Run:
         numbers = {key.removeprefix("val_"): value for key, value in line.items() if key.startswith("val_")}
         if numbers:
             evaluations[int(line["step"])] = numbers
-    return Run(folder, _flat(_json(folder / "settings.json")), evaluations, None, split=_split(folder))
+    seconds = evaluations[max(evaluations)].get("training_seconds") if evaluations else None
+    settings = _flat(_json(folder / "settings.json"))
+    return Run(folder, settings, evaluations, None, seconds=seconds, split=_split(folder))
 
 
 def _split(folder: Path) -> str | None:

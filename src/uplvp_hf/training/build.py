@@ -112,6 +112,9 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
             f"safetensors file) or `model.init` (a checkpoint), or leave `model.{frozen}` out."
         )
     model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
+    unused = _for_queries(settings.model) if settings.stage == "finetune" else []
+    if unused:
+        logger.warning("Without effect in fine-tuning, as they are about prompts: %s.", ", ".join(unused))
     if settings.stage == "pretrain" and settings.model.text_features is not None:
         features, names = _text_features(settings.model.text_features)
         try:
@@ -189,6 +192,12 @@ def _method(model: ModelSettings) -> dict:
     return given
 
 
+def _for_queries(model: ModelSettings) -> list[str]:
+    """Settings of the pre-training of queries that were given, as words of a message."""
+    names = sorted({*_METHOD, "text_features"} - {"class_agnostic"})
+    return [f"`model.{name}`" for name in names if getattr(model, name) is not None]
+
+
 def _text_features(path: str) -> tuple[torch.Tensor, list[str]]:
     """Embeddings (classes, channels) of class names, and the names, from a safetensors file."""
     try:
@@ -204,8 +213,7 @@ def _check_baseline(settings: TrainSettings) -> None:
             "A `mask_rcnn` has no queries, so it cannot be pre-trained with prompts: fine-tune it from a backbone "
             "(`model.backbone_weights`), or pre-train a mask2former, knet or queryinst."
         )
-    names = sorted({*_METHOD, "text_features"} - {"class_agnostic"})
-    given = [f"`model.{name}`" for name in names if getattr(settings.model, name) is not None]
+    given = _for_queries(settings.model)
     if given:
         raise ConfigError(f"A `mask_rcnn` has no queries: leave out {', '.join(given)}.")
 

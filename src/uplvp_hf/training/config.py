@@ -275,6 +275,7 @@ def _check_optim(optim: OptimSettings) -> None:
 def _check_evaluation(evaluation: EvaluationSettings, data: DataSettings) -> None:
     choice("evaluation.backend", evaluation.backend, ("streaming", "pycocotools", "hotcoco", "faster_coco_eval"))
     at_least("evaluation.batch_size", evaluation.batch_size, 1)
+    at_least("evaluation.at", min(evaluation.at, default=1), 1)
     at_least("evaluation.every", evaluation.every, 0)
     at_least("evaluation.patience", evaluation.patience, 0)
     if evaluation.every_epochs is not None and evaluation.every_epochs <= 0:

@@ -8,17 +8,21 @@ import platform
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 
 from .config import ConfigError, TrainSettings
+from .settings_file import choice
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
     """Accelerate for a run with these settings.
 
-    Raises ConfigError where `accelerate launch` was told to spread the model itself (`fsdp=true` does that here), and
-    for float16 on the CPU.
+    Raises ConfigError where `accelerate launch` was told to spread the model itself (`fsdp=true` does that here), for
+    float16 on the CPU, and for a tracker that is not installed.
     """
+    if settings.tracker:
+        choice("tracker", settings.tracker, tuple(sorted(str(one) for one in get_available_trackers())))
     AcceleratorState._reset_state()  # another run of this Python process may have had another precision
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,

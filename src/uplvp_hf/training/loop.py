@@ -41,6 +41,7 @@ from .checkpoint import (
 from .config import ConfigError, TrainingAborted, TrainSettings
 from .freezing import training_mode
 from .launch import hardware, make_accelerator
+from .norm_statistics import NormStatistics
 from .one_batch import describe_one_batch, on_one_batch, report_one_batch
 from .optim import learning_rate_factor, make_optimizer, pictures_per_step, with_steps
 from .output import check_output, claim_output, summary
@@ -58,10 +59,11 @@ logger = logging.getLogger(__name__)
 class TrainResult:
     """What a run ends with.
 
-    evaluations: step -> the numbers of `evaluate_model`; seconds: training steps only; steps: updates up to the end,
-    the following ones included; skipped: those left out because something was not finite; overflows: those left out
-    because gradients overflowed float16, which lowers the scale of the loss; model_step: the step that the model is
-    of, an earlier one than `steps` with `checkpoint.best`; losses: the total in the first and last line of the log.
+    evaluations: step -> the numbers of `evaluate_model`, and `training_seconds` up to there; seconds: training steps
+    only; steps: updates up to the end, the following ones included; skipped: those left out because something was not
+    finite; overflows: those left out because gradients overflowed float16, which lowers the scale of the loss;
+    model_step: the step that the model is of, an earlier one than `steps` with `checkpoint.best`; losses: the total in
+    the first and last line of the log.
     """
 
     model: UplvpPreTrainedModel
@@ -112,6 +114,7 @@ class _Run:
         self.weights = RunWeights(settings, accelerator, model)
         self.model, self.plain = self.weights.wrapped, self.weights.plain
         self.optimizer = make_optimizer(self.plain, settings.optim)
+        self.statistics = NormStatistics(self.plain)
         self.result = TrainResult(self.plain, self.processor)
         self.scaler = getattr(accelerator, "scaler", None)
         self.means = LossMeans(accelerator)
@@ -187,6 +190,7 @@ class _Run:
         normalizers = effective_normalizers(self.plain, self.accelerator, micro_batches)
         totals: dict[str, torch.Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
+        self.statistics.keep()
         finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         with CostWatch() as costs:
             for index, batch in enumerate(micro_batches):
@@ -244,6 +248,7 @@ class _Run:
 
     def _skip(self, step: int, micro_batches: list[dict]) -> None:
         self.result.skipped += 1
+        self.statistics.restore()
         ids = gather_object([identity for batch in micro_batches for identity in batch["image_ids"]])
         if self.result.skipped == 1 and self.accelerator.is_main_process:
             logger.warning(
@@ -256,8 +261,8 @@ class _Run:
             )
 
     def _evaluate(self, step: int) -> None:
-        metrics = self.validation.run(step, self.weights, self.result.evaluations)
-        self.log.write(step, {f"val_{key}": metrics[key] for key in ("AP", "AP50", "AP75")})
+        metrics = self.validation.run(step, self.weights, self.result)
+        self.log.write(step, {f"val_{key}": metrics[key] for key in ("AP", "AP50", "AP75", "training_seconds")})
 
     def _report(self, step: int, bar: tqdm) -> None:
         """Means over the steps since the last line that were not skipped."""
@@ -281,6 +286,7 @@ class _Run:
             "evaluations": {str(key): value for key, value in result.evaluations.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "pictures_per_step": self._pictures_per_step(),
+            "pictures": len(self.samples),
             "processes": accelerator.num_processes,
         }
         tensors = {"optimizer": optimizer_tensors(self.plain, self.optimizer)}
@@ -321,9 +327,15 @@ class _Run:
         return state["step"]
 
     def _check_resumed(self, path: Path, state: dict) -> None:
-        """Raises ConfigError when the checkpoint lies beyond the end, or steps have another number of pictures."""
+        """Raises ConfigError when the checkpoint lies beyond the end, or the data or a step have other pictures."""
         if state["step"] > self.settings.optim.steps:
             raise ConfigError(f"{path} is beyond optim.steps={self.settings.optim.steps}, where the run is to end.")
+        before, now = state.get("pictures", len(self.samples)), len(self.samples)  # older versions did not record it
+        if before != now:
+            raise ConfigError(
+                f"The run was started with {before} training pictures, now `data.train` has {now}: the order of the "
+                "pictures would be another. Restore the data, or start again in another folder."
+            )
         before, now = state["pictures_per_step"], self._pictures_per_step()
         if before != now:
             raise ConfigError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from .config import TrainSettings
+from .config import EvaluationSettings, TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +20,8 @@ def on_one_batch(settings: TrainSettings) -> TrainSettings:
         settings.data, scale_range=[1.0, 1.0], short_edges=edges and edges[-1:], flip=0.0, color_jitter=0.0, rotate=0.0,
         copy_paste=0.0, val=None,
     )  # fmt: skip
-    evaluation = dataclasses.replace(settings.evaluation, patience=0)
     checkpoint = dataclasses.replace(settings.checkpoint, every=0, best=False)
-    return dataclasses.replace(settings, data=data, evaluation=evaluation, checkpoint=checkpoint)
+    return dataclasses.replace(settings, data=data, evaluation=EvaluationSettings(), checkpoint=checkpoint)
 
 
 def describe_one_batch(image_ids: list, settings: TrainSettings) -> None:

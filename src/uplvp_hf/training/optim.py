@@ -16,7 +16,8 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
     """Four groups at most: {backbone, rest} x {decay, no decay}. Norms, embeddings and biases are not decayed.
 
-    The released Mask2Former recipes do so.
+    The released Mask2Former recipes do so. Embeddings that are no `nn.Embedding` (of levels and positions, tables of
+    relative positions, class tokens) are told by their names: what is decayed is called `weight` in every layer.
     """
     undecayed = {
         id(parameter)
@@ -26,9 +27,9 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
     }
     backbone = {id(parameter) for parameter in model.segmenter.backbone.parameters()}
     groups: dict[tuple[bool, bool], list] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = id(parameter) not in undecayed and parameter.dim() > 1
+            decayed = id(parameter) not in undecayed and parameter.dim() > 1 and name.endswith("weight")
             groups.setdefault((id(parameter) in backbone, decayed), []).append(parameter)
     return [
         {

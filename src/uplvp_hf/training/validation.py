@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
@@ -19,11 +20,17 @@ from .config import TrainSettings
 from .optim import pictures_per_step
 from .weights import RunWeights
 
+if TYPE_CHECKING:
+    from .loop import TrainResult
+
 logger = logging.getLogger(__name__)
 
 
 class Validation:
-    """Evaluates a run on the rows of `data.val`; `evaluations` of its methods: step -> metrics, so far."""
+    """Evaluates a run on the rows of `data.val`; `evaluations` of its methods: step -> metrics, so far.
+
+    Without rows nothing is evaluated, with a warning when the settings say when to.
+    """
 
     def __init__(
         self,
@@ -37,17 +44,21 @@ class Validation:
         self.settings, self.accelerator, self.processor = settings, accelerator, processor
         self.rows, self.progress, self.output = rows, progress, Path(settings.output)
         self.steps = evaluation_steps(settings, pictures, accelerator.num_processes) if rows is not None else set()
+        wanted = settings.evaluation
+        if rows is None and (wanted.at or wanted.every or wanted.every_epochs) and accelerator.is_main_process:
+            logger.warning("`data.val` is not set: nothing is evaluated, whatever the settings of `evaluation` say.")
 
-    def run(self, step: int, weights: RunWeights, evaluations: dict[int, dict]) -> dict:
-        """Evaluates after `step`, adds the metrics to `evaluations` and keeps the model if it is the best so far."""
+    def run(self, step: int, weights: RunWeights, result: TrainResult) -> dict:
+        """Evaluates after `step`, adds the metrics to `result` and keeps the model if it is the best so far."""
         with weights.in_use() as model:
-            metrics = self._evaluate(model)
-            evaluations[step] = metrics
-            if self.settings.checkpoint.best and best_step(evaluations) == step and self.accelerator.is_main_process:
+            metrics = {**self._evaluate(model), "training_seconds": round(result.seconds, 3)}
+            result.evaluations[step] = metrics
+            best = self.settings.checkpoint.best and best_step(result.evaluations) == step
+            if best and self.accelerator.is_main_process:
                 self._keep(step, model, metrics)
+                self.prune(result.evaluations)
         if self.accelerator.is_main_process:
-            numbers = "  ".join(f"{key} {100 * (metrics[key] or 0):.1f}" for key in ("AP", "AP50"))
-            tqdm.write(f"{self.output.name}, step {step}: {numbers}")
+            tqdm.write(f"{self.output.name}, step {step}: {shown(metrics)}")
         return metrics
 
     def _evaluate(self, model: UplvpPreTrainedModel) -> dict:
@@ -122,6 +133,12 @@ def evaluation_steps(settings: TrainSettings, pictures: int, processes: int) -> 
 def best_step(evaluations: dict[int, dict]) -> int:
     """The step of best AP; of equal ones the first."""
     return max(evaluations, key=lambda step: (_score(evaluations[step]), -step))
+
+
+def shown(metrics: dict) -> str:
+    """AP and AP50 in per cent, as they are printed; a dash where there was nothing to find."""
+    numbers = ((key, metrics[key]) for key in ("AP", "AP50"))
+    return "  ".join(f"{key} {'-' if value is None else f'{100 * value:.1f}'}" for key, value in numbers)
 
 
 def evaluates_agnostic(settings: TrainSettings) -> bool:

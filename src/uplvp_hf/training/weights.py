@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,7 +29,7 @@ class RunWeights:
         self.spread = settings.fsdp and accelerator.num_processes > 1
         self._whole = copy.deepcopy(model) if self.spread else None
         model.to(accelerator.device)
-        self.wrapped = shard(model, accelerator.device) if self.spread else accelerator.prepare_model(model)
+        self.wrapped = shard(model, accelerator.device) if self.spread else _wrapped(model, accelerator)
         self.plain = accelerator.unwrap_model(self.wrapped)
         self.average = WeightAverage(self.plain, settings.optim.ema) if settings.optim.ema else None
 
@@ -87,3 +88,11 @@ class RunWeights:
         if self.accelerator.num_processes > 1:
             for buffer in self.plain.buffers():
                 torch.distributed.broadcast(buffer, 0)
+
+
+def _wrapped(model: UplvpPreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+    """The model within DistributedDataParallel, or by itself when there is one process."""
+    with warnings.catch_warnings():
+        # Accelerate knows the option under its old name only, and torch warns of the name.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        return accelerator.prepare_model(model)
