@@ -47,6 +47,7 @@ class LocalHub:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.leaks: list[str] = []
+        self.ranges: list[str | None] = []  # `Range` of every request for the content of a large file
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)

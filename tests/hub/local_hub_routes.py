@@ -311,6 +311,8 @@ class Routes:
     def _cdn(self, oid):
         if self.headers.get("Authorization"):
             self.hub.leaks.append(self.headers["Authorization"])
+        if self.command == "GET":
+            self.hub.ranges.append(self.headers.get("Range"))
         return self._ranged(self.hub.large[oid], {"ETag": f'"{oid}"', "Accept-Ranges": "bytes"})
 
     def _ranged(self, content: bytes, headers: dict[str, str]):

@@ -178,37 +178,48 @@ sys.meta_path.insert(0, Hidden())
 from PIL import Image
 from transformers import pipeline
 
-segmenter = pipeline("image-segmentation", sys.argv[1], trust_remote_code=True)
-found = segmenter(Image.new("RGB", (90, 50), (90, 120, 30)), threshold=0.0, overlap_mask_area_threshold=0.0)
-assert type(segmenter.model).__name__ == sys.argv[2], type(segmenter.model)
-assert type(segmenter.image_processor).__name__ == "UplvpImageProcessor", type(segmenter.image_processor)
-assert found and all(entry["mask"].size == (90, 50) for entry in found), found
+for name in sys.argv[1:]:
+    segmenter = pipeline("image-segmentation", name, trust_remote_code=True)
+    found = segmenter(Image.new("RGB", (90, 50), (90, 120, 30)), threshold=0.0, overlap_mask_area_threshold=0.0)
+    assert type(segmenter.model).__name__ == f"{name}ForInstanceSegmentation", type(segmenter.model)
+    assert type(segmenter.image_processor).__name__ == "UplvpImageProcessor", type(segmenter.image_processor)
+    assert found and all(entry["mask"].size == (90, 50) for entry in found), found
 """
 
 
+@pytest.fixture
+def segmenter_alone(tiny_segmenter, tmp_path):
+    """Saves a tiny K-Net or QueryInst of two classes; returns its folder."""
+
+    def save(name):
+        folder = tmp_path / f"{name}_model"
+        config = getattr(uplvp_hf, f"{name}Config")(
+            backbone_config=tiny_segmenter()["backbone_config"], id2label={0: "cat", 1: "dog"}, **SMALL[name]
+        )
+        getattr(uplvp_hf, f"{name}ForInstanceSegmentation")(config).save_pretrained(folder)
+        uplvp_hf.UplvpImageProcessor(size={"longest_edge": 64}).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+COMMON = {"hidden_size": 16, "num_attention_heads": 2, "num_queries": 6, "num_stages": 1, "intermediate_size": 16}
+SMALL = {
+    "KNet": {**COMMON, "norm_groups": 4},
+    "QueryInst": {**COMMON, "dynamic_channels": 4, "num_mask_layers": 1},
+}
+
+
 @pytest.mark.slow
-def test_folder_works_without_the_library(model_dir, tmp_path):
-    loads_without_the_library(model_dir, tmp_path, "UplvpForInstanceSegmentation")
-
-
-def loads_without_the_library(model_dir, tmp_path, name):
-    folder = prepare_folder(model_dir, tmp_path / "repository", "user/animals")
+def test_segmenters_alone_are_pushed_as_what_they_are(segmenter_alone, scenes_dir, tmp_path):
+    example = sorted((scenes_dir / "images").iterdir())[0]
+    for name in SMALL:
+        folder = prepare_folder(segmenter_alone(name), tmp_path / name, "user/animals", examples=[example])
+        card = ModelCard.load(folder / "README.md")
+        assert name.lower() in card.data.tags and "cat, dog" in card.text and "unknown" not in card.text
+        assert (folder / card.data.widget[0]["output"]["url"]).is_file()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    subprocess.run([sys.executable, "-c", REMOTE, str(folder), name], check=True, env=environment, timeout=300)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["KNet", "QueryInst"])
-def test_a_segmenter_alone_is_pushed_as_what_it_is(name, tiny_segmenter, tmp_path):
-    small = {"hidden_size": 16, "num_attention_heads": 2, "num_queries": 6, "num_stages": 1, "intermediate_size": 16}
-    small |= {"norm_groups": 4} if name == "KNet" else {"dynamic_channels": 4, "num_mask_layers": 1}
-    backbone = tiny_segmenter()["backbone_config"]
-    config = getattr(uplvp_hf, f"{name}Config")(backbone_config=backbone, id2label={0: "cat"}, **small)
-    getattr(uplvp_hf, f"{name}ForInstanceSegmentation")(config).save_pretrained(tmp_path / "model")
-    uplvp_hf.UplvpImageProcessor(size={"longest_edge": 64}).save_pretrained(tmp_path / "model")
-    loads_without_the_library(tmp_path / "model", tmp_path, f"{name}ForInstanceSegmentation")
-    card = ModelCard.load(tmp_path / "repository" / "README.md")
-    assert name.lower() in card.data.tags and "cat" in card.text and "unknown" not in card.text
+    subprocess.run([sys.executable, "-c", REMOTE, *SMALL], check=True, env=environment, timeout=300, cwd=tmp_path)
 
 
 def test_a_model_of_transformers_gets_no_code(model_dir, tmp_path):
