@@ -102,3 +102,18 @@ def test_masks_without_classes_are_refused(tmp_path):
     folder = saved(tmp_path, datasets.List({"segmentation": POLYGONS, "kind": NUMBER}), [[]])
     with pytest.raises(DataError, match=r"have no class, only \['kind', 'segmentation'\]"):
         load_dataset_rows(folder)
+
+
+def test_lists_that_do_not_fit_together(tmp_path):
+    feature = {"segmentation": datasets.List(POLYGONS), "category": datasets.List(NUMBER)}
+    feature["score"] = datasets.List(datasets.Value("float64"))
+    rows = [
+        {"segmentation": [POLYGON, POLYGON], "category": [3], "score": [0.5, 0.5]},
+        {"segmentation": [POLYGON, POLYGON], "category": [3, 3], "score": [0.5, None]},
+    ]
+    dataset = load_dataset_rows(saved(tmp_path, feature, rows))
+    with pytest.raises(DataError, match=r"image id 0: the lists .*'segmentation': 2, 'category': 1, 'score': 2"):
+        dataset[0]
+    assert dataset[1]["objects"]["score"] == [0.5, 1.0]
+    broken = check_dataset(lambda: dataset)["broken"]
+    assert len(broken) == 1 and broken[0]["row"] == "image id 0"

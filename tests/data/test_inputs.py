@@ -180,3 +180,10 @@ def test_names_that_are_no_text_are_listed(folder):
     assert len(dataset) == 3
     assert dataset.failures[0]["reason"] == "its name is no UTF-8 text; rename it"
     assert dataset.failures[0]["file"].encode().endswith(b"bad\\udcff.png")
+
+
+def test_a_format_that_the_path_does_not_have(folder):
+    (folder / "x.json").write_text("{}")
+    for path in (folder, folder / "x.json"):
+        with pytest.raises(DataError, match=r"is no Parquet file.*Choose another `format`"):
+            load_dataset_rows(path, format="datasets")

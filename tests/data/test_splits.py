@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from uplvp_hf.data import DataError, InstanceDataset, Row, empty_objects, load_dataset_rows, sample_labels_per_class
+from uplvp_hf.data.splits import Contents, SplitSpec, draw
 
 
 def dataset_of(classes_per_picture, crowd=()):
@@ -71,3 +72,11 @@ def test_on_real_labels(coco_sample):
     assert present == {c for k in indices for c in dataset[k]["objects"]["category_id"]} and len(indices) <= len(
         present
     )
+
+
+def test_a_class_without_pictures_is_named_with_what_can_be_done():
+    contents = Contents([[1], [1]], {1: "cat", 2: "dog"}, "set")
+    with pytest.raises(DataError, match=r"set: class 'dog' is in 0 pictures, .* Remove the class .*--allow-fewer"):
+        draw(contents, SplitSpec("pictures", 1))
+    with pytest.raises(DataError, match=r"class 'cat' has 2 instances, 3 were asked for\. Ask for at most 2, or"):
+        draw(contents, SplitSpec("shot", 3))

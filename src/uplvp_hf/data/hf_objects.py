@@ -144,11 +144,15 @@ class _Columns:
     ids: dict[Any, int]
 
     def read(self, value: Any, height: int, width: int, where: str) -> Objects:
-        """Objects that cannot be used are left out, each with a DataWarning."""
+        """Objects that cannot be used are left out, each with a DataWarning. Raises DataError for lists of unequal
+        length, of which nobody knows what belongs together."""
         if not value or not (height and width):
             return empty_objects()
         if isinstance(value, dict):
             names = [name for name in ("segmentation", self.category, self.crowd, self.score) if name]
+            lengths = {name: len(value[name]) for name in names}
+            if len(set(lengths.values())) > 1:
+                raise DataError(f"the lists of 'objects' are of unequal length: {lengths}", file=self.source, row=where)
             entries = [dict(zip(names, parts)) for parts in zip(*(value[name] for name in names))]
         else:
             entries = value
@@ -168,7 +172,8 @@ class _Columns:
         objects = objects_of([cleaned[1] for cleaned, _ in kept], category_ids, crowds)
         objects["segmentation"] = [cleaned[0] for cleaned, _ in kept]
         if self.score:
-            objects["score"] = [float(entry[self.score]) for _, entry in kept]
+            scores = [entry[self.score] for _, entry in kept]
+            objects["score"] = [1.0 if score is None else float(score) for score in scores]
         return objects
 
 

@@ -92,7 +92,7 @@ def is_saved_dataset(path: str) -> bool:
     """Whether a path is a Parquet file, a folder of them, or what `save_to_disk` of `datasets` wrote; a pseudo-label
     store stays one when it was exported into its own folder."""
     if os.path.isfile(path):
-        return path.lower().endswith(".parquet")
+        return bool(_parquet_files(path))
     is_store = os.path.isfile(os.path.join(path, "header.json"))
     return not is_store and bool(_was_saved_to_disk(path) or _parquet_files(path))
 
@@ -103,7 +103,7 @@ def _was_saved_to_disk(path: str) -> bool:
 
 def _parquet_files(path: str) -> list[str]:
     if os.path.isfile(path):
-        return [path]
+        return [path] if path.lower().endswith(".parquet") else []
     names = sorted(name for name in os.listdir(path) if name.endswith(".parquet") and not name.startswith("."))
     return [os.path.join(path, name) for name in names]
 
@@ -168,6 +168,9 @@ def _load(source: str, split: str | None, config: str | None, streaming: bool) -
         return data.to_iterable_dataset() if streaming else data
     if os.path.exists(source):
         _refuse_config(source, config)
+        if not _parquet_files(source):
+            reason = "is no Parquet file, no folder of them, and was not written by `save_to_disk`"
+            raise DataError(reason, file=source, remedy="Choose another `format`.")
         data = datasets.load_dataset("parquet", data_files=_parquet_files(source), streaming=streaming)
         return _choose_split(data, split, source)
     try:

@@ -154,10 +154,11 @@ def _check_enough(contents: Contents, available: dict[int, int], spec: SplitSpec
         if available[category_id] < spec.amount and not spec.allow_fewer:
             number = available[category_id]
             there = f"is in {number} pictures" if spec.kind == "pictures" else f"has {number} instances"
+            other = f"Ask for at most {number}" if number else "Remove the class from the categories"
             raise DataError(
                 f"class {name!r} {there}, {spec.amount:g} were asked for",
                 file=contents.source or None,
-                remedy=f"Ask for at most {number}, or pass allow_fewer=True.",
+                remedy=f"{other}, or take fewer of it: `uplvp data split --allow-fewer`, allow_fewer=True in Python.",
             )
 
 
