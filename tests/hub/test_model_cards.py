@@ -4,12 +4,14 @@ import ast
 import importlib
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from uplvp_hf.commands import label
 from uplvp_hf.training.config import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,8 @@ def test_snippets_name_what_exists(file):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), code
+    for line in re.findall(r"^uplvp label (.+)$", text, re.MULTILINE):
+        assert label.build_parser().parse_args(shlex.split(line)).output
     words = re.findall(r"--recipe (\S+)", text)
     assert words
     for recipe, stage in zip(words, ["pretrain", "finetune"], strict=False):
