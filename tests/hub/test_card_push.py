@@ -240,6 +240,13 @@ def test_examples_of_a_model_of_transformers_are_refused(model_dir, scenes_dir, 
     assert not (tmp_path / "repository").exists()
 
 
+def test_nothing_is_said_of_queries_that_a_model_has_not(model_dir):
+    assert "12 queries: no more" in str(build_card(model_dir, "user/animals"))
+    (model_dir / "config.json").write_text(json.dumps({"model_type": "mask_rcnn", "id2label": {"0": "cat"}}))
+    text = str(build_card(model_dir, "user/animals"))
+    assert "queries" not in text and "background.\n- Pictures are scaled to 64" in text
+
+
 def test_names_of_classes_do_not_break_the_card(model_dir):
     config = json.loads((model_dir / "config.json").read_text())
     name = "cat | dog\n# <b>bold</b>"

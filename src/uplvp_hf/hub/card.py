@@ -80,7 +80,7 @@ def build_card(
         earlier=earlier_stages(summary),
         settings=settings_yaml(summary),
         results=results,
-        num_queries=segmenter.get("num_queries", "A fixed number of"),
+        num_queries=segmenter.get("num_queries"),
         size=_size_text(processor.get("size") or {}),
     )
 
