@@ -113,3 +113,13 @@ def test_without_comparisons_across_classes():
     with pytest.raises(ValueError, match="different classes were not compared"):
         quick.compute(details=True)
     assert quick.compute() == whole.compute()
+
+
+@pytest.mark.parametrize("counts", ["zzzz~", "a", "", "1P", b"11a", "1 1"])
+def test_malformed_run_lengths_are_refused(counts):
+    good = random_rle(np.random.default_rng(0), 20, 30)[0]
+    reference = {"image_id": 4, "category_id": [1], "segmentation": [good]}
+    masks = [good, {"size": good["size"], "counts": counts}]
+    bad = {"image_id": 4, "scores": [0.5] * 2, "labels": [1] * 2, "rle": masks}
+    with pytest.raises(ValueError, match="Picture 4: the counts of an RLE are malformed or cut off"):
+        CocoMaskMap().add(prediction=bad, reference=reference)

@@ -51,6 +51,7 @@ Examples:
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALL_POINTS = np.linspace(0.0, 1.0, 101)
 MAX_DETECTIONS = 100
+_CODES = bytes(range(48, 112))  # characters of compressed run lengths; from 80 on another one follows
 AREA_RANGES = {"all": (0, 1e10), "S": (0, 32**2), "M": (32**2, 96**2), "L": (96**2, 1e10)}
 
 
@@ -231,8 +232,8 @@ class Curves:
 def check_picture(prediction: dict, reference: dict) -> tuple[list[dict], list[dict], np.ndarray, np.ndarray]:
     """Detected masks, true masks (compressed RLEs), crowd flags and areas of the latter, after checks.
 
-    Raises ValueError, naming the picture, for unequal lengths, masks that are no RLE or differ in size, and scores that
-    are not finite.
+    Raises ValueError, naming the picture, for unequal lengths, masks that are no RLE, whose text is malformed or that
+    differ in size, and scores that are not finite.
     """
     image_id, found, truth = reference["image_id"], prediction["rle"], reference["segmentation"]
     if prediction["image_id"] != image_id:
@@ -262,6 +263,10 @@ def _compressed(rle: Any, image_id: Any) -> dict:
     if not isinstance(rle, dict) or "counts" not in rle or "size" not in rle:
         raise ValueError(f"Picture {image_id!r}: masks must be COCO RLE with 'size' and 'counts', not {type(rle)}.")
     if isinstance(rle["counts"], (str, bytes)):
+        codes = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
+        # pycocotools reads past the end of such text. That runs fill their mask would take longer to check.
+        if not codes or codes.translate(None, _CODES) or codes[-1] >= 80:
+            raise ValueError(f"Picture {image_id!r}: the counts of an RLE are malformed or cut off.")
         return rle
     return coco_mask.frPyObjects({"size": list(rle["size"]), "counts": list(rle["counts"])}, *rle["size"])
 
