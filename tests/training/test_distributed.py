@@ -27,47 +27,67 @@ from uplvp_hf.training.config import ConfigError, load_settings
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spread", [False, True], ids=["ddp", "fsdp"])
-def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, deterministic, tmp_path, scenes_dir, spread):
-    """DistributedDataParallel raises at the second update if a parameter got no gradient."""
+def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, deterministic, tmp_path, scenes_dir):
+    """With whole and with spread weights. DistributedDataParallel raises at the second update if a parameter got no
+    gradient."""
     words = [*DESCENT, "optim.ema=0.9", "optim.clip=2", f"data.val={scenes_dir}", "evaluation.every=2"]
     words += ["checkpoint.every=2"]
     run("one", *words, "optim.batch_size=6")
     script = tmp_path / "distributed.py"
-    script.write_text(PROCESS + DETERMINISTIC + TRAIN)
-    two = ["optim.batch_size=1", "optim.accumulation=3", "log_every=2", f"fsdp={str(spread).lower()}"]
-    told = on_two_processes(script, recipe, tmp_path / "two", *words, *two)
+    script.write_text(PROCESS + DETERMINISTIC + BOTH)
+    told = on_two_processes(
+        script, recipe, tmp_path, *words, "optim.batch_size=1", "optim.accumulation=3", "log_every=2"
+    )
     assert "FutureWarning" not in told
-    summary = json.loads((tmp_path / "two" / "training_summary.json").read_text())
+    for two in (tmp_path / "ddp", tmp_path / "fsdp"):
+        check_equal_to_one(tmp_path / "one", two)
+
+
+BOTH = """
+for name in ("ddp", "fsdp"):
+    loop.train(load_settings(recipe, [*words, f"fsdp={name == 'fsdp'}", f"output={output}/{name}"]), progress=False)
+"""
+
+
+def check_equal_to_one(one_folder, two_folder):
+    summary = json.loads((two_folder / "training_summary.json").read_text())
     assert summary["hardware"].startswith("2 x CPU") and list(summary["evaluations"]) == ["2", "3"]
-    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    assert largest_difference(one_folder, two_folder) < 1e-5
     for file in ("model", "average"):
-        one, two = (load_file(tmp_path / name / "checkpoint-2" / f"{file}.safetensors") for name in ("one", "two"))
+        one, two = (load_file(folder / "checkpoint-2" / f"{file}.safetensors") for folder in (one_folder, two_folder))
         assert one.keys() == two.keys()
         assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
-    states = load_file(tmp_path / "two" / "checkpoint-2" / "random_state.safetensors")
+    states = load_file(two_folder / "checkpoint-2" / "random_state.safetensors")
     assert {name.split(".")[0] for name in states} == {"0", "1"}
-    one, two = ([x for x in log_of(tmp_path / name) if "loss" in x] for name in ("one", "two"))
+    one, two = ([x for x in log_of(folder) if "loss" in x] for folder in (one_folder, two_folder))
     assert two[0]["loss"] == pytest.approx((one[0]["loss"] + one[1]["loss"]) / 2, rel=1e-4)
     assert two[1]["loss"] == pytest.approx(one[2]["loss"], rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["mask2former", "knet", "queryinst"])
-def test_spread_runs_resume_to_the_same_bytes(recipe, segmenters, tmp_path, kind):
+def test_spread_runs_resume_to_the_same_bytes(recipe, segmenters, tmp_path):
     """With frozen stages, accumulation and an average. The first files are those of a run without spreading, too."""
-    settings = yaml.safe_load(recipe.read_text())
-    settings["model"] |= {"segmenter": segmenters[kind]}
-    settings["optim"] |= {"accumulation": 2, "batch_size": 1, "ema": 0.9}
-    settings |= {"fsdp": True, "log_every": 1}
-    recipe.write_text(yaml.safe_dump(settings))
-    built = build_model(load_settings(str(recipe)), load_dataset_rows(settings["data"]["train"]))
-    save_file(built.segmenter.backbone.state_dict(), tmp_path / "backbone.safetensors")
-    settings["model"] |= {"backbone_weights": str(tmp_path / "backbone.safetensors"), "freeze_stages": 1}
-    recipe.write_text(yaml.safe_dump(settings))
+    for kind, segmenter in segmenters.items():
+        settings = yaml.safe_load(recipe.read_text())
+        settings["model"] |= {"segmenter": segmenter}
+        settings["optim"] |= {"accumulation": 2, "batch_size": 1, "ema": 0.9}
+        settings |= {"fsdp": True, "log_every": 1}
+        (tmp_path / kind).mkdir()
+        own = tmp_path / kind / "recipe.yaml"
+        own.write_text(yaml.safe_dump(settings))
+        built = build_model(load_settings(str(own)), load_dataset_rows(settings["data"]["train"]))
+        weights = tmp_path / kind / "backbone.safetensors"
+        save_file(built.segmenter.backbone.state_dict(), weights)
+        settings["model"] |= {"backbone_weights": str(weights), "freeze_stages": 1}
+        own.write_text(yaml.safe_dump(settings))
     script = tmp_path / "spread.py"
     script.write_text(PROCESS + SPREAD)
-    on_two_processes(script, recipe, tmp_path)
+    on_two_processes(script, recipe, tmp_path, *segmenters)
+    for kind in segmenters:
+        check_resumed(tmp_path / kind)
+
+
+def check_resumed(tmp_path):
     for file in ("model", "checkpoint-4/model", "checkpoint-4/optimizer", "checkpoint-4/average"):
         one, other = (tmp_path / name / f"{file}.safetensors" for name in ("whole", "parts"))
         assert one.read_bytes() == other.read_bytes(), file
@@ -81,20 +101,22 @@ def test_spread_runs_resume_to_the_same_bytes(recipe, segmenters, tmp_path, kind
 
 SPREAD = """
 def go(name, *more, resume=False):
-    loop.train(load_settings(recipe, [*more, f"output={output}/{name}"]), resume=resume, progress=False)
-go("whole")
+    settings = load_settings(f"{output}/{kind}/recipe.yaml", [*more, f"output={output}/{kind}/{name}"])
+    loop.train(settings, resume=resume, progress=False)
 update = loop._Run._update
 def stop(self, step, batches):
     if step == 3:
         raise KeyboardInterrupt
     return update(self, step, batches)
-loop._Run._update = stop
-try:
-    go("parts")
-except KeyboardInterrupt:
-    loop._Run._update = update
-go("parts", resume=True)
-go("plain", "fsdp=false", "optim.steps=3")
+for kind in words:
+    go("whole")
+    loop._Run._update = stop
+    try:
+        go("parts")
+    except KeyboardInterrupt:
+        loop._Run._update = update
+    go("parts", resume=True)
+    go("plain", "fsdp=false", "optim.steps=3")
 """
 
 

@@ -7,13 +7,12 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import PROCESS, TRAIN, assert_same_run, environment, log_of, stop_at
+from training_helpers import PROCESS, assert_same_run, environment, log_of, stop_at
 
 from uplvp_hf.training.checkpoint import list_checkpoints, new_folder, newest_checkpoint
 from uplvp_hf.training.config import ConfigError
@@ -70,54 +69,86 @@ POINTS = {
         validation.write_json = write
     """,
 }
-DIE = "from uplvp_hf.training import ema, validation\ndef die():\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+# One process that has imported everything forks the runs that are to die. Written at the end: the exit status of each.
+FORKS = """
+import json, time
+from pathlib import Path
+from uplvp_hf.training import ema, validation
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def run(folder, prepare="", kill_at=None):
+    child, resume = os.fork(), os.path.isdir(folder)
+    if child == 0:
+        exec(prepare, globals())
+        loop.train(load_settings(recipe, [*words, f"output={folder}"]), resume=resume, progress=False)
+        os._exit(0)
+    log, done = Path(folder, "log.jsonl"), 0
+    while kill_at and not done:
+        if log.is_file() and f'"step": {kill_at},' in log.read_text():
+            os.kill(child, signal.SIGKILL)
+            break
+        done, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.002)
+    return status if done else os.waitpid(child, 0)[1]
+
+points = json.loads(Path(output, "points.json").read_text())
+ends = {name: run(f"{output}/{name}", prepare) for name, prepare in points.items()}
+ends |= {f"outside at {step}": run(f"{output}/outside", kill_at=step) for step in (3, 5)}
+Path(output, "ends.json").write_text(json.dumps(ends))
+"""
 
 
 @pytest.fixture(scope="module")
-def whole_runs():
-    """Folders of uninterrupted runs, made once."""
+def shared():
+    """What is made once for several tests: the uninterrupted run, the runs that died."""
     return {}
 
 
 @pytest.fixture
-def whole(whole_runs, run, scenes_dir, tmp_path, tmp_path_factory):
-    if "full" not in whole_runs:
+def whole(shared, run, scenes_dir, tmp_path, tmp_path_factory):
+    """Folder of the uninterrupted run."""
+    if "whole" not in shared:
         run("whole", *FULL, f"data.val={scenes_dir}")
-        whole_runs["full"] = shutil.copytree(tmp_path / "whole", tmp_path_factory.mktemp("full") / "whole")
-    return whole_runs["full"]
+        shared["whole"] = shutil.copytree(tmp_path / "whole", tmp_path_factory.mktemp("full") / "whole")
+    return shared["whole"]
+
+
+@pytest.fixture
+def killed(shared, recipe, scenes_dir, tmp_path, tmp_path_factory):
+    """Folder of the runs that were killed at the points, by name, and the exit status of each."""
+    if "killed" not in shared:
+        folder, script = tmp_path_factory.mktemp("killed"), tmp_path / "killed.py"
+        script.write_text(PROCESS + FORKS)
+        (folder / "points.json").write_text(json.dumps({name: textwrap.dedent(code) for name, code in POINTS.items()}))
+        command = [sys.executable, script, recipe, folder, *FULL, f"data.val={scenes_dir}"]
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment(), timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        shared["killed"] = folder, json.loads((folder / "ends.json").read_text())
+    return shared["killed"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", list(POINTS))
-def test_killed_at_a_point(run, recipe, tmp_path, scenes_dir, whole, point):
-    script, words = tmp_path / "killed.py", [*FULL, f"data.val={scenes_dir}"]
-    script.write_text(PROCESS + DIE + textwrap.dedent(POINTS[point]) + TRAIN)
-    command = [sys.executable, script, recipe, tmp_path / "parts", *words]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment(), timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert not (tmp_path / "parts" / "model.safetensors").exists()
-    run("parts", *words, resume=True)
-    assert_same_run(whole, tmp_path / "parts")
-    assert not list((tmp_path / "parts").glob(".*tmp"))
-    average = load_file(tmp_path / "parts" / "checkpoint-4" / "average.safetensors")
+def test_killed_at_a_point(run, tmp_path, scenes_dir, whole, killed, point):
+    folder, ends = killed
+    assert ends[point] == signal.SIGKILL
+    parts = shutil.copytree(folder / point, tmp_path / "parts")
+    assert not (parts / "model.safetensors").exists()
+    run("parts", *FULL, f"data.val={scenes_dir}", resume=True)
+    assert_same_run(whole, parts)
+    assert not list(parts.glob(".*tmp"))
+    average = load_file(parts / "checkpoint-4" / "average.safetensors")
     assert len(average) > 150 and all(value.dtype == torch.float32 for value in average.values())
 
 
 @pytest.mark.slow
-def test_killed_from_outside_and_killed_again(run, recipe, tmp_path, scenes_dir, whole):
+def test_killed_from_outside_and_killed_again(run, tmp_path, scenes_dir, whole, killed):
     """By another process, whenever it comes, first soon after the third step and then after the fifth."""
-    script, parts = tmp_path / "train.py", tmp_path / "parts"
-    script.write_text(PROCESS + TRAIN.replace(", progress", ", resume=(parts := os.path.isdir(output)), progress"))
-    for step in (3, 5):
-        command = [sys.executable, script, recipe, parts, *FULL, f"data.val={scenes_dir}"]
-        process = subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, env=environment())
-        deadline = time.monotonic() + 240
-        while process.poll() is None and time.monotonic() < deadline:
-            if (parts / "log.jsonl").is_file() and f'"step": {step},' in (parts / "log.jsonl").read_text():
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.002)
-        assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
+    folder, ends = killed
+    assert ends["outside at 3"] == ends["outside at 5"] == signal.SIGKILL
+    parts = shutil.copytree(folder / "outside", tmp_path / "parts")
     run("parts", *FULL, f"data.val={scenes_dir}", resume=True)
     assert_same_run(whole, parts)
 
