@@ -3,7 +3,7 @@
 Commands:
 
     python scripts/run_low_data_benchmark.py --recipe scenes_cpu --output runs/scenes --workers 2
-    python scripts/run_low_data_benchmark.py --recipe animals7_cpu --data DATA --var weights=WEIGHTS --output runs/animals
+    python scripts/run_low_data_benchmark.py --recipe animals7_cpu --data DATA --var weights=WEIGHTS --output runs/seven
 """
 
 import sys
