@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
@@ -87,3 +88,13 @@ def test_a_missing_start_is_not_looked_up_on_the_hub(scenes, tmp_path, name):
 def test_a_start_without_a_model_is_named(scenes):
     with pytest.raises(ConfigError, match=r"scenes: no config\.json"):
         build(f"data.train={scenes}", f"model.init={scenes}")
+
+
+def test_prompts_in_a_fine_tuning_are_reported(scenes_dir, tiny_segmenter, caplog):
+    rows = load_dataset_rows(scenes_dir)
+    for stage, told in {"finetune": True, "pretrain": False}.items():
+        words = [f"stage={stage}", "model.num_prompts=5", "model.prompt_drop=0.2", "data.size=64"]
+        build_model(load_settings(None, words, model={"segmenter": tiny_segmenter("swin")}), rows)
+        message = "Without effect in fine-tuning, as they are about prompts: `model.num_prompts`, `model.prompt_drop`."
+        assert (message in caplog.text) is told
+        caplog.clear()

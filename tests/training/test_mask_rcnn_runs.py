@@ -121,15 +121,15 @@ def test_a_checkpoint_starts_a_run_with_other_classes(settings, scenes_dir, tmp_
 
 @pytest.mark.slow
 def test_a_few_pictures_are_learned_by_heart(settings, tmp_path):
-    """Six scenes of 96 px; 100 updates reach an AP of 59 %, of which a random start gives 0."""
-    scenes = write_scenes(tmp_path / "scenes", count=6, seed=0, size=96)
+    """Three scenes of 96 px; 60 updates reach an AP of 65 %, of which a random start gives 0."""
+    scenes = write_scenes(tmp_path / "scenes", count=3, seed=0, size=96)
     larger = {"hidden_size": 32, "intermediate_size": 64, "anchor_sizes": [16, 32, 64, 96, 128]}
     words = [
         *(f"model.segmenter.{name}={value}" for name, value in larger.items()),
         f"data.train={scenes}", f"data.val={scenes}", "data.size=96", "data.scale_range=[1,1]", "data.flip=0",
-        "data.color_jitter=0", "optim.steps=100", "optim.batch_size=6", "optim.lr=0.002", "optim.schedule=linear",
+        "data.color_jitter=0", "optim.steps=60", "optim.batch_size=3", "optim.lr=0.003", "optim.schedule=linear",
         "optim.backbone_multiplier=1", "optim.clip=5", "checkpoint.every=0",
     ]  # fmt: skip
     result = train(settings("run", *words), progress=False)
-    assert result.evaluations[100]["AP"] > 0.35 and result.evaluations[100]["AP50"] > 0.7
+    assert result.evaluations[60]["AP"] > 0.35 and result.evaluations[60]["AP50"] > 0.7
     assert result.losses[-1] < result.losses[0] / 3

@@ -1,5 +1,7 @@
 """Half precision: autocast, weights in bfloat16, and the scaler of float16 (its logic, with the one of the CPU)."""
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -90,16 +92,14 @@ def test_a_scale_without_overflow_changes_nothing(run, scaled, tmp_path):
 def test_overflows_are_no_failures(run, scaled, tmp_path):
     """The scaler halves its scale until the gradients fit; meanwhile weights and average stay as they are."""
     scaled(2.0**127)
-    result = run("run", "optim.steps=30", "log_every=1", "optim.max_skipped=1", "optim.ema=0.9", "checkpoint.every=1")
+    result = run("run", "optim.steps=16", "log_every=1", "optim.max_skipped=1", "optim.ema=0.9", "checkpoint.every=5")
     count = result.overflows
-    assert 2 < count < 28 and result.skipped == 0
-    folder = tmp_path / "run"
-    averages = [folder / f"checkpoint-{step}" / "average.safetensors" for step in (1, count, count + 1)]
-    assert not averages[0].exists()  # of the newest checkpoints only
-    weights = load_file(folder / "checkpoint-29" / "optimizer.safetensors")
-    steps = {value.item() for name, value in weights.items() if name.endswith("|step")}
-    assert steps == {29 - count}
-    assert all("loss" in line for line in log_of(folder))
+    assert 2 < count < 14 and result.skipped == 0
+    folder = tmp_path / "run" / "checkpoint-15"
+    steps = {value.item() for name, value in load_file(folder / "optimizer.safetensors").items() if "|step" in name}
+    assert steps == {15 - count}
+    assert json.loads((folder / "state.json").read_text())["average_updates"] == 15 - count
+    assert all("loss" in line for line in log_of(tmp_path / "run"))
 
 
 def test_a_scaled_run_resumes_to_the_same_bytes(run, scaled, tmp_path, monkeypatch):

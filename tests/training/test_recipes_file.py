@@ -1,8 +1,11 @@
 """Recipes that build on one another."""
 
+import re
+
 import pytest
 import yaml
 
+from uplvp_hf.commands import pretrain
 from uplvp_hf.training.config import ConfigError, load_settings
 from uplvp_hf.training.recipes_file import merge_settings, read_recipe, shipped_parts, shipped_recipes
 
@@ -72,3 +75,15 @@ def test_recipes_and_parts_are_told_apart():
     assert {"small_pretrain", "paper/knet_pretrain", "one_gpu_finetune"} <= set(recipes)
     assert {"paper/init_mocov2", "parts/knet_r50"} <= set(parts)
     assert all(name.startswith(("parts/", "paper/init_")) for name in parts)
+
+
+def test_the_help_of_the_commands_names_recipes_that_can_be_combined(capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(["--help"])
+    told = capsys.readouterr().out
+    assert "`base: NAME`" in told and "several times" in told
+    lines = [re.findall(r"--recipe (\S+)", line) for line in told.splitlines() if line.strip().startswith("--recipe ")]
+    examples = [names for names in lines if len(names) == 2]
+    assert len(examples) == 2
+    for names in examples:
+        assert load_settings(names).stage == names[0].rsplit("_", 1)[1]
