@@ -1,5 +1,8 @@
 """Exported models, opened anew, against the models: three segmenters, one and three pictures, with padding."""
 
+import contextlib
+import functools
+import io
 import json
 import pickle
 import shutil
@@ -16,17 +19,18 @@ from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImagePr
 from uplvp_hf.commands import evaluate, export, finetune, predict
 from uplvp_hf.data import DataError, load_dataset_rows
 from uplvp_hf.evaluation import load_segmenter
-from uplvp_hf.export import TensorModel, canvas_of, check_batch, export_model
-from uplvp_hf.inference import OnnxSegmenter, load, load_model
+from uplvp_hf.export import TensorModel, canvas_of, check_batch, export_model, formats, trace
+from uplvp_hf.inference import OnnxSegmenter, load
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
 CANVAS = (64, 96)
-SEGMENTERS = ("mask2former", "knet", "queryinst")
+BACKBONES = {"mask2former": "swin", "knet": "resnet", "queryinst": "resnet"}
+SEGMENTERS = tuple(BACKBONES)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make_model(tiny_segmenter):
     """make_model(segmenter, backbone): a tiny model with random weights, whose scores and masks differ."""
 
@@ -50,6 +54,36 @@ def processor():
     return UplvpImageProcessor(size={"height": CANVAS[0], "width": CANVAS[1]})
 
 
+@pytest.fixture(scope="module")
+def exported(make_model, tmp_path_factory):
+    """exported(segmenter): the model, the folder with its "model", "onnx" and "torch", and what the command printed.
+
+    Each is exported once, and traced once for both formats: tracing and converting take many seconds.
+    """
+
+    @functools.cache
+    def make(segmenter):
+        model, folder = make_model(segmenter, BACKBONES[segmenter]), tmp_path_factory.mktemp(segmenter)
+        model.save_pretrained(folder / "model")
+        # QueryInst in the way that pictures of any shape go, with a size of its own for the export
+        size = {"longest_edge": 96} if segmenter == "queryinst" else {"height": CANVAS[0], "width": CANVAS[1]}
+        UplvpImageProcessor(size=size).save_pretrained(folder / "model")
+        more = ["--size", "64"] if segmenter == "queryinst" else []
+        program, printed = functools.cache(lambda canvas: trace(model, canvas)), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(formats, "trace", lambda _, canvas: program(canvas))
+            for form in ("onnx", "torch"):
+                words = [str(folder / "model"), "--output", str(folder / form), "--format", form, *more]
+                assert export.main(words + (["--check"] if form == "onnx" else [])) == 0
+        return model, folder, printed.getvalue()
+
+    return make
+
+
+def described(folder):
+    return json.loads((folder / "export.json").read_text())
+
+
 def difference(expected, found):
     """Largest over the outputs of |a - b| / max(1, |a|), pasted masks as probabilities, boxes by their largest end."""
     largest = 0.0
@@ -65,98 +99,92 @@ def difference(expected, found):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("segmenter", "backbone"), [("mask2former", "swin"), ("knet", "resnet"), ("queryinst", "resnet")]
-)
-def test_onnx_gives_what_the_model_gives(segmenter, backbone, make_model, processor, tmp_path):
+@pytest.mark.parametrize("segmenter", SEGMENTERS)
+def test_onnx_gives_what_the_model_gives(segmenter, exported):
     pytest.importorskip("onnxscript")
-    model = make_model(segmenter, backbone)
-    done = export_model(model, processor, tmp_path, "onnx", check=True)
-    assert done["canvas"] == list(CANVAS) and done == json.loads((tmp_path / "export.json").read_text())
-    exported = OnnxSegmenter.from_directory(tmp_path)
-    assert exported.canvas == CANVAS and [i.name for i in exported.session.get_inputs()] == list(done["inputs"])
+    model, folder, printed = exported(segmenter)
+    done, session = described(folder / "onnx"), OnnxSegmenter.from_directory(folder / "onnx")
+    canvas = (64, 64) if segmenter == "queryinst" else CANVAS
+    assert tuple(done["canvas"]) == session.canvas == canvas and f"on {canvas[0]} x {canvas[1]}" in printed
+    assert [i.name for i in session.session.get_inputs()] == list(done["inputs"])
     for count, seed in ((1, 5), (3, 6), (2, 7)):
-        pixel_values, pixel_mask = check_batch(count, CANVAS, seed)
+        pixel_values, pixel_mask = check_batch(count, canvas, seed)
         with torch.no_grad():
             expected = TensorModel(model)(pixel_values, pixel_mask)
         assert list(expected) == done["outputs"]
-        found = exported(pixel_values, pixel_mask)
+        found = session(pixel_values, pixel_mask)
         assert difference(expected, {name: found[name] for name in expected}) < 1e-4
     # The mask counts: the same pixels without padding are another picture.
-    other = exported(pixel_values)
+    other = session(pixel_values)
     assert (other.class_queries_logits - found.class_queries_logits)[1].abs().max() > 1e-4
     assert max(done["largest_difference"].values()) < 1e-4
     assert list(done["own_rounding"]) == done["outputs"] and 0 < max(done["own_rounding"].values()) < 1e-3
-    with pytest.raises(ValueError, match=r"exported at \(64, 96\)"):
-        exported(torch.zeros(1, 3, 32, 32))
+    assert all(f"{name:22} differs by at most" in printed for name in done["outputs"])
+    with pytest.raises(ValueError, match=rf"exported at \({canvas[0]}, {canvas[1]}\)"):
+        session(torch.zeros(1, 3, 32, 32))
+
+
+LOADED_ANEW = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+for folder in sys.argv[1:]:
+    if "queryinst" in folder:
+        import torchvision  # roi_align is an operator of it, registered when it is imported
+    inputs, found = load_file(folder + "/inputs.safetensors"), {}
+    run = torch.export.load(folder + "/model.pt2").module()
+    for count in (1, 3):
+        output = run(inputs[f"values{count}"], inputs[f"mask{count}"])
+        found.update({f"{count} {name}": value.contiguous() for name, value in output.items()})
+    save_file(found, folder + "/found.safetensors")
+print(sorted({name.partition(".")[0] for name in sys.modules} & {"uplvp_hf", "transformers"}))
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("segmenter", SEGMENTERS)
-def test_a_program_of_torch_export_in_a_fresh_process(segmenter, make_model, processor, tmp_path):
+def test_programs_of_torch_export_in_a_fresh_process(exported):
     """Loaded with torch alone: neither this library nor transformers is imported there."""
-    model = make_model(segmenter)
-    done = export_model(model, processor, tmp_path, "torch")
-    expected, inputs = {}, {}
-    for count in (1, 3):
-        inputs[f"values{count}"], inputs[f"mask{count}"] = check_batch(count, CANVAS, count)
-        with torch.no_grad():
-            output = TensorModel(model)(inputs[f"values{count}"], inputs[f"mask{count}"])
-        expected[count] = output
-    save_file(inputs, tmp_path / "inputs.safetensors")
-    # roi_align is an operator of torchvision, which registers it when it is imported.
-    code = (
-        f"import sys, torch{', torchvision' if segmenter == 'queryinst' else ''}"
-        + """
-from safetensors.torch import load_file, save_file
-inputs = load_file(sys.argv[1] + "/inputs.safetensors")
-run = torch.export.load(sys.argv[1] + "/model.pt2").module()
-found = {}
-for count in (1, 3):
-    output = run(inputs[f"values{count}"], inputs[f"mask{count}"])
-    found.update({f"{count} {name}": value.contiguous() for name, value in output.items()})
-save_file(found, sys.argv[1] + "/found.safetensors")
-print(sorted({name.partition(".")[0] for name in sys.modules} & {"uplvp_hf", "transformers"}))
-"""
-    )
-    fresh = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd="/")
+    folders, expected = [], {}
+    for segmenter in SEGMENTERS:
+        model, folder, _ = exported(segmenter)
+        folders.append(folder / "torch")
+        done, inputs = described(folders[-1]), {}
+        for count in (1, 3):
+            pixel_values, pixel_mask = check_batch(count, tuple(done["canvas"]), count)
+            inputs |= {f"values{count}": pixel_values, f"mask{count}": pixel_mask}
+            with torch.no_grad():
+                expected[folders[-1], count] = TensorModel(model)(pixel_values, pixel_mask)
+            assert list(expected[folders[-1], count]) == done["outputs"]
+        save_file(inputs, folders[-1] / "inputs.safetensors")
+    words = [sys.executable, "-c", LOADED_ANEW, *map(str, folders)]
+    fresh = subprocess.run(words, capture_output=True, text=True, cwd="/")
     assert fresh.returncode == 0, fresh.stderr
     assert fresh.stdout.strip() == "[]"
-    found = load_file(tmp_path / "found.safetensors")
-    for count, output in expected.items():
-        assert list(output) == done["outputs"]
+    for (folder, count), output in expected.items():
+        found = load_file(folder / "found.safetensors")
         assert difference(output, {name: found[f"{count} {name}"] for name in output}) < 1e-5
 
 
 @pytest.mark.slow
-def test_predictions_of_an_exported_model_are_those_of_the_model(make_model, scenes_dir, tmp_path, capsys):
+def test_predictions_of_an_exported_model_are_those_of_the_model(exported, scenes_dir, tmp_path):
+    """QueryInst, whose pictures are padded to the canvas of the export by the image processor that was written."""
     pytest.importorskip("onnxscript")
-    model, data = make_model("queryinst"), load_dataset_rows(scenes_dir)
-    model.save_pretrained(tmp_path / "model")
-    UplvpImageProcessor(size={"longest_edge": 64}).save_pretrained(tmp_path / "model")
-    arguments = [str(tmp_path / "model"), "--output", str(tmp_path / "onnx"), "--check"]
-    assert export.main(arguments) == 0
-    printed = capsys.readouterr().out
-    assert "on 64 x 64" in printed and "class_scores" in printed and "differs by at most" in printed
+    model, folder, _ = exported("queryinst")
+    data = load_dataset_rows(scenes_dir)
     pictures = [data.load_image(0), data.load_image(1).resize((50, 90)), data.load_image(2).resize((90, 30))]
-    whole, exported = load(tmp_path / "model", "cpu"), load(tmp_path / "onnx", "cpu")
-    assert isinstance(exported.model, OnnxSegmenter) and exported.names == {0: "a", 1: "b"}
+    runtime = load(folder / "onnx", "cpu")
+    whole = type(runtime)(model, UplvpImageProcessor(size={"longest_edge": 64}))
+    assert isinstance(runtime.model, OnnxSegmenter) and runtime.names == {0: "a", 1: "b"}
     count = 0
-    for ours, theirs in zip(whole.predict(pictures, threshold=0.0), exported.predict(pictures, threshold=0.0)):
+    for ours, theirs in zip(whole.predict(pictures, threshold=0.0), runtime.predict(pictures, threshold=0.0)):
         assert len(ours) == len(theirs) and ours.labels.tolist() == theirs.labels.tolist()
         torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-5, rtol=0)
         assert (ours.masks() != theirs.masks()).sum() <= 1e-3 * ours.masks().size
         count += len(ours)
     assert count > 3
-    words = [str(tmp_path / "onnx"), str(scenes_dir / "images"), "--threshold", "0", "--no-overlays", "--quiet"]
+    words = [str(folder / "onnx"), str(scenes_dir / "images"), "--threshold", "0", "--no-overlays", "--quiet"]
     assert predict.main([*words, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
     result = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert len(result["images"]) == 6 and [c["id"] for c in result["categories"]] == [4, 8]
-    # the folder is exported into once more, but no model that was trained is written over
-    assert export.main([*arguments, "--size", "32"]) == 0
-    assert load_model(tmp_path / "onnx")[0].canvas == (32, 32)
-    assert export.main([str(tmp_path / "model"), "--output", str(tmp_path / "model")]) == 2
-    assert "would be lost" in capsys.readouterr().err
 
 
 def test_native_mask2former(make_model, tmp_path, capsys):
@@ -173,8 +201,12 @@ def test_native_mask2former(make_model, tmp_path, capsys):
         ours, theirs = model(pixel_values, pixel_mask), plain(pixel_values=pixel_values, pixel_mask=pixel_mask)
     for name in ("class_queries_logits", "masks_queries_logits"):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5)
-    described = json.loads((tmp_path / "plain" / "export.json").read_text())
-    assert max(described["largest_difference"].values()) < 1e-5
+    assert max(described(tmp_path / "plain")["largest_difference"].values()) < 1e-5
+    # an exported folder is exported into once more, but no model that was trained is written over
+    assert export.main([*words[:-1], "--size", "32"]) == 0
+    assert "largest_difference" not in described(tmp_path / "plain")
+    assert export.main([words[0], "--output", words[0]]) == 2
+    assert "would be lost" in capsys.readouterr().err
 
 
 def test_what_cannot_be_exported(make_model, processor, tmp_path, capsys):
