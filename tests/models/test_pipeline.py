@@ -66,10 +66,13 @@ def test_entries_are_what_the_processor_finds(segmenter, pictures):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
 def test_batches_of_different_shapes(segmenter, pictures, batch_size):
+    """To the bit in masks, with the window attention of Swin too, which sees padding."""
     together = segmenter(pictures, batch_size=batch_size)
     for image, entries in zip(pictures, together, strict=True):
         assert entries and entries[0]["rle"]["size"] == [image.height, image.width]
-        same(entries, segmenter(image))
+        alone = segmenter(image)
+        same(entries, alone)
+        assert [entry["rle"] for entry in entries] == [entry["rle"] for entry in alone]
 
 
 def test_kinds_of_input(segmenter, pictures, tmp_path):
@@ -89,6 +92,23 @@ def test_kinds_of_input(segmenter, pictures, tmp_path):
     same(segmenter(grey), segmenter(image.convert("L")))
     with pytest.raises(ValueError, match=r"uint8 and \(H, W\).*got float32"):
         segmenter(np.zeros((20, 20, 3), dtype=np.float32))
+
+
+def test_what_is_no_picture_is_refused(segmenter, tmp_path, monkeypatch):
+    page = tmp_path / "page.png"
+    page.write_text("<html>not here</html>")
+    Image.new("1", (400, 500)).save(tmp_path / "large.png")
+    damaged = base64.b64encode(b"no picture" * 400).decode()
+    for bad in (str(page), str(tmp_path / "none.png"), damaged, "http://127.0.0.1:9/a.png", 5):
+        with pytest.raises(ValueError, match=r"cannot be read as a picture .*Pass the path, address") as caught:
+            segmenter(bad)
+        assert len(str(caught.value)) < 500
+    with pytest.raises(ValueError, match=r"500 x 400 has 200000 pixels, more than max_pixels=199999"):
+        segmenter(str(tmp_path / "large.png"), max_pixels=199_999)
+    assert segmenter(str(tmp_path / "large.png"), max_pixels=200_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90_000)  # Pillow refuses twice as many
+    with pytest.raises(ValueError, match=r"cannot be read as a picture .DecompressionBombError"):
+        segmenter(str(tmp_path / "large.png"))
 
 
 def test_masks_as_pictures(segmenter, pictures):

@@ -22,14 +22,16 @@ from transformers.pipelines.base import Pipeline
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "class_scores", "roi_mask_logits", "boxes")
 FORMATS = ("rle", "pil")
 
+Size = tuple[int, int]
+
 
 class UplvpInstanceSegmentationPipeline(Pipeline):
     r"""
     Instances of pictures: class, score, box and mask of each, in the pixels of the picture.
 
     Inputs: a picture, a list, or a generator or data set of them; a picture is a path, a URL, a base64 string, a PIL
-    picture, or a numpy array (H, W), (H, W, 3) or (H, W, 4) of 8-bit pixels. With `batch_size` pictures of different
-    shapes go through the model together, padded; results do not depend on it.
+    picture, or a numpy array (H, W), (H, W, 3) or (H, W, 4) of 8-bit pixels. With `batch_size` pictures of equal padded
+    shape go through the model together; results do not depend on it.
 
     Args, of the call or of `pipeline(...)`:
         threshold (`float`, *optional*, defaults to 0.3):
@@ -44,6 +46,8 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
             inside.
         timeout (`float`, *optional*):
             Seconds to wait for a URL.
+        max_pixels (`int`, *optional*, defaults to the image processor's):
+            Larger pictures are refused; above 179 million Pillow refuses to open files.
 
     Returns:
         `list[dict]`, best first, or a list of these for several pictures: `score` (`float`), `label` (`str`),
@@ -66,27 +70,39 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     _load_video_processor = False
 
     def _sanitize_parameters(self, **kwargs) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        known = {"timeout", "threshold", "mask_threshold", "top_k", "masks"}
+        known = {"timeout", "max_pixels", "threshold", "mask_threshold", "top_k", "masks"}
         if unknown := kwargs.keys() - known:
             raise ValueError(f"No such setting of the pipeline: {', '.join(sorted(unknown))}. It has {sorted(known)}.")
         if kwargs.get("masks", "rle") not in FORMATS:
             raise ValueError(f"masks must be one of {', '.join(FORMATS)}, got {kwargs['masks']!r}.")
-        reading = {"timeout": kwargs.pop("timeout")} if "timeout" in kwargs else {}
+        reading = {name: kwargs.pop(name) for name in ("timeout", "max_pixels") if name in kwargs}
         return reading, {}, kwargs
 
-    def preprocess(self, image: Any, timeout: float | None = None) -> dict[str, list[Any]]:
-        image = _from_array(image) if isinstance(image, np.ndarray) else load_image(image, timeout=timeout)
-        picture = self.image_processor(image, do_pad=False, return_tensors="pt")["pixel_values"][0]
+    def preprocess(
+        self, image: Any, timeout: float | None = None, max_pixels: int | None = None
+    ) -> dict[str, list[Any]]:
+        image = _from_array(image) if isinstance(image, np.ndarray) else _opened(image, timeout)
+        limit = {} if max_pixels is None else {"max_pixels": max_pixels}
+        picture = self.image_processor(image, do_pad=False, return_tensors="pt", **limit)["pixel_values"][0]
         # In lists, which transformers puts together as they are; tensors it would want in one shape.
         return {"pictures": [picture], "targets": [(image.height, image.width)]}
 
-    def _forward(self, inputs: dict[str, list[Any]]) -> dict[str, Any]:
+    def _forward(self, inputs: dict[str, list[Any]]) -> dict[str, list[Any]]:
         pictures, targets = _flat(inputs["pictures"]), _flat(inputs["targets"])
-        values, mask = _padded(pictures, self.image_processor.size_divisor)
-        outputs = self.model(pixel_values=values.to(self.model.dtype), pixel_mask=mask)
-        found = {name: getattr(outputs, name, None) for name in OUTPUTS}
+        # Only pictures of one padded size go together: window attention (Swin) sees padding.
+        groups: dict[Size, list[int]] = {}
+        for index, picture in enumerate(pictures):
+            groups.setdefault(_padded_size(picture, self.image_processor.size_divisor), []).append(index)
+        found: list[dict[str, torch.Tensor]] = [{} for _ in pictures]
+        for size, indices in groups.items():
+            values, mask = _padded([pictures[index] for index in indices], size)
+            outputs = self.model(pixel_values=values.to(self.model.dtype), pixel_mask=mask)
+            for name in OUTPUTS:
+                if (value := getattr(outputs, name, None)) is not None:
+                    for index, part in zip(indices, value.split(1), strict=True):
+                        found[index][name] = part
         sizes = [(target, tuple(picture.shape[-2:])) for target, picture in zip(targets, pictures, strict=True)]
-        return {**{name: value for name, value in found.items() if value is not None}, "sizes": sizes}
+        return {"outputs": found, "sizes": sizes}
 
     def postprocess(
         self,
@@ -96,10 +112,12 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
         top_k: int = 100,
         masks: str = "rle",
     ) -> list[dict[str, Any]]:
-        sizes = outputs["sizes"]
-        target, size = sizes[0] if isinstance(sizes, list) else sizes  # one of a batch, or of no batch
+        found, sizes = outputs["outputs"], outputs["sizes"]
+        if isinstance(found, list):  # of no batch
+            found, sizes = found[0], sizes[0]
+        target, size = sizes
         result = self.image_processor.post_process_instance_segmentation(
-            SimpleNamespace(**outputs),
+            SimpleNamespace(**found),
             threshold=threshold,
             mask_threshold=mask_threshold,
             target_sizes=[target],
@@ -129,6 +147,18 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
         return entries
 
 
+def _opened(image: Any, timeout: float | None) -> Image.Image:
+    """What transformers reads, upright and RGB. Raises ValueError for what is no picture."""
+    try:
+        return load_image(image, timeout=timeout)
+    except Exception as error:  # httpx, base64 and Pillow's decoders raise classes of many kinds
+        name = image if isinstance(image, str) else type(image).__name__
+        raise ValueError(
+            f"{name:.100} cannot be read as a picture ({type(error).__name__}: {error!s:.200}). Pass the path, address "
+            "or base64 string of a picture, or open it and pass the PIL picture."
+        ) from error
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ValueError(
@@ -143,12 +173,14 @@ def _flat(values: list[Any]) -> list[Any]:
     return [item for value in values for item in value] if isinstance(values[0], list) else values
 
 
-def _padded(pictures: list[torch.Tensor], divisor: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded_size(picture: torch.Tensor, divisor: int) -> Size:
+    height, width = (divisor * math.ceil(side / divisor) for side in picture.shape[-2:])
+    return height, width
+
+
+def _padded(pictures: list[torch.Tensor], size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     """(3, h, w) each -> (B, 3, H, W) with zeros at the bottom and right, and (B, H, W) int64, 1 on real pixels."""
-    height, width = (
-        divisor * math.ceil(max(picture.shape[side] for picture in pictures) / divisor) for side in (-2, -1)
-    )
-    spare = [(0, width - picture.shape[-1], 0, height - picture.shape[-2]) for picture in pictures]
+    spare = [(0, size[1] - picture.shape[-1], 0, size[0] - picture.shape[-2]) for picture in pictures]
     values = [F.pad(picture, pad) for picture, pad in zip(pictures, spare, strict=True)]
     masks = [F.pad(torch.ones_like(p[0], dtype=torch.int64), pad) for p, pad in zip(pictures, spare, strict=True)]
     return torch.stack(values), torch.stack(masks)
