@@ -121,6 +121,6 @@ def _refuse_pickles(folder: str) -> None:
     if pickles and not any(name.endswith(".safetensors") for name in names):
         raise FileNotFoundError(
             f"{folder}: no safetensors, only {pickles[0]}, a pickle, which is not opened: it can run code. Load it "
-            "where you trust it and write it anew with `save_pretrained`; a checkpoint of mmdetection or detectron2 is read "
-            "by `uplvp convert`."
+            "where you trust it and write it anew with `save_pretrained`; a checkpoint of mmdetection or detectron2 is "
+            "read by `uplvp convert`."
         )
