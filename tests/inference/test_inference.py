@@ -177,6 +177,18 @@ def test_results_are_not_overwritten_unasked(tiny_model_dir, scenes_dir, tmp_pat
     assert (tmp_path / "predictions.json").read_bytes() == before
 
 
+def test_overlays_among_the_pictures_are_not_predicted(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    for file in sorted((scenes_dir / "images").iterdir())[:2]:
+        shutil.copy(file, tmp_path)
+    output = tmp_path / "results"
+    arguments = [*words(tiny_model_dir, output, "--quiet", "--overwrite"), str(tmp_path)]
+    for _ in range(2):
+        assert predict.main(arguments) == 0
+        assert len(content(output)["images"]) == len(list((output / "overlays").iterdir())) == 2
+    assert predict.main([*arguments[:-1], str(output / "overlays")]) == 2
+    assert "overlays of an earlier run only" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

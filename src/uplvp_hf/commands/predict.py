@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Of downloads, inside the output folder until the run is finished.
 DOWNLOADS = ".downloads"
+OVERLAYS = "overlays"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,12 +58,13 @@ def _predict(arguments: argparse.Namespace) -> None:
     from uplvp_hf.files import write_json_lines
     from uplvp_hf.inference import load_model, predict_rows
     from uplvp_hf.inference.instances import instances_of
-    from uplvp_hf.inference.journal import Journal
+    from uplvp_hf.inference.journal import Journal, check_free
     from uplvp_hf.inference.sources import pixels_unbounded
 
     tiles = _check(arguments)
     check_device(arguments.device)
     output = Path(arguments.output)
+    check_free(output, arguments.overwrite)  # before anything is fetched or loaded
     dataset = _find(arguments, output)
     model, processor = load_model(arguments.model, arguments.device)
     config = model.config
@@ -79,7 +81,7 @@ def _predict(arguments: argparse.Namespace) -> None:
         ):
             found = instances_of(result, (row["height"], row["width"]), config.id2label, config.category_ids)
             if not arguments.no_overlays:
-                _draw(row, found, output / "overlays")
+                _draw(row, found, output / OVERLAYS)
             journal.add(row, found.to_coco(row["image_id"]))
     write_json_lines(output / "failures.jsonl", failures)
     if not journal.places:
@@ -119,7 +121,7 @@ def _find(arguments: argparse.Namespace, output: Path):
 
     limits = Limits() if arguments.max_bytes is None else Limits(max_bytes=arguments.max_bytes)
     max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
-    return find_pictures(arguments.paths, output / DOWNLOADS, max_pixels, limits)
+    return find_pictures(arguments.paths, output / DOWNLOADS, max_pixels, limits, leave_out=output / OVERLAYS)
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -15,6 +15,14 @@ NAME = "predictions.partial.jsonl"
 RESULT = "predictions.json"
 
 
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raises DataError when the folder has finished results that are not to be replaced."""
+    if not overwrite and (folder / RESULT).exists():
+        raise DataError(
+            "there are results already", file=folder / RESULT, remedy="Name another --output, or --overwrite."
+        )
+
+
 class Journal:
     """`predictions.partial.jsonl` of a folder, until `finish` makes `predictions.json` of it.
 
@@ -31,14 +39,11 @@ class Journal:
         self.file = self.folder / NAME
         self.places: dict[int, int] = {}  # image id -> where its line begins
         self.instances = 0
+        check_free(self.folder, overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         if overwrite:
             self.file.unlink(missing_ok=True)
             (self.folder / RESULT).unlink(missing_ok=True)
-        elif (self.folder / RESULT).exists():
-            raise DataError(
-                "there are results already", file=self.folder / RESULT, remedy="Name another --output, or --overwrite."
-            )
         if self.file.exists():
             self._check(settings)
         else:
@@ -135,4 +140,4 @@ def _write_list(stream: IO[str], values: Iterator[Any]) -> None:
     stream.write("]")
 
 
-__all__ = ["NAME", "RESULT", "Journal", "fingerprint"]
+__all__ = ["NAME", "RESULT", "Journal", "check_free", "fingerprint"]

@@ -64,6 +64,7 @@ def find_pictures(
     downloads: str | os.PathLike[str] | None = None,
     max_pixels: int = MAX_PIXELS,
     limits: Limits = LIMITS,
+    leave_out: str | os.PathLike[str] | None = None,
 ) -> InstanceDataset:
     """Unlabelled rows of all pictures in `paths`, numbered from 1, in that order.
 
@@ -73,6 +74,7 @@ def find_pictures(
         downloads: folder that downloaded pictures are kept in and looked up in; needed for addresses.
         max_pixels: pictures with more are left out; only their heads are read for that.
         limits: of every download.
+        leave_out: a folder whose pictures do not count, such as the overlays of an earlier run among the pictures.
 
     What cannot be read is in `failures`. Raises DataError for a path that does not exist, a pattern without matches, a
     folder without pictures, an address of another kind, and when nothing is left.
@@ -85,6 +87,8 @@ def find_pictures(
             found = _rows_of(path, fetched)
             failures += found.failures
             for row in found.rows:
+                if leave_out is not None and Path(row["image"]).is_relative_to(os.path.abspath(leave_out)):
+                    continue
                 try:
                     check_pixels((row["width"], row["height"]), max_pixels, row["file_name"])
                 except ImageError as error:
@@ -92,6 +96,8 @@ def find_pictures(
                     continue
                 rows.append(row)
     numbered = [Row(**{**row, "image_id": number}) for number, row in enumerate(rows, start=1)]
+    if not numbered and not failures:
+        raise DataError("holds overlays of an earlier run only", file=leave_out, remedy="Name the pictures.")
     if not numbered:
         first = failures[0]
         raise DataError(
