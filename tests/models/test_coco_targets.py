@@ -47,6 +47,8 @@ def short():
         ({"size": [HEIGHT, WIDTH], "counts": [700, -100]}, "run lengths of 600 pixels"),
         (short(), "run lengths of 150 pixels for a picture of 600"),
         ({"size": [HEIGHT, WIDTH], "counts": "zz99"}, "run lengths of"),
+        ({"size": [HEIGHT, WIDTH], "counts": [0.5, 599.5]}, "run lengths are whole numbers"),
+        ({"size": [HEIGHT, WIDTH]}, r"has `size` and `counts`, this one \['size'\]"),
     ],
 )
 def test_what_does_not_fit_is_refused(segmentation, reason):
@@ -54,6 +56,21 @@ def test_what_does_not_fit_is_refused(segmentation, reason):
         decode_segmentation(segmentation, HEIGHT, WIDTH)
     record = {"image_id": 5, "annotations": [{"segmentation": segmentation, "category_id": 0}]}
     with pytest.raises(ValueError, match=f"Picture 5, annotation 0: .*{reason}"):
+        UplvpImageProcessor()(Image.new("RGB", (WIDTH, HEIGHT)), annotations=record, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"image_id": 5, "objects": []}, r"Picture 5: no `annotations`, only \['image_id', 'objects'\]"),
+        ({"annotations": [{"category_id": 0}]}, "Picture None, annotation 0: no 'segmentation'"),
+        ({"annotations": [{"segmentation": [[1, 1, 9, 1, 9, 9]]}]}, "annotation 0: no 'category_id'"),
+        ({"annotations": [{"segmentation": [[1, 1, 9, 1, 9, 9]], "category_id": -1}]}, "category_id -1 is no class"),
+        ({"annotations": [{"segmentation": [[1, 1, 9, 1, 9, 9]], "category_id": "cat"}]}, "'cat' is no class index"),
+    ],
+)
+def test_incomplete_records_are_refused(record, reason):
+    with pytest.raises(ValueError, match=reason):
         UplvpImageProcessor()(Image.new("RGB", (WIDTH, HEIGHT)), annotations=record, return_tensors="pt")
 
 

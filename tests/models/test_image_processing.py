@@ -264,7 +264,7 @@ def test_annotations_become_targets():
     assert all(iou(found, expected) > 0.9 for found in batch["mask_labels"][0])
     single = processor(picture(50, 100), annotations=records[0], label_map={3: 0, 17: 1}, return_tensors="pt")
     assert torch.equal(single["mask_labels"][0], batch["mask_labels"][0][:, :32])
-    with pytest.raises(ValueError, match="Picture 5: category_id 17"):
+    with pytest.raises(ValueError, match="Picture 5, annotation 0: category_id 17"):
         processor(picture(50, 100), annotations=records[0], label_map={3: 0}, return_tensors="pt")
     with pytest.raises(ValueError, match="2 annotation records for 1 pictures"):
         processor(picture(50, 100), annotations=records, return_tensors="pt")

@@ -90,6 +90,8 @@ def test_gigapixel_pictures_are_refused_unless_allowed(kind):
     for given in (large, np.array(large)):
         with pytest.raises(ValueError, match="A picture of 50 x 101 has 5050 pixels, more than max_pixels=5000"):
             processor([small, given], return_tensors="pt")
+    with pytest.raises(ValueError, match="A picture of 0 x 0 has no pixel"):
+        processor(np.zeros((0, 0, 3), dtype=np.uint8), return_tensors="pt")
     assert processor(large, max_pixels=10_000, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 64)
     # What Pillow has only opened is not decoded for it.
     lazy = Image.new("RGB", (2, 2))

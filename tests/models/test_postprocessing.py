@@ -184,10 +184,13 @@ def test_thresholds_at_their_ends(kind):
 @pytest.mark.parametrize(
     "settings, reason",
     [
-        ({"threshold": 1.5}, "threshold=1.5 is not a probability"),
-        ({"mask_threshold": -0.1}, "mask_threshold=-0.1 is not a probability"),
+        ({"threshold": 1.5}, "threshold=1.5 is out of range"),
+        ({"mask_threshold": -0.1}, "mask_threshold=-0.1 is out of range"),
         ({"mask_threshold": float("nan")}, "mask_threshold=nan"),
+        ({"overlap_mask_area_threshold": 7}, "overlap_mask_area_threshold=7 is out of range"),
         ({"top_k": 0}, "top_k=0 leaves no instance"),
+        ({"target_sizes": [(40, 60), (0, 10)]}, r"target_sizes\[1\] is \(0, 10\); height and width are at least 1"),
+        ({"input_sizes": [(-4, 60), (8, 10)]}, r"input_sizes\[0\] is \(-4, 60\)"),
     ],
 )
 def test_settings_without_sense_are_refused(settings, reason):

@@ -25,28 +25,39 @@ def annotation_targets(
 
     original, resized, canvas: (height, width) of the picture, after resizing, and padded. Crowds are left out, and so
     are masks without a pixel after resizing. Raises ValueError, with the picture and the position of the annotation,
-    for a category that is not in `label_map` and a segmentation that does not fit the picture.
+    for a missing key, a category that is not in `label_map` and a segmentation that does not fit the picture.
     """
+    picture = f"Picture {record.get('image_id')!r}"
+    if "annotations" not in record:
+        raise ValueError(f"{picture}: no `annotations`, only {sorted(record)}. Without any it is an empty list.")
     masks, classes = [], []
     for index, annotation in enumerate(record["annotations"]):
         if annotation.get("iscrowd", 0):
             continue
-        category = annotation["category_id"]
-        if label_map is not None and category not in label_map:
-            raise ValueError(
-                f"Picture {record.get('image_id')!r}: category_id {category} is not in label_map, which has "
-                f"{sorted(label_map)}. Add it, or leave the annotation out."
-            )
         try:
+            class_index = _class_index(annotation["category_id"], label_map)
             mask = torch.from_numpy(decode_segmentation(annotation["segmentation"], *original))
+        except KeyError as error:
+            raise ValueError(f"{picture}, annotation {index}: no {error} in it.") from error
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"Picture {record.get('image_id')!r}, annotation {index}: {error}") from error
+            raise ValueError(f"{picture}, annotation {index}: {error}") from error
         mask = F.interpolate(mask[None, None], resized, mode="nearest-exact")[0, 0] > 0
         if mask.any():
             masks.append(F.pad(mask, [0, canvas[1] - resized[1], 0, canvas[0] - resized[0]]))
-            classes.append(int(category if label_map is None else label_map[category]))
+            classes.append(class_index)
     stack = torch.stack(masks) if masks else torch.zeros((0, *canvas), dtype=torch.bool)
     return stack, torch.tensor(classes, dtype=torch.int64)
+
+
+def _class_index(category: int, label_map: Mapping[int, int] | None) -> int:
+    if label_map is None and (not isinstance(category, (int, np.integer)) or category < 0):
+        raise ValueError(f"category_id {category!r} is no class index, which is 0 or more. Pass a label_map.")
+    if label_map is not None and category not in label_map:
+        raise ValueError(
+            f"category_id {category} is not in label_map, which has {sorted(label_map)}. Add it, or leave the "
+            "annotation out."
+        )
+    return int(category if label_map is None else label_map[category])
 
 
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -70,6 +81,8 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
 
 
 def _check_runs(rle: Mapping[str, Any], height: int, width: int) -> None:
+    if not {"size", "counts"} <= rle.keys():
+        raise ValueError(f"a run-length mask has `size` and `counts`, this one {sorted(rle)}.")
     size, counts = [int(side) for side in rle["size"]], rle["counts"]
     if size != [height, width]:
         raise ValueError(
@@ -77,6 +90,8 @@ def _check_runs(rle: Mapping[str, Any], height: int, width: int) -> None:
             "Annotations refer to the original, un-rotated pixels."
         )
     runs = counts if isinstance(counts, (list, tuple)) else unpacked_runs(counts)
+    if not all(isinstance(run, (int, np.integer)) for run in runs):
+        raise ValueError(f"run lengths are whole numbers, got {runs!r:.60}. The mask is damaged.")
     if min(runs, default=0) < 0 or sum(runs) != height * width:
         raise ValueError(f"run lengths of {sum(runs)} pixels for a picture of {height * width}. The mask is damaged.")
 

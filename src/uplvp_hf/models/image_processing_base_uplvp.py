@@ -118,7 +118,7 @@ class UplvpProcessing:
 
         Raises:
             `ValueError`: if there are not as many annotation records as pictures, a category is not in `label_map`, a
-            segmentation does not fit its picture, or a picture has more than `max_pixels`.
+            segmentation does not fit its picture, or a picture has no pixel or more than `max_pixels`.
         """
         return super().preprocess(images, annotations, label_map, **kwargs)
 
@@ -236,10 +236,16 @@ class UplvpProcessing:
             `segments_info`, a list of `{"id", "label_id", "score", "was_fused": False}` for what the map shows.
 
         Raises:
-            `ValueError`: if sizes and batch disagree, an input size is larger than the logits' canvas, a threshold is
-            no probability, or `top_k` is below 1. `ImportError`: for `return_rle` without pycocotools.
+            `ValueError`: if sizes and batch disagree, a side is below 1, an input size is larger than the logits'
+            canvas, a threshold is not in 0..1, or `top_k` is below 1. `ImportError`: for `return_rle` without
+            pycocotools.
         """
-        _check_thresholds(threshold, mask_threshold, top_k)
+        _check_thresholds(
+            top_k,
+            threshold=threshold,
+            mask_threshold=mask_threshold,
+            overlap_mask_area_threshold=overlap_mask_area_threshold,
+        )
         if return_rle:
             require_pycocotools("return_rle=True")
         mask_logits = outputs.masks_queries_logits
@@ -269,15 +275,17 @@ class UplvpProcessing:
         return results
 
 
-def _check_thresholds(threshold: float, mask_threshold: float, top_k: int) -> None:
-    for name, value in (("threshold", threshold), ("mask_threshold", mask_threshold)):
+def _check_thresholds(top_k: int, **thresholds: float) -> None:
+    for name, value in thresholds.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is not a probability; it goes from 0 to 1.")
+            raise ValueError(f"{name}={value} is out of range; it goes from 0 to 1.")
     if top_k < 1:
         raise ValueError(f"top_k={top_k} leaves no instance; it is at least 1.")
 
 
 def _check_pixels(height: int, width: int, max_pixels: int | None) -> None:
+    if not height * width:
+        raise ValueError(f"A picture of {height} x {width} has no pixel. Leave it out.")
     if max_pixels is not None and height * width > max_pixels:
         raise ValueError(
             f"A picture of {height} x {width} has {height * width} pixels, more than max_pixels={max_pixels}. Cut it "
@@ -303,4 +311,8 @@ def _check_sizes(name: str, sizes: Any, batch_size: int) -> list[tuple[int, int]
         return None
     if len(sizes) != batch_size:
         raise ValueError(f"{name} has {len(sizes)} entries for a batch of {batch_size} pictures; pass one a picture.")
-    return [(int(height), int(width)) for height, width in sizes]
+    sizes = [(int(height), int(width)) for height, width in sizes]
+    for index, size in enumerate(sizes):
+        if min(size) < 1:
+            raise ValueError(f"{name}[{index}] is {size}; height and width are at least 1.")
+    return sizes
