@@ -21,8 +21,10 @@ from uplvp_hf.data import DataError, load_dataset_rows
 from uplvp_hf.evaluation import load_segmenter
 from uplvp_hf.export import TensorModel, canvas_of, check_batch, export_model, formats, trace
 from uplvp_hf.inference import OnnxSegmenter, load
+from uplvp_hf.models.configuration_mask_rcnn import MaskRcnnConfig
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+from uplvp_hf.models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
 CANVAS = (64, 96)
@@ -209,7 +211,11 @@ def test_native_mask2former(make_model, tmp_path, capsys):
     assert "would be lost" in capsys.readouterr().err
 
 
-def test_what_cannot_be_exported(make_model, processor, tmp_path, capsys):
+def test_what_cannot_be_exported(make_model, tiny_segmenter, processor, tmp_path, capsys):
+    baseline = MaskRcnnForInstanceSegmentation(MaskRcnnConfig(backbone_config=tiny_segmenter()["backbone_config"]))
+    for form in ("onnx", "torch", "mask2former"):
+        with pytest.raises(ValueError, match="a `mask_rcnn` model cannot be exported"):
+            export_model(baseline, processor, tmp_path / "a", form)
     with pytest.raises(ValueError, match="`knet` has no native class"):
         export_model(make_model("knet"), processor, tmp_path / "a", "mask2former")
     with pytest.raises(ValueError, match="format `tflite` is not known"):

@@ -57,6 +57,8 @@ def export_model(
     directory = Path(directory)
     if form not in FILES:
         raise ValueError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
+    if (kind := model.config.model_type) != "uplvp":  # Mask R-CNN: the number of its boxes depends on the picture
+        raise ValueError(f"a `{kind}` model cannot be exported, only a `uplvp` one: Mask2Former, K-Net, QueryInst.")
     if opset < MIN_OPSET:
         raise ValueError(f"opset {opset} is too old: torch writes {MIN_OPSET} and later.")
     if (directory / "config.json").is_file() and not (directory / DESCRIPTION).is_file():
