@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from uplvp_hf.commands import predict
-from uplvp_hf.data import DataError, ImageError, load_dataset_rows
+from uplvp_hf.data import ImageError, load_dataset_rows
 from uplvp_hf.evaluation import load_segmenter, predict_dataset, to_coco_results
 from uplvp_hf.inference import load
 from uplvp_hf.inference.journal import NAME
@@ -64,7 +64,7 @@ def test_pictures_in_any_form(predictor, scenes, found):
         predictor.predict(image, threshold=2)
     small = type(predictor)(predictor.model, predictor.processor, max_pixels=100)
     for picture in (image, scenes[0]["image"]):
-        with pytest.raises(DataError, match="max_pixels"):
+        with pytest.raises(ImageError, match="max_pixels"):
             small.predict(picture)
 
 

@@ -104,8 +104,10 @@ def test_gigapixel_pictures_are_refused_by_their_head_and_let_through_on_request
     assert "--max-pixels" in data.failures[0]["reason"]
     data = find_pictures([str(large)], max_pixels=400_000_000)
     assert (data[0]["width"], data[0]["height"]) == (20000, 20000)
-    with pytest.raises(DataError, match="400 million"):
+    with pytest.raises(ImageError, match=r"^.*large.png: 20000 x 20000 are 400 million"):
         find_pictures([str(large)], max_pixels=399_999_999)
+    with pytest.raises(DataError, match=r"none of the 2 pictures can be read; the first: .*400 million"):
+        find_pictures([str(large)] * 2)
     assert bound == Image.MAX_IMAGE_PIXELS
     with pytest.raises(ImageError, match="26 x 4"):
         check_pixels((26, 4), 100, "x")

@@ -77,7 +77,7 @@ def find_pictures(
         leave_out: a folder whose pictures do not count, such as the overlays of an earlier run among the pictures.
 
     What cannot be read is in `failures`. Raises DataError for a path that does not exist, a pattern without matches, a
-    folder without pictures, an address of another kind, and when nothing is left.
+    folder without pictures, an address of another kind, and when nothing is left (ImageError: of a single picture).
     """
     rows: list[Row] = []
     failures: list[dict[str, Any]] = []
@@ -100,6 +100,8 @@ def find_pictures(
         raise DataError("holds overlays of an earlier run only", file=leave_out, remedy="Name the pictures.")
     if not numbered:
         first = failures[0]
+        if len(failures) == 1:
+            raise ImageError(first["reason"], file=first["file"])
         raise DataError(
             f"none of the {len(failures)} pictures can be read; the first: {first['file']}: {first['reason']}"
         )
