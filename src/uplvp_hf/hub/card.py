@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .code_files import OWN_MODELS
+from ..models.remote_code import OWN_MODELS
 from .run_record import base_model, earlier_stages, plain, public, read_json, settings_yaml, training_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"

@@ -14,8 +14,8 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ..files import check_model_name, new_folder
+from ..models.remote_code import OWN_MODELS, add_code, without_code
 from .card import EXAMPLE_THRESHOLD, build_card
-from .code_files import OWN_MODELS, add_code
 from .errors import hub_errors
 from .run_record import read_json
 
@@ -69,6 +69,8 @@ def prepare_folder(
             shutil.copyfile(file, folder / file.name)  # not its mode: safetensors writes files for their owner alone
         if remote_code:
             add_code(folder, config["model_type"])
+        elif own:
+            without_code(folder)
         if remote_code and "UplvpForPreTraining" not in (config.get("architectures") or []):
             for name in ("handler.py", "requirements.txt"):
                 shutil.copyfile(TEMPLATES / name, folder / name)

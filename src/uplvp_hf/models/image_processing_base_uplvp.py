@@ -10,7 +10,9 @@ overlapping instances all survive in `masks` / `rle`; there is no panoptic metho
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .coco_targets import annotation_targets
 from .postprocessing_uplvp import MASK_STRIDE, collect_instances, find_instances, require_pycocotools
+from .remote_code import name_processor_in_config
 
 
 class UplvpImageProcessorKwargs(ImagesKwargs, total=False):
@@ -90,6 +93,12 @@ class UplvpProcessing:
 
     def __init__(self, **kwargs: Unpack[UplvpImageProcessorKwargs]) -> None:
         super().__init__(**kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> list[str]:
+        """As of transformers; beside a model with source files, `config.json` names the processor."""
+        written = super().save_pretrained(save_directory, **kwargs)
+        name_processor_in_config(Path(save_directory))
+        return written
 
     def preprocess(
         self,

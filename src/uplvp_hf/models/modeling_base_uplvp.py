@@ -14,6 +14,7 @@ from .modeling_knet import KNetForInstanceSegmentation
 from .modeling_mask2former import Mask2FormerSegmenter
 from .modeling_queryinst import QueryInstForInstanceSegmentation
 from .prompts import PromptFusion
+from .remote_code import SavesItsCode
 from .text_head import TextHead, TextHeads
 from .transfer import TransferReport, transfer_weights
 
@@ -55,7 +56,7 @@ class UplvpOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class UplvpPreTrainedModel(PreTrainedModel):
+class UplvpPreTrainedModel(SavesItsCode, PreTrainedModel):
     """Weights, loading and transfer, common to both models."""
 
     config: UplvpConfig

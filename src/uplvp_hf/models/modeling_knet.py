@@ -25,6 +25,7 @@ from .losses_knet import KNetLoss, KNetStageOutput, count_cells
 from .matching import LabelGuide
 from .modules_knet import KernelHead, KNetStage, SemanticPyramid
 from .padding import is_padded, padding_masked, upsample, valid_cells
+from .remote_code import SavesItsCode
 
 
 @dataclass
@@ -88,7 +89,7 @@ class KNetForInstanceSegmentationOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class KNetPreTrainedModel(PreTrainedModel):
+class KNetPreTrainedModel(SavesItsCode, PreTrainedModel):
     """Initialisation and loading, common to both models."""
 
     config: KNetConfig

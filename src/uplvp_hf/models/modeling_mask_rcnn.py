@@ -26,6 +26,7 @@ from .layers_mask_rcnn import POOLED, build_heads, build_proposals, init_mask_rc
 from .losses import Normalizers, check_labels
 from .padding import extend_edges, padding_masked
 from .prompts import tight_boxes
+from .remote_code import SavesItsCode
 from .roi_masks import paste_masks
 from .transfer import TransferReport, transfer_weights
 
@@ -71,7 +72,7 @@ class MaskRcnnForInstanceSegmentationOutput(ModelOutput):
     roi_mask_logits: Tensor | None = None
 
 
-class MaskRcnnPreTrainedModel(PreTrainedModel):
+class MaskRcnnPreTrainedModel(SavesItsCode, PreTrainedModel):
     """Weights and loading."""
 
     config: MaskRcnnConfig

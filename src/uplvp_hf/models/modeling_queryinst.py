@@ -29,6 +29,7 @@ from .losses import Draw, Normalizers
 from .losses_queryinst import QueryInstLoss, QueryInstStageOutput
 from .matching import LabelGuide
 from .padding import extend_edges, is_padded, padding_masked
+from .remote_code import SavesItsCode
 from .roi import centre_to_corners
 from .roi_masks import paste_masks
 
@@ -102,7 +103,7 @@ class QueryInstForInstanceSegmentationOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None = None
 
 
-class QueryInstPreTrainedModel(PreTrainedModel):
+class QueryInstPreTrainedModel(SavesItsCode, PreTrainedModel):
     """Weights and loading, common to both models."""
 
     config: QueryInstConfig

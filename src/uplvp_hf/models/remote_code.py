@@ -1,0 +1,121 @@
+"""A saved model carries its source files, so that it loads where this library is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Per `model_type`: the file after `configuration_` and `modeling_`, the prefix of the classes, and what further auto
+# classes find in the folder.
+OWN_MODELS = {
+    "uplvp": (
+        "uplvp",
+        "Uplvp",
+        {"AutoModel": "UplvpForInstanceSegmentation", "AutoModelForPreTraining": "UplvpForPreTraining"},
+    ),
+    "knet": ("knet", "KNet", {"AutoModel": "KNetModel"}),
+    "queryinst": ("queryinst", "QueryInst", {"AutoModel": "QueryInstModel"}),
+    "mask_rcnn": ("mask_rcnn", "MaskRcnn", {"AutoModel": "MaskRcnnForInstanceSegmentation"}),
+}
+# The stock pipeline asks for AutoModelForImageSegmentation only; the others are what users look for.
+_AUTO_MODELS = (
+    "AutoModelForImageSegmentation",
+    "AutoModelForInstanceSegmentation",
+    "AutoModelForUniversalSegmentation",
+)
+
+# By transformers' names of the backends.
+_IMAGE_PROCESSORS = {
+    "torchvision": "image_processing_uplvp.UplvpImageProcessor",
+    "pil": "image_processing_pil_uplvp.UplvpImageProcessorPil",
+}
+_PIPELINES = {
+    "instance-segmentation": {
+        "impl": "pipeline_uplvp.UplvpInstanceSegmentationPipeline",
+        "pt": ["AutoModelForInstanceSegmentation"],
+        "type": "image",
+    }
+}
+_PUSH_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "max_shard_size")
+_COMMON_FILES = ("image_processing_uplvp.py", "image_processing_pil_uplvp.py", "pipeline_uplvp.py")
+
+
+class SavesItsCode:
+    """For models: `save_pretrained`, and so `push_to_hub`, add the source files, see `add_code`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, with_code: bool = True, **kwargs) -> None:
+        """As of transformers. `with_code=False` leaves the source files out: this library is needed to load then."""
+        push = kwargs.pop("push_to_hub", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", args[0] if args else True):
+            if with_code:
+                add_code(Path(save_directory), self.config.model_type, self.config.name_or_path)
+            else:
+                without_code(Path(save_directory))
+        if push:  # now that the files are there
+            options = {key: kwargs[key] for key in _PUSH_OPTIONS if key in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)
+
+
+def add_code(folder: Path, model_type: str, origin: str = "") -> None:
+    """Copies the model's source files, and names the classes in `config.json` (`auto_map`, `custom_pipelines`).
+
+    A folder with them loads with `trust_remote_code=True` where this library is not installed. The image processor is
+    named there too, not in its own file: from that the stock pipeline would infer a video processor in remote code, and
+    ask for `trust_remote_code` even where this library is installed (transformers 5.23).
+
+    origin: folder or repository that the model was loaded from. Where this very code came from one, only the files that
+    the model itself needs lie beside it. Raises OSError for a file that is in neither place.
+    """
+    module, prefix, further = OWN_MODELS[model_type]
+    for file in _files((f"configuration_{module}.py", f"modeling_{module}.py", *_COMMON_FILES), origin):
+        if file.resolve() != (folder / file.name).resolve():
+            shutil.copyfile(file, folder / file.name)
+    config: dict[str, Any] = {"AutoConfig": f"configuration_{module}.{prefix}Config"}
+    config |= dict.fromkeys(_AUTO_MODELS, f"modeling_{module}.{prefix}ForInstanceSegmentation")
+    config |= {auto: f"modeling_{module}.{name}" for auto, name in further.items()}
+    config["AutoImageProcessor"] = _IMAGE_PROCESSORS
+    _change(folder / "config.json", {"auto_map": config, "custom_pipelines": _PIPELINES})
+    name_processor_in_config(folder)
+
+
+def _files(names: Sequence[str], origin: str) -> list[Path]:
+    """These files and all that they import, by `from .name import`."""
+    from transformers.dynamic_module_utils import get_relative_imports
+    from transformers.utils import cached_file
+
+    found: dict[str, Path] = {}
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            beside = Path(__file__).with_name(name)
+            found[name] = beside if beside.is_file() else Path(cached_file(origin, name))
+            waiting += [f"{module}.py" for module in get_relative_imports(found[name])]
+    return [found[name] for name in sorted(found)]
+
+
+def without_code(folder: Path) -> None:
+    """Removes what `config.json` says of source files, such as a model that was loaded with them has it."""
+    _change(folder / "config.json", {"auto_map": None, "custom_pipelines": None})
+
+
+def name_processor_in_config(folder: Path) -> None:
+    """Leaves the type out of `preprocessor_config.json` where `config.json` names the image processor.
+
+    transformers looks there only if the file itself has no type.
+    """
+    config, processor = folder / "config.json", folder / "preprocessor_config.json"
+    if config.is_file() and processor.is_file() and "auto_map" in json.loads(config.read_text(encoding="utf-8")):
+        _change(processor, {"image_processor_type": None})
+
+
+def _change(path: Path, values: dict[str, Any]) -> None:
+    """Sets `values` in a JSON file; None removes."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content = {key: value for key, value in {**content, **values}.items() if key not in values or value is not None}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

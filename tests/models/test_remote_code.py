@@ -1,0 +1,102 @@
+"""Saved folders carry the model's source files and load without the library."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
+
+from uplvp_hf import KNetConfig, KNetForInstanceSegmentation, UplvpImageProcessor
+from uplvp_hf.models.remote_code import OWN_MODELS
+
+BACKBONE = {
+    "model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8],
+    "depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}  # fmt: skip
+
+# Runs where nobody may import the library: loads, predicts, saves again, loads what was saved.
+HIDDEN = """
+import sys
+class Hidden:
+    def find_spec(self, name, *rest, **further):
+        if name.split(".")[0] == "uplvp_hf":
+            raise ImportError("hidden")
+sys.meta_path.insert(0, Hidden())
+from PIL import Image
+from transformers import pipeline
+folder, again = sys.argv[1:]
+picture = Image.new("RGB", (80, 60))
+found = []
+for place in (folder, again):
+    stock = pipeline("image-segmentation", model=place, trust_remote_code=True)
+    own = pipeline("instance-segmentation", model=place, trust_remote_code=True)
+    stock(picture, threshold=0.0)
+    found.append([(one["score"], one["rle"]) for one in own(picture, threshold=0.0)])
+    if place == folder:
+        stock.image_processor.save_pretrained(again)
+        stock.model.save_pretrained(again)
+assert found[0] and found[0] == found[1]
+"""
+
+
+def small() -> KNetForInstanceSegmentation:
+    settings = {"hidden_size": 32, "intermediate_size": 32, "num_stages": 1, "num_queries": 5, "norm_groups": 8}
+    return KNetForInstanceSegmentation(KNetConfig(backbone_config=BACKBONE, id2label={0: "a", 1: "b"}, **settings))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    small().save_pretrained(tmp_path / "model")
+    UplvpImageProcessor(size={"longest_edge": 64}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+def test_pipelines_of_a_saved_folder_without_the_library(folder, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", HIDDEN, str(folder), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_file_that_is_named_is_there(folder):
+    config = json.loads((folder / "config.json").read_text())
+    named = [entry["impl"] for entry in config["custom_pipelines"].values()]
+    for entry in config["auto_map"].values():
+        named += entry.values() if isinstance(entry, dict) else [entry]
+    for reference in named:
+        module, name = reference.split(".")
+        assert f"class {name}(" in (folder / f"{module}.py").read_text()
+    lines = [line for file in folder.glob("*.py") for line in file.read_text().splitlines()]
+    imported = {line.split()[1][1:] for line in lines if line.startswith("from .")}
+    assert imported and all((folder / f"{module}.py").is_file() for module in imported)
+
+
+@pytest.mark.parametrize("processor_first", [False, True])
+def test_the_order_of_saving_does_not_matter(tmp_path, processor_first):
+    parts = [small(), UplvpImageProcessor()]
+    for part in reversed(parts) if processor_first else parts:
+        part.save_pretrained(tmp_path)
+    assert "image_processor_type" not in json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is UplvpImageProcessor  # no question about remote code
+    assert type(AutoModelForInstanceSegmentation.from_pretrained(tmp_path)) is KNetForInstanceSegmentation
+
+
+def test_without_code_nothing_is_named(folder, tmp_path):
+    model = KNetForInstanceSegmentation.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "bare", with_code=False)
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    assert not list((tmp_path / "bare").glob("*.py")) and not {"auto_map", "custom_pipelines"} & set(config)
+    UplvpImageProcessor().save_pretrained(tmp_path / "alone")
+    assert json.loads((tmp_path / "alone" / "preprocessor_config.json").read_text())["image_processor_type"]
+
+
+def test_every_model_of_the_library_is_known():
+    from uplvp_hf.models.configuration_mask_rcnn import MaskRcnnConfig
+    from uplvp_hf.models.configuration_queryinst import QueryInstConfig
+    from uplvp_hf.models.configuration_uplvp import UplvpConfig
+
+    configs = (UplvpConfig, KNetConfig, QueryInstConfig, MaskRcnnConfig)
+    assert {config.model_type for config in configs} == set(OWN_MODELS)
