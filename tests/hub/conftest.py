@@ -31,8 +31,10 @@ def online(monkeypatch):
 @pytest.fixture
 def hub_client(hub, online, monkeypatch, tmp_path):
     """The client of this process talks to the loopback Hub, as its user `uplvp`, and does not wait between tries."""
+    import transformers.utils.hub
     from huggingface_hub.utils import _http
 
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # another test may have made it, with its address
     constants = huggingface_hub.constants
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

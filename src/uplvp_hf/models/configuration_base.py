@@ -52,9 +52,9 @@ class StrictConfigMixin:
         """As in transformers, for configurations read from a file, with one allowance: keys that this version does not
         know, which a later version of transformers may have written, are left out with a warning."""
         if not cls.__module__.startswith("transformers_modules."):
-            # Names the pipeline in a repository's own code. The installed package registers it, and transformers would
-            # ask for trust_remote_code where both are there.
-            config_dict = {key: value for key, value in config_dict.items() if key != "custom_pipelines"}
+            # They name the folder's own code. The installed package is used in its place, and transformers would ask
+            # for trust_remote_code where both are there.
+            config_dict = {key: config_dict[key] for key in config_dict if key not in ("auto_map", "custom_pipelines")}
         unknown = [key for key in config_dict if not cls._is_known(key)]
         if unknown:
             logger.warning_once(f"Settings of a configuration that {cls.__name__} does not know: {', '.join(unknown)}.")

@@ -373,6 +373,8 @@ class _Run:
             if self.settings.overfit_one_batch and len(result.losses) == 2:
                 report_one_batch(*result.losses)
         self.log.end()
+        # A launcher ends all processes when one ends badly, and none may end while the model is being written.
+        self.accelerator.wait_for_everyone()
 
     def _facts(self) -> dict:
         """Of the summary, what only the run knows."""
