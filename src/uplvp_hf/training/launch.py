@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import platform
+import time
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -51,6 +53,13 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 def _leave_process_group() -> None:
-    """Without this a process may abort at its very end, when threads of the group are still running."""
+    """Without this a process may abort at its very end.
+
+    A thread of the group that lets go of Python objects while the interpreter ends is stopped in the middle of C++,
+    which calls `terminate`. So models that hold the group go first, then the group, and its threads get time to end.
+    """
     if torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
+        gc.collect()
+        time.sleep(0.5)
