@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from uplvp_hf.data.synthetic import make_scene
 from uplvp_hf.models.configuration_knet import KNetConfig
 from uplvp_hf.models.modeling_knet import KNetForInstanceSegmentation, KNetModel
+from uplvp_hf.models.modules_knet import gather_objects
 
 RESNET = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
@@ -288,6 +289,7 @@ def test_wrong_settings_and_labels_are_refused(make_batch):
         ({"hidden_size": 18, "num_attention_heads": 4}, "num_attention_heads: 4"),
         ({"num_stages": 0}, "num_stages must be at least 1"),
         ({"semantic_targets": "all"}, "majority, touched"),
+        ({"object_pooling": "max"}, "sum, mean"),
         ({"prior_probability": 0.0}, "prior_probability"),
         ({"dropout": 1.0}, "dropout"),
     ]:
@@ -336,3 +338,28 @@ def test_learns_one_picture():
         optimizer.step()
         losses.append(output.loss.item())
     assert np.mean(losses[-5:]) < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+def test_what_a_kernel_takes_in(pooling):
+    torch.manual_seed(0)
+    x, logits, valid = torch.randn(2, 5, 4, 6), torch.randn(2, 3, 4, 6), torch.rand(2, 4, 6) > 0.3
+    logits[1, 2] = -1.0  # a mask without cells
+    found = gather_objects(x, logits, valid, pooling)
+    for picture in range(2):
+        for kernel in range(3):
+            cells = x[picture][:, (logits[picture, kernel] > 0) & valid[picture]]  # (D, cells)
+            wanted = cells.sum(1) if pooling == "sum" or not cells.numel() else cells.mean(1)
+            torch.testing.assert_close(found[picture, kernel], wanted)
+
+
+def test_mean_pooling_is_used_and_saved(make_batch, tmp_path):
+    """The same weights with the mean differ from those with the sum; the choice comes back with the checkpoint."""
+    total, mean = make_model(object_pooling="sum"), make_model(object_pooling="mean")
+    mean.load_state_dict(total.state_dict())
+    batch = make_batch()
+    logits = [model(batch["pixel_values"]).class_queries_logits for model in (total, mean)]
+    assert not torch.allclose(*logits)
+    mean.save_pretrained(tmp_path)
+    loaded = KNetForInstanceSegmentation.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(batch["pixel_values"]).class_queries_logits, logits[1])

@@ -61,7 +61,7 @@ class KernelHead(nn.Module):
     def __init__(self, config: KNetConfig):
         super().__init__()
         channels = config.hidden_size
-        self.prior = config.prior_probability
+        self.prior, self.pooling = config.prior_probability, config.object_pooling
         self.localization, self.semantic = (
             nn.ModuleList(ConvNormAct(channels, channels, 1, groups=config.norm_groups) for _ in range(count))
             for count in (config.num_localization_layers, config.num_semantic_layers)
@@ -79,7 +79,7 @@ class KernelHead(nn.Module):
         kernels = self.kernels.weight[None].expand(localization.shape[0], -1, -1)
         masks = apply_kernels(kernels, localization)
         x = localization + semantic
-        return x, masks, self.classifier(semantic), kernels + gather_objects(x, masks, valid)
+        return x, masks, self.classifier(semantic), kernels + gather_objects(x, masks, valid, self.pooling)
 
     @torch.no_grad()
     def init_weights(self) -> None:
@@ -99,8 +99,9 @@ def apply_kernels(kernels: Tensor, x: Tensor) -> Tensor:
     return (kernels @ x.flatten(2)).unflatten(2, x.shape[-2:])
 
 
-def gather_objects(x: Tensor, mask_logits: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Sum (not mean) of a map (B, D, h, w) over the cells inside each mask (B, N, h, w) -> (B, N, D).
+def gather_objects(x: Tensor, mask_logits: Tensor, valid: Tensor | None = None, pooling: str = "sum") -> Tensor:
+    """Sum, or with pooling="mean" the mean, of a map (B, D, h, w) over the cells inside each mask (B, N, h, w)
+    -> (B, N, D); zeros for a mask without cells.
 
     Inside is a probability above one half, a hard choice: no gradient reaches the masks. valid (B, h, w): cells of
     the pictures, None for all.
@@ -108,7 +109,11 @@ def gather_objects(x: Tensor, mask_logits: Tensor, valid: Tensor | None = None) 
     inside = mask_logits > 0
     if valid is not None:
         inside = inside & valid[:, None]
-    return inside.flatten(2).to(x.dtype) @ x.flatten(2).transpose(1, 2)
+    inside = inside.flatten(2).to(x.dtype)
+    total = inside @ x.flatten(2).transpose(1, 2)
+    if pooling == "sum":
+        return total
+    return total / inside.float().sum(-1, keepdim=True).clamp(min=1).to(x.dtype)  # float: 16 bits cannot count cells
 
 
 class KernelUpdate(nn.Module):
@@ -164,7 +169,7 @@ class KNetStage(GradientCheckpointingLayer):
     def __init__(self, config: KNetConfig):
         super().__init__()
         channels = config.hidden_size
-        self.prior, self.dropout = config.prior_probability, config.dropout
+        self.prior, self.dropout, self.pooling = config.prior_probability, config.dropout, config.object_pooling
         self.feature_transform = nn.Conv2d(channels, channels, 1)
         self.update = KernelUpdate(channels)
         self.self_attn, self.self_attn_norm = KernelAttention(config), nn.LayerNorm(channels)
@@ -182,7 +187,7 @@ class KNetStage(GradientCheckpointingLayer):
         """x (B, D, h, w), mask_logits (B, N, h, w) and kernels (B, N, D) of the previous stage -> class logits
         (B, N, K), mask logits (B, N, h, w), kernels (B, N, D), attention weights (B, heads, N, N) or None."""
         x = self.feature_transform(x)
-        kernels = self.update(gather_objects(x, mask_logits, valid), kernels)
+        kernels = self.update(gather_objects(x, mask_logits, valid, self.pooling), kernels)
         attended, weights = self.self_attn(kernels, output_attentions)
         kernels = self.self_attn_norm(kernels + F.dropout(attended, self.dropout, self.training))
         hidden = F.dropout(F.relu(self.fc1(kernels)), self.dropout, self.training)
