@@ -112,7 +112,9 @@ def test_words_and_choice(tmp_path):
         ({"arms": {}}, "needs `arms`"),
         ({"data": {"train": "x"}}, "needs `train` and `val`"),
         ({"curve": [0.5, 1.0]}, "between 0 and 1"),
-        ({"labels_per_class": [0]}, "at least 1"),
+        ({"labels_per_class": [0]}, "numbers from 1"),
+        ({"labels_per_class": ["1@"]}, "1@"),
+        ({"processes": 0}, "`processes` must be at least 1"),
         ({"validation": 1.0}, "fraction of the training pictures"),
         ({"segmenters": {"x": 3}}, "`segmenters.x` is a section"),
     ],
@@ -138,3 +140,19 @@ def test_shipped_recipes_make_plans(name, tmp_path):
     jobs = make_plan(load_benchmark(name, (), variables), tmp_path, SOURCES)
     assert {job.kind for job in jobs} >= {"pretrain", "finetune"}
     assert all(json.dumps(job.row) for job in jobs)
+
+
+def test_splits_and_epochs(tmp_path):
+    """Labels may be a named split; recipes that count epochs are scaled in epochs."""
+    finetune = {"optim.epochs": 8, "optim.steps": 20}
+    changes = {"labels_per_class": ["1@10"], "finetune": finetune, "arms": {"full": {"labels": "named"}}}
+    jobs = {job.folder: job for job in make_plan(load(tmp_path, **changes), tmp_path, SOURCES)}
+    settings = jobs["runs/small/full/1@10_labels_seed3"].settings
+    assert (settings.data.subset, settings.data.labels_per_class) == ("1@10", None)
+    assert (settings.optim.epochs, settings.evaluation.every_epochs) == (8, 2)
+    changes["arms"] = {"quarter": {"labels": "named", "steps": 0.25}}
+    jobs = {job.folder: job for job in make_plan(load(tmp_path, **changes), tmp_path, SOURCES)}
+    assert jobs["runs/small/quarter/1@10_labels_seed3"].settings.optim.epochs == 2
+    changes["arms"] = {"total": {"equal_total": True}}
+    with pytest.raises(ConfigError, match="`equal_total` counts steps"):
+        make_plan(load(tmp_path, **changes), tmp_path, SOURCES)

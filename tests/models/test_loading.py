@@ -327,3 +327,18 @@ def test_an_official_checkpoint_for_other_classes_in_one_call(make_config, tmp_p
     assert model.transfer_report.new_classes == ["fox"] and model.config.category_ids == [4, 8]
     for name, tensor in official.model.state_dict().items():
         assert torch.equal(model.segmenter.model.state_dict()[name], tensor), name
+
+
+def test_classes_may_start_from_the_mean_of_the_old_ones(make_config, tmp_path):
+    """`spread`: a class known by name keeps its row, the others get the mean, "no object" stays."""
+    torch.manual_seed(0)
+    source = UplvpForPreTraining(make_config())
+    source.save_pretrained(tmp_path)
+    new = {0: "zebra", 1: "Horse"}
+    model = UplvpForInstanceSegmentation.from_pretraining(str(tmp_path), new, class_head="spread")
+    old = source.state_dict()
+    for name in ("segmenter.class_predictor.weight", "segmenter.class_predictor.bias"):
+        rows, count = old[name], len(source.config.id2label)
+        wanted = torch.stack([rows[:count].mean(0), rows[2], rows[count]])
+        torch.testing.assert_close(model.state_dict()[name], wanted)
+    assert model.transfer_report.classes == ["Horse"] and "mean over all classes there" in str(model.transfer_report)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .rows import label_counts, labels_text
+
 # What is claimed (SP and UPLVP, papers and released ablation settings), the arm that should be better, and the other.
 # Arms go by the names that they have in the recipes of this folder.
 CLAIMS = (
@@ -31,7 +33,7 @@ class Verdict:
     better: str
     worse: str
     segmenter: str
-    labels_per_class: int
+    labels_per_class: int | str
     differences: list[float]
 
     @property
@@ -54,12 +56,13 @@ class Verdict:
 
 def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     """A verdict for every claim, segmenter and number of labels for which both arms have runs with the same seed."""
-    found: dict[tuple[str, str, int], dict[int, float]] = {}
+    found: dict[tuple[str, str, int | str], dict[int, float]] = {}
     for row in rows:
         if row["metrics"]["AP"] is not None and not row["class_agnostic"]:
             key = (row["segmenter"], row["arm"], row["labels_per_class"])
             found.setdefault(key, {})[row["seed"]] = row["metrics"]["AP"]
-    places = sorted({(segmenter, count) for segmenter, _, count in found}, key=lambda place: (place[0], place[1]))
+    segmenters = sorted({row["segmenter"] for row in rows})
+    places = [(segmenter, count) for segmenter in segmenters for count in label_counts(rows)]
     verdicts = []
     for claim, better, worse in CLAIMS:
         for segmenter, count in places:
@@ -74,14 +77,14 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
 def claims_table(verdicts: Sequence[Verdict]) -> str:
     """Markdown: difference in AP points, its standard error, seeds in favour, verdict."""
     lines = [
-        "| claim | segmenter | labels a class | difference in AP | seeds in favour | verdict |",
-        "|---|---|---:|---:|---:|---|",
+        "| claim | segmenter | labels | difference in AP | seeds in favour | verdict |",
+        "|---|---|---|---:|---:|---|",
     ]
     for one in verdicts:
         spread = "" if one.error is None else f" ± {100 * one.error:.1f}"
         won = f"{sum(value > 0 for value in one.differences)} of {len(one.differences)}"
         lines.append(
-            f"| {one.claim} (`{one.better}` - `{one.worse}`) | {one.segmenter} | {one.labels_per_class} | "
+            f"| {one.claim} (`{one.better}` - `{one.worse}`) | {one.segmenter} | {labels_text(one.labels_per_class)} | "
             f"{100 * one.mean:+.1f}{spread} | {won} | {one.word} |"
         )
     return "\n".join(lines)

@@ -12,6 +12,7 @@ from ..evaluation.compare import Arm, Comparison, Point
 from ..evaluation.compare_page import draw_curves, figure_bytes
 from ..files import replacing, write_text
 from .claims import claims_table, judge
+from .rows import label_counts, labels_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,12 +31,12 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
     figures: dict[str, Figure] = {}
     for segmenter in _in_order(rows, "segmenter"):
         own = [row for row in rows if row["segmenter"] == segmenter]
-        for count in sorted({row["labels_per_class"] for row in own} - {0}):
+        for count in label_counts(own):
             chosen = [row for row in own if row["labels_per_class"] == count]
-            name = f"{_file_name(segmenter)}_{count}"
+            name = _file_name(f"{segmenter}_{count}")
             figures[f"curves_{name}"] = draw_curves(curves_of(chosen))
             if len(_in_order(chosen, "arm")) > 2:
-                figures[f"ablation_{name}"] = draw_bars(chosen, f"{segmenter}, {count} labelled pictures a class")
+                figures[f"ablation_{name}"] = draw_bars(chosen, f"{segmenter}, {labels_text(count)}")
     figures |= {f"queries_{_file_name(name)}": draw_activations(own) for name, own in (maps or {}).items()}
     for name, figure in figures.items():
         for suffix in ("svg", "png"):
@@ -49,8 +50,8 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
 def results_table(rows: Rows, segmenter: str) -> str:
     """Markdown: an arm a line, AP / AP50 in per cent by labels a class, mean and deviation over seeds."""
     own = [row for row in rows if row["segmenter"] == segmenter]
-    counts = sorted({row["labels_per_class"] for row in own} - {0})
-    head = [f"{segmenter}: arm", *(f"{count} labels a class" for count in counts), "fine-tuning steps", "runs"]
+    counts = label_counts(own)
+    head = [f"{segmenter}: arm", *(labels_text(count) for count in counts), "fine-tuning steps", "runs"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for arm in _in_order(own, "arm"):
         chosen = [row for row in own if row["arm"] == arm]

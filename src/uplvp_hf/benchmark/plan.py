@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..training.config import TrainSettings, load_settings
+from ..training.config import ConfigError, TrainSettings, load_settings
 from .recipe import Arm, Benchmark
 
 
@@ -76,7 +77,7 @@ def _arm_jobs(
         settings = _finetune_settings(benchmark, output / folder, sources, segmenter, arm, pretrain_seed, 1, start)
         return [*jobs, Job("evaluate", folder, needs, settings, row)]
     for count in counts:
-        folder = f"runs/{segmenter}/{name}/{count}_labels_seed{seed}".replace(" ", "_")
+        folder = f"runs/{segmenter}/{name}/{_NOT_IN_NAMES.sub('_', str(count))}_labels_seed{seed}".replace(" ", "_")
         settings = _finetune_settings(benchmark, output / folder, sources, segmenter, arm, seed, count, start)
         jobs.append(Job("finetune", folder, needs, settings, {**said, "labels_per_class": count}))
     return jobs
@@ -105,6 +106,7 @@ def _pretrain_jobs(
     return [*jobs, Job("pretrain", folder, needs, settings)]
 
 
+_NOT_IN_NAMES = re.compile(r"[^\w.+@-]")
 _TRAIN_KEYS = {"path": "train", "split": "train_split", "images": "train_images"}
 
 
@@ -115,16 +117,23 @@ def _finetune_settings(
     segmenter: str,
     arm: Arm,
     seed: int,
-    count: int,
+    count: int | str,
     start: Mapping[str, Any],
 ) -> TrainSettings:
     recipes = benchmark.segmenters[segmenter]
     values = {**benchmark.settings, **recipes.settings, **benchmark.finetune, **arm.finetune, **start}
     values |= {f"data.{key}": value for key, value in {**sources.train, **sources.val}.items()}
-    values |= {"data.labels_per_class": count, "data.split_seed": seed, "seed": seed, "stage": "finetune"}
-    steps = _settings(recipes.finetune, values, folder).optim.steps
-    if arm.equal_total:
-        steps += _usual_pretrain_steps(benchmark, segmenter)
+    values |= {"data.subset" if isinstance(count, str) else "data.labels_per_class": count}
+    values |= {"data.split_seed": seed, "seed": seed, "stage": "finetune"}
+    optim = _settings(recipes.finetune, values, folder).optim
+    if optim.epochs is not None:
+        if arm.equal_total:
+            raise ConfigError(f"`equal_total` counts steps, but {recipes.finetune} sets `optim.epochs`.")
+        epochs = optim.epochs * (arm.steps or 1)
+        values |= {"optim.epochs": epochs}
+        values |= {"evaluation.every_epochs": epochs * min(benchmark.curve)} if benchmark.curve else {}
+        return _settings(recipes.finetune, values, folder)
+    steps = optim.steps + (_usual_pretrain_steps(benchmark, segmenter) if arm.equal_total else 0)
     steps = max(1, round(steps * (arm.steps or 1)))
     values |= {"optim.steps": steps, "evaluation.at": sorted({max(1, round(steps * part)) for part in benchmark.curve})}
     return _settings(recipes.finetune, values, folder)
@@ -133,7 +142,10 @@ def _finetune_settings(
 def _usual_pretrain_steps(benchmark: Benchmark, segmenter: str) -> int:
     recipes = benchmark.segmenters[segmenter]
     values = {**benchmark.settings, **recipes.settings, **benchmark.pretrain, "stage": "pretrain"}
-    return _settings(recipes.pretrain, values, Path("unused")).optim.steps
+    optim = _settings(recipes.pretrain, values, Path("unused")).optim
+    if optim.epochs is not None:
+        raise ConfigError(f"`equal_total` counts steps, but {recipes.pretrain} sets `optim.epochs`.")
+    return optim.steps
 
 
 def _settings(recipe: str, values: Mapping[str, Any], output: Path) -> TrainSettings:

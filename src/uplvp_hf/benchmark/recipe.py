@@ -32,6 +32,8 @@ from typing import Any
 
 import yaml
 
+from ..data.errors import DataError
+from ..data.splits import parse_split
 from ..training.config import ConfigError
 from ..training.settings_file import build_settings, merge_words
 
@@ -91,7 +93,7 @@ class Arm:
     steps: float = 1.0
     equal_total: bool = False
     segmenters: list[str] | None = None
-    labels_per_class: list[int] | None = None
+    labels_per_class: list[int | str] | None = None
     seeds: list[int] | None = None
     about: str = ""
 
@@ -100,6 +102,8 @@ class Arm:
 class Benchmark:
     """A whole benchmark, see the head of this file.
 
+    labels_per_class: numbers, or names of low-data splits as `data.subset` takes them, such as 1@5 for 5 % of the
+    pictures. processes: of every training, one a GPU.
     shared_pretraining: one pre-training (seed 0) for all fine-tuning seeds; otherwise one a seed. curve: fractions of
     the fine-tuning steps at which `val` is evaluated, the end apart. validation: fraction of the training pictures
     that stand in for `val` and are kept out of everything else, to choose settings by. variables: what `${name}` in
@@ -115,11 +119,12 @@ class Benchmark:
     settings: dict[str, Any] = field(default_factory=dict)
     pretrain: dict[str, Any] = field(default_factory=dict)
     finetune: dict[str, Any] = field(default_factory=dict)
-    labels_per_class: list[int] = field(default_factory=lambda: [10])
+    labels_per_class: list[int | str] = field(default_factory=lambda: [10])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     shared_pretraining: bool = False
     curve: list[float] = field(default_factory=lambda: [0.25, 0.5])
     validation: float = 0.0
+    processes: int = 1
 
     def __post_init__(self) -> None:
         for section in ("name", "segmenters", "arms", "seeds", "labels_per_class"):
@@ -129,8 +134,16 @@ class Benchmark:
             for name in table:  # they become names of folders
                 if not _NAME.fullmatch(name):
                     raise ConfigError(f"`{name}`: names are made of letters, digits and . _ + - with single spaces.")
-        if min(self.labels_per_class) < 1:
-            raise ConfigError(f"`labels_per_class` must be at least 1, got {self.labels_per_class}.")
+        for count in self.labels_per_class:
+            if isinstance(count, str):
+                try:
+                    parse_split(count)
+                except DataError as error:
+                    raise ConfigError(f"`labels_per_class`: {error}") from error
+            elif not isinstance(count, int) or count < 1:
+                raise ConfigError(f"`labels_per_class` holds numbers from 1, or names of splits, got {count!r}.")
+        if self.processes < 1:
+            raise ConfigError(f"`processes` must be at least 1, got {self.processes}.")
         if any(not 0 < part < 1 for part in self.curve):
             raise ConfigError(f"`curve` holds fractions of the steps, between 0 and 1, got {self.curve}.")
         if not 0 <= self.validation < 1:

@@ -129,4 +129,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-__all__ = ["make_row", "read_rows", "source_revision", "write_rows"]
+def label_counts(rows: Sequence[dict[str, Any]]) -> list[int | str]:
+    """What the runs were fine-tuned on, numbers of labels first, without the 0 of runs that were not."""
+    found = {row["labels_per_class"] for row in rows} - {0}
+    return sorted(found, key=lambda count: (isinstance(count, str), count))
+
+
+def labels_text(count: int | str) -> str:
+    """`10 labels a class`, or `split 1@5`."""
+    return f"split {count}" if isinstance(count, str) else f"{count} labels a class"
+
+
+__all__ = ["label_counts", "labels_text", "make_row", "read_rows", "source_revision", "write_rows"]

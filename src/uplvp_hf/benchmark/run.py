@@ -6,6 +6,7 @@ import fcntl
 import json
 import logging
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ..files import write_json, write_text
 from ..training.config import ConfigError
@@ -84,7 +87,11 @@ def _claim(benchmark: Benchmark, folder: Path) -> None:
 
 def _work_together(benchmark: Benchmark, folder: Path, jobs: list[Job], workers: int) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_worker, args=(benchmark, folder, jobs)) for _ in range(workers)]
+    gpus = _gpus() if benchmark.processes == 1 else []
+    processes = [
+        context.Process(target=_worker, args=(benchmark, folder, jobs, gpus[number % len(gpus)] if gpus else None))
+        for number in range(workers)
+    ]
     for process in processes:
         process.start()
     try:
@@ -96,7 +103,17 @@ def _work_together(benchmark: Benchmark, folder: Path, jobs: list[Job], workers:
         raise
 
 
-def _worker(benchmark: Benchmark, folder: Path, jobs: list[Job]) -> None:
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process sees, as CUDA_VISIBLE_DEVICES takes them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def _worker(benchmark: Benchmark, folder: Path, jobs: list[Job], gpu: str | None) -> None:
+    if gpu is not None:  # before CUDA starts in this process
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -206,9 +223,25 @@ def _word(value: Any) -> str:
 
 
 def _train(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> None:
-    from ..training.loop import train
+    resume = (folder / job.folder / "settings.json").is_file()
+    if benchmark.processes > 1:
+        _train_together(benchmark.processes, folder, job, resume, progress)
+    else:
+        from ..training.loop import train
 
-    train(job.settings, resume=(folder / job.folder / "settings.json").is_file(), progress=progress)
+        train(job.settings, resume=resume, progress=progress)
+
+
+def _train_together(count: int, folder: Path, job: Job, resume: bool, progress: bool) -> None:
+    """The training in `count` processes of its own."""
+    recipe = folder / "settings" / f"{job.folder.replace('/', '__')}.yaml"
+    write_text(recipe, yaml.safe_dump(job.settings.to_dict(), sort_keys=False))
+    command = [sys.executable, "-m", "uplvp_hf.cli", job.settings.stage, "--recipe", str(recipe)]
+    command += ["--processes", str(count), *(["--resume"] if resume else []), *([] if progress else ["--quiet"])]
+    done = subprocess.run(command, capture_output=not progress, text=True)
+    if done.returncode:
+        said = (done.stderr or "").strip().splitlines()[-20:] or ["see above"]
+        raise ConfigError(f"training in {count} processes failed:\n" + "\n".join(said))
 
 
 def _finetune(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> None:

@@ -1,7 +1,8 @@
 """`uplvp benchmark`: does pre-training pay with few labels? Arms x seeds x segmenters, tables and figures.
 
-    uplvp benchmark --recipe photos_cpu --data photos --var weights=mobilenetv2.safetensors --output runs/benchmark
-    uplvp benchmark --recipe photos_cpu --data photos --unlabelled more/ --labels-per-class 5 10 20 --seeds 0 1 2
+    uplvp benchmark --data photos --output runs/benchmark
+    uplvp benchmark --data photos --unlabelled more/ --labels-per-class 5 10 20 --seeds 0 1 2 --output runs/benchmark
+    uplvp benchmark --recipe scenes_quick --output runs/quick
     uplvp benchmark --rows runs/benchmark/rows.jsonl --output figures     # tables and figures of rows that exist
 
 A second call goes on where the first stopped; more seeds or labels may be asked for then.
@@ -20,8 +21,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--recipe", metavar="R", help="YAML file, or the name of a recipe that ships with the package")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--recipe", metavar="R", help="YAML file, or the name of a shipped recipe (default with --data: photos_cpu)"
+    )
     source.add_argument("--rows", metavar="FILE", nargs="+", help="run nothing: draw these rows.jsonl")
     parser.add_argument("--output", metavar="DIR", required=True, help="runs, rows.jsonl, tables and figures")
     parser.add_argument("--data", metavar="DIR", help="folder with annotations/{train,val}.json and images/")
@@ -54,6 +57,8 @@ def _benchmark(arguments: argparse.Namespace) -> None:
         return
     from uplvp_hf.benchmark.run import run_benchmark, show_plan
 
+    if not (arguments.recipe or arguments.data):
+        raise ValueError("give --recipe, or --data for the recipe photos_cpu, or --rows")
     if arguments.workers < 1:
         raise ValueError("--workers must be at least 1")
     benchmark = _load(arguments)
@@ -78,4 +83,4 @@ def _load(arguments: argparse.Namespace):
     words += [f"data.unlabelled={arguments.unlabelled}"] if arguments.unlabelled else []
     words += [f"labels_per_class={arguments.labels_per_class}"] if arguments.labels_per_class else []
     words += [f"seeds={arguments.seeds}"] if arguments.seeds else []
-    return load_benchmark(arguments.recipe, words, variables, arguments.arms, arguments.segmenters)
+    return load_benchmark(arguments.recipe or "photos_cpu", words, variables, arguments.arms, arguments.segmenters)

@@ -130,9 +130,10 @@ class UplvpPreTrainedModel(SavesItsCode, PreTrainedModel):
         """Loads a checkpoint, of either model or of a segmenter as transformers has it, for other classes in one call.
 
         Tensors of equal shape are kept. Class-sized tensors get the row of the class of the same name where the
-        checkpoint knows it (`class_head="remap"`) and are re-initialised otherwise, or always (`"new"`). What happened
-        is in `model.transfer_report`; print it. `kwargs` that are settings of `UplvpConfig` replace those of the
-        checkpoint, the others go to `from_pretrained`.
+        checkpoint knows it (`class_head="remap"`) and are re-initialised otherwise, or always (`"new"`); `"spread"` is
+        "remap", with the mean of the checkpoint's rows for classes that it does not know. What happened is in
+        `model.transfer_report`; print it. `kwargs` that are settings of `UplvpConfig` replace those of the checkpoint,
+        the others go to `from_pretrained`.
         """
         settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
         kwargs.setdefault("use_safetensors", True)  # pickles can run code

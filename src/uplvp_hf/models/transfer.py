@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+CLASS_HEADS = ("remap", "spread", "new")
+
 
 @dataclass
 class TransferReport:
     """What a transfer did: names of tensors kept, remapped (class rows copied by name), re-initialised, ignored.
 
-    classes: class names whose rows were copied; new_classes: those whose rows are as initialised.
+    classes: class names whose rows were copied; new_classes: the others, whose rows are as initialised, or, with spread
+    set, the mean over the classes of the source.
     """
 
     kept: list[str] = field(default_factory=list)
@@ -19,12 +22,15 @@ class TransferReport:
     ignored: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     new_classes: list[str] = field(default_factory=list)
+    spread: bool = False
 
     def __str__(self) -> str:
         lines = [f"kept {len(self.kept)} tensors"]
         if self.remapped:
-            lines.append(f"remapped by class name ({', '.join(self.classes)}): {', '.join(self.remapped)}")
-            if self.new_classes:
+            lines.append(f"remapped by class name ({', '.join(self.classes) or 'none'}): {', '.join(self.remapped)}")
+            if self.new_classes and self.spread:
+                lines.append(f"mean over all classes there for those unknown there: {', '.join(self.new_classes)}")
+            elif self.new_classes:
                 lines.append(f"re-initialised rows of these, of classes unknown there: {', '.join(self.new_classes)}")
         if self.reinitialised:
             lines.append(f"re-initialised: {', '.join(self.reinitialised)}")
@@ -39,12 +45,14 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
 
     Class-sized tensors (named by `segmenter.class_sized`, classes along the first axis, an extra last row being "no
     object", or the first rows where the segmenter has `background_first`) are copied row by row by class name with
-    `class_head="remap"`, left as initialised with `"new"`. Any other tensor of unequal shape is left as initialised and
+    `class_head="remap"`, left as initialised with `"new"`. `"spread"` is "remap", and classes that the source does not
+    know start from the mean of its classes' rows: after a class-agnostic pre-training every class starts as "object",
+    so that what tells objects from background is kept. Any other tensor of unequal shape is left as initialised and
     reported.
     """
-    if class_head not in ("remap", "new"):
-        raise ValueError(f"class_head must be `remap` or `new`, got `{class_head}`.")
-    report = TransferReport()
+    if class_head not in CLASS_HEADS:
+        raise ValueError(f"class_head must be one of {', '.join(CLASS_HEADS)}, got `{class_head}`.")
+    report = TransferReport(spread=class_head == "spread")
     old, new = source.state_dict(), target.state_dict()
     rows = _class_rows(source.config.id2label, target.config.id2label)
     same_classes = source.config.id2label == target.config.id2label
@@ -54,8 +62,8 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
     for name, tensor in new.items():
         if name not in old:
             report.reinitialised.append(name)
-        elif name in class_sized and class_head == "remap" and (rows or same_classes):
-            copy_rows(old[name], tensor, rows, len(source.config.id2label), len(target.config.id2label))
+        elif name in class_sized and (report.spread or (class_head == "remap" and (rows or same_classes))):
+            copy_rows(old[name], tensor, rows, len(source.config.id2label), len(target.config.id2label), report.spread)
             report.remapped.append(name)
         elif name not in class_sized and old[name].shape == tensor.shape:
             tensor.copy_(old[name])
@@ -75,7 +83,11 @@ def _class_rows(old: dict[int, str], new: dict[int, str]) -> dict[int, int]:
     return {index: known[name.casefold()] for index, name in new.items() if name.casefold() in known}
 
 
-def _copy_rows(old: torch.Tensor, new: torch.Tensor, rows: dict[int, int], old_count: int, new_count: int) -> None:
+def _copy_rows(
+    old: torch.Tensor, new: torch.Tensor, rows: dict[int, int], old_count: int, new_count: int, spread: bool = False
+) -> None:
+    if spread:
+        new[:new_count] = old[:old_count].mean(0)
     for target, source in rows.items():
         new[target] = old[source]
     if old.shape[0] == old_count + 1 and new.shape[0] == new_count + 1:
@@ -83,10 +95,9 @@ def _copy_rows(old: torch.Tensor, new: torch.Tensor, rows: dict[int, int], old_c
 
 
 def _copy_rows_after_background(
-    old: torch.Tensor, new: torch.Tensor, rows: dict[int, int], old_count: int, new_count: int
+    old: torch.Tensor, new: torch.Tensor, rows: dict[int, int], old_count: int, new_count: int, spread: bool = False
 ) -> None:
     """Several rows a class, such as four numbers of a box, are kept together."""
     old, new = old.unflatten(0, (old_count + 1, -1)), new.unflatten(0, (new_count + 1, -1))
     new[0] = old[0]
-    for target, source in rows.items():
-        new[target + 1] = old[source + 1]
+    _copy_rows(old[1:], new[1:], rows, old_count, new_count, spread)

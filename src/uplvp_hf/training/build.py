@@ -305,14 +305,24 @@ def _differences(wanted: dict, found: dict, prefix: str) -> list[str]:
     return unlike
 
 
+def _from_hub(repository: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, "model.safetensors"))
+    except (OSError, ValueError) as error:  # what the client raises is one of these
+        raise ConfigError(f"`model.backbone_weights`: hf-hub:{repository}, model.safetensors: {error}") from error
+
+
 def load_backbone_weights(backbone: nn.Module, path: str) -> list[str]:
     """Loads a safetensors file into a backbone. Returns the names in the file that the backbone has no use for.
 
-    Names may carry a prefix such as `backbone.`; every tensor of the backbone must be found, else ValueError.
+    path: the file, or hf-hub:OWNER/NAME for the model.safetensors of a repository of the Hub. Names of tensors may
+    carry a prefix such as `backbone.`; every tensor of the backbone must be found, else ValueError.
     """
-    file = Path(path)
+    file = _from_hub(path.removeprefix("hf-hub:")) if path.startswith("hf-hub:") else Path(path)
     if not file.is_file():
-        raise ConfigError(f"`model.backbone_weights`: no file {path}.")
+        raise ConfigError(f"`model.backbone_weights`: no file {path}. A repository of the Hub is hf-hub:OWNER/NAME.")
     target = getattr(backbone, "_backbone", backbone)  # timm models are wrapped
     wanted = target.state_dict()
     with safe_open(file, "pt") as archive:

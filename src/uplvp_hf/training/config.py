@@ -77,11 +77,12 @@ class ModelSettings:
     init: checkpoint to start from, our own (pre-training or fine-tuned), a K-Net or QueryInst, or an official
     Mask2Former; None builds `segmenter` (settings of the segmenter's configuration: `model_type` mask2former, knet or
     queryinst, or the baseline mask_rcnn, which is only fine-tuned; `backbone_config` and its own).
-    backbone_weights: safetensors with the backbone's weights. freeze_backbone: no gradients, norms in eval mode.
-    freeze_stages: so many first stages of the backbone are frozen, norms in eval mode; 1 is the stem and the first
-    stage (`frozen_stages=1` of mmdetection), 0 none. freeze_backbone_norm: the batch norms of the backbone keep their
-    statistics; their scales and shifts are trained.
-    class_head: "remap" keeps rows of classes that the checkpoint knows by name, "new" starts afresh.
+    backbone_weights: safetensors with the backbone's weights, or hf-hub:OWNER/NAME, which downloads them.
+    freeze_backbone: no gradients, norms in eval mode. freeze_stages: so many first stages of the backbone are frozen,
+    norms in eval mode; 1 is the stem and the first stage (`frozen_stages=1` of mmdetection), 0 none.
+    freeze_backbone_norm: the batch norms of the backbone keep their statistics; their scales and shifts are trained.
+    class_head: "remap" keeps rows of classes that the checkpoint knows by name, "spread" also starts the other classes
+    from the mean of its rows, "new" starts afresh.
     class_agnostic: pre-train with one class, "object". text_features: text embeddings of the class names, a file that
     scripts/embed_classes.py writes: pre-trains with an additional class head on them. The others: see `UplvpConfig`;
     None keeps those of `init`.
@@ -196,7 +197,7 @@ class TrainSettings:
     def __post_init__(self):
         choice("stage", self.stage, ("pretrain", "finetune"))
         choice("mixed_precision", self.mixed_precision, ("no", "bf16", "fp16"))
-        choice("model.class_head", self.model.class_head, ("remap", "new"))
+        choice("model.class_head", self.model.class_head, ("remap", "spread", "new"))
         at_least("model.freeze_stages", self.model.freeze_stages, 0)
         at_least("seed", self.seed, 0)
         at_least("log_every", self.log_every, 1)
