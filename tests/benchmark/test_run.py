@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from uplvp_hf.benchmark import run
 from uplvp_hf.benchmark.plan import make_plan
 from uplvp_hf.benchmark.recipe import load_benchmark
 from uplvp_hf.benchmark.rows import read_rows
@@ -85,6 +87,32 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path):
     assert not (output / jobs["broken"].folder).exists()
 
 
+@pytest.mark.slow
+def test_every_training_in_two_processes(tmp_path):
+    benchmark = load_benchmark(recipe_file(tmp_path, arms={"scratch": {}}, processes=2))
+    run_benchmark(benchmark, str(tmp_path / "out"), progress=False)
+    row = read_rows(tmp_path / "out" / "rows.jsonl")[0]
+    assert row["hardware"].startswith("2 x CPU") and row["curve"].keys() == {"1", "2"}
+
+
+def test_workers_take_the_gpus_in_turn(tmp_path, monkeypatch):
+    """GPUs that this process may use, not those that the machine has; none for trainings that use several."""
+    taken = []
+
+    class Process:
+        def __init__(self, target, args):
+            taken.append(args[-1])
+
+        start = join = lambda self: None
+
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Process))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    for processes in (1, 8):
+        benchmark = load_benchmark(recipe_file(tmp_path, processes=processes))
+        run._work_together(benchmark, tmp_path / "out", [], workers=3)
+    assert taken == ["2", "5", "2", None, None, None]
+
+
 def test_validation_part_stays_out_of_everything(tmp_path):
     data = str(write_scenes(tmp_path / "scenes", 12, seed=0))
     path = recipe_file(tmp_path, data={"train": data, "val": "untouched"}, validation=0.25)
@@ -110,6 +138,13 @@ def test_folders_of_others_are_left_alone(tmp_path):
     (tmp_path / "other" / "benchmark.json").write_text('{"name": "other"}')
     with pytest.raises(ConfigError, match="holds another benchmark"):
         run_benchmark(benchmark, str(tmp_path / "other"))
+
+
+def test_a_recipe_is_asked_for(tmp_path, capsys):
+    assert main(["--output", str(tmp_path / "out")]) == 2
+    assert "--data for the recipe photos_cpu" in capsys.readouterr().err
+    assert main(["--data", "missing", "--output", str(tmp_path / "out"), "--plan"]) == 0  # the default recipe
+    assert "runs/knet/full_quarter/20_labels_seed2" in capsys.readouterr().out
 
 
 def test_wrong_words(tmp_path, capsys):

@@ -220,7 +220,9 @@ def pretrain_default(output: str = "runs/pretrain_default", sizes: DemoSizes | N
     _quiet()
     from accelerate import PartialState
 
-    state, folder, sizes = PartialState(), Path(output), sizes or DemoSizes()
+    from ..training.launch import several_on_cpu
+
+    state, folder, sizes = PartialState(cpu=several_on_cpu()), Path(output), sizes or DemoSizes()
     if state.is_main_process:
         print("No settings given: running the embedded default, pre-training on generated scenes labelled by the small")
         print(f"CLIP of the package. Output: {folder}. For your own pictures see `uplvp pretrain --help`.", flush=True)

@@ -15,6 +15,7 @@ from .compare import Comparison, Point, short
 from .runs import X_AXES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; markers differ too.
@@ -44,7 +45,12 @@ def draw_curves(comparison: Comparison) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
+    plot_curves(figure.subplots(), comparison)
+    return figure
+
+
+def plot_curves(axes: Axes, comparison: Comparison) -> None:
+    """`draw_curves` into axes that exist."""
     for index, arm in enumerate(comparison.arms):
         style = {"color": _COLORS[index % len(_COLORS)], "linestyle": "-" if index < len(_COLORS) else "--"}
         xs, means = [point.x for point in arm.points], [100 * point.mean for point in arm.points]
@@ -61,16 +67,19 @@ def draw_curves(comparison: Comparison) -> Figure:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="best")
-    return figure
 
 
-def figure_bytes(figure: Figure, suffix: str) -> bytes:
-    """The figure as bytes, the same for the same runs: without the date that matplotlib would put in."""
+def figure_bytes(figure: Figure, suffix: str, description: str | None = None) -> bytes:
+    """The figure as bytes, the same for the same runs: without the date that matplotlib would put in.
+
+    description: kept in an .svg, as its dc:description.
+    """
     import matplotlib
 
     buffer = io.BytesIO()
+    metadata = {"Date": None, **({"Description": description} if description else {})} if suffix == "svg" else None
     with matplotlib.rc_context({"svg.hashsalt": "uplvp", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format=suffix, dpi=150, metadata={"Date": None} if suffix == "svg" else None)
+        figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
     return buffer.getvalue()
 
 

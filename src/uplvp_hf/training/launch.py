@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 import platform
 import time
 
@@ -27,6 +28,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         choice("tracker", settings.tracker, tuple(sorted(str(one) for one in get_available_trackers())))
     AcceleratorState._reset_state()  # another run of this Python process may have had another precision
     accelerator = Accelerator(
+        cpu=several_on_cpu(),
         mixed_precision=settings.mixed_precision,
         log_with=settings.tracker,
         project_dir=settings.output,
@@ -42,6 +44,14 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     if accelerator.num_processes > 1:
         atexit.register(_leave_process_group)
     return accelerator
+
+
+def several_on_cpu() -> bool:
+    """Whether this is one of several processes without an accelerator.
+
+    Accelerate has to be told: else each process of torchrun believes that it is alone, and does the whole run.
+    """
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.accelerator.is_available()
 
 
 def hardware(accelerator: Accelerator) -> str:

@@ -1,0 +1,168 @@
+"""Writes the tables of README.md and docs/results.md and their figures from the rows in docs/results.
+
+    python scripts/render_results.py             # rewrites the blocks between `<!-- rows: ... -->` and `<!-- end -->`
+    python scripts/render_results.py --check     # changes nothing; exits with 1 where a document is not what rows give
+
+A block is one of
+
+    <!-- rows: headline -->                      all sets and segmenters, the arms of the papers' main claims
+    <!-- rows: table SET SEGMENTER -->           arms against labels, AP / AP50
+    <!-- rows: claims SET -->                    differences of the arms that the papers' claims name, and verdicts
+
+SET is a file docs/results/SET.jsonl, rows that `uplvp benchmark` wrote.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from uplvp_hf.benchmark.claims import claims_table, judge
+from uplvp_hf.benchmark.figures import curves_of, draw_bars, mean_text, results_table
+from uplvp_hf.benchmark.rows import labels_text, read_rows
+from uplvp_hf.evaluation.compare_page import figure_bytes, plot_curves
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path("docs/results")
+DOCUMENTS = ("README.md", "docs/results.md")
+SETS = {  # set -> (its name in tables, labels of the headline)
+    "animals7": ("seven animals, photographs", 10),
+    "balloon": ("balloons, photographs", 15),
+    "scenes": ("synthetic scenes", 3),
+}
+SEGMENTERS = {"mask2former": "Mask2Former", "knet": "K-Net", "queryinst": "QueryInst"}
+HEADLINE = {
+    "scratch": "no pre-training",
+    "scratch total": "no pre-training, as many steps in all",
+    "full quarter": "pre-trained, a quarter of the fine-tuning steps",
+    "full": "pre-trained",
+}
+_BLOCK = re.compile(r"(<!-- rows: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load_rows(root: Path = ROOT) -> dict[str, list[dict]]:
+    """The committed rows of every set that has some."""
+    files = {name: root / RESULTS / f"{name}.jsonl" for name in SETS}
+    return {name: read_rows(file) for name, file in files.items() if file.is_file()}
+
+
+def places(rows: dict[str, list[dict]]):
+    """(set, labels, segmenter, rows of the headline's arms there), in the order of the documents."""
+    for name, own in rows.items():
+        for segmenter in SEGMENTERS:
+            count = SETS[name][1]
+            chosen = [row for row in own if row["segmenter"] == segmenter and row["labels_per_class"] == count]
+            if chosen:
+                yield name, count, segmenter, [row for row in chosen if row["arm"] in HEADLINE]
+
+
+def headline_table(rows: dict[str, list[dict]]) -> str:
+    """Markdown: mask AP in per cent, mean and deviation over seeds."""
+    lines = ["| data, labels | segmenter | " + " | ".join(HEADLINE.values()) + " |", "|---|---" + "|---:" * 4 + "|"]
+    for name, count, segmenter, chosen in places(rows):
+        cells = [mean_text([row for row in chosen if row["arm"] == arm], "AP") for arm in HEADLINE]
+        place = f"{SETS[name][0]}, {labels_text(count)}"
+        lines.append(f"| {place} | {SEGMENTERS[segmenter]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_headline(rows: dict[str, list[dict]]):
+    """AP against fine-tuning steps, without and with pre-training, a panel for each set and segmenter."""
+    from matplotlib.figure import Figure
+
+    panels = list(places(rows))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.3 * columns, 2.9 * lines), layout="constrained")
+    grid = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes, (name, _, segmenter, chosen) in zip(grid, panels, strict=False):
+        two = [{**row, "arm": HEADLINE[row["arm"]]} for row in chosen if row["arm"] in ("scratch", "full")]
+        plot_curves(axes, curves_of(two))
+        axes.set_title(f"{SEGMENTERS[segmenter]}, {SETS[name][0]}", fontsize=8)
+        axes.legend(fontsize=7, loc="lower right")
+        axes.set_xlabel("fine-tuning steps")
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def figures(rows: dict[str, list[dict]]) -> dict[str, bytes]:
+    """File in docs/results -> .svg. Its description holds the numbers that it shows."""
+    numbers = [
+        [name, segmenter, row["arm"], row["seed"], row["curve"]]
+        for name, _, segmenter, chosen in places(rows)
+        for row in chosen
+        if row["arm"] in ("scratch", "full")
+    ]
+    found = {"headline.svg": figure_bytes(draw_headline(rows), "svg", json.dumps(numbers))}
+    for segmenter in ("mask2former", "knet"):
+        own = [row for row in rows.get("animals7", ()) if row["segmenter"] == segmenter]
+        own = [row for row in own if row["labels_per_class"] in (0, 10) and not row["class_agnostic"]]
+        if own:
+            numbers = [[row["arm"], row["seed"], row["metrics"]["AP"]] for row in own]
+            bars = draw_bars(own, f"{SEGMENTERS[segmenter]}, seven animals, 10 labels a class")
+            found[f"arms_{segmenter}.svg"] = figure_bytes(bars, "svg", json.dumps(numbers))
+    return found
+
+
+def block(words: list[str], rows: dict[str, list[dict]]) -> str:
+    """The content of a block; raises ValueError for words that name none."""
+    if words == ["headline"]:
+        return headline_table(rows)
+    if len(words) == 3 and words[0] == "table" and words[1] in rows:
+        return results_table(rows[words[1]], words[2])
+    if len(words) == 2 and words[0] == "claims" and words[1] in rows:
+        return claims_table(judge(rows[words[1]]))
+    raise ValueError(f"no block `{' '.join(words)}`, see the head of {Path(__file__).name}")
+
+
+def rendered(text: str, rows: dict[str, list[dict]]) -> str:
+    """A document with its blocks as the rows give them."""
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{block(match[2].split(), rows)}\n\n{match[3]}", text)
+
+
+def same_figure(ours: bytes, theirs: bytes) -> bool:
+    """Whether two .svg show the same: to the byte, or of another matplotlib but with the same numbers."""
+    return ours == theirs or (_described(ours) == _described(theirs) and _version(ours) != _version(theirs))
+
+
+def _described(figure: bytes) -> bytes:
+    return re.search(rb"<dc:description>(.*?)</dc:description>", figure, re.DOTALL)[1]
+
+
+def _version(figure: bytes) -> bytes:
+    return re.search(rb"Matplotlib v([\w.]+)", figure)[1]
+
+
+def stale(root: Path = ROOT) -> list[str]:
+    """Documents and figures that are not what the rows give."""
+    rows = load_rows(root)
+    found = [name for name in DOCUMENTS if rendered((root / name).read_text(), rows) != (root / name).read_text()]
+    for name, content in figures(rows).items():
+        file = root / RESULTS / name
+        if not file.is_file() or not same_figure(content, file.read_bytes()):
+            found.append(str(RESULTS / name))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    if parser.parse_args().check:
+        old = stale()
+        print("\n".join([*old, f"{len(old)} to be rendered again"]))
+        return int(bool(old))
+    rows = load_rows()
+    for name in DOCUMENTS:
+        (ROOT / name).write_text(rendered((ROOT / name).read_text(), rows))
+    for name, content in figures(rows).items():
+        (ROOT / RESULTS / name).write_bytes(content)
+    print(f"{', '.join(DOCUMENTS)} and figures rendered from {sum(map(len, rows.values()))} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
