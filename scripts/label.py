@@ -8,7 +8,7 @@ Commands:
         --backbone-weights mobilenetv2_100.safetensors --pad-type same
     python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
         --backbone-weights mobilenetv2_100.safetensors --pad-type same --namer classifier \\
-        --class-map examples/animals7_classes.yaml
+        --class-map src/uplvp_hf/assets/animals7_classes.yaml
     python scripts/label.py pictures/ --output labels/ --labeler sam --model facebook/sam-vit-base \\
         --namer clip --clip openai/clip-vit-base-patch16 --vocabulary names.txt --background stuff --min-confidence 0.6
     python scripts/label.py pictures/ --output labels/ --labeler segmenter --model runs/model

@@ -8,6 +8,7 @@ A block is one of
     <!-- rows: headline -->                      all sets and segmenters, the arms of the papers' main claims
     <!-- rows: table SET SEGMENTER -->           arms against labels, AP / AP50
     <!-- rows: claims SET -->                    differences of the arms that the papers' claims name, and verdicts
+    <!-- rows: longer -->                        docs/results/animals7_500_steps.jsonl, an earlier comparison
 
 SET is a file docs/results/SET.jsonl, rows that `uplvp benchmark` wrote.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -28,7 +30,8 @@ from uplvp_hf.evaluation.compare_page import figure_bytes, plot_curves
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
 DOCUMENTS = ("README.md", "docs/results.md")
-SETS = {  # set -> (its name in tables, labels of the headline)
+SETS = ("animals7", "balloon", "scenes", "knet_tuning")
+IN_HEADLINE = {  # set -> (its name in tables, labels of the headline)
     "animals7": ("seven animals, photographs", 10),
     "balloon": ("balloons, photographs", 15),
     "scenes": ("synthetic scenes", 3),
@@ -51,12 +54,12 @@ def load_rows(root: Path = ROOT) -> dict[str, list[dict]]:
 
 def places(rows: dict[str, list[dict]]):
     """(set, labels, segmenter, rows of the headline's arms there), in the order of the documents."""
-    for name, own in rows.items():
+    for name, (_, count) in IN_HEADLINE.items():
         for segmenter in SEGMENTERS:
-            count = SETS[name][1]
-            chosen = [row for row in own if row["segmenter"] == segmenter and row["labels_per_class"] == count]
+            own = [row for row in rows.get(name, ()) if row["segmenter"] == segmenter]
+            chosen = [row for row in own if row["labels_per_class"] == count and row["arm"] in HEADLINE]
             if chosen:
-                yield name, count, segmenter, [row for row in chosen if row["arm"] in HEADLINE]
+                yield name, count, segmenter, chosen
 
 
 def headline_table(rows: dict[str, list[dict]]) -> str:
@@ -64,7 +67,7 @@ def headline_table(rows: dict[str, list[dict]]) -> str:
     lines = ["| data, labels | segmenter | " + " | ".join(HEADLINE.values()) + " |", "|---|---" + "|---:" * 4 + "|"]
     for name, count, segmenter, chosen in places(rows):
         cells = [mean_text([row for row in chosen if row["arm"] == arm], "AP") for arm in HEADLINE]
-        place = f"{SETS[name][0]}, {labels_text(count)}"
+        place = f"{IN_HEADLINE[name][0]}, {labels_text(count)}"
         lines.append(f"| {place} | {SEGMENTERS[segmenter]} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -81,7 +84,7 @@ def draw_headline(rows: dict[str, list[dict]]):
     for axes, (name, _, segmenter, chosen) in zip(grid, panels, strict=False):
         two = [{**row, "arm": HEADLINE[row["arm"]]} for row in chosen if row["arm"] in ("scratch", "full")]
         plot_curves(axes, curves_of(two))
-        axes.set_title(f"{SEGMENTERS[segmenter]}, {SETS[name][0]}", fontsize=8)
+        axes.set_title(f"{SEGMENTERS[segmenter]}, {IN_HEADLINE[name][0]}", fontsize=8)
         axes.legend(fontsize=7, loc="lower right")
         axes.set_xlabel("fine-tuning steps")
     for axes in grid[len(panels) :]:
@@ -108,10 +111,29 @@ def figures(rows: dict[str, list[dict]]) -> dict[str, bytes]:
     return found
 
 
+def longer_table() -> str:
+    """Markdown: arms against fine-tuning steps, AP / AP50 in per cent, mean and deviation over seeds."""
+    rows = [json.loads(line) for line in (ROOT / RESULTS / "animals7_500_steps.jsonl").read_text().splitlines()]
+    steps = ("100", "250", "500")
+    lines = [f"| arm | {' | '.join(f'{step} steps' for step in steps)} |", "|---|---:|---:|---:|"]
+    for arm in ("scratch", "agnostic", "named"):
+        own = [row["evaluations"] for row in rows if row["arm"] == arm]
+        cells = []
+        for step in steps:
+            pair = ([100 * one[step][key] for one in own] for key in ("AP", "AP50"))
+            cells.append(
+                " / ".join(f"{statistics.mean(values):.1f} ({statistics.stdev(values):.1f})" for values in pair)
+            )
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def block(words: list[str], rows: dict[str, list[dict]]) -> str:
     """The content of a block; raises ValueError for words that name none."""
     if words == ["headline"]:
         return headline_table(rows)
+    if words == ["longer"]:
+        return longer_table()
     if len(words) == 3 and words[0] == "table" and words[1] in rows:
         return results_table(rows[words[1]], words[2])
     if len(words) == 2 and words[0] == "claims" and words[1] in rows:

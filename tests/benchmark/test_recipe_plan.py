@@ -156,3 +156,29 @@ def test_splits_and_epochs(tmp_path):
     changes["arms"] = {"total": {"equal_total": True}}
     with pytest.raises(ConfigError, match="`equal_total` counts steps"):
         make_plan(load(tmp_path, **changes), tmp_path, SOURCES)
+
+
+def test_words_for_settings_of_training(tmp_path):
+    words = ["finetune.optim.steps=7", "settings.data.size=96", "pretrain.model.class_head=off"]
+    benchmark = load(tmp_path, words, settings={"data.size": 64, "optim.lr": 0.1})
+    assert benchmark.finetune == {"optim.steps": 7} and benchmark.settings == {"data.size": 96, "optim.lr": 0.1}
+    assert benchmark.pretrain["optim.steps"] == 40
+    with pytest.raises(ConfigError, match=r"`arms.x.segmenters`: .* has no segmenters \['large'\]"):
+        load(tmp_path, arms={"x": {"segmenters": ["large"]}})
+    with pytest.raises(ConfigError, match="differ in spaces and _ alone"):
+        load(tmp_path, arms={"a b": {}, "a_b": {}})
+
+
+def test_what_a_result_depends_on(tmp_path):
+    """Places do not count, settings do; a pre-trained backbone is not overwritten from its file."""
+    weights = {"model.backbone_weights": "${weights}"}
+    here = make_plan(load(tmp_path, settings=weights), tmp_path / "here", SOURCES)
+    elsewhere = Sources({**SOURCES.train, "train": "moved"}, SOURCES.val, {"path": "other"})
+    there = make_plan(load(tmp_path, (), {"weights": "a/w.safetensors"}, settings=weights), tmp_path / "b", elsewhere)
+    assert [(job.folder, job.fingerprint) for job in here] == [(job.folder, job.fingerprint) for job in there]
+    other = make_plan(load(tmp_path, ["finetune.optim.lr=0.5"], settings=weights), tmp_path / "here", SOURCES)
+    changed = {job.kind for job, before in zip(other, here, strict=True) if job.fingerprint != before.fingerprint}
+    assert "finetune" in changed and "pretrain" not in changed
+    for job in here:
+        if job.kind == "finetune":
+            assert (job.settings.model.backbone_weights is None) == bool(job.needs)

@@ -66,6 +66,9 @@ def test_runs_once_with_several_processes_and_goes_on(tmp_path, capsys):
     assert {file: file.stat().st_mtime_ns for file in output.rglob("training_summary.json")} == before
     assert "| scratch |" in capsys.readouterr().out
     assert {"results.md", "curves_mask2former_1.svg", "queries_mask2former.png"} <= {f.name for f in output.iterdir()}
+    # A finished run is not taken for one of other settings.
+    assert main(["--recipe", recipe, "--output", str(output), "--quiet", "finetune.optim.lr=0.5"]) == 2
+    assert "made with other settings" in capsys.readouterr().err
     # Rows alone give the same tables.
     assert main(["--rows", str(output / "rows.jsonl"), "--output", str(tmp_path / "again")]) == 0
     assert (tmp_path / "again" / "results.md").read_text() == (output / "results.md").read_text()
@@ -88,7 +91,8 @@ def test_a_job_that_fails_leaves_the_others_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_every_training_in_two_processes(tmp_path):
+def test_every_training_in_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     benchmark = load_benchmark(recipe_file(tmp_path, arms={"scratch": {}}, processes=2))
     run_benchmark(benchmark, str(tmp_path / "out"), progress=False)
     row = read_rows(tmp_path / "out" / "rows.jsonl")[0]
@@ -126,6 +130,31 @@ def test_validation_part_stays_out_of_everything(tmp_path):
     assert train.load_image(0).size == (train[0]["width"], train[0]["height"])
     again = prepare_sources(load_benchmark(path), tmp_path / "out")
     assert again == sources
+
+
+def test_validation_part_is_not_among_the_unlabelled(tmp_path):
+    """Also where the unlabelled pictures are given as the folder of the training pictures."""
+    data = write_scenes(tmp_path / "scenes", 8, seed=0)
+    for unlabelled in (data, data / "images"):
+        given = {"train": str(data), "val": "untouched", "unlabelled": str(unlabelled)}
+        sources = prepare_sources(load_benchmark(recipe_file(tmp_path, data=given, validation=0.25)), tmp_path / "out")
+        assert sources.unlabelled == {"path": sources.train["train"], "split": "train"}
+
+
+def test_processes_that_end_early_are_noticed(tmp_path, monkeypatch):
+    benchmark = load_benchmark(recipe_file(tmp_path))
+    monkeypatch.setattr(run, "_work_together", lambda *arguments: None)  # all killed at once
+    with pytest.raises(ConfigError, match="4 of 4 jobs are not finished"):
+        run_benchmark(benchmark, str(tmp_path / "out"), workers=2, progress=False)
+
+
+def test_scenes_that_broke_off_are_made_again(tmp_path):
+    path = recipe_file(tmp_path)
+    (tmp_path / "out/data/train/images").mkdir(parents=True)
+    (tmp_path / "out/data/train/annotations").mkdir()
+    (tmp_path / "out/data/train/images/000001.png").touch()
+    sources = prepare_sources(load_benchmark(path), tmp_path / "out")
+    assert len(load_dataset_rows(sources.train["train"])) == 8
 
 
 def test_folders_of_others_are_left_alone(tmp_path):

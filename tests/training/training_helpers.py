@@ -62,7 +62,7 @@ TRAIN = 'loop.train(load_settings(recipe, [*words, f"output={output}"]), progres
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def on_two_processes(script: Path, *arguments) -> str:

@@ -28,6 +28,9 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
     """
     if not rows:
         raise ValueError("no finished run, so there is nothing to show yet")
+    names = _in_order(rows, "benchmark")
+    if len(names) > 1:
+        raise ValueError(f"rows of several benchmarks ({', '.join(names)}) are no comparison: draw one at a time")
     figures: dict[str, Figure] = {}
     for segmenter in _in_order(rows, "segmenter"):
         own = [row for row in rows if row["segmenter"] == segmenter]

@@ -13,6 +13,8 @@ from typing import Any
 from ..training.config import ConfigError, TrainSettings, load_settings
 from .recipe import Arm, Benchmark
 
+_PATHS = {"data": ("train", "train_images", "val", "val_images"), "model": ("init", "backbone_weights")}
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -32,7 +34,8 @@ class Job:
     """Something that is done once and leaves a folder. kind: label, pretrain, finetune or evaluate.
 
     folder: in the output, also the job's name. needs: folders of jobs that come first. settings: of a training.
-    row: what the line of results says about the job, for finetune and evaluate. label_set: name, of a label job.
+    row: what the line of results says about the job, for finetune and evaluate. label_set: name of a label set, of its
+    job and of what was trained on it.
     """
 
     kind: str
@@ -41,6 +44,16 @@ class Job:
     settings: TrainSettings | None = None
     row: dict[str, Any] = field(default_factory=dict)
     label_set: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the result depends on, wherever data, weights and output lie."""
+        values = {} if self.settings is None else self.settings.to_dict()
+        for section, keys in _PATHS.items():
+            if section in values:
+                values[section] = {key: value for key, value in values[section].items() if key not in keys}
+        values = {**values, "output": None, "needs": [need.split("/")[-1] for need in self.needs]}
+        return hashlib.sha256(json.dumps([self.kind, values], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def make_plan(benchmark: Benchmark, output: Path, sources: Sources) -> list[Job]:
@@ -69,7 +82,9 @@ def _arm_jobs(
         pretrain_seed = min(benchmark.seeds) if benchmark.shared_pretraining else seed
         before = _pretrain_jobs(benchmark, output, sources, segmenter, arm, pretrain_seed)
         jobs += before
-        needs, start = (before[-1].folder,), {"model.init": str(output / before[-1].folder)}
+        # The backbone comes with the checkpoint: weights from a file would undo what pre-training made of it.
+        start = {"model.init": str(output / before[-1].folder), "model.backbone_weights": None}
+        needs = (before[-1].folder,)
     said = {"benchmark": benchmark.name, "segmenter": segmenter, "arm": name, "labels": arm.labels, "seed": seed}
     if arm.steps == 0:
         folder = f"runs/{segmenter}/{name}/seed{pretrain_seed}".replace(" ", "_")
@@ -99,11 +114,14 @@ def _pretrain_jobs(
     recipes = benchmark.segmenters[segmenter]
     values = {**benchmark.settings, **recipes.settings, **benchmark.pretrain, **arm.pretrain, **data}
     values |= {"seed": seed, "stage": "pretrain"}
-    # Arms that describe it alike share it: the name holds what it depends on.
-    digest = hashlib.sha256(json.dumps([recipes.pretrain, arm.labels, values], sort_keys=True).encode()).hexdigest()
+    # Arms that describe it alike share it: the name holds what it depends on, the label set by name, not by place.
+    described = {key: value for key, value in values.items() if key not in data}
+    if isinstance(described.get("model.backbone_weights"), str):
+        described["model.backbone_weights"] = Path(described["model.backbone_weights"]).name
+    digest = hashlib.sha256(json.dumps([recipes.pretrain, arm.labels, described], sort_keys=True).encode()).hexdigest()
     folder = f"pretrain/{segmenter}_{arm.labels}_{digest[:8]}_seed{seed}".replace(" ", "_")
     settings = _settings(recipes.pretrain, values, output / folder)
-    return [*jobs, Job("pretrain", folder, needs, settings)]
+    return [*jobs, Job("pretrain", folder, needs, settings, label_set=arm.labels)]
 
 
 _NOT_IN_NAMES = re.compile(r"[^\w.+@-]")

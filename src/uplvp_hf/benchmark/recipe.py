@@ -35,7 +35,7 @@ import yaml
 from ..data.errors import DataError
 from ..data.splits import parse_split
 from ..training.config import ConfigError
-from ..training.settings_file import build_settings, merge_words
+from ..training.settings_file import build_settings, merge_words, plain
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")
@@ -104,10 +104,10 @@ class Benchmark:
 
     labels_per_class: numbers, or names of low-data splits as `data.subset` takes them, such as 1@5 for 5 % of the
     pictures. processes: of every training, one a GPU.
-    shared_pretraining: one pre-training (seed 0) for all fine-tuning seeds; otherwise one a seed. curve: fractions of
-    the fine-tuning steps at which `val` is evaluated, the end apart. validation: fraction of the training pictures
-    that stand in for `val` and are kept out of everything else, to choose settings by. variables: what `${name}` in
-    any text stands for; null has to be given.
+    shared_pretraining: one pre-training (with the smallest seed) for all fine-tuning seeds; otherwise one a seed.
+    curve: fractions of the fine-tuning steps at which `val` is evaluated, the end apart (of epochs: at every multiple
+    of the smallest). validation: fraction of the training pictures that stand in for `val` and are kept out of
+    everything else, to choose settings by. variables: what `${name}` in any text stands for; null has to be given.
     """
 
     name: str = ""
@@ -157,6 +157,9 @@ class Benchmark:
                 raise ConfigError(f"`labels.{name}.label` with `data.train_images` needs `data.unlabelled`, a folder.")
         for name, arm in self.arms.items():
             self._check_arm(name, arm)
+        folders = [name.replace(" ", "_") for name in self.arms]
+        if len(set(folders)) < len(folders):
+            raise ConfigError(f"`arms`: two names differ in spaces and _ alone: {sorted(self.arms)}.")
 
     def _check_arm(self, name: str, arm: Arm) -> None:
         if arm.labels is not None and arm.labels not in self.labels:
@@ -175,7 +178,8 @@ def load_benchmark(
     arms: Sequence[str] | None = None,
     segmenters: Sequence[str] | None = None,
 ) -> Benchmark:
-    """A benchmark from a YAML file, or the name of one that ships with the package, and `section.key=value` words.
+    """A benchmark from a YAML file, or the name of one that ships with the package, and `section.key=value` words
+    (`pretrain.optim.steps=50` for a setting of training).
 
     arms, segmenters: some of the recipe's only.
 
@@ -200,8 +204,12 @@ def load_benchmark(
             raise ConfigError(f"{path} has no variable `{name}`; it has: {', '.join(known) or 'none'}.")
         known[name] = value
     content["variables"] = known
-    merge_words(content, list(words))
+    merge_words(content, [word for word in words if not _of_training(content, word)])
     content = _filled_in(content, known, str(path))
+    for name, arm in (content.get("arms") or {}).items():
+        lacking = sorted(set((arm or {}).get("segmenters") or ()) - set(content.get("segmenters") or ()))
+        if lacking:
+            raise ConfigError(f"`arms.{name}.segmenters`: {path} has no segmenters {lacking}.")
     for table, chosen in (("arms", arms), ("segmenters", segmenters)):
         further = sorted(set(chosen or ()) - set(content.get(table) or ()))
         if further:
@@ -209,6 +217,18 @@ def load_benchmark(
         if chosen:
             content[table] = {name: content[table][name] for name in content[table] if name in chosen}
     return build_settings(Benchmark, content)
+
+
+def _of_training(content: dict[str, Any], word: str) -> bool:
+    """Whether a word is `pretrain.optim.steps=50` or the like; it is put into its table, whose keys have dots."""
+    table, _, setting = word.partition(".")
+    if table not in ("settings", "pretrain", "finetune") or "=" not in setting:
+        return False
+    key, _, text = setting.partition("=")
+    value: dict[str, Any] = {}
+    merge_words(value, [f"value={text}"])
+    content[table] = {**(content.get(table) or {}), key: plain(value)["value"]}
+    return True
 
 
 def _filled_in(value: Any, variables: Mapping[str, Any], path: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -43,11 +44,13 @@ def make_row(folder: Path, job: Job) -> dict[str, Any]:
     save_file({"maps": maps}, own / QUERY_MAPS)
     return {
         **job.row,
+        "fingerprint": job.fingerprint,
         "metrics": {name: _rounded(last[name]) for name in METRICS},
         "per_class": {name: _rounded(value) for name, value in last["per_class"].items()},
         "class_agnostic": last.get("class_agnostic", job.settings.evaluation.class_agnostic),
         "curve": {step: _rounded(metrics["AP"]) for step, metrics in evaluations.items()},
         "query_spread": spread(maps),
+        "label": label_record(folder, job.row["labels"]),
         "pretrain": _stage(before[0]) if before else None,
         "finetune": _stage(summary) if summary else None,
         "pictures": {"train": summary["pictures"] if summary else 0, "val": len(val)},
@@ -72,7 +75,22 @@ def _stage(summary: dict[str, Any]) -> dict[str, Any]:
             changed[key] = value
     paths = ("output", "data.train", "data.val", "data.train_images", "data.val_images", "model.init")
     changed = {key: value for key, value in changed.items() if key not in (*paths, "model.backbone_weights")}
-    return {"steps": settings["optim"]["steps"], "seconds": summary["seconds"], "settings": changed}
+    return {
+        "steps": settings["optim"]["steps"],
+        "seconds": summary["seconds"],
+        "pictures": summary["pictures"],
+        "settings": changed,
+    }
+
+
+def label_record(folder: Path, name: str | None) -> dict[str, Any] | None:
+    """How a label set was made: words of `uplvp label` without paths, seconds; None where it was not made here."""
+    file = folder / "labels" / str(name).replace(" ", "_") / "finished.json"
+    if name is None or not file.is_file():
+        return None
+    record = json.loads(file.read_text())
+    words = [Path(word).name if os.sep in word else word for word in record["command"]]
+    return {"command": " ".join(words), "seconds": record["seconds"]}
 
 
 @cache
@@ -80,17 +98,18 @@ def source_revision() -> dict[str, Any]:
     """Version of the library, and the git revision of its source where it is a repository (`+` where changed)."""
     from .. import __version__
 
-    folder = Path(__file__).parent
+    file = Path(__file__)
 
     def git(*words: str) -> str | None:
         try:
             return subprocess.run(
-                ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+                ["git", "-C", str(file.parent), *words], capture_output=True, text=True, check=True
             ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):  # no git, or no repository
             return None
 
-    revision = git("rev-parse", "--short=12", "HEAD")
+    # An installed copy may lie in a repository of someone else's.
+    revision = git("rev-parse", "--short=12", "HEAD") if git("ls-files", "--error-unmatch", file.name) else None
     if revision and git("status", "--porcelain", "--untracked-files=no"):
         revision += "+"
     return {"version": __version__, "revision": revision}

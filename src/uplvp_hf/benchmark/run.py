@@ -49,6 +49,8 @@ def run_benchmark(benchmark: Benchmark, output: str, workers: int = 1, progress:
     jobs = make_plan(benchmark, folder, sources)
     for job in jobs:
         (folder / job.folder / "error.txt").unlink(missing_ok=True)
+        _check_unchanged(benchmark, folder, job)
+    _warn_of_left_out(benchmark)
     logger.info("%d jobs, %d of them finished.", len(jobs), sum(is_done(folder, job) for job in jobs))
     if workers == 1:
         _work(benchmark, folder, jobs, progress)
@@ -62,7 +64,43 @@ def run_benchmark(benchmark: Benchmark, output: str, workers: int = 1, progress:
             f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed[:5])}. error.txt in their folders says why; "
             "the same command tries them again."
         )
+    unfinished = [job.folder for job in jobs if not is_done(folder, job)]
+    if unfinished:
+        raise ConfigError(
+            f"{len(unfinished)} of {len(jobs)} jobs are not finished, as a process ended early (out of memory?): "
+            f"{', '.join(unfinished[:5])}. The same command goes on."
+        )
     return text
+
+
+def _check_unchanged(benchmark: Benchmark, folder: Path, job: Job) -> None:
+    """Raises ConfigError for a finished job that the benchmark now describes otherwise."""
+    if not is_done(folder, job):
+        return
+    done = json.loads((folder / job.folder / DONE[job.kind]).read_text())
+    if job.kind == "label":
+        # From the third word on: before it are `uplvp label` and the pictures.
+        known, wanted = done["command"][3:], label_words(benchmark.labels[job.label_set])
+        changed = not all(word in known for word in wanted)
+    else:
+        changed = done.get("fingerprint", job.fingerprint) != job.fingerprint
+    if changed:
+        raise ConfigError(
+            f"{folder / job.folder} was made with other settings than the benchmark has now: choose another output, or "
+            "remove that folder to make it again."
+        )
+
+
+def _warn_of_left_out(benchmark: Benchmark) -> None:
+    """Arms that none of the chosen numbers of labels and seeds is for."""
+    left = [
+        name
+        for name, arm in benchmark.arms.items()
+        if not set(arm.labels_per_class or benchmark.labels_per_class) & set(benchmark.labels_per_class)
+        or not set(arm.seeds or benchmark.seeds) & set(benchmark.seeds)
+    ]
+    if left:
+        logger.warning("Left out, as they are for other labels or seeds than those asked for: %s.", ", ".join(left))
 
 
 def show_plan(benchmark: Benchmark, folder: Path) -> str:

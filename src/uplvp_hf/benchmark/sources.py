@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -45,7 +46,8 @@ def _scenes(benchmark: Benchmark, folder: Path) -> Sources:
     if set(counts) != set(_SCENES) or not all(isinstance(count, int) and count > 0 for count in counts.values()):
         raise ConfigError(f"`data.scenes` holds a number for each of {', '.join(_SCENES)}, got {counts}.")
     for seed, name in enumerate(_SCENES):
-        if not (folder / name / "annotations").is_dir():
+        if not (folder / name / "annotations" / "instances.json").is_file():
+            shutil.rmtree(folder / name, ignore_errors=True)  # what broke off: the annotations are written last
             write_scenes(folder / name, counts[name], seed=seed)
     paths = {name: str(folder / name) for name in _SCENES}
     return Sources({"train": paths["train"]}, {"val": paths["val"]}, {"path": paths["unlabelled"]})
@@ -54,8 +56,8 @@ def _scenes(benchmark: Benchmark, folder: Path) -> Sources:
 def _with_validation(benchmark: Benchmark, sources: Sources, folder: Path) -> Sources:
     """The training pictures in two parts; `val` is not touched."""
     path, marker = folder / "parts", folder / "parts" / "annotations" / "val.json"
+    rows = load_dataset_rows(**_as_arguments(sources.train))
     if not marker.is_file():
-        rows = load_dataset_rows(**_as_arguments(sources.train))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_VALIDATION_SEED)).tolist()
         count = round(len(rows) * benchmark.validation)
         if not 0 < count < len(rows):
@@ -67,9 +69,16 @@ def _with_validation(benchmark: Benchmark, sources: Sources, folder: Path) -> So
         write_coco(rows.subset(sorted(order[count:])), path / "annotations" / "train.json")
         write_coco(rows.subset(sorted(order[:count])), marker)
     train = {"train": str(path), "train_split": "train"}
-    same = benchmark.data.unlabelled is None and benchmark.data.scenes is None
+    given = benchmark.data.unlabelled
+    same = benchmark.data.scenes is None and (given is None or _holds(Path(given), Path(_image_root(rows))))
     unlabelled = _as_arguments(train) if same else sources.unlabelled
     return Sources(train, {"val": str(path), "val_split": "val"}, unlabelled)
+
+
+def _holds(folder: Path, images: Path) -> bool:
+    """Whether one of the two lies in the other, so that pictures of the validation part would be pre-trained on."""
+    folder, images = folder.resolve(), images.resolve()
+    return folder in (images, *images.parents) or images in folder.parents
 
 
 def _image_root(rows: InstanceDataset) -> str:

@@ -38,10 +38,10 @@ class _Word:
     text: str
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """`value` without `_Word`s, at any depth of dicts."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return value.value if isinstance(value, _Word) else value
 
 
@@ -71,7 +71,7 @@ def _build(cls: type, values: dict[str, Any], prefix: str, root: type) -> Any:
             raise ConfigError(f"Unknown setting `{prefix}{key}`. {_suggestion(key, prefix, list(known), root)}")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
-                raise ConfigError(f"`{prefix}{key}` is a section and needs `key: value` lines, got {_plain(value)!r}.")
+                raise ConfigError(f"`{prefix}{key}` is a section and needs `key: value` lines, got {plain(value)!r}.")
             arguments[key] = _build(hints[key], value, f"{prefix}{key}.", root)
         elif (section := _section_of_table(hints[key])) is not None:
             arguments[key] = _build_table(section, value, f"{prefix}{key}", root)
@@ -90,10 +90,10 @@ def _section_of_table(hint: Any) -> type | None:
 def _build_table(section: type, value: Any, prefix: str, root: type) -> dict[str, Any]:
     """{name: section} of a dict of dicts; the names are free, None is a section of defaults."""
     if not isinstance(value, dict):
-        raise ConfigError(f"`{prefix}` is a table and needs `name: {{...}}` lines, got {_plain(value)!r}.")
+        raise ConfigError(f"`{prefix}` is a table and needs `name: {{...}}` lines, got {plain(value)!r}.")
     for name, entry in value.items():
         if entry is not None and not isinstance(entry, dict):
-            raise ConfigError(f"`{prefix}.{name}` is a section and needs `key: value` lines, got {_plain(entry)!r}.")
+            raise ConfigError(f"`{prefix}.{name}` is a section and needs `key: value` lines, got {plain(entry)!r}.")
     return {str(name): _build(section, entry or {}, f"{prefix}.{name}.", root) for name, entry in value.items()}
 
 
@@ -123,7 +123,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if isinstance(value, _Word) and value.value is not None and str in options:
         return value.text
-    value = _plain(value)
+    value = plain(value)
     if value is None:
         if types.NoneType in options:
             return None
