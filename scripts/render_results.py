@@ -22,8 +22,10 @@ import statistics
 import sys
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 from uplvp_hf.benchmark.claims import claims_table, judge
-from uplvp_hf.benchmark.figures import curves_of, draw_bars, mean_text, results_table
+from uplvp_hf.benchmark.figures import curves_of, draw_activations, draw_bars, mean_text, results_table
 from uplvp_hf.benchmark.rows import labels_text, read_rows
 from uplvp_hf.evaluation.compare_page import figure_bytes, plot_curves
 
@@ -128,6 +130,20 @@ def longer_table() -> str:
     return "\n".join(lines)
 
 
+def query_figures(root: Path = ROOT) -> dict[str, bytes]:
+    """File in docs/results -> .png: mean masks of the queries after fine-tuning, an arm a line.
+
+    From query_maps.safetensors: (Q, 32, 32) of 0..255, the `query_maps` that runs wrote, by SET/SEGMENTER/ARM.
+    """
+    file, found = root / RESULTS / "query_maps.safetensors", {}
+    for key, maps in (load_file(file) if file.is_file() else {}).items():
+        name, segmenter, arm = key.split("/")
+        found.setdefault(f"queries_{name}_{segmenter}.png", {})[arm] = maps
+    order = ("scratch", "pseudo", "prompts", "full")
+    arranged = {name: {arm: arms[arm] for arm in sorted(arms, key=order.index)} for name, arms in sorted(found.items())}
+    return {name: figure_bytes(draw_activations(arms), "png", dpi=64) for name, arms in arranged.items()}
+
+
 def block(words: list[str], rows: dict[str, list[dict]]) -> str:
     """The content of a block; raises ValueError for words that name none."""
     if words == ["headline"]:
@@ -147,23 +163,24 @@ def rendered(text: str, rows: dict[str, list[dict]]) -> str:
 
 
 def same_figure(ours: bytes, theirs: bytes) -> bool:
-    """Whether two .svg show the same: to the byte, or of another matplotlib but with the same numbers."""
+    """Whether two figures show the same: to the byte, or of another matplotlib but (.svg) with the same numbers."""
     return ours == theirs or (_described(ours) == _described(theirs) and _version(ours) != _version(theirs))
 
 
 def _described(figure: bytes) -> bytes:
-    return re.search(rb"<dc:description>(.*?)</dc:description>", figure, re.DOTALL)[1]
+    found = re.search(rb"<dc:description>(.*?)</dc:description>", figure, re.DOTALL)
+    return found[1] if found else b""
 
 
 def _version(figure: bytes) -> bytes:
-    return re.search(rb"Matplotlib v([\w.]+)", figure)[1]
+    return re.search(rb"Matplotlib v(?:ersion ?)?([\d.]+)", figure)[1]
 
 
 def stale(root: Path = ROOT) -> list[str]:
     """Documents and figures that are not what the rows give."""
     rows = load_rows(root)
     found = [name for name in DOCUMENTS if rendered((root / name).read_text(), rows) != (root / name).read_text()]
-    for name, content in figures(rows).items():
+    for name, content in {**figures(rows), **query_figures(root)}.items():
         file = root / RESULTS / name
         if not file.is_file() or not same_figure(content, file.read_bytes()):
             found.append(str(RESULTS / name))
@@ -180,7 +197,7 @@ def main() -> int:
     rows = load_rows()
     for name in DOCUMENTS:
         (ROOT / name).write_text(rendered((ROOT / name).read_text(), rows))
-    for name, content in figures(rows).items():
+    for name, content in {**figures(rows), **query_figures()}.items():
         (ROOT / RESULTS / name).write_bytes(content)
     print(f"{', '.join(DOCUMENTS)} and figures rendered from {sum(map(len, rows.values()))} rows")
     return 0

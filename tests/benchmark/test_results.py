@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from uplvp_hf.benchmark.activations import spread
-from uplvp_hf.benchmark.claims import CLAIMS, judge
+from uplvp_hf.benchmark.claims import CLAIMS, Verdict, judge
 from uplvp_hf.benchmark.figures import results_table, write_results
 from uplvp_hf.benchmark.rows import read_rows
 
@@ -45,6 +45,10 @@ def test_verdicts_are_paired_over_seeds():
     assert judge([row("full", 0, 0.5), row("scratch", 1, 0.1)]) == []  # no seed in common
     single = judge([row("full", 0, 0.5), row("scratch", 0, 0.1)])[0]
     assert single.error is None and single.word == "undecided"
+    tie = Verdict("cosine matching is at least random", "full", "full random", "knet", 10, [0.01, -0.01, 0.0])
+    assert tie.word == "not contradicted"
+    assert Verdict(tie.claim, "", "", "knet", 10, [-0.02, -0.03, -0.02]).word == "contradicted"
+    assert Verdict(tie.claim, "", "", "knet", 10, [0.02, 0.03, 0.02]).word == "supported"
 
 
 def test_claims_name_arms_of_the_shipped_recipe():

@@ -20,6 +20,7 @@ CLAIMS = (
     ("kernel supervision adds to prompts", "full", "prompts"),
     ("cosine matching is at least sequential", "full", "full sequential"),
     ("sequential matching is at least random", "full sequential", "full random"),
+    ("cosine matching is at least random", "full", "full random"),
     ("names in the pseudo labels help", "full", "full agnostic"),
     ("keeping the class head helps", "full", "full new head"),
 )
@@ -48,9 +49,12 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """`supported` or `contradicted` where the mean is more than two standard errors from zero, else `undecided`."""
-        if self.error is None or abs(self.mean) <= 2 * self.error:
+        """`supported` or `contradicted` where the mean is more than two standard errors from zero, else `undecided`,
+        or `not contradicted` where the claim is "at least" and there are several seeds."""
+        if self.error is None:
             return "undecided"
+        if abs(self.mean) <= 2 * self.error:
+            return "not contradicted" if " is at least " in self.claim else "undecided"
         return "supported" if self.mean > 0 else "contradicted"
 
 

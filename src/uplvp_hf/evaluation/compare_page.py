@@ -69,7 +69,7 @@ def plot_curves(axes: Axes, comparison: Comparison) -> None:
     axes.legend(fontsize=8, loc="best")
 
 
-def figure_bytes(figure: Figure, suffix: str, description: str | None = None) -> bytes:
+def figure_bytes(figure: Figure, suffix: str, description: str | None = None, dpi: int = 150) -> bytes:
     """The figure as bytes, the same for the same runs: without the date that matplotlib would put in.
 
     description: kept in an .svg, as its dc:description.
@@ -79,7 +79,7 @@ def figure_bytes(figure: Figure, suffix: str, description: str | None = None) ->
     buffer = io.BytesIO()
     metadata = {"Date": None, **({"Description": description} if description else {})} if suffix == "svg" else None
     with matplotlib.rc_context({"svg.hashsalt": "uplvp", "svg.fonttype": "path"}):
-        figure.savefig(buffer, format=suffix, dpi=150, metadata=metadata)
+        figure.savefig(buffer, format=suffix, dpi=dpi, metadata=metadata)
     return buffer.getvalue()
 
 
