@@ -1,6 +1,7 @@
 """Benchmarks: real tiny runs, resumed, shared among processes, with a job that fails."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,16 +9,17 @@ import pytest
 import yaml
 
 from uplvp_hf.benchmark import run
-from uplvp_hf.benchmark.plan import make_plan
+from uplvp_hf.benchmark.plan import Sources, make_plan
 from uplvp_hf.benchmark.recipe import load_benchmark
 from uplvp_hf.benchmark.rows import read_rows
-from uplvp_hf.benchmark.run import DONE, run_benchmark
+from uplvp_hf.benchmark.run import DONE, label_words, run_benchmark
 from uplvp_hf.benchmark.sources import prepare_sources
 from uplvp_hf.commands.benchmark import main
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.training.config import ConfigError
 
+SOURCES = Sources({"train": "data"}, {"val": "data"}, {"path": "pictures"})
 STEPS = {"optim.steps": 2, "optim.warmup": 0, "optim.batch_size": 2, "data.size": 64}
 
 
@@ -139,6 +141,21 @@ def test_validation_part_is_not_among_the_unlabelled(tmp_path):
         given = {"train": str(data), "val": "untouched", "unlabelled": str(unlabelled)}
         sources = prepare_sources(load_benchmark(recipe_file(tmp_path, data=given, validation=0.25)), tmp_path / "out")
         assert sources.unlabelled == {"path": sources.train["train"], "split": "train"}
+
+
+def test_a_label_set_of_other_settings_is_refused(tmp_path):
+    """Where its files lie does not matter."""
+    label = {"labeler": "foreground", "backbone": "timm:mobilenetv2_100", "backbone_weights": "here/w.safetensors"}
+    recipe = {"labels": {"x": {"label": label}}, "arms": {"full": {"labels": "x"}}}
+    job = next(job for job in make_plan(load_benchmark(recipe_file(tmp_path, **recipe)), tmp_path, SOURCES))
+    words = ["uplvp", "label", "pictures", *label_words(load_benchmark(recipe_file(tmp_path, **recipe)).labels["x"])]
+    (tmp_path / job.folder).mkdir(parents=True)
+    (tmp_path / job.folder / DONE["label"]).write_text(json.dumps({"command": words, "seconds": 1}))
+    for change, refused in ((("backbone_weights", "there/w.safetensors"), False), (("labeler", "saliency"), True)):
+        label[change[0]] = change[1]
+        benchmark = load_benchmark(recipe_file(tmp_path, **recipe))
+        with pytest.raises(ConfigError, match="made with other settings") if refused else nullcontext():
+            run._check_unchanged(benchmark, tmp_path, job)
 
 
 def test_processes_that_end_early_are_noticed(tmp_path, monkeypatch):

@@ -79,9 +79,12 @@ def _check_unchanged(benchmark: Benchmark, folder: Path, job: Job) -> None:
         return
     done = json.loads((folder / job.folder / DONE[job.kind]).read_text())
     if job.kind == "label":
-        # From the third word on: before it are `uplvp label` and the pictures.
-        known, wanted = done["command"][3:], label_words(benchmark.labels[job.label_set])
-        changed = not all(word in known for word in wanted)
+        # Places of files do not count. Before the third word are `uplvp label` and the pictures.
+        known, wanted = (
+            {Path(word).name for word in words}
+            for words in (done["command"][3:], label_words(benchmark.labels[job.label_set]))
+        )
+        changed = not wanted <= known
     else:
         changed = done.get("fingerprint", job.fingerprint) != job.fingerprint
     if changed:
