@@ -192,7 +192,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     if parser.parse_args().check:
         old = stale()
-        print("\n".join([*old, f"{len(old)} to be rendered again"]))
+        print(*old, f"{len(old)} to be rendered again", sep="\n")
         return int(bool(old))
     rows = load_rows()
     for name in DOCUMENTS:
