@@ -33,6 +33,12 @@ def test_table():
     assert table[3] == "| full | 21.3 (1.5) / 42.7 (3.1) | 200 | 3 |"
 
 
+def test_table_of_pretrained_models_alone():
+    one = {**row("no human label", 0, 0.2), "labels_per_class": 0}
+    assert results_table([one], "knet").splitlines()[0] == "| knet: arm | no label | fine-tuning steps | runs |"
+    assert "| 20.0 / 40.0 |" in results_table([one], "knet")
+
+
 def test_verdicts_are_paired_over_seeds():
     found = {(one.better, one.worse): one for one in judge(ROWS)}
     full = found["full", "scratch"]

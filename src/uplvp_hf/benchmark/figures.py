@@ -53,7 +53,7 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
 def results_table(rows: Rows, segmenter: str) -> str:
     """Markdown: an arm a line, AP / AP50 in per cent by labels a class, mean and deviation over seeds."""
     own = [row for row in rows if row["segmenter"] == segmenter]
-    counts = label_counts(own)
+    counts = label_counts(own) or [0]
     head = [f"{segmenter}: arm", *(labels_text(count) for count in counts), "fine-tuning steps", "runs"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for arm in _in_order(own, "arm"):

@@ -155,7 +155,9 @@ def label_counts(rows: Sequence[dict[str, Any]]) -> list[int | str]:
 
 
 def labels_text(count: int | str) -> str:
-    """`10 labels a class`, or `split 1@5`."""
+    """`10 labels a class`, `split 1@5`, or `no label`."""
+    if count == 0:
+        return "no label"
     return f"split {count}" if isinstance(count, str) else f"{count} labels a class"
 
 

@@ -62,7 +62,7 @@ def run_benchmark(benchmark: Benchmark, output: str, workers: int = 1, progress:
     if failed:
         raise ConfigError(
             f"{len(failed)} of {len(jobs)} jobs failed: {', '.join(failed[:5])}. error.txt in their folders says why; "
-            "the same command tries them again."
+            f"the same command tries them again. What is finished is in {folder / 'results.md'}."
         )
     unfinished = [job.folder for job in jobs if not is_done(folder, job)]
     if unfinished:
