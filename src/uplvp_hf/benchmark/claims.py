@@ -9,7 +9,8 @@ from typing import Any
 
 from .rows import label_counts, labels_text
 
-# What is claimed (SP and UPLVP, papers and released ablation settings), the arm that should be better, and the other.
+# What is claimed (SP and UPLVP, papers and released ablation settings; the last four are ours), the arm that should be
+# better, and the other.
 # Arms go by the names that they have in the recipes of this folder.
 CLAIMS = (
     ("pre-training beats the supervised backbone, equal fine-tuning steps", "full", "scratch"),
@@ -22,7 +23,10 @@ CLAIMS = (
     ("sequential matching is at least random", "full sequential", "full random"),
     ("cosine matching is at least random", "full", "full random"),
     ("names in the pseudo labels help", "full", "full agnostic"),
+    ("pre-training on masks without names beats none", "full agnostic", "scratch"),
     ("keeping the class head helps", "full", "full new head"),
+    ("starting all classes from \"object\" helps", "full agnostic spread", "full agnostic"),
+    ("a moving average of the weights helps", "full average", "full"),
 )
 
 
