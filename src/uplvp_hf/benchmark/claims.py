@@ -25,7 +25,7 @@ CLAIMS = (
     ("names in the pseudo labels help", "full", "full agnostic"),
     ("pre-training on masks without names beats none", "full agnostic", "scratch"),
     ("keeping the class head helps", "full", "full new head"),
-    ("starting all classes from \"object\" helps", "full agnostic spread", "full agnostic"),
+    ('starting all classes from "object" helps', "full agnostic spread", "full agnostic"),
     ("a moving average of the weights helps", "full average", "full"),
 )
 
