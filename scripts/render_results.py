@@ -1,5 +1,7 @@
 """Writes the tables of README.md and docs/results.md and their figures from the rows in docs/results.
 
+Commands:
+
     python scripts/render_results.py             # rewrites the blocks between `<!-- rows: ... -->` and `<!-- end -->`
     python scripts/render_results.py --check     # changes nothing; exits with 1 where a document is not what rows give
 
