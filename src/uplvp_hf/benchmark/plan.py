@@ -108,7 +108,7 @@ def _pretrain_jobs(
     elif labels.store is not None:
         data = {"data.train": labels.store}
     else:
-        folder = f"labels/{arm.labels}".replace(" ", "_")
+        folder = label_folder(arm.labels)
         jobs.append(Job("label", folder, label_set=arm.labels))
         needs, data = (folder,), {"data.train": str(output / folder)}
     recipes = benchmark.segmenters[segmenter]
@@ -122,6 +122,11 @@ def _pretrain_jobs(
     folder = f"pretrain/{segmenter}_{arm.labels}_{digest[:8]}_seed{seed}".replace(" ", "_")
     settings = _settings(recipes.pretrain, values, output / folder)
     return [*jobs, Job("pretrain", folder, needs, settings, label_set=arm.labels)]
+
+
+def label_folder(name: str) -> str:
+    """Where a label set that is made lies in the output."""
+    return f"labels/{name}".replace(" ", "_")
 
 
 _NOT_IN_NAMES = re.compile(r"[^\w.+@-]")

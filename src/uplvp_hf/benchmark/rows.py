@@ -18,7 +18,7 @@ from ..files import write_json_lines
 from ..training.build import build_data
 from ..training.config import TrainSettings
 from .activations import query_activations, spread
-from .plan import Job
+from .plan import Job, label_folder
 
 QUERY_MAPS = "query_maps.safetensors"  # `query_activations` of a run
 _DIGITS = 5  # of AP: more than any difference that counts
@@ -85,8 +85,7 @@ def _stage(summary: dict[str, Any]) -> dict[str, Any]:
 
 def label_record(folder: Path, name: str | None) -> dict[str, Any] | None:
     """How a label set was made: words of `uplvp label` without paths, seconds; None where it was not made here."""
-    file = folder / "labels" / str(name).replace(" ", "_") / "finished.json"
-    if name is None or not file.is_file():
+    if name is None or not (file := folder / label_folder(name) / "finished.json").is_file():
         return None
     record = json.loads(file.read_text())
     words = [Path(word).name if os.sep in word else word for word in record["command"]]

@@ -56,8 +56,8 @@ def _scenes(benchmark: Benchmark, folder: Path) -> Sources:
 def _with_validation(benchmark: Benchmark, sources: Sources, folder: Path) -> Sources:
     """The training pictures in two parts; `val` is not touched."""
     path, marker = folder / "parts", folder / "parts" / "annotations" / "val.json"
-    rows = load_dataset_rows(**_as_arguments(sources.train))
     if not marker.is_file():
+        rows = load_dataset_rows(**_as_arguments(sources.train))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_VALIDATION_SEED)).tolist()
         count = round(len(rows) * benchmark.validation)
         if not 0 < count < len(rows):
@@ -70,7 +70,7 @@ def _with_validation(benchmark: Benchmark, sources: Sources, folder: Path) -> So
         write_coco(rows.subset(sorted(order[:count])), marker)
     train = {"train": str(path), "train_split": "train"}
     given = benchmark.data.unlabelled
-    same = benchmark.data.scenes is None and (given is None or _holds(Path(given), Path(_image_root(rows))))
+    same = benchmark.data.scenes is None and (given is None or _holds(Path(given), path / "images"))
     unlabelled = _as_arguments(train) if same else sources.unlabelled
     return Sources(train, {"val": str(path), "val_split": "val"}, unlabelled)
 
