@@ -1,5 +1,6 @@
 """What tests of several rooms need."""
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,19 @@ def _few_threads():
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """Imports a script of the repository anew: `load_script("render_results")`."""
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

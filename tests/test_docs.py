@@ -1,6 +1,5 @@
 """Numbers in the documents are those of the committed rows."""
 
-import importlib.util
 import json
 import statistics
 from pathlib import Path
@@ -68,10 +67,8 @@ def test_tables_are_those_of_the_rows():
     assert shown == table_lines(read_rows()) and len(shown) > 40
 
 
-def test_rows_are_of_the_sources_that_the_script_has():
-    spec = importlib.util.spec_from_file_location("quality", ROOT / "scripts" / "benchmark_label_quality.py")
-    quality = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(quality)
+def test_rows_are_of_the_sources_that_the_script_has(load_script):
+    quality = load_script("benchmark_label_quality")
     rows = read_rows()
     found = {(name, source) for name, _, source in rows}
     recipes = [recipe for recipe in quality.RECIPES if recipe != "proxy"]  # which needs a second backbone

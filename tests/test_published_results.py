@@ -1,6 +1,5 @@
 """Tables and figures of README.md and docs/results.md are what the committed rows give."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -15,11 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def render():
-    spec = importlib.util.spec_from_file_location("render_results", ROOT / "scripts" / "render_results.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def render(load_script):
+    return load_script("render_results")
 
 
 @pytest.fixture

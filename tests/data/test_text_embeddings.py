@@ -1,6 +1,5 @@
 """Files of text embeddings: what one room writes, the others read."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -35,10 +34,8 @@ def test_what_does_not_fit_is_named(tmp_path, names, wrong):
     assert not (tmp_path / "d.safetensors").exists()
 
 
-def test_the_script_embeds_a_vocabulary_with_the_shipped_clip(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("embed_classes", ROOT / "scripts" / "embed_classes.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+def test_the_script_embeds_a_vocabulary_with_the_shipped_clip(load_script, tmp_path, capsys):
+    script = load_script("embed_classes")
     clip = str(ROOT / "src" / "uplvp_hf" / "assets" / "synthetic_clip")
     out = tmp_path / "text.safetensors"
     assert script.main(["bear,deer", "--clip", clip, "--template", "bare", "--output", str(out)]) == 0

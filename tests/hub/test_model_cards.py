@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -20,11 +19,8 @@ NAMES = [f"{kind}-coco{end}" for kind in ("knet", "mask2former", "queryinst") fo
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("render_model_cards", ROOT / "scripts" / "render_model_cards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("render_model_cards")
 
 
 def test_files_are_what_their_sources_give(script, monkeypatch, capsys):

@@ -1,6 +1,5 @@
 """The benchmark script: it measures what it says. Its numbers are not asserted, they are the machine's."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,11 +14,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_label.py"
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("benchmark_label", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script):
+    return load_script("benchmark_label")
 
 
 def test_both_arms_see_the_same_windows(script, tmp_path):

@@ -1,6 +1,5 @@
 """The benchmark of evaluation runs on small pictures, and its last line can be read."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,10 +9,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_evaluate.p
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location("benchmark_evaluate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def benchmark(load_script, monkeypatch):
+    module = load_script("benchmark_evaluate")
     for name, value in (("WIDTH", 96), ("HEIGHT", 64), ("OBJECTS", 3)):
         monkeypatch.setattr(module, name, value)
     return module
