@@ -1,15 +1,15 @@
 """What the instances of a training sample cost in host memory, and how fast samples are made.
 
-The sample: one picture of `--size` pixels with `--instances` star-shaped objects, half of them polygons and half RLE,
-resized by U(1, 1) (so that no instance leaves the crop), mirrored and jittered in colour, as `TrainingSet` makes it.
+The sample: one image of `--size` pixels with `--instances` star-shaped objects, half of them polygons and half RLE,
+resized by U(1, 1) (so that no instance leaves the crop), mirrored and jittered in color, as `TrainingSet` makes it.
 
 * `bytes_per_sample`: host memory that the instances need while one sample is made and held, before collation and beyond
-  what the same picture without instances needs. The larger of two growths of the resident set at its peak (Linux,
+  what the same image without instances needs. The larger of two growths of the resident set at its peak (Linux,
   VmHWM; every measurement in a process of its own, after a small sample has warmed everything up, with an allocator
-  that keeps nothing back): of the whole sample over that of the picture alone, and of the step that makes the masks,
+  that keeps nothing back): of the whole sample over that of the image alone, and of the step that makes the masks,
   whose peak may hide below that of the pixels.
-* `bytes_per_sample_rotated`, `bytes_per_sample_pasted`: the same with `rotate=9` on every picture, and with copy-paste
-  from another such picture.
+* `bytes_per_sample_rotated`, `bytes_per_sample_pasted`: the same with `rotate=9` on every image, and with copy-paste
+  from another such image.
 * `dense_float_bytes`: peak growth of making and holding the masks of that sample as one float32 stack, filled in place
   one instance at a time, which is the least that dense float masks can take.
 * `samples_per_second`, `dense_samples_per_second`: sample and collation on a square canvas, with our masks (made dense
@@ -55,7 +55,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=1024, help="side of picture and canvas in pixels, multiple of 32")
+    parser.add_argument("--size", type=int, default=1024, help="side of image and canvas in pixels, multiple of 32")
     parser.add_argument("--instances", type=int, default=200)
     parser.add_argument("--radius", type=int, nargs=2, default=[8, 200], help="of the objects, pixels, log-uniform")
     parser.add_argument("--rounds", type=int, default=5, help="pairs of timed samples")
@@ -81,17 +81,17 @@ def _fresh(task: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return json.loads(last)
 
 
-# ---- the picture ----
+# ---- the image ----
 
 
-def make_rows(count: int, size: int, radius: list[int], pictures: int = 2) -> list[dict[str, Any]]:
-    """Rows of pictures in memory with `count` objects each."""
+def make_rows(count: int, size: int, radius: list[int], images: int = 2) -> list[dict[str, Any]]:
+    """Rows of images in memory with `count` objects each."""
     from PIL import Image
 
     from uplvp_hf.data import segmentation_to_rle
 
     rng, rows = np.random.default_rng(0), []
-    for index in range(pictures):
+    for index in range(images):
         pixels = rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8)
         polygons = [_star(rng, size, radius) for _ in range(count)]
         objects = {
@@ -107,16 +107,16 @@ def make_rows(count: int, size: int, radius: list[int], pictures: int = 2) -> li
 
 
 def without_objects(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same pictures as negatives."""
+    """The same images as negatives."""
     return [{**row, "objects": {key: [] for key in row["objects"]}} for row in rows]
 
 
 def _star(rng: np.random.Generator, size: int, radius: list[int]) -> list[list[float]]:
-    """A polygon of 24 corners around a point of the picture."""
+    """A polygon of 24 corners around a point of the image."""
     angles = np.arange(24) * (2 * np.pi / 24)
     lengths = np.exp(rng.uniform(*np.log(radius))) * rng.uniform(0.6, 1, 24)
-    centre = rng.uniform(0, size, 2)
-    return [np.stack([centre[0] + lengths * np.cos(angles), centre[1] + lengths * np.sin(angles)], 1).ravel().tolist()]
+    center = rng.uniform(0, size, 2)
+    return [np.stack([center[0] + lengths * np.cos(angles), center[1] + lengths * np.sin(angles)], 1).ravel().tolist()]
 
 
 def make_samples(rows: list[dict[str, Any]], size: int, rotate: float = 0.0, copy_paste: float = 0.0) -> TrainingSet:
@@ -145,11 +145,11 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         warm_up = make_samples(small, 64, **settings)
         ours, none = make_samples(rows, size, **settings), make_samples(bare, size, **settings)
         whole = peak_growth(lambda ours=ours: ours[0], warm_up)
-        picture = peak_growth(lambda none=none: none[0], warm_up)
+        image = peak_growth(lambda none=none: none[0], warm_up)
         masks = peak_growth(lambda ours=ours: masks_only(ours), warm_up)
-        result[f"bytes_per_sample{name}"] = max(whole - picture, masks)
+        result[f"bytes_per_sample{name}"] = max(whole - image, masks)
         print(f"{name[1:] or 'plain':8} sample {whole / 1e6:6.1f} MB at its peak, without instances "
-              f"{picture / 1e6:6.1f} MB, masks alone {masks / 1e6:6.1f} MB")  # fmt: skip
+              f"{image / 1e6:6.1f} MB, masks alone {masks / 1e6:6.1f} MB")  # fmt: skip
     if arguments.quick:
         return result
     ours = make_samples(rows, size)

@@ -1,23 +1,23 @@
-"""What labelling costs beside the encoder, whether its memory depends on the number of pictures, how good labels are.
+"""What labeling costs beside the encoder, whether its memory depends on the number of images, how good labels are.
 
 Commands:
 
     python scripts/benchmark_label.py
-    python scripts/benchmark_label.py --pictures 32 --rounds 5 --image-size 448
-    python scripts/benchmark_label.py --only throughput --device cuda --dtype bfloat16 --pictures 256 --rounds 5
-    python scripts/benchmark_label.py --only memory --memory-pictures 200 2000
+    python scripts/benchmark_label.py --images 32 --rounds 5 --image-size 448
+    python scripts/benchmark_label.py --only throughput --device cuda --dtype bfloat16 --images 256 --rounds 5
+    python scripts/benchmark_label.py --only memory --memory-images 200 2000
     python scripts/benchmark_label.py --quality
     python scripts/benchmark_label.py photos/animals7:train --only quality --backbone timm:mobilenetv2_100 \
         --backbone-weights mobilenetv2.safetensors --pad-type same
 
-throughput_ratio: pictures a second of `label_images` with all that it does by default (decoding JPEG files, resizing,
+throughput_ratio: images a second of `label_images` with all that it does by default (decoding JPEG files, resizing,
 windows, calibration, class maps, components, filters, RLE, synced shards), over those of the bare vision transformer on
 tensors of the same windows in the same batches. Both arms take turns in one process, in changing order, so that drift
 of the machine cancels; the times of all rounds are summed. The encoder is a CLIP ViT-B/16 with random weights. The
 labeler's own attention leaves out the last block's MLP, about a twentieth of the work, so that the ratio can exceed 1.
 cpu_ratio is the same with the seconds of all cores together, which other load on the machine disturbs less.
 
-rss_ratio: highest resident memory of a process that labels the larger number of pictures, over that of one that labels
+rss_ratio: highest resident memory of a process that labels the larger number of images, over that of one that labels
 the smaller; a small encoder, as only what grows with the number matters.
 
 quality: the tables of `benchmark_label_quality.py`, which has more options: with --quality of dense CLIP on synthetic
@@ -51,25 +51,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("data", nargs="*", metavar="FOLDER[:SPLIT]", help="COCO-style folders, to measure sources without text on")
     add("--only", choices=tuple(SECTIONS), action="append", help="repeatable (default: all that is asked for)")
     add("--quality", action="store_true", help="also the quality of dense CLIP on synthetic scenes")
-    add("--quality-pictures", type=int, default=100, help="scenes, and pictures of each data folder (default: 100)")
+    add("--quality-images", type=int, default=100, help="scenes, and images of each data folder (default: 100)")
     add("--backbone", help="of the sources without text; also --backbone-weights and --pad-type")
     add("--backbone-weights", help=argparse.SUPPRESS)
     add("--pad-type", help=argparse.SUPPRESS)
-    add("--pictures", type=int, default=8, help="a round (default: 8)")
+    add("--images", type=int, default=8, help="a round (default: 8)")
     add("--rounds", type=int, default=4, help="of both arms (default: 4)")
     add("--batch-size", type=int, default=8)
-    add("--picture-size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
+    add("--source-size", type=int, nargs=2, default=(640, 480), metavar=("WIDTH", "HEIGHT"))
     add("--image-size", type=int, default=224, help="shorter side that the encoder sees; the labeler's default is 448")
     add("--classes", type=int, default=20)
     add("--threads", type=int, help="of torch, for both arms (default: as torch chooses)")
     add("--device", default="cpu")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--memory-pictures", type=int, nargs=2, default=(200, 2000), metavar=("FEW", "MANY"))
+    add("--memory-images", type=int, nargs=2, default=(200, 2000), metavar=("FEW", "MANY"))
     add("--label-folder", help=argparse.SUPPRESS)  # the child process of the memory section
     return parser
 
 
-def write_pictures(folder: Path, count: int, size: tuple[int, int], distinct: int = 50) -> Path:
+def write_images(folder: Path, count: int, size: tuple[int, int], distinct: int = 50) -> Path:
     """JPEG files with the detail of photographs: noise of all scales. The first ones recur under other names."""
     import numpy as np
     from PIL import Image
@@ -114,16 +114,16 @@ def bare_forward(labeler, windows, device: str) -> float:
     """Seconds for the vision transformer alone on all windows, in the labeler's batches."""
     import torch
 
-    synchronise(device)
+    synchronize(device)
     started = time.perf_counter()
     with torch.inference_mode():
         for batch in windows:
             labeler.source.model(pixel_values=batch)
-    synchronise(device)
+    synchronize(device)
     return time.perf_counter() - started
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     import torch
 
     if device.startswith("cuda"):
@@ -152,7 +152,7 @@ def measure_throughput(arguments: argparse.Namespace, folder: Path) -> dict:
 
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    dataset = load_dataset_rows(write_pictures(folder / "pictures", arguments.pictures, tuple(arguments.picture_size)))
+    dataset = load_dataset_rows(write_images(folder / "images", arguments.images, tuple(arguments.source_size)))
     labeler = build_labeler("vit-b/16", arguments.image_size, arguments.classes, arguments.device, arguments.dtype)
     windows = windows_of(labeler, dataset, arguments.batch_size)
     bare_forward(labeler, windows[:1], arguments.device)  # warm up
@@ -171,18 +171,18 @@ def measure_throughput(arguments: argparse.Namespace, folder: Path) -> dict:
                 instances = label_images(dataset, labeler, None, output, **options).instances
                 times[arm].append(time.perf_counter() - started)
             work[arm] += time.process_time() - before
-        print(f"round {number}: {times['bare'][-1]:.2f} s bare, {times['label'][-1]:.2f} s labelled", flush=True)
+        print(f"round {number}: {times['bare'][-1]:.2f} s bare, {times['label'][-1]:.2f} s labeled", flush=True)
     bare, label = (sum(times[arm]) for arm in ("bare", "label"))
-    pictures = arguments.pictures * arguments.rounds
+    images = arguments.images * arguments.rounds
     return {
         "throughput_ratio": round(bare / label, 4),
         "cpu_ratio": round(work["bare"] / work["label"], 4),
-        "label_pictures_per_second": round(pictures / label, 4),
-        "bare_pictures_per_second": round(pictures / bare, 4),
+        "label_images_per_second": round(images / label, 4),
+        "bare_images_per_second": round(images / bare, 4),
         "ratios_by_round": [round(alone / whole, 4) for alone, whole in zip(times["bare"], times["label"])],
-        "windows_per_picture": sum(len(batch) for batch in windows) / arguments.pictures,
-        "instances_per_picture": round(instances / arguments.pictures, 2),
-        "pictures": pictures,
+        "windows_per_image": sum(len(batch) for batch in windows) / arguments.images,
+        "instances_per_image": round(instances / arguments.images, 2),
+        "images": images,
         "batch_size": arguments.batch_size,
         "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "cpu",
         "dtype": arguments.dtype,
@@ -193,32 +193,32 @@ def measure_throughput(arguments: argparse.Namespace, folder: Path) -> dict:
 
 def measure_memory(arguments: argparse.Namespace, folder: Path) -> dict:
     peaks = []
-    for count in arguments.memory_pictures:
-        pictures = write_pictures(folder / f"pictures-{count}", count, tuple(arguments.picture_size))
-        words = ["--label-folder", str(pictures), "--batch-size", str(arguments.batch_size)]
+    for count in arguments.memory_images:
+        images = write_images(folder / f"images-{count}", count, tuple(arguments.source_size))
+        words = ["--label-folder", str(images), "--batch-size", str(arguments.batch_size)]
         words += ["--threads", str(arguments.threads or 1), "--image-size", "112", "--classes", str(arguments.classes)]
         child = subprocess.run([sys.executable, __file__, *words], stdout=subprocess.PIPE, text=True, check=True)
         measured = json.loads(child.stdout.splitlines()[-1])
         peaks.append(measured["peak_bytes"])
-        print(f"{count} pictures: peak {peaks[-1] / 2**20:.0f} MiB, {measured['seconds']:.0f} s", flush=True)
+        print(f"{count} images: peak {peaks[-1] / 2**20:.0f} MiB, {measured['seconds']:.0f} s", flush=True)
     return {
         "rss_ratio": round(peaks[1] / peaks[0], 4),
-        "rss_pictures": list(arguments.memory_pictures),
+        "rss_images": list(arguments.memory_images),
         "rss_mib": [round(peak / 2**20, 1) for peak in peaks],
     }
 
 
 def label_folder(arguments: argparse.Namespace) -> dict:
-    """The child: labels a folder of pictures and says how much memory it took at most."""
+    """The child: labels a folder of images and says how much memory it took at most."""
     import torch
 
     from uplvp_hf.data import load_dataset_rows
     from uplvp_hf.labeling import label_images
 
     torch.set_num_threads(arguments.threads)
-    pictures = Path(arguments.label_folder)
+    images = Path(arguments.label_folder)
     labeler = build_labeler("small", arguments.image_size, arguments.classes)
-    dataset, output = load_dataset_rows(pictures), pictures.with_name(f"{pictures.name}-labels")
+    dataset, output = load_dataset_rows(images), images.with_name(f"{images.name}-labels")
     summary = label_images(
         dataset, labeler, None, output, batch_size=arguments.batch_size, progress=False, max_failed=0.0
     )
@@ -236,10 +236,10 @@ def load_quality():
 
 
 def measure_quality(arguments: argparse.Namespace, folder: Path) -> dict:
-    """{"quality": {"pictures": {data set: rows}, "clip": rows}}, as far as asked for."""
+    """{"quality": {"images": {dataset: rows}, "clip": rows}}, as far as asked for."""
     quality = load_quality()
     words = [*arguments.data, "--device", arguments.device, "--batch-size", str(arguments.batch_size)]
-    words += ["--pictures", str(arguments.quality_pictures), "--scenes", str(arguments.quality_pictures)]
+    words += ["--images", str(arguments.quality_images), "--scenes", str(arguments.quality_images)]
     for name in ("backbone", "backbone_weights", "pad_type"):
         value = getattr(arguments, name)
         words += [] if value is None else [f"--{name.replace('_', '-')}", value]

@@ -1,17 +1,17 @@
 """How good each mask source's proposals are, against true instances: nothing is trained, every source sees the same
-pictures.
+images.
 
 Commands:
 
-    python scripts/benchmark_label_quality.py photos/animals7:train photos/balloon:train --pictures 100 \
+    python scripts/benchmark_label_quality.py photos/animals7:train photos/balloon:train --images 100 \
         --backbone timm:mobilenetv2_100 --backbone-weights mobilenetv2.safetensors --pad-type same
     python scripts/benchmark_label_quality.py --clip --scenes 100
     python scripts/benchmark_label_quality.py --clip --only clearclip naclip --output rows.jsonl
     python scripts/benchmark_label_quality.py --clip --variants-of identity --only "without PAMR" --seed 1
 
-Pictures: COCO-style folders, as FOLDER or FOLDER:SPLIT, each labelled without classes by the saliency labeler (every
-variant), the foreground labeler, a MaskCut-style normalised cut on the same backbone, and two sources that do not look
-(centre box, whole picture).
+Images: COCO-style folders, as FOLDER or FOLDER:SPLIT, each labeled without classes by the saliency labeler (every
+variant), the foreground labeler, a MaskCut-style normalized cut on the same backbone, and two sources that do not look
+(center box, whole image).
 
 --clip: synthetic scenes with the small CLIP that ships with the package: every last-block recipe, with calibrated
 evidence and with a background name, then what options of cutting and naming change for the recipes of --variants-of.
@@ -19,9 +19,9 @@ All other settings are the defaults of the library; those of the windows are wha
 CLIP may rank the recipes differently (see `labeling.attention`).
 
 Columns: mean best IoU of the true instances, recall and precision at IoU .5 whatever the class (several proposals may
-cover an instance), COCO's AP at IoU .5 (which counts repetitions as wrong), proposals a picture; with --clip also the
-share of the covering proposals that carry the right class, recall and AP at IoU .5 with the class. Then pictures a
-second with labels written. Pictures are drawn, and scenes made, with --seed. --output appends each row to a file.
+cover an instance), COCO's AP at IoU .5 (which counts repetitions as wrong), proposals an image; with --clip also the
+share of the covering proposals that carry the right class, recall and AP at IoU .5 with the class. Then images a
+second with labels written. Images are drawn, and scenes made, with --seed. --output appends each row to a file.
 
 The last line is one JSON object.
 """
@@ -68,7 +68,7 @@ CUTTING: dict[str, dict[str, Any]] = {
     "overlapping, named on crops": {"exclusive": False, "namer": True},
     "peak 1.5, named on crops": {"peak": 1.5, "namer": True},
 }
-KEYS = ("mean_best_iou", "recall", "precision", "ap50", "proposals_per_picture")
+KEYS = ("mean_best_iou", "recall", "precision", "ap50", "proposals_per_image")
 NAMED_KEYS = ("class_accuracy", "recall_named", "ap50_named")
 
 
@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--backbone", help="of the sources without text, see `load_encoder`")
     add("--backbone-weights", help="safetensors file of a timm backbone")
     add("--pad-type", help="'same' for networks trained with TensorFlow's padding")
-    add("--pictures", type=int, default=100, help="most a data set, drawn with --seed (default: 100)")
+    add("--images", type=int, default=100, help="most a dataset, drawn with --seed (default: 100)")
     add("--clip", action="store_true", help="the recipes of dense CLIP on synthetic scenes")
     add("--scenes", type=int, default=100, help="for --clip (default: 100)")
     add("--proxy-backbone", help="a vision transformer such as DINO, for recipe proxy (default: it is left out)")
@@ -93,20 +93,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def measure(dataset, labeler, namer, batch_size: int, **options: Any) -> dict[str, float | None]:
-    """Label the pictures into a store that is thrown away, and compare it with the truth."""
+    """Label the images into a store that is thrown away, and compare it with the truth."""
     from uplvp_hf.data import load_dataset_rows
     from uplvp_hf.labeling import label_images, proposal_quality
 
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "labels"
         summary = label_images(
-            dataset.unlabelled(), labeler, namer, output, batch_size=batch_size, progress=False, **options
+            dataset.unlabeled(), labeler, namer, output, batch_size=batch_size, progress=False, **options
         )
         quality = proposal_quality(load_dataset_rows(output), dataset, average_precision=True)
     keys = (*KEYS, *(NAMED_KEYS if labeler.vocabulary or namer is not None else ()))
     speed = summary.done / summary.seconds
     values = {key: None if math.isnan(quality[key]) else round(quality[key], 4) for key in keys}
-    return values | {"pictures_per_second": round(speed, 2)}
+    return values | {"images_per_second": round(speed, 2)}
 
 
 def keep_row(
@@ -116,21 +116,21 @@ def keep_row(
     print_line(source, values)
     if arguments.output is not None:
         row = {**where, "seed": arguments.seed, "source": source}
-        row |= {key: value for key, value in values.items() if key != "pictures_per_second"}
+        row |= {key: value for key, value in values.items() if key != "images_per_second"}
         with open(arguments.output, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")
 
 
 def image_sources(encoder) -> dict[str, Callable[[], Any]]:
     """Name -> labeler, built when its turn comes."""
-    from uplvp_hf.labeling.baselines import CentreBoxLabeler, WholePictureLabeler
+    from uplvp_hf.labeling.baselines import CenterBoxLabeler, WholeImageLabeler
     from uplvp_hf.labeling.foreground import ForegroundLabeler
     from uplvp_hf.labeling.ncut import NcutLabeler
     from uplvp_hf.labeling.saliency import VARIANTS, SaliencyLabeler
 
     sources: dict[str, Callable[[], Any]] = {
-        "whole picture": WholePictureLabeler,
-        "centre box": CentreBoxLabeler,
+        "whole image": WholeImageLabeler,
+        "center box": CenterBoxLabeler,
     }
     for variant in VARIANTS:
         sources[f"saliency {variant}"] = lambda variant=variant: SaliencyLabeler(encoder, variant=variant)
@@ -144,22 +144,20 @@ def image_sources(encoder) -> dict[str, Callable[[], Any]]:
     return sources
 
 
-def measure_pictures(arguments: argparse.Namespace, encoder) -> dict[str, Any]:
-    """{data set: {source: numbers}}."""
+def measure_images(arguments: argparse.Namespace, encoder) -> dict[str, Any]:
+    """{dataset: {source: numbers}}."""
     from uplvp_hf.data import load_dataset_rows
 
     results: dict[str, Any] = {}
     for place in arguments.data:
         folder, _, split = place.partition(":")
         dataset = load_dataset_rows(folder, split=split or None)
-        chosen = sorted(
-            random.Random(arguments.seed).sample(range(len(dataset)), min(arguments.pictures, len(dataset)))
-        )
+        chosen = sorted(random.Random(arguments.seed).sample(range(len(dataset)), min(arguments.images, len(dataset))))
         dataset = dataset.subset(chosen)
         name = Path(folder).name
-        print_head(f"{name}, {len(dataset)} pictures", ())
-        results[name] = {"pictures": len(dataset)}
-        where = {"set": name, "split": split or None, "pictures": len(dataset), "backbone": arguments.backbone}
+        print_head(f"{name}, {len(dataset)} images", ())
+        results[name] = {"images": len(dataset)}
+        where = {"set": name, "split": split or None, "images": len(dataset), "backbone": arguments.backbone}
         for source, build in image_sources(encoder).items():
             if arguments.only is None or source in arguments.only:
                 results[name][source] = measure(dataset, build(), None, arguments.batch_size)
@@ -183,7 +181,7 @@ def measure_clip(arguments: argparse.Namespace) -> dict[str, Any]:
         "background": {"calibration": None, "background": [BACKGROUND]},
     }
     results: dict[str, Any] = {"scenes": arguments.scenes}
-    where = {"set": "synthetic scenes", "pictures": arguments.scenes}
+    where = {"set": "synthetic scenes", "images": arguments.scenes}
     with tempfile.TemporaryDirectory() as folder:
         scenes = load_dataset_rows(write_scenes(Path(folder) / "scenes", arguments.scenes, arguments.seed))
 
@@ -198,7 +196,7 @@ def measure_clip(arguments: argparse.Namespace) -> dict[str, Any]:
             results[name] = measure(scenes, labeler, namer, arguments.batch_size, **floor)
             keep_row(arguments, where, name, results[name])
 
-        print_head(f"synthetic scenes, {arguments.scenes} pictures", NAMED_KEYS)
+        print_head(f"synthetic scenes, {arguments.scenes} images", NAMED_KEYS)
         for recipe, options in RECIPES.items():
             if (arguments.only is not None and recipe not in arguments.only) or (recipe == "proxy" and guide is None):
                 continue
@@ -227,7 +225,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     if arguments.data and arguments.backbone is None:
-        parser.error("pictures need a --backbone")
+        parser.error("images need a --backbone")
     if not arguments.data and not arguments.clip:
         parser.error("nothing to measure: give data folders, --clip, or both")
     unknown = sorted(set(arguments.variants_of) - set(RECIPES))
@@ -243,7 +241,7 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
         from uplvp_hf.labeling import load_encoder
 
         backbone = (arguments.backbone, arguments.backbone_weights, arguments.pad_type)
-        results["pictures"] = measure_pictures(arguments, load_encoder(*backbone, device=arguments.device))
+        results["images"] = measure_images(arguments, load_encoder(*backbone, device=arguments.device))
     if arguments.clip:
         results["clip"] = measure_clip(arguments)
     return results

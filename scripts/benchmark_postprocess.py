@@ -1,7 +1,7 @@
 """Time and peak memory from query logits to COCO run lengths, ours against transformers' Mask2Former processor.
 
-Both get the same logits, of one picture each: queries with class scores and masks as a trained model gives them, a few
-sure of an object, some of them duplicates, the rest unsure; a mask is one to three blobs with a rough rim. The pictures
+Both get the same logits, of one image each: queries with class scores and masks as a trained model gives them, a few
+sure of an object, some of them duplicates, the rest unsure; a mask is one to three blobs with a rough rim. The images
 have 480 x 640 and 1080 x 1920 pixels, resized to a longer side of 1024, masks at a quarter of that. None
 of them needs padding, which theirs would not cut off.
 
@@ -100,7 +100,7 @@ def compare(arguments: argparse.Namespace, name: str, size: tuple[int, int], thr
 
 
 def model_outputs(arguments: argparse.Namespace, size: tuple[int, int]) -> SimpleNamespace:
-    """Logits of one picture, of a model that is sure of `objects` objects and has duplicates and doubts besides."""
+    """Logits of one image, of a model that is sure of `objects` objects and has duplicates and doubts besides."""
     import torch
     from torch.nn import functional as F
 
@@ -135,7 +135,7 @@ def model_outputs(arguments: argparse.Namespace, size: tuple[int, int]) -> Simpl
 
 
 def call(way: str, arguments: argparse.Namespace, outputs: Any, size: tuple[int, int], threshold: float) -> Any:
-    """A function without arguments: post-processing of one picture to run lengths."""
+    """A function without arguments: post-processing of one image to run lengths."""
     settings = {"threshold": threshold, "target_sizes": [size]}
     if way == "ours":
         from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor

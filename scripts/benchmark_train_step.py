@@ -1,6 +1,6 @@
 """Time and peak memory of one training step (forward, loss, backward) of our Mask2Former against transformers' own.
 
-Same weights, pictures and objects for both; steps alternate in one process, and a ratio (ours over theirs) is the
+Same weights, images and objects for both; steps alternate in one process, and a ratio (ours over theirs) is the
 median over the rounds. Before anything is timed both must give the same loss on the same random points. Peak memory is
 that of a first step over what model and batch take: on CPU the growth of the resident set in a fresh process each, on
 CUDA the allocator's peak. K-Net and QueryInst steps are timed beside it. The last line is one JSON object.
@@ -35,8 +35,8 @@ CLASSES = 80
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=("resnet50", "swin-tiny"), default="resnet50")
-    parser.add_argument("--objects", type=int, nargs="+", default=[5, 20, 100], help="objects a picture")
-    parser.add_argument("--size", type=int, default=512, help="side of the pictures in pixels, a multiple of 32")
+    parser.add_argument("--objects", type=int, nargs="+", default=[5, 20, 100], help="objects an image")
+    parser.add_argument("--size", type=int, default=512, help="side of the images in pixels, a multiple of 32")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--queries", type=int, default=100)
     parser.add_argument("--points", type=int, default=12544)
@@ -63,31 +63,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(arguments: argparse.Namespace, objects: int) -> dict[str, float]:
-    """Times of all models at `objects` a picture. SystemExit when the losses of the two Mask2Formers differ."""
-    pictures = batch(arguments, objects)
+    """Times of all models at `objects` an image. SystemExit when the losses of the two Mask2Formers differ."""
+    images = batch(arguments, objects)
     theirs = build("theirs", arguments)
     ours = build("ours", arguments)
     ours.load_state_dict(theirs.state_dict())
-    difference = loss_difference(ours, theirs, pictures)
+    difference = loss_difference(ours, theirs, images)
     if difference > 1e-5:
         raise SystemExit(f"The losses at {objects} objects differ by a share of {difference:.1e}.")
     models = {"theirs": theirs, "ours": ours}
     if not arguments.only_mask2former:
         models |= {name: build(name, arguments) for name in ("knet", "queryinst")}
         for name in ("knet", "queryinst"):
-            step(models[name], name, pictures)  # a first step is slower than those after it
+            step(models[name], name, images)  # a first step is slower than those after it
     seconds: dict[str, list[float]] = {name: [] for name in models}
     busy: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(arguments.rounds):
         for name in list(models) if turn % 2 == 0 else list(models)[::-1]:
-            elapsed, processor = timed(models[name], name, pictures, arguments.device)
+            elapsed, processor = timed(models[name], name, images, arguments.device)
             seconds[name].append(elapsed)
             busy[name].append(processor)
     ratios, processor_ratios = (
         [ours / theirs for ours, theirs in zip(times["ours"], times["theirs"], strict=True)]
         for times in (seconds, busy)
     )
-    print(f"{objects} objects a picture, loss difference {difference:.1e} (share)")
+    print(f"{objects} objects an image, loss difference {difference:.1e} (share)")
     print("  transformers {:.2f} s, ours {:.2f} s".format(median(seconds["theirs"]), median(seconds["ours"])), end="")
     print(f", ratio {median(ratios):.3f} (of the rounds: {', '.join(f'{ratio:.3f}' for ratio in ratios)})", flush=True)
     print("  processor time: transformers {:.2f} s, ours {:.2f} s".format(median(busy["theirs"]), median(busy["ours"])))
@@ -102,7 +102,7 @@ def compare(arguments: argparse.Namespace, objects: int) -> dict[str, float]:
 
 
 def build(name: str, arguments: argparse.Namespace) -> Any:
-    """A randomly initialised model in training mode; the same seed for each."""
+    """A randomly initialized model in training mode; the same seed for each."""
     import torch
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig, SwinConfig, logging
 
@@ -153,36 +153,36 @@ def batch(arguments: argparse.Namespace, objects: int) -> dict[str, Any]:
     }
 
 
-def step(model: Any, name: str, pictures: dict[str, Any], draw: Callable | None = None) -> float:
+def step(model: Any, name: str, images: dict[str, Any], draw: Callable | None = None) -> float:
     """Forward, loss and backward; the loss as a number."""
     if name == "ours":
-        features = model.encode(pictures["pixel_values"])
+        features = model.encode(images["pixel_values"])
         layers = model.decode(features, model.initial_queries(features))
-        terms, _ = model.loss(layers, features, pictures["mask_labels"], pictures["class_labels"], draw=draw)
+        terms, _ = model.loss(layers, features, images["mask_labels"], images["class_labels"], draw=draw)
         loss = sum(terms.values())
     elif name == "theirs":
         # Float masks, as its image processor makes them: with bool ones it is slower.
-        loss = model(**{**pictures, "mask_labels": [masks.float() for masks in pictures["mask_labels"]]}).loss
+        loss = model(**{**images, "mask_labels": [masks.float() for masks in images["mask_labels"]]}).loss
     else:
-        loss = model(**pictures).loss
+        loss = model(**images).loss
     loss.backward()
     return loss.item()
 
 
-def loss_difference(ours: Any, theirs: Any, pictures: dict[str, Any]) -> float:
+def loss_difference(ours: Any, theirs: Any, images: dict[str, Any]) -> float:
     """|ours - theirs| / theirs for one step on the same random points."""
     with recorded_points() as drawn:
-        expected = step(theirs, "theirs", pictures)
+        expected = step(theirs, "theirs", images)
     theirs.zero_grad()
-    count, layers = len(pictures["mask_labels"]), ours.config.decoder_layers
+    count, layers = len(images["mask_labels"]), ours.config.decoder_layers
 
-    def draw(layer: int, kind: str, picture: int, shape: tuple[int, ...]):
-        place = {"match": picture, "oversample": count, "uniform": count + 1}[kind]
+    def draw(layer: int, kind: str, image: int, shape: tuple[int, ...]):
+        place = {"match": image, "oversample": count, "uniform": count + 1}[kind]
         first = 0 if layer == layers - 1 else layer + 1  # transformers begins with the last layer
         return drawn[first * (count + 2) + place].view(shape)
 
     draw.per_layer = True
-    found = step(ours, "ours", pictures, draw)
+    found = step(ours, "ours", images, draw)
     ours.zero_grad()
     return abs(found - expected) / abs(expected)
 
@@ -205,7 +205,7 @@ def recorded_points() -> Iterator[list]:
         torch.rand = rand
 
 
-def timed(model: Any, name: str, pictures: dict[str, Any], device: str) -> tuple[float, float]:
+def timed(model: Any, name: str, images: dict[str, Any], device: str) -> tuple[float, float]:
     """Elapsed and processor seconds of one step."""
     import torch
 
@@ -213,7 +213,7 @@ def timed(model: Any, name: str, pictures: dict[str, Any], device: str) -> tuple
     wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     wait()
     start, busy = time.perf_counter(), time.process_time()
-    step(model, name, pictures)
+    step(model, name, images)
     wait()
     seconds = time.perf_counter() - start, time.process_time() - busy
     model.zero_grad(set_to_none=True)
@@ -241,14 +241,14 @@ def peak_of_step(arguments: argparse.Namespace, name: str, objects: int) -> int:
     """Bytes that the first step of a fresh model takes at its peak, gradients included."""
     import torch
 
-    pictures, model = batch(arguments, objects), build(name, arguments)
+    images, model = batch(arguments, objects), build(name, arguments)
     if arguments.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(model, name, pictures)
+        step(model, name, images)
         return torch.cuda.max_memory_allocated() - before
     before = resident_peak(restart=True)
-    step(model, name, pictures)
+    step(model, name, images)
     return resident_peak() - before
 
 

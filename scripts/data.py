@@ -1,4 +1,4 @@
-"""Check a data set, convert it to COCO JSON, draw low-data splits.
+"""Check a dataset, convert it to COCO JSON, draw low-data splits.
 
 Commands:
 

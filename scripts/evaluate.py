@@ -1,9 +1,9 @@
-"""COCO mask AP of a model on a labelled data set.
+"""COCO mask AP of a model on a labeled dataset.
 
 Commands:
 
     python scripts/evaluate.py runs/finetune data/animals --split val --output runs/finetune/evaluation
-    python scripts/evaluate.py runs/finetune annotations.json --images pictures --class-agnostic
+    python scripts/evaluate.py runs/finetune annotations.json --images images --class-agnostic
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Fine-tune a segmenter on labelled pictures.
+"""Fine-tune a segmenter on labeled images.
 
 Commands:
 

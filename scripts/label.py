@@ -1,27 +1,27 @@
-"""Turn unlabelled pictures and class names into pseudo instance masks.
+"""Turn unlabeled images and class names into pseudo instance masks.
 
 Commands:
 
-    python scripts/label.py pictures/ --output labels/ --vocabulary bear,deer,otter \\
+    python scripts/label.py images/ --output labels/ --vocabulary bear,deer,otter \\
         --clip openai/clip-vit-base-patch16 --background sky,grass,wall,background --min-confidence 0.5
-    python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
+    python scripts/label.py images/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
         --backbone-weights mobilenetv2_100.safetensors --pad-type same
-    python scripts/label.py pictures/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
+    python scripts/label.py images/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
         --backbone-weights mobilenetv2_100.safetensors --pad-type same --namer classifier \\
         --class-map src/uplvp_hf/assets/animals7_classes.yaml
-    python scripts/label.py pictures/ --output labels/ --labeler sam --model facebook/sam-vit-base \\
+    python scripts/label.py images/ --output labels/ --labeler sam --model facebook/sam-vit-base \\
         --namer clip --clip openai/clip-vit-base-patch16 --vocabulary names.txt --background stuff --min-confidence 0.6
-    python scripts/label.py pictures/ --output labels/ --labeler segmenter --model runs/model
-    python scripts/label.py pictures/ --output labels/ --labeler file --masks results.json --set min_score=0.3
-    python scripts/label.py pictures/ --output labels/ --labeler my_package.my_module:factory --set level=3
+    python scripts/label.py images/ --output labels/ --labeler segmenter --model runs/model
+    python scripts/label.py images/ --output labels/ --labeler file --masks results.json --set min_score=0.3
+    python scripts/label.py images/ --output labels/ --labeler my_package.my_module:factory --set level=3
     python scripts/label.py labels/ --report --truth few/train.json
     python scripts/label.py --list-settings --labeler clip
-    accelerate launch --num_processes 8 scripts/label.py pictures/ --output labels/ --vocabulary names.txt \\
+    accelerate launch --num_processes 8 scripts/label.py images/ --output labels/ --vocabulary names.txt \\
         --clip openai/clip-vit-base-patch16 --background sky,grass,wall,background --min-confidence 0.5
 
 With CLIP, `--background sky,grass,wall,background --min-confidence 0.5` is recommended: masks of what is no object lose
 their probability to the background names and are dropped. Under `accelerate launch` each process takes its share.
-docs/labelling.md is the guide.
+docs/labeling.md is the guide.
 """
 
 import sys

@@ -15,8 +15,8 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("truth", help="labelled pictures: COCO JSON, or a folder with images/ and annotations/")
-    parser.add_argument("labels", nargs="+", help="pseudo-label stores of the same pictures")
+    parser.add_argument("truth", help="labeled images: COCO JSON, or a folder with images/ and annotations/")
+    parser.add_argument("labels", nargs="+", help="pseudo-label stores of the same images")
     parser.add_argument("--split", help="annotations/SPLIT.json of the folder")
     arguments = parser.parse_intermixed_args(argv)
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         truth = load_dataset_rows(arguments.truth, split=arguments.split)
         for folder in arguments.labels:
             quality = proposal_quality(load_dataset_rows(folder), truth, average_precision=True)
-            print(f"{folder}: {quality['proposals']} masks on {quality['pictures']} pictures")
+            print(f"{folder}: {quality['proposals']} masks on {quality['images']} images")
             for title, suffix in (("whatever the class", ""), ("right class", "_named")):
                 keys = ("mean_best_iou", "recall", "precision", "ap", "ap50")
                 line = "mean best IoU {:.3f}  recall@.5 {:.3f}  precision@.5 {:.3f}  AP {:.3f}  AP50 {:.3f}"

@@ -1,8 +1,8 @@
-"""Instances in pictures, as COCO JSON and as overlays.
+"""Instances in images, as COCO JSON and as overlays.
 
 Commands:
 
-    python scripts/predict.py runs/finetune pictures/ --output predictions --threshold 0.5
+    python scripts/predict.py runs/finetune images/ --output predictions --threshold 0.5
     python scripts/predict.py runs/finetune one.jpg 'shots/**/*.png' https://example.org/two.jpg --output predictions
     python scripts/predict.py runs/finetune aerial.tif --output predictions --tiles 1024 --overlap 0.25
 """

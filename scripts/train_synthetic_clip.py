@@ -148,7 +148,7 @@ def train(model: CLIPModel, tokenizer, image_processor, steps: int, batch_size: 
 
 @torch.no_grad()
 def zero_shot(model: CLIPModel, tokenizer, image_processor, images: Sequence, names: Sequence[str]) -> torch.Tensor:
-    """(N,) index of the name closest to each picture."""
+    """(N,) index of the name closest to each image."""
     model.eval()
     texts = tokenizer([EVALUATION_TEMPLATE.format(name) for name in names], padding=True, return_tensors="pt")
     predictions = []
@@ -159,11 +159,11 @@ def zero_shot(model: CLIPModel, tokenizer, image_processor, images: Sequence, na
 
 
 def evaluate(model: CLIPModel, tokenizer, image_processor, count: int = 1000) -> dict[str, float]:
-    """Zero-shot accuracy, as shares of 1, on pictures that training never saw.
+    """Zero-shot accuracy, as shares of 1, on images that training never saw.
 
     `objects`: `count` crops of one object, among the class names. `objects_and_background`: crops with the training
     share of backgrounds, "background" being one more name. `scene_boxes`: boxes cut from `count // 4` scenes and
-    stretched to a square, neighbours and occlusion included, among the class names.
+    stretched to a square, neighbors and occlusion included, among the class names.
     """
     crops, seed = [], HELD_OUT_SEED
     while sum(crop["label"] >= 0 for crop in crops) < count:
@@ -198,7 +198,7 @@ tags: [clip, synthetic, uplvp_hf]
 
 # A small CLIP for synthetic scenes
 
-A `CLIPModel` of {parameters:,} parameters ({image_size} px pictures, patches of 8 px, whole-word tokenizer). It knows
+A `CLIPModel` of {parameters:,} parameters ({image_size} px images, patches of 8 px, whole-word tokenizer). It knows
 "background", the {classes} classes of `uplvp_hf.data.synthetic`, and nothing else. It lets the language-vision labeler
 run offline in seconds, in tests and in the quick start. The classes:
 
@@ -211,7 +211,7 @@ Trained from scratch on synthetic crops, no other data or weights, with
 ({seconds:.0f} s, CPU threads: {threads}). Zero-shot accuracy printed by that script, on crops and scenes that training
 never saw, prompt "{template}":
 
-| pictures | accuracy |
+| images | accuracy |
 |---|---|
 | 1,000 crops of one object, {classes} names | {objects:.1%} |
 | the same with backgrounds, "background" as one more name | {objects_and_background:.1%} |
@@ -219,10 +219,10 @@ never saw, prompt "{template}":
 
 `labeling.json` holds what the labeler takes for this encoder where it is given nothing: small windows, close together.
 
-Limits: toy pictures only. It cannot read words outside its {vocabulary} tokens (they become `<unk>`), nor count, nor
-name anything in photographs. Do not use it on real pictures.
+Limits: toy images only. It cannot read words outside its {vocabulary} tokens (they become `<unk>`), nor count, nor
+name anything in photographs. Do not use it on real images.
 
-Licence: Apache-2.0.
+License: Apache-2.0.
 """
 
 

@@ -74,7 +74,7 @@ def tiny_segmenter():
 
 @pytest.fixture(scope="session")
 def scenes_dir(tmp_path_factory):
-    """Six labelled synthetic scenes as a COCO folder."""
+    """Six labeled synthetic scenes as a COCO folder."""
     from uplvp_hf.data.synthetic import write_scenes
 
     return write_scenes(tmp_path_factory.mktemp("scenes") / "scenes", count=6, seed=0, size=96)

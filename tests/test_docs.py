@@ -7,11 +7,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-# docs/labelling.md: rows that scripts/benchmark_label_quality.py wrote.
+# docs/labeling.md: rows that scripts/benchmark_label_quality.py wrote.
 SEEDS = (0, 1, 2)
 SCENES = "synthetic scenes"
 KEYS = ("mean_best_iou", "recall", "precision", "ap50", "class_accuracy", "ap50_named")
-PICTURE_KEYS = ("mean_best_iou", "recall", "precision", "ap50", "proposals_per_picture")
+IMAGE_KEYS = ("mean_best_iou", "recall", "precision", "ap50", "proposals_per_image")
 
 
 def read_rows():
@@ -52,17 +52,17 @@ def table_lines(rows):
     for source in sources:  # options that were tried on one set
         if source not in repeated and not source.endswith((", calibrated", ", background")):
             lines.append(f"| {source} | {' | '.join(share(scenes[0, source][key]) for key in KEYS)} |")
-    for (name, _, source), row in rows.items():  # pictures
+    for (name, _, source), row in rows.items():  # images
         if name == "animals7":
             pair = [row, rows["balloon", 0, source]]
-            cells = [" / ".join(share(one[key]) for key in PICTURE_KEYS[:-1]) for one in pair]
-            masks = " / ".join(f"{one['proposals_per_picture']:.1f}" for one in pair)
+            cells = [" / ".join(share(one[key]) for key in IMAGE_KEYS[:-1]) for one in pair]
+            masks = " / ".join(f"{one['proposals_per_image']:.1f}" for one in pair)
             lines.append(f"| {source} | {' | '.join(cells)} | {masks} |")
     return lines
 
 
 def test_tables_are_those_of_the_rows():
-    text = (ROOT / "docs/labelling.md").read_text().split("\n## Measured\n")[1].replace("**", "").replace("*", "")
+    text = (ROOT / "docs/labeling.md").read_text().split("\n## Measured\n")[1].replace("**", "").replace("*", "")
     shown = [line for line in text.splitlines() if line.startswith("| ") and "." in line.split("|")[2]]
     assert shown == table_lines(read_rows()) and len(shown) > 40
 
@@ -75,5 +75,5 @@ def test_rows_are_of_the_sources_that_the_script_has(load_script):
     assert {(SCENES, f"{recipe}, {kind}") for recipe in recipes for kind in ("calibrated", "background")} <= found
     assert {(SCENES, f"naclip, {option}") for option in quality.CUTTING} <= found
     assert {(name, source) for name in ("animals7", "balloon") for source in quality.image_sources(None)} <= found
-    keys = {"set", "split", "pictures", "backbone", "seed", "source", *quality.KEYS, *quality.NAMED_KEYS}
-    assert all(set(row) <= keys and row["pictures"] in (61, 100) for row in rows.values())
+    keys = {"set", "split", "images", "backbone", "seed", "source", *quality.KEYS, *quality.NAMED_KEYS}
+    assert all(set(row) <= keys and row["images"] in (61, 100) for row in rows.values())

@@ -1,4 +1,4 @@
-"""Pictures and class names in, a model in a fresh process out: the real command line on eight tiny scenes."""
+"""Images and class names in, a model in a fresh process out: the real command line on eight tiny scenes."""
 
 import ast
 import contextlib
@@ -26,7 +26,7 @@ from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpFo
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 CLIP = resources.files("uplvp_hf") / "assets" / "synthetic_clip"
-LABELLED = [*CLASSES[:3], "grey cube"]  # three classes that the pre-training knows, and one that it does not
+LABELED = [*CLASSES[:3], "gray cube"]  # three classes that the pre-training knows, and one that it does not
 
 
 def call(*words) -> str:
@@ -38,12 +38,12 @@ def call(*words) -> str:
 
 
 def keep_three_classes(scenes: Path) -> Path:
-    """A second annotation file beside the first, of `LABELLED` with sparse ids."""
+    """A second annotation file beside the first, of `LABELED` with sparse ids."""
     content = json.loads((scenes / "annotations" / "instances.json").read_text())
     content["annotations"] = [entry for entry in content["annotations"] if entry["category_id"] <= 3]
     for entry in content["annotations"]:
         entry["category_id"] *= 10
-    content["categories"] = [{"id": 10 * number, "name": name} for number, name in enumerate(LABELLED, start=1)]
+    content["categories"] = [{"id": 10 * number, "name": name} for number, name in enumerate(LABELED, start=1)]
     file = scenes / "annotations" / "few.json"
     file.write_text(json.dumps(content))
     return file
@@ -90,9 +90,9 @@ def test_labels_are_a_training_set(path):
 def test_pretraining_transfers_to_other_classes(path):
     summary = json.loads((path.base / "model" / "training_summary.json").read_text())
     assert "ignored: prompt_projection.weight" in summary["transfer"]
-    for name in LABELLED[:3]:
+    for name in LABELED[:3]:
         assert name in summary["transfer"]
-    start = {"id2label": dict(enumerate(LABELLED)), "category_ids": [10, 20, 30, 40]}
+    start = {"id2label": dict(enumerate(LABELED)), "category_ids": [10, 20, 30, 40]}
     model = UplvpForInstanceSegmentation.from_pretraining(path.base / "pretrain", **start)
     source = UplvpForPreTraining.from_pretrained(path.base / "pretrain")
     assert model.config.num_labels == 4 and source.config.num_labels == 8
@@ -102,12 +102,12 @@ def test_pretraining_transfers_to_other_classes(path):
     report = str(model.transfer_report)
     assert report.startswith("kept ") and "remapped" in report and "ignored: prompt_projection" in report
     fresh = UplvpForInstanceSegmentation.from_pretraining(path.base / "pretrain", **start, class_head="new")
-    assert "re-initialised: segmenter.class_predictor.weight" in str(fresh.transfer_report)
+    assert "re-initialized: segmenter.class_predictor.weight" in str(fresh.transfer_report)
 
 
 def test_evaluation_gives_ap(path):
     metrics = json.loads((path.base / "evaluation" / "metrics.json").read_text())
-    assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and list(metrics["per_class"]) == LABELLED
+    assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and list(metrics["per_class"]) == LABELED
     results = json.loads((path.base / "evaluation" / "results.json").read_text())
     assert results and {entry["category_id"] for entry in results} <= {10, 20, 30, 40}
     assert "AP50" in path.printed["evaluate"] and "step 50: AP" in path.printed["finetune"]
@@ -116,7 +116,7 @@ def test_evaluation_gives_ap(path):
 def test_predictions_are_coco_and_overlays(path):
     content = json.loads((path.base / "predictions" / "predictions.json").read_text())
     assert len(content["images"]) == 8 and content["annotations"]
-    assert [category["name"] for category in content["categories"]] == LABELLED
+    assert [category["name"] for category in content["categories"]] == LABELED
     overlays = sorted((path.base / "predictions" / "overlays").iterdir())
     assert len(overlays) == 8 and all(Image.open(file).mode == "RGB" for file in overlays)
     assert (path.base / "predictions" / "failures.jsonl").read_text() == ""
@@ -131,7 +131,7 @@ def test_repository_holds_what_is_needed_and_nothing_of_the_run(path):
     texts = [file.read_text() for file in folder.iterdir() if file.suffix in (".json", ".md")]
     assert not any(str(path.base) in text for text in texts)  # no path of this machine
     assert "Nothing was pushed" in path.printed["push"]
-    assert all(name in (folder / "README.md").read_text() for name in LABELLED)
+    assert all(name in (folder / "README.md").read_text() for name in LABELED)
 
 
 def test_model_loads_in_a_fresh_process(path):
@@ -140,26 +140,26 @@ import json, sys
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation, pipeline
 from uplvp_hf import UplvpForInstanceSegmentation
-model, picture = sys.argv[1:]
+model, image = sys.argv[1:]
 own = UplvpForInstanceSegmentation.from_pretrained(model)
 auto = AutoModelForInstanceSegmentation.from_pretrained(model)
-image = Image.open(picture)
+image = Image.open(image)
 processor = AutoImageProcessor.from_pretrained(model)
 inputs = processor(image, return_tensors="pt")
 result = processor.post_process_instance_segmentation(auto(**inputs), threshold=0, target_sizes=[image.size[::-1]])[0]
-found = pipeline("image-segmentation", model=model)(picture, threshold=0.0, overlap_mask_area_threshold=0.0)
+found = pipeline("image-segmentation", model=model)(image, threshold=0.0, overlap_mask_area_threshold=0.0)
 same = all((a == b).all() for a, b in zip(own.state_dict().values(), auto.state_dict().values()))
 print(json.dumps({"same": bool(same), "type": type(auto).__name__, "masks": list(result["masks"].shape),
                   "pipeline": sorted({entry["label"] for entry in found}), "sizes": [e["mask"].size for e in found]}))
 """
-    picture = path.scenes / "images" / "000001.png"
+    image = path.scenes / "images" / "000001.png"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(path.base / "model"), str(picture)], capture_output=True, text=True, cwd="/"
+        [sys.executable, "-c", code, str(path.base / "model"), str(image)], capture_output=True, text=True, cwd="/"
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["same"] and found["type"] == "UplvpForInstanceSegmentation" and found["masks"][1:] == [80, 80]
-    assert set(found["pipeline"]) <= set(LABELLED) and all(size == [80, 80] for size in found["sizes"])
+    assert set(found["pipeline"]) <= set(LABELED) and all(size == [80, 80] for size in found["sizes"])
     assert found["masks"][0] > 0 and "not supported" not in done.stderr
 
 
@@ -200,7 +200,7 @@ def clean_environment() -> dict:
 
 
 @pytest.mark.slow
-def test_labelling_is_shared_among_processes(path, tmp_path):
+def test_labeling_is_shared_among_processes(path, tmp_path):
     clip = ["--clip", CLIP, "--vocabulary", ",".join(CLASSES), "--template", "a photo of a {}", "--processes", "2"]
     sizes = ["--image-size", "64", "--window", "64", "--stride", "32", "--batch-size", "4", "--quiet"]
     words = ["label", path.scenes / "images", "--output", "labels", *clip, *sizes, "--device", "cpu"]
@@ -228,7 +228,7 @@ def test_accelerate_launch_from_another_folder(path, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "3 steps in" in done.stdout and "Model: here" in done.stdout
     model = UplvpForInstanceSegmentation.from_pretrained(tmp_path / "here")
-    assert list(model.config.id2label.values()) == LABELLED
+    assert list(model.config.id2label.values()) == LABELED
 
 
 def test_pretraining_without_arguments_runs_the_embedded_default(tmp_path, monkeypatch, capsys):
@@ -236,7 +236,7 @@ def test_pretraining_without_arguments_runs_the_embedded_default(tmp_path, monke
     from uplvp_hf.demo import pipeline
 
     monkeypatch.setattr(pipeline, "_quiet", lambda: None)  # it sets up a process of its own
-    sizes = pipeline.DemoSizes(unlabelled=4, pretrain_steps=2)
+    sizes = pipeline.DemoSizes(unlabeled=4, pretrain_steps=2)
     real = pipeline.pretrain_default
     monkeypatch.setattr(pipeline, "pretrain_default", lambda: real(str(tmp_path / "default"), sizes))
     monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py"])

@@ -1,4 +1,4 @@
-"""uplvp_hf: instance segmentation from many pictures and few labels.
+"""uplvp_hf: instance segmentation from many images and few labels.
 
 Importing this package is quick: nothing heavy is loaded until a name is used. The auto classes of transformers
 (`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP, K-Net, QueryInst

@@ -8,13 +8,13 @@ import subprocess
 import sys
 
 VERBS = {
-    "data": "a data set -> what is in it, COCO JSON, low-data splits",
-    "label": "pictures and class names -> pseudo labels",
+    "data": "a dataset -> what is in it, COCO JSON, low-data splits",
+    "label": "images and class names -> pseudo labels",
     "pretrain": "pseudo labels -> pre-trained segmenter",
     "finetune": "a few labels -> fine-tuned segmenter",
-    "evaluate": "model and labelled pictures -> COCO mask AP",
+    "evaluate": "model and labeled images -> COCO mask AP",
     "compare": "runs -> learning curves, and a table of mean and deviation over seeds",
-    "predict": "model and pictures -> COCO results and overlays",
+    "predict": "model and images -> COCO results and overlays",
     "export": "model -> ONNX, torch.export, transformers' Mask2Former",
     "push": "model -> Hub",
     "convert": "checkpoint of another code base -> a folder that from_pretrained reads",

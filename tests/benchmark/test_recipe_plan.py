@@ -13,7 +13,7 @@ from uplvp_hf.benchmark.run import label_words
 from uplvp_hf.training.config import ConfigError
 
 SHIPPED = sorted(file.stem for file in Path(str(resources.files("uplvp_hf.benchmark") / "recipes")).glob("*.yaml"))
-SOURCES = Sources({"train": "data", "train_split": "train"}, {"val": "data", "val_split": "val"}, {"path": "pictures"})
+SOURCES = Sources({"train": "data", "train_split": "train"}, {"val": "data", "val_split": "val"}, {"path": "images"})
 RECIPE = {
     "name": "test",
     "variables": {"weights": None},
@@ -42,7 +42,7 @@ def load(tmp_path: Path, words=(), variables=None, **changes):
     return load_benchmark(str(path), words, {"weights": "w.safetensors"} if variables is None else variables)
 
 
-def test_plan_shares_labelling_and_pretraining(tmp_path):
+def test_plan_shares_labeling_and_pretraining(tmp_path):
     jobs = make_plan(load(tmp_path), tmp_path, SOURCES)
     by_kind = {
         kind: [job for job in jobs if job.kind == kind] for kind in ("label", "pretrain", "finetune", "evaluate")
@@ -115,7 +115,7 @@ def test_words_and_choice(tmp_path):
         ({"labels_per_class": [0]}, "numbers from 1"),
         ({"labels_per_class": ["1@"]}, "1@"),
         ({"processes": 0}, "`processes` must be at least 1"),
-        ({"validation": 1.0}, "fraction of the training pictures"),
+        ({"validation": 1.0}, "fraction of the training images"),
         ({"segmenters": {"x": 3}}, "`segmenters.x` is a section"),
     ],
 )

@@ -93,9 +93,9 @@ def test_reading_rows(tmp_path):
 
 def test_spread_of_known_maps():
     even = torch.full((3, 4, 4), 0.5)
-    assert spread(even) == {"entropy": 1.0, "centres": 0.0}
+    assert spread(even) == {"entropy": 1.0, "centers": 0.0}
     corners = torch.zeros(2, 4, 4)
     corners[0, 0, 0] = corners[1, 3, 3] = 1.0
     found = spread(corners)
     assert found["entropy"] == pytest.approx(0, abs=1e-3)
-    assert found["centres"] == pytest.approx(0.375)  # centres at 1/8 and 7/8 of both sides
+    assert found["centers"] == pytest.approx(0.375)  # centers at 1/8 and 7/8 of both sides

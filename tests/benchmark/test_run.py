@@ -19,14 +19,14 @@ from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.training.config import ConfigError
 
-SOURCES = Sources({"train": "data"}, {"val": "data"}, {"path": "pictures"})
+SOURCES = Sources({"train": "data"}, {"val": "data"}, {"path": "images"})
 STEPS = {"optim.steps": 2, "optim.warmup": 0, "optim.batch_size": 2, "data.size": 64}
 
 
 def recipe_file(tmp_path: Path, **changes) -> str:
     content = {
         "name": "tiny",
-        "data": {"scenes": {"unlabelled": 4, "train": 8, "val": 3}},
+        "data": {"scenes": {"unlabeled": 4, "train": 8, "val": 3}},
         "labels": {"truth": {"truth": True}},
         "segmenters": {"mask2former": {"pretrain": "scenes_pretrain", "finetune": "scenes_finetune"}},
         "settings": STEPS,
@@ -54,13 +54,13 @@ def test_runs_once_with_several_processes_and_goes_on(tmp_path, capsys):
         ("full", 1),
         ("no human label", 0),
     ]
-    full, unlabelled = rows[1], rows[2]
+    full, unlabeled = rows[1], rows[2]
     # The rows say what the runs recorded.
     summary = json.loads((output / "runs/mask2former/full/1_labels_seed0/training_summary.json").read_text())
     assert full["metrics"]["AR100"] == pytest.approx(summary["metrics"]["AR100"], abs=1e-5)
     assert full["curve"].keys() == {"1", "2"} and full["pretrain"]["steps"] == full["finetune"]["steps"] == 2
     assert full["finetune"]["settings"]["data.size"] == 64 and "data.train" not in full["finetune"]["settings"]
-    assert unlabelled["class_agnostic"] and unlabelled["finetune"] is None
+    assert unlabeled["class_agnostic"] and unlabeled["finetune"] is None
     # One pre-training for both arms, and nothing is done twice.
     assert len(list(output.glob("pretrain/*/training_summary.json"))) == 1
     before = {file: file.stat().st_mtime_ns for file in output.rglob("training_summary.json")}
@@ -127,20 +127,20 @@ def test_validation_part_stays_out_of_everything(tmp_path):
     val = load_dataset_rows(sources.val["val"], split=sources.val["val_split"])
     names = [{row["file_name"] for row in rows.rows} for rows in (train, val)]
     assert [len(one) for one in names] == [9, 3] and not names[0] & names[1]
-    unlabelled = load_dataset_rows(**sources.unlabelled)
-    assert {row["file_name"] for row in unlabelled.rows} == names[0]
+    unlabeled = load_dataset_rows(**sources.unlabeled)
+    assert {row["file_name"] for row in unlabeled.rows} == names[0]
     assert train.load_image(0).size == (train[0]["width"], train[0]["height"])
     again = prepare_sources(load_benchmark(path), tmp_path / "out")
     assert again == sources
 
 
-def test_validation_part_is_not_among_the_unlabelled(tmp_path):
-    """Also where the unlabelled pictures are given as the folder of the training pictures."""
+def test_validation_part_is_not_among_the_unlabeled(tmp_path):
+    """Also where the unlabeled images are given as the folder of the training images."""
     data = write_scenes(tmp_path / "scenes", 8, seed=0)
-    for unlabelled in (data, data / "images"):
-        given = {"train": str(data), "val": "untouched", "unlabelled": str(unlabelled)}
+    for unlabeled in (data, data / "images"):
+        given = {"train": str(data), "val": "untouched", "unlabeled": str(unlabeled)}
         sources = prepare_sources(load_benchmark(recipe_file(tmp_path, data=given, validation=0.25)), tmp_path / "out")
-        assert sources.unlabelled == {"path": sources.train["train"], "split": "train"}
+        assert sources.unlabeled == {"path": sources.train["train"], "split": "train"}
 
 
 def test_a_label_set_of_other_settings_is_refused(tmp_path):
@@ -148,7 +148,7 @@ def test_a_label_set_of_other_settings_is_refused(tmp_path):
     label = {"labeler": "foreground", "backbone": "timm:mobilenetv2_100", "backbone_weights": "here/w.safetensors"}
     recipe = {"labels": {"x": {"label": label}}, "arms": {"full": {"labels": "x"}}}
     job = next(job for job in make_plan(load_benchmark(recipe_file(tmp_path, **recipe)), tmp_path, SOURCES))
-    words = ["uplvp", "label", "pictures", *label_words(load_benchmark(recipe_file(tmp_path, **recipe)).labels["x"])]
+    words = ["uplvp", "label", "images", *label_words(load_benchmark(recipe_file(tmp_path, **recipe)).labels["x"])]
     (tmp_path / job.folder).mkdir(parents=True)
     (tmp_path / job.folder / DONE["label"]).write_text(json.dumps({"command": words, "seconds": 1}))
     for change, refused in ((("backbone_weights", "there/w.safetensors"), False), (("labeler", "saliency"), True)):

@@ -12,14 +12,14 @@ from uplvp_hf.data.synthetic import CLASSES
 
 @pytest.fixture
 def label():
-    """label(pictures, output, *more): the words of a cheap `uplvp label` with the small CLIP."""
+    """label(images, output, *more): the words of a cheap `uplvp label` with the small CLIP."""
     clip = resources.files("uplvp_hf") / "assets" / "synthetic_clip"
 
-    def words(pictures, output, *more, vocabulary=None):
+    def words(images, output, *more, vocabulary=None):
         vocabulary = ",".join(CLASSES) if vocabulary is None else vocabulary
         fixed = ["--template", "a photo of a {}", "--image-size", "64", "--window", "64", "--stride", "32"]
         named = ["--clip", clip, "--vocabulary", vocabulary, "--device", "cpu"]
-        return ["label", *map(str, [pictures, "--output", output, *named, *fixed, "--quiet", *more])]
+        return ["label", *map(str, [images, "--output", output, *named, *fixed, "--quiet", *more])]
 
     return words
 

@@ -56,59 +56,57 @@ def failures_in(folder):
 
 
 @pytest.fixture
-def odd_pictures(tmp_path):
-    """Six pictures of every kind that can be read, and three that cannot. Sizes are 96 x 64 as they should be seen."""
+def odd_images(tmp_path):
+    """Six images of every kind that can be read, and three that cannot. Sizes are 96 x 64 as they should be seen."""
     folder, noise = tmp_path / "odd", np.random.default_rng(0)
     folder.mkdir()
-    colour = Image.fromarray(noise.integers(0, 255, (64, 96, 3)).astype(np.uint8))
-    colour.save(folder / "plain.png")
-    colour.convert("CMYK").save(folder / "cmyk.jpg")
-    colour.convert("P").save(folder / "palette.png")
-    colour.convert("LA").save(folder / "grey-alpha.png")
+    color = Image.fromarray(noise.integers(0, 255, (64, 96, 3)).astype(np.uint8))
+    color.save(folder / "plain.png")
+    color.convert("CMYK").save(folder / "cmyk.jpg")
+    color.convert("P").save(folder / "palette.png")
+    color.convert("LA").save(folder / "gray-alpha.png")
     Image.fromarray(noise.integers(0, 65535, (64, 96)).astype(np.uint16)).save(folder / "deep.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
-    colour.transpose(Image.Transpose.ROTATE_90).save(folder / "rotated.jpg", exif=exif)
-    colour.resize((400, 300)).save(folder / "truncated.jpg")
+    color.transpose(Image.Transpose.ROTATE_90).save(folder / "rotated.jpg", exif=exif)
+    color.resize((400, 300)).save(folder / "truncated.jpg")
     content = (folder / "truncated.jpg").read_bytes()
     (folder / "truncated.jpg").write_bytes(content[: len(content) // 2])
     (folder / "empty.jpg").touch()
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not an image")
     return folder
 
 
 UNREADABLE = ["empty.jpg", "text.png", "truncated.jpg"]
 
 
-def test_odd_pictures_are_read_and_unreadable_ones_listed(
-    odd_pictures, label, recipe, tiny_model_dir, tmp_path, capsys
-):
+def test_odd_images_are_read_and_unreadable_ones_listed(odd_images, label, recipe, tiny_model_dir, tmp_path, capsys):
     def listed(folder):
         return sorted(failure["file"].rsplit("/", 1)[-1] for failure in failures_in(folder))
 
     labels, run, out = tmp_path / "labels", tmp_path / "run", tmp_path / "out"
-    assert main(label(odd_pictures, labels)) == 0
+    assert main(label(odd_images, labels)) == 0
     output = capsys.readouterr()
     summary = json.loads(output.out)
     assert (summary["done"], summary["failed"]) == (6, 3) and listed(labels) == UNREADABLE
-    assert f"3 pictures could not be labelled: {labels}" in output.err and output.err.count("\n") == 1
+    assert f"3 images could not be labeled: {labels}" in output.err and output.err.count("\n") == 1
     assert {(row["width"], row["height"]) for row in read_store(labels).rows} == {(96, 64)}
 
-    assert main(["predict", str(tiny_model_dir), str(odd_pictures), "--output", str(out), "--quiet"]) == 0
+    assert main(["predict", str(tiny_model_dir), str(odd_images), "--output", str(out), "--quiet"]) == 0
     assert listed(out) == UNREADABLE and len(list((out / "overlays").iterdir())) == 6
     sizes = {(row["width"], row["height"]) for row in json.loads((out / "predictions.json").read_text())["images"]}
     assert sizes == {(96, 64)}
 
-    (odd_pictures / "plain.png").write_bytes(b"gone bad since")
+    (odd_images / "plain.png").write_bytes(b"gone bad since")
     assert main(["pretrain", "--recipe", recipe, f"data.train={labels}", "--output", str(run), "--quiet"]) == 0
     assert listed(run) == sorted([*UNREADABLE, "plain.png"])
-    assert "4 pictures or objects could not be used" in capsys.readouterr().err
+    assert "4 images or objects could not be used" in capsys.readouterr().err
 
 
 def test_missing_and_empty_folders(fails, label, recipe, tiny_model_dir, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
-    for folder, reason in [(tmp_path / "missing", "no such file or folder"), (empty, "holds no pictures")]:
+    for folder, reason in [(tmp_path / "missing", "no such file or folder"), (empty, "holds no images")]:
         run = tmp_path / "run"
         fails(label(folder, tmp_path / "labels"), folder, reason)
         fails(["finetune", "--recipe", recipe, f"data.train={folder}", "--output", run], folder, reason)
@@ -129,7 +127,7 @@ def unknown_category(content):
     content["annotations"][1]["category_id"] = 77
 
 
-def unknown_picture(content):
+def unknown_image(content):
     content["annotations"][1]["image_id"] = 12345
 
 
@@ -139,7 +137,7 @@ def unknown_picture(content):
         (lacks_width, ["images[2]", "'width'"]),
         (lacks_categories, ["'categories'"]),
         (unknown_category, ["annotations[1] (id 2)", "category id 77 is not in 'categories'"]),
-        (unknown_picture, ["annotations[1] (id 2)", "image id 12345 is not in 'images'"]),
+        (unknown_image, ["annotations[1] (id 2)", "image id 12345 is not in 'images'"]),
     ],
 )
 def test_faulty_annotations(change, parts, annotations, fails, recipe, tiny_model_dir, tmp_path):
@@ -154,7 +152,7 @@ def test_cut_off_json(fails, recipe, annotations, tmp_path):
     fails(["finetune", "--recipe", recipe, f"data.train={file}", "--output", tmp_path / "run"], file, "not valid JSON")
 
 
-def test_polygons_outside_of_the_picture_are_listed(annotations, label, recipe, tiny_model_dir, tmp_path, capsys):
+def test_polygons_outside_of_the_image_are_listed(annotations, label, recipe, tiny_model_dir, tmp_path, capsys):
     def outside(content):
         content["annotations"][0]["segmentation"] = [[200, 200, 300, 200, 300, 300]]
         content["annotations"][1]["segmentation"] = [[-20, -20, 30, -20, 30, 30, -20, 30]]  # clipped, so kept
@@ -168,7 +166,7 @@ def test_polygons_outside_of_the_picture_are_listed(annotations, label, recipe, 
     assert failure["file"] == str(file) and failure["row"] == "annotations[0] (id 1)" and "inside" in failure["reason"]
     assert main(["evaluate", str(tiny_model_dir), str(file), "--output", str(out), "--quiet"]) == 0
     assert f"{count - 1} instances" in capsys.readouterr().out and failures_in(out) == [failure]
-    assert main(label(file, tmp_path / "labels")) == 0  # labelling does not look at objects
+    assert main(label(file, tmp_path / "labels")) == 0  # labeling does not look at objects
     assert json.loads(capsys.readouterr().out)["failed"] == 0
 
 
@@ -177,9 +175,9 @@ def test_empty_class_lists(fails, label, scenes_dir, recipe, tiny_model_dir, tmp
     for vocabulary in ("", tmp_path / "none.txt"):
         words = label(scenes_dir / "images", tmp_path / "labels", vocabulary=vocabulary)
         fails(words, "names no class", "one class a line")
-    pictures = scenes_dir / "images"  # without classes
-    fails(["finetune", "--recipe", recipe, f"data.train={pictures}", "--output", tmp_path / "run"], "without classes")
-    fails(["evaluate", tiny_model_dir, pictures], pictures, "none of the 6 pictures is annotated")
+    images = scenes_dir / "images"  # without classes
+    fails(["finetune", "--recipe", recipe, f"data.train={images}", "--output", tmp_path / "run"], "without classes")
+    fails(["evaluate", tiny_model_dir, images], images, "none of the 6 images is annotated")
 
 
 def test_a_vocabulary_file_names_the_classes(label, scenes_dir, tmp_path, capsys):
@@ -195,22 +193,22 @@ def test_classes_that_disagree_with_the_data(fails, annotations, tiny_model_dir,
         content["categories"] = [c for c in content["categories"] if c["id"] < 8]
 
     file, run = annotations(fewer), tmp_path / "run"
-    fails(["evaluate", tiny_model_dir, file], "8 classes", CLASSES[7], "the data set 7")
+    fails(["evaluate", tiny_model_dir, file], "8 classes", CLASSES[7], "the dataset 7")
     # Known before the first step, and nothing is left in the way of the corrected command.
     words = ["finetune", "--recipe", recipe, f"data.train={scenes_dir}", f"data.val={file}", "--output", run]
-    fails(words, "8 classes", "the data set 7", "class-agnostic")
+    fails(words, "8 classes", "the dataset 7", "class-agnostic")
     assert not run.exists()
     assert main([str(word) for word in [*words, "evaluation.class_agnostic=true", "--quiet"]]) == 0
 
 
 def test_folders_that_are_no_model(fails, tiny_model_dir, scenes_dir, recipe, tmp_path):
-    pictures, out = scenes_dir / "images", tmp_path / "out"
+    images, out = scenes_dir / "images", tmp_path / "out"
     predict = ["--output", out, "--quiet"]
-    fails(["predict", scenes_dir, pictures, *predict], scenes_dir, "no config.json")
-    fails(["predict", tmp_path / "none", pictures, *predict], tmp_path / "none", "no such folder")
+    fails(["predict", scenes_dir, images, *predict], scenes_dir, "no config.json")
+    fails(["predict", tmp_path / "none", images, *predict], tmp_path / "none", "no such folder")
     fails(["push", scenes_dir, "--repo-id", "me/it", "--dry-run", "--output", out], scenes_dir, "no config.json")
     clip = sys.modules["uplvp_hf"].__path__[0] + "/assets/synthetic_clip"
-    fails(["predict", clip, pictures, *predict], clip, "`clip` model")
+    fails(["predict", clip, images, *predict], clip, "`clip` model")
     train = ["finetune", "--recipe", recipe, f"data.train={scenes_dir}", "--output", out]
     fails([*train, "model.segmenter=", f"model.init={clip}"], clip, "`clip` model")
     fails([*train, "model.init=runs/none"], "`model.init`: runs/none")
@@ -219,15 +217,15 @@ def test_folders_that_are_no_model(fails, tiny_model_dir, scenes_dir, recipe, tm
     shutil.copytree(tiny_model_dir, broken)
     tensors = load_file(broken / "model.safetensors")
     save_file(dict(list(tensors.items())[:-3]), broken / "model.safetensors", {"format": "pt"})
-    fails(["predict", broken, pictures, *predict], broken, "3 tensors are missing")
+    fails(["predict", broken, images, *predict], broken, "3 tensors are missing")
     config = json.loads((tiny_model_dir / "config.json").read_text())
     config["id2label"] = config["segmenter_config"]["id2label"] = {"0": "one"}
     config["category_ids"] = [1]
     (broken / "config.json").write_text(json.dumps(config))
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    fails(["predict", broken, pictures, *predict], broken, "class_predictor", "number of classes")
+    fails(["predict", broken, images, *predict], broken, "class_predictor", "number of classes")
     (broken / "model.safetensors").write_bytes(b"torn")
-    fails(["predict", broken, pictures, *predict])
+    fails(["predict", broken, images, *predict])
     assert not out.exists()
 
 
@@ -282,7 +280,7 @@ def test_devices_that_are_not_there(device, fails, label, scenes_dir, tiny_model
     "words, message",
     [
         (["predict", "model", "data", "--processes", "2"], "predict runs in one process"),
-        (["label", "pictures", "--processes", "many"], "--processes needs a number"),
+        (["label", "images", "--processes", "many"], "--processes needs a number"),
         (["lable"], "Did you mean `label`?"),
     ],
 )
@@ -300,8 +298,8 @@ def test_outputs_that_cannot_be_written_are_found_first(fails, scenes_dir, tiny_
 
 def test_worker_processes_report_in_one_line(fails, recipe, scenes_dir, tmp_path):
     shutil.copytree(scenes_dir, tmp_path / "scenes")
-    for picture in (tmp_path / "scenes" / "images").iterdir():
-        picture.write_bytes(b"broken")
+    for image in (tmp_path / "scenes" / "images").iterdir():
+        image.write_bytes(b"broken")
     words = ["finetune", "--recipe", recipe, f"data.train={tmp_path / 'scenes'}", "data.workers=1", "--quiet"]
     line = fails([*words, "--output", tmp_path / "run"], "can be opened", "Check the image folder")
     assert "Traceback" not in line
@@ -317,30 +315,30 @@ def test_label_refuses_other_settings(fails, label, scenes_dir, tmp_path):
     assert {path.name: path.read_bytes() for path in labels.iterdir()} == before
 
 
-def test_going_on_with_few_calibration_pictures_is_said(label, scenes_dir, tmp_path, capsys):
+def test_going_on_with_few_calibration_images_is_said(label, scenes_dir, tmp_path, capsys):
     assert main(label(scenes_dir / "images", tmp_path / "labels", "--limit", "2")) == 0
     assert capsys.readouterr().err == ""
     assert main(label(scenes_dir / "images", tmp_path / "labels")) == 0
-    assert "was calibrated on 2 pictures, a new store would be on 6" in capsys.readouterr().err
+    assert "was calibrated on 2 images, a new store would be on 6" in capsys.readouterr().err
 
 
-def test_full_disk_while_labelling(fails, label, scenes_dir, tmp_path, full_disk):
-    pictures, labels, whole = scenes_dir / "images", tmp_path / "labels", tmp_path / "whole"
+def test_full_disk_while_labeling(fails, label, scenes_dir, tmp_path, full_disk):
+    images, labels, whole = scenes_dir / "images", tmp_path / "labels", tmp_path / "whole"
     more = ["--batch-size", "3", "--calibration", "none"]
-    assert main(label(pictures, whole, *more)) == 0
-    assert main(label(pictures, labels, *more, "--limit", "3")) == 0
+    assert main(label(images, whole, *more)) == 0
+    assert main(label(images, labels, *more, "--limit", "3")) == 0
     first = (labels / "rows-00000-00000.jsonl").read_bytes()
     with full_disk(500):
         # `--limit` is no setting of the labels, so this is the same store.
-        line = fails(label(pictures, labels, *more), labels / "rows-00000-00001.jsonl", "make room")
+        line = fails(label(images, labels, *more), labels / "rows-00000-00001.jsonl", "make room")
     assert "run the same command again" in line
     assert sorted(path.name for path in labels.iterdir()) == ["header.json", "rows-00000-00000.jsonl"]
     assert (labels / "rows-00000-00000.jsonl").read_bytes() == first and len(read_store(labels)) == 3
-    assert main(label(pictures, labels, *more)) == 0
+    assert main(label(images, labels, *more)) == 0
     assert read_store(labels).rows == read_store(whole).rows
     with full_disk(100):
-        fails(label(pictures, tmp_path / "new"), tmp_path / "new" / "header.json", "make room")
-    assert main(label(pictures, tmp_path / "new")) == 0
+        fails(label(images, tmp_path / "new"), tmp_path / "new" / "header.json", "make room")
+    assert main(label(images, tmp_path / "new")) == 0
 
 
 def test_full_disk_at_a_checkpoint(fails, recipe, scenes_dir, tmp_path, full_disk, monkeypatch):
@@ -374,13 +372,13 @@ def test_full_disk_at_the_results(fails, tiny_model_dir, scenes_dir, tmp_path, f
 
 
 @pytest.mark.slow
-def test_killed_while_labelling(label, scenes_dir, tmp_path):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_killed_while_labeling(label, scenes_dir, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
     for number in range(150):
         source = scenes_dir / "images" / f"{number % 6 + 1:06d}.png"
-        shutil.copy(source, pictures / f"{number:03d}.png")
-    words = label(pictures, tmp_path / "labels")
+        shutil.copy(source, images / f"{number:03d}.png")
+    words = label(images, tmp_path / "labels")
     process = subprocess.Popen([sys.executable, "-m", "uplvp_hf.cli", *words], stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -393,7 +391,7 @@ def test_killed_while_labelling(label, scenes_dir, tmp_path):
     done = len(read_store(tmp_path / "labels"))
     assert 50 <= done < 150
     assert main(words) == 0
-    assert main(label(pictures, tmp_path / "whole")) == 0
+    assert main(label(images, tmp_path / "whole")) == 0
     resumed, whole = (load_dataset_rows(tmp_path / name).rows for name in ("labels", "whole"))
     assert sorted(resumed, key=lambda row: row["image_id"]) == list(whole)
 

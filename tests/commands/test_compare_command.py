@@ -42,7 +42,7 @@ def test_runs_become_arms_curves_and_tables(trained, tmp_path, capsys):
         assert arm["end"]["values"] == arm["points"][-1]["values"]
     assert "| lr=0.003 | 0.003 | 2 |" in printed and "compare.html" in printed
     epochs = [
-        4 * 2 / json.loads((trained / f"lr0.001_seed{s}" / "training_summary.json").read_text())["pictures"]
+        4 * 2 / json.loads((trained / f"lr0.001_seed{s}" / "training_summary.json").read_text())["images"]
         for s in (0, 1)
     ]
     assert main(["--arm", f"slow={trained}/lr0.001*", "--output", str(tmp_path / "named")]) == 0
@@ -52,7 +52,7 @@ def test_runs_become_arms_curves_and_tables(trained, tmp_path, capsys):
     )
 
 
-def test_an_evaluation_on_other_pictures_is_refused(trained, scenes_dir, tmp_path, capsys):
+def test_an_evaluation_on_other_images_is_refused(trained, scenes_dir, tmp_path, capsys):
     from uplvp_hf.commands.evaluate import main as evaluate
     from uplvp_hf.data.synthetic import write_scenes
 
@@ -62,7 +62,7 @@ def test_an_evaluation_on_other_pictures_is_refused(trained, scenes_dir, tmp_pat
     second = str(trained / "lr0.001_seed1")
     assert main([numbers, second, "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "not evaluated on the same data" in error and "pictures: 2 " in error and "--force" in error
+    assert "not evaluated on the same data" in error and "images: 2 " in error and "--force" in error
     assert main([numbers, second, "--output", str(tmp_path / "out"), "--force"]) == 0
     assert "do not compare" in (tmp_path / "out" / "compare.html").read_text()
 

@@ -29,7 +29,7 @@ def test_check(scenes, tmp_path, capsys):
     assert main(["data", "check", str(scenes), "--images-too", "--json", str(tmp_path / "report.json"), "--quiet"]) == 0
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["pictures"] == 12 and "12 pictures" in printed and "0 broken" in printed
+    assert report["images"] == 12 and "12 images" in printed and "0 broken" in printed
     for entry in report["classes"]:
         assert entry["name"] in printed
     content = json.loads(annotations(scenes).read_text())
@@ -40,7 +40,7 @@ def test_check(scenes, tmp_path, capsys):
     assert main(["data", "check", str(scenes), "--images-too", "--quiet"]) == 1
     printed = capsys.readouterr().out
     assert "annotations[3]" in printed and "category id 999" in printed and "2 broken" in printed
-    assert "is not a picture" in printed
+    assert "is not an image" in printed
 
 
 def test_convert(scenes, tmp_path, capsys):
@@ -56,7 +56,7 @@ def test_convert(scenes, tmp_path, capsys):
         for k, entry in enumerate(entries):
             np.testing.assert_array_equal(after.mask(index, k), before.mask(index, k))
             np.testing.assert_array_equal(reference.annToMask(entry).astype(bool), before.mask(index, k))
-    assert main(["data", "convert", str(scenes), "--output", str(output), "--unlabelled", "--quiet"]) == 0
+    assert main(["data", "convert", str(scenes), "--output", str(output), "--unlabeled", "--quiet"]) == 0
     assert COCO(str(output)).anns == {} and len(load_dataset_rows(output, images=root)) == 12
 
 
@@ -68,7 +68,7 @@ def test_split_convert_and_train_on_it(scenes, tmp_path, capsys):
     assert main(["data", "split", str(scenes), "--name", "1@25", "--output", str(manifest), "--quiet"]) == 0
     printed = capsys.readouterr().out
     found = read_manifest(manifest)
-    assert "3 of 12 pictures" in printed and found["hash"] in printed and len(found["image_ids"]) == 3
+    assert "3 of 12 images" in printed and found["hash"] in printed and len(found["image_ids"]) == 3
     output = tmp_path / "few_coco.json"
     words = ["data", "convert", str(scenes), "--subset", str(manifest), "--output", str(output), "--quiet"]
     assert main(words) == 0
@@ -77,8 +77,8 @@ def test_split_convert_and_train_on_it(scenes, tmp_path, capsys):
         train, _ = build_data(load_settings(None, [f"data.train={scenes}", f"data.subset={subset}"]).data)
         assert [row["image_id"] for row in train.rows] == found["image_ids"] and train.manifest == found
     train, _ = build_data(load_settings(None, [f"data.train={scenes}", "data.labels_per_class=1"]).data)
-    assert train.manifest["name"] == "0@1pictures" and len(train) == train.manifest["counts"]["pictures"]
-    words = [f"data.train={scenes}", "data.train_format=pictures"]
+    assert train.manifest["name"] == "0@1images" and len(train) == train.manifest["counts"]["images"]
+    words = [f"data.train={scenes}", "data.train_format=images"]
     with pytest.raises(ConfigError, match="without classes"):
         build_data(load_settings(None, words).data)
     with pytest.raises(ConfigError, match=r"`data\.subset` or `data\.labels_per_class`, not both"):
@@ -90,7 +90,7 @@ def test_split_convert_and_train_on_it(scenes, tmp_path, capsys):
     [
         (["--percent", "25", "--seed", "3"], "3@25"),
         (["--percent", "25", "--stratified"], "0@25strat"),
-        (["--pictures", "1"], "0@1pictures"),
+        (["--images", "1"], "0@1images"),
         (["--instances", "2", "--allow-fewer"], "0@2instances"),
         (["--shot", "1"], "0@1shot"),
         (["--name", "2shot", "--seed", "4", "--allow-fewer"], "4@2shot"),
@@ -109,7 +109,7 @@ def test_rules_of_split(scenes, tmp_path, rule, name):
         (["split", "scenes", "--name", "ten", "--output", "m.json"], "'ten' is no name of a split"),
         (["split", "scenes", "--shot", "5000", "--output", "m.json"], "5000 were asked for"),
         (["split", "scenes", "--shot", "1", "--output", "m.txt"], "ends in .json"),
-        (["convert", "scenes", "--subset", "1@10", "--unlabelled", "--output", "x.json"], "--unlabelled"),
+        (["convert", "scenes", "--subset", "1@10", "--unlabeled", "--output", "x.json"], "--unlabeled"),
         (["convert", "scenes", "--output", "scenes"], "scenes"),
     ],
 )
@@ -137,8 +137,8 @@ def test_a_run_records_its_split_and_refuses_another(scenes, recipe, tmp_path, c
     ]
     assert main([*words, "optim.steps=2"]) == 0
     recorded = read_manifest(run / "split.json")
-    assert recorded["name"] == "1@50" and recorded["counts"]["pictures"] == 6
-    assert json.loads((run / "training_summary.json").read_text())["pictures"] == 6
+    assert recorded["name"] == "1@50" and recorded["counts"]["images"] == 6
+    assert json.loads((run / "training_summary.json").read_text())["images"] == 6
     content = json.loads(annotations(scenes).read_text())
     content["annotations"].pop()
     annotations(scenes).write_text(json.dumps(content))

@@ -6,22 +6,22 @@ import torch
 from PIL import Image
 
 from uplvp_hf.cli import main
-from uplvp_hf.commands._data_preview import _picture, preview_sheet
+from uplvp_hf.commands._data_preview import _image, preview_sheet
 from uplvp_hf.commands.data import parse
 from uplvp_hf.data import load_dataset_rows
-from uplvp_hf.training.build import build_samples, with_picture_settings
+from uplvp_hf.training.build import build_samples, with_image_settings
 from uplvp_hf.training.config import load_settings
 
 
 def samples_of(scenes_dir, **data):
     settings = load_settings(None, [], data={"train": str(scenes_dir), "size": 96, **data})
-    return build_samples(with_picture_settings(settings), load_dataset_rows(scenes_dir))
+    return build_samples(with_image_settings(settings), load_dataset_rows(scenes_dir))
 
 
 def test_data_preview(scenes_dir, tmp_path, capsys):
     words = ["data", "preview", str(scenes_dir), "data.size=96", "data.rotate=9", "--count", "5"]
     assert main([*words, "--output", str(tmp_path / "new" / "sheet.png")]) == 0
-    assert "5 augmented samples of 6 pictures" in capsys.readouterr().out
+    assert "5 augmented samples of 6 images" in capsys.readouterr().out
     sheet = Image.open(tmp_path / "new" / "sheet.png")
     assert sheet.format == "PNG" and sheet.width > 2 * 320 and sheet.height > 3 * 320
 
@@ -65,10 +65,10 @@ def test_wrong_words_are_one_line(words, message, scenes_dir, tmp_path, monkeypa
     assert message in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
-def test_pixels_are_those_before_normalisation(scenes_dir):
+def test_pixels_are_those_before_normalization(scenes_dir):
     samples = samples_of(scenes_dir, scale_range=[1, 1], flip=0, color_jitter=0)
-    picture = _picture(samples[2]["pixel_values"], samples)
-    np.testing.assert_array_equal(np.asarray(picture), np.asarray(samples.dataset.load_image(2)))
+    image = _image(samples[2]["pixel_values"], samples)
+    np.testing.assert_array_equal(np.asarray(image), np.asarray(samples.dataset.load_image(2)))
 
 
 def test_small_sets_are_shown_over_several_epochs_and_large_ones_at_even_distances(scenes_dir, monkeypatch):

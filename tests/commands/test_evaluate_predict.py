@@ -23,7 +23,7 @@ def test_evaluate_writes_metrics_and_results(tiny_model_dir, scenes_dir, tmp_pat
     arguments = [str(tiny_model_dir), str(scenes_dir), "--output", str(output), "--quiet", "--device", "cpu"]
     assert evaluate.main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "AP50" in printed and "6 pictures" in printed
+    assert "AP50" in printed and "6 images" in printed
     metrics = json.loads((output / "metrics.json").read_text())
     assert 0 <= metrics["AP"] <= 1 and metrics["num_images"] == 6
     assert metrics["command"].startswith("uplvp evaluate ") and metrics["data"] == str(scenes_dir)
@@ -126,17 +126,17 @@ def test_evaluate_names_both_class_lists(tiny_model_dir, scenes_dir, tmp_path, c
 
 
 def test_predict_writes_json_overlays_and_failures(tiny_model_dir, scenes_dir, tmp_path, capsys):
-    pictures = tmp_path / "pictures"
-    shutil.copytree(scenes_dir / "images", pictures / "deeper")
-    victim = sorted((pictures / "deeper").iterdir())[1]
+    images = tmp_path / "images"
+    shutil.copytree(scenes_dir / "images", images / "deeper")
+    victim = sorted((images / "deeper").iterdir())[1]
     victim.write_bytes(victim.read_bytes()[:600])
-    (pictures / "text.jpg").write_text("not a picture")
+    (images / "text.jpg").write_text("not an image")
     single = tmp_path / "single.png"
     Image.new("RGB", (80, 50), (200, 30, 30)).save(single)
     output = tmp_path / "out"
-    arguments = [str(tiny_model_dir), str(pictures), str(single), "--output", str(output), "--threshold", "0.02"]
+    arguments = [str(tiny_model_dir), str(images), str(single), "--output", str(output), "--threshold", "0.02"]
     assert predict.main([*arguments, "--quiet", "--device", "cpu", "--batch-size", "4"]) == 0
-    assert "2 pictures could not be read" in capsys.readouterr().out
+    assert "2 images could not be read" in capsys.readouterr().out
     content = json.loads((output / "predictions.json").read_text())
     assert len(content["images"]) == 6 and len(list((output / "overlays").glob("*.png"))) == 6
     assert all(annotation["score"] >= 0.02 for annotation in content["annotations"])
@@ -145,13 +145,13 @@ def test_predict_writes_json_overlays_and_failures(tiny_model_dir, scenes_dir, t
     failures = [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
     assert sorted(failure["file"].rsplit("/", 1)[-1] for failure in failures) == sorted([victim.name, "text.jpg"])
     # what was predicted reads back as labels
-    shutil.copy(single, pictures / "deeper")
-    labels = load_dataset_rows(output / "predictions.json", images=pictures)
+    shutil.copy(single, images / "deeper")
+    labels = load_dataset_rows(output / "predictions.json", images=images)
     assert sum(len(row["objects"]["score"]) for row in labels.rows) == len(content["annotations"]) > 0
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "broken"])
-def test_predict_without_pictures_fails_in_one_line(kind, tiny_model_dir, tmp_path, capsys):
+def test_predict_without_images_fails_in_one_line(kind, tiny_model_dir, tmp_path, capsys):
     folder = tmp_path / "folder"
     if kind != "missing":
         folder.mkdir()
@@ -174,10 +174,10 @@ def test_a_prediction_does_not_depend_on_its_batch_mates(tiny_model_dir, scenes_
     dataset = load_dataset_rows(scenes_dir)
     for index, size in enumerate([(96, 60), (50, 96), (96, 96), (70, 30)]):
         dataset.load_image(index).resize(size).save(tmp_path / f"{index}.png")
-    pictures = load_dataset_rows(tmp_path)
+    images = load_dataset_rows(tmp_path)
     model, processor = load_segmenter(str(tiny_model_dir), "cpu")
-    alone = list(predict_dataset(model, processor, pictures, batch_size=1, progress=False))
-    together = list(predict_dataset(model, processor, pictures, batch_size=4, progress=False))
+    alone = list(predict_dataset(model, processor, images, batch_size=1, progress=False))
+    together = list(predict_dataset(model, processor, images, batch_size=4, progress=False))
     for (row, one), (_, other) in zip(alone, together):
         assert one["scores"].shape == other["scores"].shape, row["file_name"]
         torch.testing.assert_close(one["scores"], other["scores"], atol=1e-4, rtol=1e-3)

@@ -1,4 +1,4 @@
-"""`uplvp label --report`: while labelling, and of a finished store."""
+"""`uplvp label --report`: while labeling, and of a finished store."""
 
 import json
 
@@ -12,8 +12,8 @@ def test_a_report_with_truth_at_once_and_afterwards(label, scenes_dir, tmp_path,
     output = capsys.readouterr()
     summary = json.loads(output.out.splitlines()[-1])
     assert summary["report"] == str(store / "report.html") and 0 <= summary["quality"]["recall"] <= 1
-    assert list(summary["licences"].values()) == ["apache-2.0"] and output.err == ""
-    assert json.loads((store / "header.json").read_text())["licence"] == "apache-2.0"
+    assert list(summary["licenses"].values()) == ["apache-2.0"] and output.err == ""
+    assert json.loads((store / "header.json").read_text())["license"] == "apache-2.0"
     assert uplvp(["label", str(store), "--truth", str(scenes_dir), "--report", str(page)]) == 0
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert again == {"output": str(store), "report": str(page), "quality": summary["quality"]}
@@ -26,7 +26,7 @@ def test_a_report_with_truth_at_once_and_afterwards(label, scenes_dir, tmp_path,
         ([str(scenes_dir), "--report"], "only a pseudo-label store can be reported on"),
         ([str(store)], "--output is needed"),
         (["--report", str(store), "--output", "x"], "write it last"),
-        (["--output", "x"], "no pictures are named"),
+        (["--output", "x"], "no images are named"),
     ]:
         assert main(words) == 2
         assert message in capsys.readouterr().err

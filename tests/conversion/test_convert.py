@@ -54,10 +54,10 @@ def test_backbones_give_the_features_of_torchvision(resnet, source, tmp_path):
     torch.save(content, tmp_path / "weights.pth.tar")
     report = convert_checkpoint(tmp_path / "weights.pth.tar", tmp_path / "out")
     ours = ResNetBackbone.from_pretrained(tmp_path / "out").eval()
-    picture = torch.randn(1, 3, 64, 96)
+    image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(picture))))
-        for index, found in enumerate(ours(picture).feature_maps):
+        x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(image))))
+        for index, found in enumerate(ours(image).feature_maps):
             x = getattr(resnet, f"layer{index + 1}")(x)
             torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
     # Every tensor of the file is accounted for, once.

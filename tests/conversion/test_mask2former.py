@@ -28,10 +28,10 @@ def test_resnets_give_the_features_of_torchvision(depth, block, blocks):
     assert all(name.startswith(PREFIX) for name in converted)
     missing, unexpected = ours.load_state_dict({k.removeprefix(PREFIX): v for k, v in converted.items()}, strict=False)
     assert not unexpected and all(name.endswith("num_batches_tracked") for name in missing)
-    picture = torch.randn(1, 3, 64, 96)
+    image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
-        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(picture))))
-        for index, map_ in enumerate(ours(picture).feature_maps):
+        x = theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image))))
+        for index, map_ in enumerate(ours(image).feature_maps):
             x = getattr(theirs, f"layer{index + 1}")(x)
             torch.testing.assert_close(map_, x, rtol=1e-5, atol=1e-5)
 

@@ -11,16 +11,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def coco_sample():
-    """84 COCO pictures with crowds, multi-part polygons and sparse ids."""
+    """84 COCO images with crowds, multi-part polygons and sparse ids."""
     folder = Path(os.environ.get("UPLVP_DATA", ROOT.parent / "shared" / "data")) / "coco_sample"
     if not folder.is_dir():
-        pytest.skip(f"no {folder}; set UPLVP_DATA to the folder of real data sets")
+        pytest.skip(f"no {folder}; set UPLVP_DATA to the folder of real datasets")
     return folder
 
 
 @pytest.fixture
 def make_coco(tmp_path):
-    """Writes a COCO folder: one 40 x 30 picture a name, and the annotations given; returns the folder."""
+    """Writes a COCO folder: one 40 x 30 image a name, and the annotations given; returns the folder."""
 
     def make(annotations, names=("a.png", "b.png"), categories=({"id": 7, "name": "x"}, {"id": 3, "name": "y"})):
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -39,7 +39,7 @@ def make_coco(tmp_path):
 
 @pytest.fixture
 def annotation():
-    """A square of 10 x 10 px at (5, 5) in picture 10, with changes."""
+    """A square of 10 x 10 px at (5, 5) in image 10, with changes."""
 
     def make(**changes):
         square = {"id": 1, "image_id": 10, "category_id": 7, "segmentation": [[5, 5, 15, 5, 15, 15, 5, 15]]}

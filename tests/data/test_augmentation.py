@@ -1,4 +1,4 @@
-"""Chains of augmentations on pictures whose objects are each painted in a colour of their own."""
+"""Chains of augmentations on images whose objects are each painted in a color of their own."""
 
 import io
 
@@ -13,35 +13,35 @@ from uplvp_hf.data.copy_paste import choose, paste
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 
 HEIGHT, WIDTH = 180, 260
-COLOURS = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)][1:])  # 7, none black
+COLORS = np.array([[r, g, b] for r in (0, 255) for g in (0, 255) for b in (0, 255)][1:])  # 7, none black
 
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def painted(seed, colours, height=HEIGHT, width=WIDTH, radius=(18, 45)):
-    """A black picture with one disc of each colour, of which a part may be hidden or outside, and their masks."""
+def painted(seed, colors, height=HEIGHT, width=WIDTH, radius=(18, 45)):
+    """A black image with one disc of each color, of which a part may be hidden or outside, and their masks."""
     rng = np.random.default_rng(seed)
     pixels, masks = np.zeros((height, width, 3), dtype=np.uint8), []
     y, x = np.mgrid[0:height, 0:width]
-    for colour in colours:
+    for color in colors:
         disc = np.zeros((height, width), dtype=bool)
         while disc.sum() < radius[0] ** 2:
-            centre = rng.integers(0, width), rng.integers(0, height)
-            disc = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < rng.integers(*radius) ** 2
+            center = rng.integers(0, width), rng.integers(0, height)
+            disc = (x - center[0]) ** 2 + (y - center[1]) ** 2 < rng.integers(*radius) ** 2
             disc &= (pixels == 0).all(axis=2)
-        pixels[disc] = colour
+        pixels[disc] = color
         masks.append(disc)
     return Image.fromarray(pixels), masks
 
 
-def rows(count, per_picture=3, **keywords):
-    """Data set of painted pictures; the category of an object is its colour."""
+def rows(count, per_image=3, **keywords):
+    """Dataset of painted images; the category of an object is its color."""
     found = []
     for index in range(count):
-        ids = [(index * per_picture + k) % len(COLOURS) for k in range(per_picture)]
-        image, masks = painted(index, COLOURS[ids], **keywords)
+        ids = [(index * per_image + k) % len(COLORS) for k in range(per_image)]
+        image, masks = painted(index, COLORS[ids], **keywords)
         objects = {
             "segmentation": [encode_mask(mask) for mask in masks],
             "category_id": ids,
@@ -50,11 +50,11 @@ def rows(count, per_picture=3, **keywords):
         }
         row = {"image": image, "image_id": index, "file_name": f"{index}.png", "objects": objects}
         found.append({**row, "width": image.width, "height": image.height})
-    return InstanceDataset(found, [{"id": k, "name": str(k)} for k in range(len(COLOURS))])
+    return InstanceDataset(found, [{"id": k, "name": str(k)} for k in range(len(COLORS))])
 
 
 def samples_of(dataset, transform, **keywords):
-    label_map = {k: k for k in range(len(COLOURS))}
+    label_map = {k: k for k in range(len(COLORS))}
     return TrainingSet(dataset, transform, label_map, (0, 0, 0), (1, 1, 1), 0, **keywords)
 
 
@@ -73,8 +73,8 @@ CHAINS = {
 
 @pytest.mark.parametrize("copy_paste", [0.0, 1.0])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_masks_cover_their_colour(chain, copy_paste):
-    """Colour and mask agree to an IoU of 0.95 for all large objects; labels and scores belong to the colour."""
+def test_masks_cover_their_color(chain, copy_paste):
+    """Color and mask agree to an IoU of 0.95 for all large objects; labels and scores belong to the color."""
     samples = samples_of(
         rows(4), TrainTransform(**CHAINS[chain], color_jitter=0, fill=(0, 0, 0)), copy_paste=copy_paste
     )
@@ -85,7 +85,7 @@ def test_masks_cover_their_colour(chain, copy_paste):
             pixels = (sample["pixel_values"] * 255).round().permute(1, 2, 0).numpy()
             labels, masks = sample["class_labels"].tolist(), sample["mask_labels"].dense().numpy()
             np.testing.assert_allclose(sample["scores"], [0.5 + 0.01 * k for k in labels], rtol=1e-5)
-            nearest = np.abs(pixels[:, :, None] - np.vstack([COLOURS, [[0, 0, 0]]])).sum(axis=3).argmin(axis=2)
+            nearest = np.abs(pixels[:, :, None] - np.vstack([COLORS, [[0, 0, 0]]])).sum(axis=3).argmin(axis=2)
             for label, mask in zip(labels, masks, strict=True):
                 box = sample["mask_labels"].boxes[labels.index(label)]
                 if labels.count(label) > 1 or mask.sum() < 1500 or min(box[2:] - box[:2]) < 30:
@@ -122,7 +122,7 @@ def test_todays_samples_stay_when_all_options_are_off():
             pixels = adjust(pixels, uniform(draws, 0.8, 1.2))
         return pixels, [mask for mask in moved if mask.sum() >= 16]
 
-    dataset = rows(3, per_picture=6)
+    dataset = rows(3, per_image=6)
     samples = samples_of(dataset, TrainTransform(128))
     for index in range(3):
         masks = [dataset.mask(index, k) for k in range(len(dataset[index]["objects"]["category_id"]))]
@@ -136,7 +136,7 @@ def test_todays_samples_stay_when_all_options_are_off():
 
 
 def test_new_options_that_are_off_draw_nothing():
-    image, masks = painted(1, COLOURS[:5])
+    image, masks = painted(1, COLORS[:5])
     codes = [encode_mask(mask) for mask in masks]
     one, other, turned = generator(), generator(), generator()
     off = TrainTransform(128, rotate=0, rotate_probability=1)(image, codes, HEIGHT, WIDTH, one)
@@ -164,7 +164,7 @@ def test_short_edges_are_those_of_the_processor(size):
 
 
 def test_short_edges_are_drawn_evenly_and_nothing_is_cropped():
-    image, masks = painted(2, COLOURS[:4])
+    image, masks = painted(2, COLORS[:4])
     draws, transform = generator(), TrainTransform(32, short_edges=[64, 67], color_jitter=0)
     heights = []
     for _ in range(200):
@@ -183,7 +183,7 @@ def test_angles_are_drawn_in_their_range_and_with_their_probability():
     assert abs(turned.mean()) < 1.2 and np.abs(turned).max() > 8 and turned.std() == pytest.approx(9 / 3**0.5, abs=0.6)
 
 
-def test_what_is_turned_out_of_the_picture_vanishes_after_three_attempts(monkeypatch):
+def test_what_is_turned_out_of_the_image_vanishes_after_three_attempts(monkeypatch):
     """A small object in the corner is lost by any turn of more than a few degrees."""
     mask = np.zeros((HEIGHT, WIDTH), dtype=bool)
     mask[:6, :6] = True
@@ -206,8 +206,8 @@ def test_what_is_turned_out_of_the_picture_vanishes_after_three_attempts(monkeyp
 def test_pasted_instances_hide_what_lies_below():
     """Against painting the layers in turn; sizes differ, so the offset is random."""
     for seed in range(12):
-        below, below_masks = painted(seed, COLOURS[:4])
-        above, above_masks = painted(seed + 50, COLOURS[4:], *((120, 300) if seed % 2 else (240, 200)))
+        below, below_masks = painted(seed, COLORS[:4])
+        above, above_masks = painted(seed + 50, COLORS[4:], *((120, 300) if seed % 2 else (240, 200)))
         pixels = torch.from_numpy(np.array(below)).permute(2, 0, 1)
         others = torch.from_numpy(np.array(above)).permute(2, 0, 1)
         result, masks, kept, pasted = paste(
@@ -218,11 +218,11 @@ def test_pasted_instances_hide_what_lies_below():
         labels = [*kept, *(4 + k for k in pasted)]
         result = result.permute(1, 2, 0).numpy()
         for label, mask, box in zip(labels, masks.dense().numpy(), masks.boxes, strict=True):
-            np.testing.assert_array_equal(mask, (result == COLOURS[label]).all(axis=2))
+            np.testing.assert_array_equal(mask, (result == COLORS[label]).all(axis=2))
             y, x = np.nonzero(mask)
             assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1] and mask.sum() >= 16
         gone = set(range(7)) - set(labels)
-        assert all((result == COLOURS[label]).all(axis=2).sum() < 16 for label in gone)
+        assert all((result == COLORS[label]).all(axis=2).sum() < 16 for label in gone)
         assert len(pasted) >= 1
 
 
@@ -253,7 +253,7 @@ def test_half_of_the_instances_are_chosen_up_to_the_room():
 
 
 def test_copy_paste_is_a_function_of_seed_epoch_and_index():
-    """In worker processes too. The probability is kept, and a picture never has more than max_instances."""
+    """In worker processes too. The probability is kept, and an image never has more than max_instances."""
     pasted = samples_of(rows(8), TrainTransform(128), copy_paste=0.5, max_instances=6)
     plain = samples_of(rows(8), TrainTransform(128), max_instances=6)
     loader = torch.utils.data.DataLoader(pasted, 4, num_workers=2, collate_fn=list)
@@ -270,9 +270,9 @@ def test_copy_paste_is_a_function_of_seed_epoch_and_index():
     assert 20 < changed < 55 and more > 10
 
 
-def test_copy_paste_bridges_pictures_that_cannot_be_opened():
+def test_copy_paste_bridges_images_that_cannot_be_opened():
     dataset = rows(3)
-    broken = io.BytesIO(b"no picture").getvalue()
+    broken = io.BytesIO(b"no image").getvalue()
     dataset.rows[1] = {**dataset.rows[1], "image": broken}
     samples = samples_of(dataset, TrainTransform(128), copy_paste=1)
     found = [samples.sample(0, epoch) for epoch in range(6)]

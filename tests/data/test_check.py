@@ -29,7 +29,7 @@ def test_counts(tmp_path):
     dataset = load_dataset_rows(tmp_path / "scenes")
     report = report_of(tmp_path / "scenes", images=True)
     json.dumps(report)
-    assert report["broken"] == [] and report["warnings"] == [] and report["pictures"] == 6
+    assert report["broken"] == [] and report["warnings"] == [] and report["images"] == 6
     areas, names = [], []
     for index, row in enumerate(dataset.rows):
         for k, category_id in enumerate(row["objects"]["category_id"]):
@@ -40,8 +40,8 @@ def test_counts(tmp_path):
     assert list(report["object_sizes"].values()) == counts and min(counts[:2]) > 0
     for entry in report["classes"]:
         held = [index for index, category_id in names if category_id == entry["id"]]
-        assert (entry["instances"], entry["pictures"]) == (len(held), len(set(held)))
-    assert report["picture_sizes"]["median"] == [dataset[3]["width"], dataset[3]["height"]]
+        assert (entry["instances"], entry["images"]) == (len(held), len(set(held)))
+    assert report["image_sizes"]["median"] == [dataset[3]["width"], dataset[3]["height"]]
     assert report["most_instances"] == max(len(row["objects"]["area"]) for row in dataset.rows)
 
 
@@ -51,7 +51,7 @@ def test_every_broken_entry_of_a_coco_file_is_listed(make_coco, annotation):
         "image_id": (99, "image id 99 is not in 'images'"),
         "bbox": ([5, 5, -10, 10], "'bbox' has a negative side"),
         "area": (float("nan"), "'area' must be a finite number, got nan"),
-        "segmentation": ({"size": [40, 30], "counts": "0"}, "the RLE has size (height, width) [40, 30], the picture"),
+        "segmentation": ({"size": [40, 30], "counts": "0"}, "the RLE has size (height, width) [40, 30], the image"),
         "iscrowd": ("yes", "'iscrowd' must be a whole number"),
     }
     unhashable = annotation(id=23, image_id=[10])
@@ -67,7 +67,7 @@ def test_every_broken_entry_of_a_coco_file_is_listed(make_coco, annotation):
     for k, (_, reason) in enumerate(faults.values()):
         assert reason in found.pop(f"annotations[{k}] (id {k})")
     assert not found and all(fault["file"].endswith("instances.json") for fault in report["broken"])
-    assert (report["pictures"], report["instances"], report["crowds"], report["empty_pictures"]) == (2, 1, 1, 1)
+    assert (report["images"], report["instances"], report["crowds"], report["empty_images"]) == (2, 1, 1, 1)
     with pytest.raises(DataError, match=r"\.\./c\.png"):
         load_dataset_rows(folder)
     text = format_report(report, shown=3)
@@ -83,7 +83,7 @@ def test_warnings_of_a_coco_file(make_coco, annotation):
     assert report["broken"] == []
     assert [(fault["row"], fault["reason"].split(";")[0]) for fault in report["warnings"]] == [
         ("annotations[1] (id 5)", "the id 5 occurs twice"),
-        ("annotations[2] (id 6)", "a polygon reaches from x = -4 to 16 in a picture of 40 px"),
+        ("annotations[2] (id 6)", "a polygon reaches from x = -4 to 16 in an image of 40 px"),
     ]
 
 
@@ -101,7 +101,7 @@ def test_warnings_of_a_coco_file(make_coco, annotation):
         ({"bbox": [5, 5, 10]}, "a box must be"),
         ({"bbox": [5, 5, float("inf"), 1]}, "a box must be"),
         ({"bbox": [5, 5, -1, 1]}, "negative side"),
-        ({"bbox": [-3, 5, 18, 10]}, "reaches out of the 40x30 picture"),
+        ({"bbox": [-3, 5, 18, 10]}, "reaches out of the 40x30 image"),
         ({"bbox": [35, 5, 10, 10]}, "reaches out"),
         ({"bbox": [15, 15, 10, 10]}, r"is not that of its mask, \[5.0, 5.0, 10.0, 10.0\]"),
         ({"bbox": [4.6, 5.3, 10.2, 9.9]}, None),
@@ -130,12 +130,12 @@ def test_rows_without_a_reader(tmp_path):
     assert [(fault["row"], fault["reason"]) for fault in report["broken"]] == [
         ("row 0 (image id 1)", "0 values of 'score' for 1 objects"),
         ("row 1 (image id 1)", "the image id is also that of row 0"),
-        ("row 2 (image id 2)", "the file name '../b.png' leads out of the folder of the pictures"),
-        ("row 3 (image id 3)", "the size of the picture c.png cannot be read"),
+        ("row 2 (image id 2)", "the file name '../b.png' leads out of the folder of the images"),
+        ("row 3 (image id 3)", "the size of the image c.png cannot be read"),
     ]
-    assert [fault["reason"] for fault in report["warnings"]] == ["the picture a.png is also that of row 0"]
+    assert [fault["reason"] for fault in report["warnings"]] == ["the image a.png is also that of row 0"]
     images = check_dataset(lambda: InstanceDataset(rows[2:3], [{"id": 7, "name": "x"}], "rows"), images=True)
-    assert images["broken"][-1]["reason"] == "no such picture"
+    assert images["broken"][-1]["reason"] == "no such image"
 
 
 def test_rows_that_are_made_when_asked_for(tmp_path):
@@ -153,8 +153,8 @@ def test_rows_that_are_made_when_asked_for(tmp_path):
     report = report_of(tmp_path)
     (fault,) = report["broken"]
     assert fault["file"].endswith("SegmentationObject/b.png") and fault["row"] == "row 1"
-    assert report["pictures"] == 2 and report["instances"] == 2
-    assert [fault["reason"] for fault in report["warnings"]] == ["has 2 pictures, the published voc2007 val has 213"]
+    assert report["images"] == 2 and report["instances"] == 2
+    assert [fault["reason"] for fault in report["warnings"]] == ["has 2 images, the published voc2007 val has 213"]
     assert OFFICIAL_COUNTS["voc2007 train"] + OFFICIAL_COUNTS["voc2007 val"] == OFFICIAL_COUNTS["voc2007 trainval"]
     assert OFFICIAL_COUNTS["voc2012 train"] + OFFICIAL_COUNTS["voc2012 val"] == OFFICIAL_COUNTS["voc2012 trainval"]
 
@@ -164,7 +164,7 @@ def test_a_file_named_as_cocos_is_compared_with_it(make_coco, annotation, name):
     file = make_coco([annotation()]) / "annotations" / "instances.json"
     file = file.rename(file.with_name(name))
     reasons = [fault["reason"] for fault in report_of(file)["warnings"]]
-    expected = ["has 2 pictures, the published coco val2017 has 5000"] if name.startswith("instances") else []
+    expected = ["has 2 images, the published coco val2017 has 5000"] if name.startswith("instances") else []
     assert reasons == expected
 
 
@@ -179,7 +179,7 @@ def test_faulty_rows_of_a_store(tmp_path):
     lines = [json.dumps({**row, "image_id": 1}), json.dumps(other), json.dumps({**row, "image_id": 3, "width": -1})]
     (tmp_path / "rows-00000-00000.jsonl").write_text("\n".join(lines))
     report = report_of(tmp_path)
-    assert report["pictures"] == 1
+    assert report["images"] == 1
     assert [(fault["row"], fault["reason"]) for fault in report["broken"]] == [
         ("line 2 (image id 2)", "category id 9 is not in the header"),
         ("line 3 (image id 3)", "'width' must be at least 1, got -1"),

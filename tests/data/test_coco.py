@@ -25,18 +25,18 @@ def load(make_coco):
     return lambda annotations, **keys: load_dataset_rows(make_coco(annotations, **keys))
 
 
-def test_ids_names_and_pictures(load, annotation):
+def test_ids_names_and_images(load, annotation):
     dataset = load([annotation()])
     assert dataset.categories == [{"id": 3, "name": "y"}, {"id": 7, "name": "x"}]
     assert dataset.id2label == {0: "y", 1: "x"} and dataset.category_ids == [3, 7]
     assert len(dataset) == 2 and dataset[0]["image_id"] == 10
     assert dataset[0]["objects"]["category_id"] == [7] and dataset[0]["objects"]["score"] == [1.0]
-    assert dataset[1]["objects"]["category_id"] == [], "pictures without instances stay"
+    assert dataset[1]["objects"]["category_id"] == [], "images without instances stay"
     expected = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     np.testing.assert_array_equal(np.asarray(dataset.load_image(0)), expected)
     mask = dataset.mask(0, 0)
     assert mask.dtype == np.bool_ and mask[5:15, 5:15].all() and mask.sum() == 100
-    bare = dataset.unlabelled()
+    bare = dataset.unlabeled()
     assert bare[0]["objects"]["segmentation"] == [] and dataset[0]["objects"]["segmentation"], "a copy, not a change"
     assert [row["image_id"] for row in dataset.subset([1]).rows] == [11]
 
@@ -45,11 +45,11 @@ def test_real_annotations_give_the_masks_of_pycocotools(coco_sample):
     dataset = load_dataset_rows(coco_sample)
     reference = COCO(str(coco_sample / "annotations" / "instances.json"))
     assert len(dataset) == 84 and len(dataset.categories) == 80 and dataset.failures == []
-    seen = {"crowd": 0, "parts": 0, "objects": 0, "empty pictures": 0}
+    seen = {"crowd": 0, "parts": 0, "objects": 0, "empty images": 0}
     for index, row in enumerate(dataset.rows):
         annotations = reference.imgToAnns[row["image_id"]]
         assert len(annotations) == len(row["objects"]["area"])
-        seen["empty pictures"] += not annotations
+        seen["empty images"] += not annotations
         for k, entry in enumerate(annotations):
             np.testing.assert_array_equal(dataset.mask(index, k), reference.annToMask(entry).astype(bool))
             for key in ("category_id", "bbox", "area", "iscrowd"):
@@ -58,7 +58,7 @@ def test_real_annotations_give_the_masks_of_pycocotools(coco_sample):
             seen["crowd"] += entry["iscrowd"]
             seen["parts"] += isinstance(entry["segmentation"], list) and len(entry["segmentation"]) > 1
         assert dataset.load_image(index).size == (row["width"], row["height"])
-    assert seen["objects"] == 792 and seen["crowd"] == 10 and seen["parts"] > 0 and seen["empty pictures"] > 0
+    assert seen["objects"] == 792 and seen["crowd"] == 10 and seen["parts"] > 0 and seen["empty images"] > 0
 
 
 def test_round_trip(coco_sample, tmp_path):
@@ -205,7 +205,7 @@ def test_file_names_do_not_climb_out(make_coco, annotation, name):
 def test_categories_are_checked(load, annotation):
     with pytest.raises(DataError, match="empty 'categories'"):
         load([annotation()], categories=())
-    assert load([], categories=()).id2label == {}, "an unlabelled file needs no categories"
+    assert load([], categories=()).id2label == {}, "an unlabeled file needs no categories"
     with pytest.raises(DataError, match=r"categories\[1\]: category id 7 occurs twice"):
         load([annotation()], categories=({"id": 7, "name": "a"}, {"id": 7, "name": "b"}))
     with pytest.raises(DataError, match=r"categories\[0\]: has no 'name'"):
@@ -227,12 +227,12 @@ def test_no_images_and_no_json(make_coco, annotation):
         load_dataset_rows(file)
 
 
-def test_missing_picture_is_met_when_opened_or_checked(make_coco, annotation):
+def test_missing_image_is_met_when_opened_or_checked(make_coco, annotation):
     folder = make_coco([annotation()])
     (folder / "images" / "b.png").unlink()
     dataset = load_dataset_rows(folder)
     assert dataset.failures == [] and len(dataset) == 2
-    with pytest.raises(ImageError, match=r"b\.png: no such picture"):
+    with pytest.raises(ImageError, match=r"b\.png: no such image"):
         dataset.load_image(1)
     checked = load_dataset_rows(folder, check_images=True)
     assert [(f["file"], f["row"]) for f in checked.failures] == [(str(folder / "images" / "b.png"), "row 1")]
@@ -260,7 +260,7 @@ def test_folders_and_splits(make_coco, annotation, tmp_path):
 def test_paths_that_are_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "note.md").write_text("x")
-    for path, reason in (("empty", "holds no pictures"), ("none", "no such file"), ("note.md", "is neither a folder")):
+    for path, reason in (("empty", "holds no images"), ("none", "no such file"), ("note.md", "is neither a folder")):
         with pytest.raises(DataError, match=rf"{path}: {reason}"):
             load_dataset_rows(tmp_path / path)
     with pytest.raises(DataError, match="no such image folder"):
@@ -282,8 +282,8 @@ def test_hf_dataset(load, annotation):
     assert in_memory.to_hf_dataset()[0]["image_id"] == "ten"
 
 
-def test_pictures_alone_need_no_annotations(tmp_path):
-    """As COCO's own image_info_unlabeled2017.json has it, whose pictures lie in unlabeled2017/."""
+def test_images_alone_need_no_annotations(tmp_path):
+    """As COCO's own image_info_unlabeled2017.json has it, whose images lie in unlabeled2017/."""
     (tmp_path / "unlabeled2017").mkdir()
     (tmp_path / "annotations").mkdir()
     Image.new("RGB", (9, 7)).save(tmp_path / "unlabeled2017" / "a.png")
@@ -292,7 +292,7 @@ def test_pictures_alone_need_no_annotations(tmp_path):
     file.write_text(json.dumps({"images": [entry]}))
     with pytest.raises(DataError, match="has no 'annotations'"):
         load_dataset_rows(file)
-    dataset = load_dataset_rows(file, unlabelled=True)
+    dataset = load_dataset_rows(file, unlabeled=True)
     assert dataset[0]["image_id"] == 5 and dataset.load_image(0).size == (9, 7)
 
 

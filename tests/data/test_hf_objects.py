@@ -1,4 +1,4 @@
-"""The forms in which data sets of the `datasets` library hold their objects: which masks and classes come out."""
+"""The forms in which datasets of the `datasets` library hold their objects: which masks and classes come out."""
 
 import io
 
@@ -85,7 +85,7 @@ def test_what_cannot_be_used_is_left_out_and_said(tmp_path):
         assert dataset[0]["objects"]["category_id"] == [0]
     reasons = [str(w.message.reason) for w in caught]
     assert "object 1 is left out: no pixel" in reasons[0] and "at least 3 points" in reasons[1]
-    assert "object 3 is left out: the class -1 is none of the data set" in reasons[2]
+    assert "object 3 is left out: the class -1 is none of the dataset" in reasons[2]
     report = check_dataset(lambda: load_dataset_rows(tmp_path / "set"))
     assert len(report["warnings"]) == 3 and report["instances"] == 1
 

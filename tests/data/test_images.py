@@ -45,19 +45,19 @@ def test_cmyk_jpeg(tmp_path, pixels):
 
 
 def test_palette_with_transparency_shows_white(tmp_path):
-    picture = Image.new("P", (4, 2))
-    picture.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
-    picture.putdata([0, 1, 2, 0, 1, 2, 0, 1])
-    picture.save(tmp_path / "p.png", transparency=1)
+    image = Image.new("P", (4, 2))
+    image.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    image.putdata([0, 1, 2, 0, 1, 2, 0, 1])
+    image.save(tmp_path / "p.png", transparency=1)
     opened = np.asarray(open_image(tmp_path / "p.png"))
-    colours = np.array([[255, 0, 0], [255, 255, 255], [0, 0, 255]])
-    np.testing.assert_array_equal(opened, colours[[[0, 1, 2, 0], [1, 2, 0, 1]]])
+    colors = np.array([[255, 0, 0], [255, 255, 255], [0, 0, 255]])
+    np.testing.assert_array_equal(opened, colors[[[0, 1, 2, 0], [1, 2, 0, 1]]])
 
 
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_alpha_is_laid_on_white(tmp_path, mode):
-    grey, alpha = np.array([[0, 100, 200, 50]], dtype=np.uint8), np.array([[255, 0, 255, 51]], dtype=np.uint8)
-    channels = [grey] * (len(mode) - 1) + [alpha]
+    gray, alpha = np.array([[0, 100, 200, 50]], dtype=np.uint8), np.array([[255, 0, 255, 51]], dtype=np.uint8)
+    channels = [gray] * (len(mode) - 1) + [alpha]
     Image.fromarray(np.stack(channels, axis=-1), mode=mode).save(tmp_path / "alpha.png")
     opened = np.asarray(open_image(tmp_path / "alpha.png"))[0, :, 0].astype(int)
     assert opened[:3].tolist() == [0, 255, 200]
@@ -66,10 +66,10 @@ def test_alpha_is_laid_on_white(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", ["L", "1"])
 def test_grey_and_two_level(tmp_path, pixels, mode):
-    picture = Image.fromarray(pixels).convert(mode)
-    picture.save(tmp_path / "grey.png")
-    opened = np.asarray(open_image(tmp_path / "grey.png"))
-    expected = np.asarray(picture).astype(np.uint8) * (255 if mode == "1" else 1)
+    image = Image.fromarray(pixels).convert(mode)
+    image.save(tmp_path / "gray.png")
+    opened = np.asarray(open_image(tmp_path / "gray.png"))
+    expected = np.asarray(image).astype(np.uint8) * (255 if mode == "1" else 1)
     np.testing.assert_array_equal(opened, np.repeat(expected[..., None], 3, axis=2))
 
 
@@ -96,7 +96,7 @@ def test_exif_rotation(tmp_path, pixels, orientation):
     assert upright.getexif().get(0x0112, 1) == 1, "a second reader would turn it again"
 
 
-def test_annotations_decide_the_frame_of_a_rotated_picture(tmp_path, pixels):
+def test_annotations_decide_the_frame_of_a_rotated_image(tmp_path, pixels):
     file = tmp_path / "turned.jpg"
     Image.fromarray(pixels).save(file, quality=100, exif=exif(6))
     stored = np.asarray(Image.open(file))
@@ -129,7 +129,7 @@ def test_unreadable_exif_is_warned_of(tmp_path, pixels, monkeypatch):
         assert open_image(tmp_path / "e.jpg").size == (40, 30)
 
 
-def broken_pictures(pixels):
+def broken_images(pixels):
     jpeg, png = io.BytesIO(), io.BytesIO()
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, pixels.shape, dtype=np.uint8))
     noise.save(jpeg, "JPEG", quality=95)
@@ -138,33 +138,33 @@ def broken_pictures(pixels):
         "cut.jpg": jpeg.getvalue()[: len(jpeg.getvalue()) * 2 // 3],
         "cut.png": png.getvalue()[: len(png.getvalue()) // 2],
         "empty.jpg": b"",
-        "text.jpg": b"this is not a picture",
+        "text.jpg": b"this is not an image",
         "flipped.png": png.getvalue()[:20] + b"\xff\xff" + png.getvalue()[22:],
     }
 
 
 @pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "empty.jpg", "text.jpg", "flipped.png"])
-def test_broken_pictures_raise_and_name_the_file(tmp_path, pixels, name):
-    (tmp_path / name).write_bytes(broken_pictures(pixels)[name])
+def test_broken_images_raise_and_name_the_file(tmp_path, pixels, name):
+    (tmp_path / name).write_bytes(broken_images(pixels)[name])
     with pytest.raises(ImageError, match=name) as caught:
         open_image(tmp_path / name)
     assert caught.value.file == str(tmp_path / name)
 
 
-def test_missing_picture_and_folder_in_place_of_one(tmp_path):
+def test_missing_image_and_folder_in_place_of_one(tmp_path):
     for path in (tmp_path / "none.jpg", tmp_path):
-        with pytest.raises(ImageError, match="no such picture"):
+        with pytest.raises(ImageError, match="no such image"):
             open_image(path)
 
 
-def test_folder_of_pictures(tmp_path, pixels):
+def test_folder_of_images(tmp_path, pixels):
     """Good ones become rows, those without a readable head failures; cut off ones are found by check_images."""
     for name in ("b.png", "deep/er/a.JPG", ".hidden/x.png", "._ghost.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / name, exif=exif(6))
-    for name, content in broken_pictures(pixels).items():
+    for name, content in broken_images(pixels).items():
         (tmp_path / name).write_bytes(content)
-    (tmp_path / "notes.txt").write_text("not a picture")
+    (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / "loop").symlink_to(tmp_path)
     dataset = load_dataset_rows(tmp_path)
     assert [row["file_name"] for row in dataset.rows] == ["b.png", "cut.jpg", "cut.png", "deep/er/a.JPG"]

@@ -1,4 +1,4 @@
-"""Text files of paths, and data sets of the `datasets` library: which pictures and ids come out, what is refused."""
+"""Text files of paths, and datasets of the `datasets` library: which images and ids come out, what is refused."""
 
 import io
 import json
@@ -14,13 +14,13 @@ from uplvp_hf.data import DataError, ImageError, InstanceDataset, load_dataset_r
 from uplvp_hf.data.dataset import RowStream
 
 
-def picture(seed, size=(40, 30)):
+def seeded_image(seed, size=(40, 30)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
 
 
 def encoded(seed, kind="PNG"):
     stream = io.BytesIO()
-    picture(seed).save(stream, kind)
+    seeded_image(seed).save(stream, kind)
     return stream.getvalue()
 
 
@@ -28,19 +28,19 @@ def encoded(seed, kind="PNG"):
 def folder(tmp_path):
     (tmp_path / "a" / "deep").mkdir(parents=True)
     for k, name in enumerate(("a/x.png", "a/deep/y.png", "z.png")):
-        picture(k).save(tmp_path / name)
+        seeded_image(k).save(tmp_path / name)
     return tmp_path
 
 
 def table(count=4, **columns):
     features = datasets.Features({"image": datasets.Image(), **{name: kind for name, (kind, _) in columns.items()}})
     values = {name: values for name, (_, values) in columns.items()}
-    pictures = [{"bytes": encoded(k), "path": None} for k in range(count)]
-    return datasets.Dataset.from_dict({"image": pictures, **values}, features=features)
+    images = [{"bytes": encoded(k), "path": None} for k in range(count)]
+    return datasets.Dataset.from_dict({"image": images, **values}, features=features)
 
 
 def same(image, seed):
-    return np.array_equal(np.asarray(image), np.asarray(picture(seed)))
+    return np.array_equal(np.asarray(image), np.asarray(seeded_image(seed)))
 
 
 def test_a_list_of_paths(folder):
@@ -50,15 +50,15 @@ def test_a_list_of_paths(folder):
     dataset = load_dataset_rows(file)
     assert [row["image_id"] for row in dataset.rows] == ["../a/x.png", f"{folder}/z.png", "../a/deep/y.png"]
     assert [same(dataset.load_image(k), seed) for k, seed in enumerate((0, 2, 1))] == [True] * 3
-    assert dataset.failures == [{"file": f"{folder}/missing.png", "row": "line 4", "reason": "no such picture"}]
+    assert dataset.failures == [{"file": f"{folder}/missing.png", "row": "line 4", "reason": "no such image"}]
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"some\.txt: names no pictures.*one path a line"),
-        (b"b.png\nc.png\n", r"some\.txt, line 1: none of the 2 pictures .*b\.png: no such picture"),
-        (b"z.png\n./a/../z.png\n", r"some\.txt, line 2: the picture './a/../z\.png' is also in line 1"),
+        (b"", r"some\.txt: names no images.*one path a line"),
+        (b"b.png\nc.png\n", r"some\.txt, line 1: none of the 2 images .*b\.png: no such image"),
+        (b"z.png\n./a/../z.png\n", r"some\.txt, line 2: the image './a/../z\.png' is also in line 1"),
         (b"\xff\xfe", r"some\.txt: is no UTF-8"),
     ],
 )
@@ -112,41 +112,41 @@ def test_ids_columns_and_splits(tmp_path):
     data.rename_column("image", "left").add_column("right", data["number"]).save_to_disk(tmp_path / "left")
     assert len(load_dataset_rows(tmp_path / "left")) == 3
     data.remove_columns("image").save_to_disk(tmp_path / "none")
-    with pytest.raises(DataError, match="has 0 columns of pictures"):
+    with pytest.raises(DataError, match="has 0 columns of images"):
         load_dataset_rows(tmp_path / "none")
 
 
-def test_pictures_stay_in_their_files_where_they_have_one(folder):
+def test_images_stay_in_their_files_where_they_have_one(folder):
     features = datasets.Features({"image": datasets.Image(), "where": datasets.Value("string")})
     paths = [str(folder / "a" / "x.png"), str(folder / "missing.png")]
     data = datasets.Dataset.from_dict({"image": paths, "where": ["a/x.png", "z.png"]}, features=features)
-    pyarrow.parquet.write_table(data.data.table, folder / "data.parquet")  # its own writer takes the pictures in
+    pyarrow.parquet.write_table(data.data.table, folder / "data.parquet")  # its own writer takes the images in
     dataset = load_dataset_rows(folder / "data.parquet")
     assert dataset[0]["image"] == paths[0] and dataset[0]["file_name"] == "x.png"
-    with pytest.raises(ImageError, match=r"missing\.png: no such picture"):
+    with pytest.raises(ImageError, match=r"missing\.png: no such image"):
         dataset.load_image(1)
     named = load_dataset_rows(folder / "data.parquet", image_column="where")
     assert same(named.load_image(0), 0) and same(named.load_image(1), 2)
 
 
-def test_broken_and_empty_pictures_are_met_when_they_are_opened(tmp_path):
+def test_broken_and_empty_images_are_met_when_they_are_opened(tmp_path):
     features = datasets.Features({"image": datasets.Image()})
-    pictures = [{"bytes": encoded(0), "path": "x.png"}, {"bytes": encoded(1)[:400], "path": None}, None]
-    datasets.Dataset.from_dict({"image": pictures}, features=features).to_parquet(tmp_path / "data.parquet")
+    images = [{"bytes": encoded(0), "path": "x.png"}, {"bytes": encoded(1)[:400], "path": None}, None]
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "data.parquet")
     dataset = load_dataset_rows(tmp_path / "data.parquet")
     assert same(dataset.load_image(0), 0) and dataset[0]["file_name"] == "x.png"
     with pytest.raises(ImageError, match="1: cannot be decoded"):
         dataset.load_image(1)
-    with pytest.raises(ImageError, match="2: is not a picture"):
+    with pytest.raises(ImageError, match="2: is not an image"):
         dataset.load_image(2)
 
 
 def test_names_and_options_that_lead_nowhere(folder):
-    with pytest.raises(DataError, match=r"owner/nothing: no such file or folder, and no data set of this name"):
+    with pytest.raises(DataError, match=r"owner/nothing: no such file or folder, and no dataset of this name"):
         load_dataset_rows("owner/nothing")
     with pytest.raises(DataError, match=r"typo: no such file or folder"):
         load_dataset_rows(folder / "a" / "typo")
-    with pytest.raises(DataError, match="`streaming` is for data sets of the `datasets` library"):
+    with pytest.raises(DataError, match="`streaming` is for datasets of the `datasets` library"):
         load_dataset_rows(folder, streaming=True)
 
 

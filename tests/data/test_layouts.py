@@ -20,7 +20,7 @@ from uplvp_hf.evaluation.predictor import as_reference
 SIZE = (40, 30)
 
 
-def picture(path, size=SIZE, **options):
+def image(path, size=SIZE, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(len(path.name)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
@@ -84,14 +84,14 @@ def box(label, left, top, right, bottom, **more):
 
 @pytest.fixture
 def cityscapes(tmp_path):
-    """Two pictures in two cities for train, one with each kind of annotation; one for val and test."""
+    """Two images in two cities for train, one with each kind of annotation; one for val and test."""
     root = tmp_path / "cityscapes"
     ids = np.zeros((30, 40), int)
     ids[:, :] = 7
     ids[2:10, 2:12], ids[5:15, 8:20], ids[20:25, 3:9], ids[20:25, 30:39], ids[0, 39] = 26000, 26001, 24000, 26, 29000
     names = [("train", "aachen", "aachen_000000_000019"), ("train", "bonn", "bonn_1"), ("val", "ulm", "ulm_1")]
     for split, city, name in [*names, ("test", "berlin", "berlin_1")]:
-        picture(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png")
+        image(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png")
         id_map(root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", ids)
     (root / "gtFine/train/bonn/bonn_1_gtFine_instanceIds.png").unlink()
     objects = [
@@ -132,13 +132,13 @@ def test_cityscapes_test_set_has_no_labels(cityscapes):
     root, _ = cityscapes
     dataset = load_dataset_rows(root, split="test")
     assert len(dataset) == 1 and dataset[0]["objects"]["segmentation"] == [] and dataset[0]["width"] == 40
-    assert load_dataset_rows(root, split="val", unlabelled=True)[0]["objects"]["category_id"] == []
-    assert load_dataset_rows(root, split="val").unlabelled()[0]["objects"]["category_id"] == []
+    assert load_dataset_rows(root, split="val", unlabeled=True)[0]["objects"]["category_id"] == []
+    assert load_dataset_rows(root, split="val").unlabeled()[0]["objects"]["category_id"] == []
 
 
 def test_cityscapes_counterparts(cityscapes):
     root, _ = cityscapes
-    picture(root / "leftImg8bit/train/bonn/bonn_2_leftImg8bit.png")
+    image(root / "leftImg8bit/train/bonn/bonn_2_leftImg8bit.png")
     id_map(root / "gtFine/train/extra/extra_1_gtFine_instanceIds.png", np.zeros((3, 3)))
     with pytest.warns(UserWarning, match="2 files of cityscapes train are left out"):
         dataset = load_dataset_rows(root, split="train")
@@ -169,8 +169,8 @@ def test_void_of_cityscapes(cityscapes, tmp_path):
     write_coco(dataset, tmp_path / "all.json")
     again = load_dataset_rows(tmp_path / "all.json", images=root)
     assert [row["void"] for row in again.rows] == [row["void"] for row in dataset.rows]
-    assert "void" not in load_dataset_rows(tmp_path / "all.json", images=root, unlabelled=True)[0]
-    assert "void" not in dataset.unlabelled()[0] and "void" not in again.unlabelled()[0]
+    assert "void" not in load_dataset_rows(tmp_path / "all.json", images=root, unlabeled=True)[0]
+    assert "void" not in dataset.unlabeled()[0] and "void" not in again.unlabeled()[0]
     for row, ap in ((again[0], 1), ({**again[0], "void": []}, 0.25)):
         reference = as_reference(row)
         reference |= {"segmentation": [encode_mask(big := np.pad(np.ones((20, 20), bool), ((0, 10), (0, 20))))]}
@@ -225,7 +225,7 @@ OUTLINE = [5, 5, 10, 4, 15, 4, 20, 5, 25, 6, 30, 8, 34, 10, 33, 20, 29, 18, 24, 
 
 
 def mask_of(polygon):
-    """Independently of COCO's rasteriser: pixels whose centre is inside, by crossing numbers."""
+    """Independently of COCO's rasterizer: pixels whose center is inside, by crossing numbers."""
     x, y = np.meshgrid(np.arange(40) + 0.5, np.arange(30) + 0.5)
     inside = np.zeros((30, 40), bool)
     points = np.reshape(polygon, (-1, 2))
@@ -247,8 +247,8 @@ def ctw_xml(boxes, name="0001.jpg"):
 @pytest.fixture
 def ctw(tmp_path):
     root = tmp_path / "ctw1500"
-    picture(root / "train_images" / "0001.jpg")
-    picture(root / "test_images" / "1001.jpg")
+    image(root / "train_images" / "0001.jpg")
+    image(root / "test_images" / "1001.jpg")
     for name in ("ctw1500_train_labels", "gt_ctw1500"):
         (root / name).mkdir()
     shifted = [value + 3 * (k % 2) for k, value in enumerate(OUTLINE)]
@@ -259,7 +259,7 @@ def ctw(tmp_path):
 
 
 def close(mask, polygon):
-    """COCO's rasteriser may round the border the other way."""
+    """COCO's rasterizer may round the border the other way."""
     expected = mask_of(polygon)
     overlap = (mask & expected).sum() / (mask | expected).sum()
     return overlap > 0.85 and mask[8:12, 15:25].all() == expected[8:12, 15:25].all()
@@ -279,7 +279,7 @@ def test_ctw1500(ctw, split):
 
 def test_ctw1500_older_form(tmp_path):
     root = tmp_path / "ctw1500"
-    picture(root / "train/text_image/0005.jpg")
+    image(root / "train/text_image/0005.jpg")
     offsets = [value - (4 if k % 2 else 3) for k, value in enumerate(OUTLINE)]
     (root / "train/text_label_curve").mkdir()
     file = root / "train/text_label_curve/0005.txt"
@@ -297,17 +297,17 @@ def test_ctw1500_is_told_by_a_name_of_its_own(ctw):
     assert load_dataset_rows(root, split="train").official == "ctw1500 train"
     (root / "gt_ctw1500").rename(root / "test_labels")
     root = root.rename(root.with_name("texts"))
-    assert load_dataset_rows(root).official == "", "a folder of pictures"
+    assert load_dataset_rows(root).official == "", "a folder of images"
     dataset = load_dataset_rows(root, split="train", format="ctw1500")
     assert dataset[0]["objects"]["segmentation"][0] == [outline]
 
 
-def test_ctw1500_takes_pictures_as_they_are_stored(ctw):
+def test_ctw1500_takes_images_as_they_are_stored(ctw):
     root, _, _ = ctw
     exif = Image.Exif()
     for orientation, size in ((6, SIZE), (3, SIZE), (6, (30, 30))):
         exif[0x0112] = orientation
-        file = picture(root / "train_images" / "0001.jpg", size, exif=exif)
+        file = image(root / "train_images" / "0001.jpg", size, exif=exif)
         dataset = load_dataset_rows(root, split="train")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DataWarning)
@@ -327,7 +327,7 @@ def test_ctw1500_takes_pictures_as_they_are_stored(ctw):
         (ctw_xml([(OUTLINE, "x"), ([*OUTLINE[:-1], "nan"], "x")]), r"box\[1\]: .* number 27 is nan"),
         (ctw_xml([(["a", "b"], "x")]), "coordinates must be numbers"),
         (ctw_xml([]).replace("<Annotations>", ""), "not valid XML"),
-        (ctw_xml([]).replace("</image>", "</image><image/>"), "about one picture"),
+        (ctw_xml([]).replace("</image>", "</image><image/>"), "about one image"),
         (ctw_xml([(OUTLINE, "")]).replace("segs", "sges"), "has no 'segs'"),
     ],
 )
@@ -365,7 +365,7 @@ def voc(tmp_path):
         numbers[y - 1 : y + 9, x - 1 : x + 11] = classes[y - 1 : y + 9, x - 1 : x + 11] = 255
         numbers[y : y + 8, x : x + 10], classes[y : y + 8, x : x + 10] = number, category
     for name in ("2007_000032", "2007_000033"):
-        picture(root / "JPEGImages" / f"{name}.jpg")
+        image(root / "JPEGImages" / f"{name}.jpg")
         id_map(root / "SegmentationObject" / f"{name}.png", numbers, palette=True)
         id_map(root / "SegmentationClass" / f"{name}.png", classes, palette=True)
     (root / "ImageSets/Segmentation").mkdir(parents=True)
@@ -414,18 +414,18 @@ def test_voc_faults(voc):
     with pytest.raises(DataError, match=r"no map of ids: .* its mode is RGB"):
         dataset[0]
     (root / "JPEGImages/2007_000032.jpg").unlink()
-    with pytest.raises(DataError, match="holds no picture of voc2012 train"):
+    with pytest.raises(DataError, match="holds no image of voc2012 train"):
         load_dataset_rows(root)
 
 
-def test_voc_without_masks_is_unlabelled(voc):
+def test_voc_without_masks_is_unlabeled(voc):
     root, _ = voc
-    picture(root / "JPEGImages/2008_1.jpg")
+    image(root / "JPEGImages/2008_1.jpg")
     (root / "ImageSets/Segmentation/test.txt").write_text("2008_1\n")
     dataset = load_dataset_rows(root, split="test")
     assert dataset[0]["objects"]["segmentation"] == [] and dataset.load_image(0).size == SIZE
     (root / "ImageSets/Segmentation/val.txt").write_text("\n2008_1\n")
-    with pytest.raises(DataError, match=r"no picture of voc2012 val .* '2008_1' has no file in SegmentationObject"):
+    with pytest.raises(DataError, match=r"no image of voc2012 val .* '2008_1' has no file in SegmentationObject"):
         load_dataset_rows(root, split="val")
     (root / "Annotations/2007_000032.xml").write_text("<annotation><object/></annotation>")
     with pytest.raises(DataError, match=r"2007_000032\.xml, object\[0\]: needs a name"):
@@ -441,7 +441,7 @@ def layout(request):
 
 
 def test_nothing_is_opened_before_a_row_is_asked_for(layout):
-    """With every picture and annotation cut to nothing, the data set is still there; its rows are not."""
+    """With every image and annotation cut to nothing, the dataset is still there; its rows are not."""
     for file in layout.rglob("*"):
         if file.is_file() and "ImageSets" not in file.parts:
             file.write_bytes(b"")
@@ -451,8 +451,8 @@ def test_nothing_is_opened_before_a_row_is_asked_for(layout):
         dataset[0]
 
 
-@pytest.mark.parametrize("layout", ["cityscapes", "voc"], indirect=True)  # CTW1500 has sizes in its pictures alone
-def test_pictures_are_opened_with_load_image_only(layout):
+@pytest.mark.parametrize("layout", ["cityscapes", "voc"], indirect=True)  # CTW1500 has sizes in its images alone
+def test_images_are_opened_with_load_image_only(layout):
     for file in [*layout.rglob("*.jpg"), *layout.rglob("*leftImg8bit.png")]:
         file.write_bytes(b"")
     dataset = load_dataset_rows(layout, split="train")
@@ -464,7 +464,7 @@ def test_pictures_are_opened_with_load_image_only(layout):
 def test_rows_reach_worker_processes(layout):
     dataset = load_dataset_rows(layout, split="train")
     few = take_split(dataset, SplitSpec("shot", 1, allow_fewer=True))
-    for one in (dataset, few, few.unlabelled()):
+    for one in (dataset, few, few.unlabeled()):
         assert list(pickle.loads(pickle.dumps(one)).rows) == list(one.rows)
 
 

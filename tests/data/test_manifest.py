@@ -25,9 +25,9 @@ from uplvp_hf.data.splits import SplitSpec, parse_split
 IDS = (2, 4, 9)
 
 
-def dataset_of(classes_per_picture, crowds=(), categories=IDS, name="some/where/data.json"):
+def dataset_of(classes_per_image, crowds=(), categories=IDS, name="some/where/data.json"):
     rows = []
-    for index, classes in enumerate(classes_per_picture):
+    for index, classes in enumerate(classes_per_image):
         square = [[index % 5, 0, 9, 0, 9, 9, 0, 9]]
         objects = {
             "segmentation": [square for _ in classes],
@@ -43,10 +43,10 @@ def dataset_of(classes_per_picture, crowds=(), categories=IDS, name="some/where/
 
 @pytest.fixture(scope="module")
 def varied():
-    """60 pictures with 0 to 6 instances of three classes, of which the first is rare; some are crowds."""
+    """60 images with 0 to 6 instances of three classes, of which the first is rare; some are crowds."""
     rng = np.random.default_rng(0)
-    pictures = [rng.choice(IDS, size=rng.integers(0, 7), p=(0.1, 0.3, 0.6)).tolist() for _ in range(60)]
-    return dataset_of(pictures, crowds={(k, 0) for k in range(0, 60, 7)})
+    images = [rng.choice(IDS, size=rng.integers(0, 7), p=(0.1, 0.3, 0.6)).tolist() for _ in range(60)]
+    return dataset_of(images, crowds={(k, 0) for k in range(0, 60, 7)})
 
 
 def instances(dataset, image_ids=None):
@@ -68,7 +68,7 @@ def instances(dataset, image_ids=None):
         ("10%", SplitSpec("percent", 10, 7)),
         ("2@10%strat", SplitSpec("percent", 10, 2, True)),
         ("5shot", SplitSpec("shot", 5, 7)),
-        ("1@5pictures", SplitSpec("pictures", 5, 1)),
+        ("1@5images", SplitSpec("images", 5, 1)),
         ("30instances", SplitSpec("instances", 30, 7)),
     ],
 )
@@ -76,7 +76,7 @@ def test_names(name, spec):
     assert parse_split(name, seed=7) == spec and parse_split(spec.name) == spec
 
 
-@pytest.mark.parametrize("name", ["10", "", "x@10", "1@", "1@0", "101%", "2.5shot", "0pictures", "5shotstrat", "-1@10"])
+@pytest.mark.parametrize("name", ["10", "", "x@10", "1@", "1@0", "101%", "2.5shot", "0images", "5shotstrat", "-1@10"])
 def test_names_that_are_none(name):
     with pytest.raises(DataError):
         parse_split(name)
@@ -98,7 +98,7 @@ def test_percent_is_a_prefix_of_one_permutation(varied):
 
 
 @pytest.mark.parametrize("amount", [1, 2, 5])
-def test_instances_a_class_keep_whole_pictures(varied, amount):
+def test_instances_a_class_keep_whole_images(varied, amount):
     for seed in range(5):
         manifest = draw_split(varied, SplitSpec("instances", amount, seed))
         found = instances(varied, manifest["image_ids"])
@@ -110,9 +110,9 @@ def test_instances_a_class_keep_whole_pictures(varied, amount):
         assert smaller <= set(manifest["image_ids"])
 
 
-def test_pictures_a_class_are_those_of_labels_per_class(varied):
+def test_images_a_class_are_those_of_labels_per_class(varied):
     for amount, seed in ((1, 0), (3, 4)):
-        manifest = draw_split(varied, SplitSpec("pictures", amount, seed))
+        manifest = draw_split(varied, SplitSpec("images", amount, seed))
         indices = sample_labels_per_class(varied, amount, seed)
         assert manifest["image_ids"] == [varied[i]["image_id"] for i in indices]
 
@@ -144,15 +144,15 @@ def test_too_few_are_named(varied):
     for kind, there in (
         ("shot", "has 1 instances"),
         ("instances", "has 1 instances"),
-        ("pictures", "is in 1 pictures"),
+        ("images", "is in 1 images"),
     ):
-        with pytest.raises(DataError, match=f"'class {2 if kind == 'pictures' else 4}' {there}, 2 were asked for"):
+        with pytest.raises(DataError, match=f"'class {2 if kind == 'images' else 4}' {there}, 2 were asked for"):
             draw_split(dataset, SplitSpec(kind, 2))
         fewer = draw_split(dataset, SplitSpec(kind, 2, allow_fewer=True))
-        assert fewer["counts"] == {"pictures": 3, "instances": 4}
+        assert fewer["counts"] == {"images": 3, "instances": 4}
     with pytest.raises(DataError, match="no classes"):
         draw_split(dataset_of([[], []], categories=()), SplitSpec("shot", 1))
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         draw_split(dataset_of([]), SplitSpec("percent", 10))
 
 
@@ -166,8 +166,8 @@ def test_stratified_keeps_the_shares_of_the_classes():
     rng = np.random.default_rng(1)
     classes = tuple(range(1, 9))
     weights = np.array([0.4, 0.2, 0.15, 0.1, 0.06, 0.04, 0.03, 0.02])
-    pictures = [rng.choice(classes, size=rng.integers(0, 7), p=weights).tolist() for _ in range(400)]
-    dataset = dataset_of(pictures, categories=classes)
+    images = [rng.choice(classes, size=rng.integers(0, 7), p=weights).tolist() for _ in range(400)]
+    dataset = dataset_of(images, categories=classes)
     errors = {True: [], False: []}
     for seed, stratified in itertools.product(range(8), (True, False)):
         manifests = [draw_split(dataset, SplitSpec("percent", p, seed, stratified)) for p in (5, 10, 20)]
@@ -178,14 +178,14 @@ def test_stratified_keeps_the_shares_of_the_classes():
         if stratified:
             for manifest, share in zip(manifests, (0.05, 0.1, 0.2)):
                 assert min(entry["instances"] for entry in manifest["per_class"]) >= 1, "no class is lost"
-                total = sum(map(len, pictures))
+                total = sum(map(len, images))
                 assert abs(manifest["counts"]["instances"] - share * total) < 0.1 * share * total + 6
     assert (np.mean(errors[True], axis=0) < np.mean(errors[False], axis=0) / 3).all()
     assert len({tuple(draw_split(dataset, SplitSpec("percent", 5, s, True))["image_ids"]) for s in range(8)}) == 8
 
 
 def test_stratified_is_the_rule_that_its_docstring_states(varied):
-    """Spelt out in sets and sums: neediest class, its first 8 pictures that are left, smallest chi-square."""
+    """Spelled out in sets and sums: neediest class, its first 8 images that are left, smallest chi-square."""
     held = []
     for row in varied.rows:
         classes = [c for c, crowd in zip(row["objects"]["category_id"], row["objects"]["iscrowd"]) if not crowd]
@@ -214,7 +214,7 @@ def test_stratified_can_take_everything(varied):
     assert len(manifest["image_ids"]) == 60
 
 
-@pytest.mark.parametrize("name", ["1@20", "1@20strat", "2pictures", "2instances", "2shot"])
+@pytest.mark.parametrize("name", ["1@20", "1@20strat", "2images", "2instances", "2shot"])
 def test_written_and_applied(varied, tmp_path, name):
     manifest = draw_split(varied, parse_split(name))
     write_manifest(manifest, tmp_path / "split.json")
@@ -238,11 +238,11 @@ def changed(dataset, change):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda rows: rows.pop(), "drawn from 60 pictures, other.json has 59"),
+        (lambda rows: rows.pop(), "drawn from 60 images, other.json has 59"),
         (lambda rows: rows[0].update(image_id=-5), r"it lacks 1 of the chosen ones, such as 1000"),
-        (lambda rows: rows[1]["objects"]["category_id"].__setitem__(0, 2), "annotations or picture ids of other.json"),
+        (lambda rows: rows[1]["objects"]["category_id"].__setitem__(0, 2), "annotations or image ids of other.json"),
         (lambda rows: rows[1]["objects"]["segmentation"][0][0].__setitem__(0, 4), "sha256 .*, the manifest says"),
-        (lambda rows: rows[1]["objects"]["iscrowd"].__setitem__(0, 1), "annotations or picture ids"),
+        (lambda rows: rows[1]["objects"]["iscrowd"].__setitem__(0, 1), "annotations or image ids"),
     ],
 )
 def test_another_source_is_refused(varied, tmp_path, change, reason):
@@ -257,7 +257,7 @@ def test_another_source_is_refused(varied, tmp_path, change, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m["image_ids"].pop(), "3 entries of 'kept' for 2 pictures"),
+        (lambda m: m["image_ids"].pop(), "3 entries of 'kept' for 2 images"),
         (lambda m: m["kept"][0].append(7), "are not those of its hash"),
         (lambda m: m["kept"][0].append(-7), r"kept\[0\]: 'kept' must be at least 0"),
         (lambda m: m.update(schema_version=9), "schema version 9"),
@@ -304,7 +304,7 @@ from test_manifest import dataset_of
 from uplvp_hf.data.manifest import draw_split
 from uplvp_hf.data.splits import parse_split
 data = dataset_of([[2, 4], [9], [4, 4], [2], [9, 2]] * 8)
-print([draw_split(data, parse_split(name))["hash"] for name in ("1@20", "1@20strat", "2pictures", "2shot")])
+print([draw_split(data, parse_split(name))["hash"] for name in ("1@20", "1@20strat", "2images", "2shot")])
 """
     command = [sys.executable, "-c", script, __file__.rpartition("/")[0]]
     outputs = {

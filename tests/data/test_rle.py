@@ -75,7 +75,7 @@ def test_polygons_of_several_parts_are_united():
 
 
 @pytest.mark.parametrize("shift", [(-15, 0), (15, 0), (0, -12), (0, 12), (-15, 12), (16, -13)])
-def test_polygon_that_leaves_the_picture_is_clipped(shift):
+def test_polygon_that_leaves_the_image_is_clipped(shift):
     """A rectangle on whole pixels, so that the clipped mask can be written down."""
     x, y = 8 + shift[0], 6 + shift[1]
     polygon = [x, y, x + 16, y, x + 16, y + 12, x, y + 12]

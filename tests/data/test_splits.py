@@ -7,9 +7,9 @@ from uplvp_hf.data import DataError, InstanceDataset, Row, empty_objects, load_d
 from uplvp_hf.data.splits import Contents, SplitSpec, draw
 
 
-def dataset_of(classes_per_picture, crowd=()):
+def dataset_of(classes_per_image, crowd=()):
     rows = []
-    for index, classes in enumerate(classes_per_picture):
+    for index, classes in enumerate(classes_per_image):
         crowds = [int(index in crowd)] * len(classes)
         objects = {**empty_objects(), "category_id": list(classes), "iscrowd": crowds}
         rows.append(Row(image="", image_id=index, file_name=f"{index}.jpg", width=1, height=1, objects=objects))
@@ -20,7 +20,7 @@ def counts(dataset, indices):
     return {i: sum(i in dataset[k]["objects"]["category_id"] for k in indices) for i in dataset.category_ids}
 
 
-def test_one_class_a_picture_gives_the_exact_number():
+def test_one_class_an_image_gives_the_exact_number():
     dataset = dataset_of([[2], [2, 2], [4], [9], []] * 8)
     for seed in range(5):
         indices = sample_labels_per_class(dataset, 3, seed)
@@ -30,7 +30,7 @@ def test_one_class_a_picture_gives_the_exact_number():
     assert len({tuple(sample_labels_per_class(dataset, 3, seed)) for seed in range(5)}) == 5
 
 
-def test_every_picture_is_drawn_about_equally_often():
+def test_every_image_is_drawn_about_equally_often():
     dataset = dataset_of([[2], [4], [9]] * 10)
     drawn = np.zeros(30)
     for seed in range(600):
@@ -38,7 +38,7 @@ def test_every_picture_is_drawn_about_equally_often():
     assert drawn.sum() == 3600 and np.abs(drawn - 120).max() < 5 * np.sqrt(120 * 0.8)
 
 
-def test_shared_pictures_count_for_all_their_classes():
+def test_shared_images_count_for_all_their_classes():
     rng = np.random.default_rng(0)
     dataset = dataset_of([rng.choice([2, 4, 9], size=rng.integers(0, 4), replace=False).tolist() for _ in range(60)])
     for seed in range(10):
@@ -51,9 +51,9 @@ def test_shared_pictures_count_for_all_their_classes():
     assert len(sample_labels_per_class(shared, 3, 0)) == 3
 
 
-def test_classes_with_too_few_pictures_are_named():
+def test_classes_with_too_few_images_are_named():
     dataset = dataset_of([[2], [4], [9], [2], [9], [4]], crowd=(5,))
-    with pytest.raises(DataError, match=r"'class 4' is in 1 pictures, 2 were asked for"):
+    with pytest.raises(DataError, match=r"'class 4' is in 1 images, 2 were asked for"):
         sample_labels_per_class(dataset, 2, 0)
     assert sample_labels_per_class(dataset, 2, 0, allow_fewer=True) == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="per_class"):
@@ -74,9 +74,9 @@ def test_on_real_labels(coco_sample):
     )
 
 
-def test_a_class_without_pictures_is_named_with_what_can_be_done():
+def test_a_class_without_images_is_named_with_what_can_be_done():
     contents = Contents([[1], [1]], {1: "cat", 2: "dog"}, "set")
-    with pytest.raises(DataError, match=r"set: class 'dog' is in 0 pictures, .* Remove the class .*--allow-fewer"):
-        draw(contents, SplitSpec("pictures", 1))
+    with pytest.raises(DataError, match=r"set: class 'dog' is in 0 images, .* Remove the class .*--allow-fewer"):
+        draw(contents, SplitSpec("images", 1))
     with pytest.raises(DataError, match=r"class 'cat' has 2 instances, 3 were asked for\. Ask for at most 2, or"):
         draw(contents, SplitSpec("shot", 3))

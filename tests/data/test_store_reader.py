@@ -21,7 +21,7 @@ def store(tmp_path):
 
     def make(shards=None, **header):
         content = {"schema_version": 1, "labeler": "clip", "settings": {}, "settings_hash": "0" * 64, "encoder": "e"}
-        content |= {"vocabulary": ["bear"], "categories": [{"id": 5, "name": "bear"}], "image_root": "pictures"}
+        content |= {"vocabulary": ["bear"], "categories": [{"id": 5, "name": "bear"}], "image_root": "images"}
         content = {key: value for key, value in (content | header).items() if value is not None}
         (tmp_path / "header.json").write_text(json.dumps(content))
         shards = shards or {
@@ -44,14 +44,14 @@ def test_rows_and_categories(store):
     (folder / "failures.jsonl").write_text('{"file": "c.jpg", "row": "2", "reason": "cut off"}\n')
     dataset = load_dataset_rows(folder)
     assert [row["image_id"] for row in dataset.rows] == ["a", 2]
-    assert dataset[0]["image"] == str(folder / "pictures" / "a.jpg") and dataset[1]["image"] == "/x/b.jpg"
+    assert dataset[0]["image"] == str(folder / "images" / "a.jpg") and dataset[1]["image"] == "/x/b.jpg"
     assert dataset.id2label == {0: "bear"} and dataset.category_ids == [5]
     assert dataset.failures == [{"file": "c.jpg", "row": "2", "reason": "cut off"}]
     np.testing.assert_array_equal(dataset.mask(0, 0), store.mask)
     assert read_store(folder, images="/elsewhere")[0]["image"] == "/elsewhere/a.jpg"
 
 
-def test_one_picture_in_two_shards(store):
+def test_one_image_in_two_shards(store):
     shards = {"rows-00000-00000.jsonl": [store.row("a", "a.jpg")], "rows-00001-00000.jsonl": [store.row("a", "b.jpg")]}
     with pytest.raises(DataError, match=r"rows-00001-00000\.jsonl.*'a' is also in rows-00000-00000\.jsonl"):
         read_store(store(shards))

@@ -69,7 +69,7 @@ def test_masks_match_pixels():
     for seed in SEEDS:
         scene = make_scene(seed)
         hue, saturation, value = hues(scene["image"])
-        near = {name: np.abs((hue - centre + 180) % 360 - 180) < 20 for name, centre in expected.items()}
+        near = {name: np.abs((hue - center + 180) % 360 - 180) < 20 for name, center in expected.items()}
         for mask, label in zip(scene["masks"], scene["labels"]):
             if "striped" not in CLASSES[label]:
                 inside.append(near[CLASSES[label].split()[0]][mask].mean())
@@ -145,8 +145,8 @@ def test_folder_is_valid_coco(tmp_path):
     for image in coco.loadImgs(coco.getImgIds()):
         annotations = coco.loadAnns(coco.getAnnIds(image["id"]))
         masks = [coco.annToMask(annotation).astype(bool) for annotation in annotations]
-        with Image.open(folder / "images" / image["file_name"]) as picture:
-            assert picture.size == (image["width"], image["height"]) == (96, 96)
+        with Image.open(folder / "images" / image["file_name"]) as opened:
+            assert opened.size == (image["width"], image["height"]) == (96, 96)
         assert np.sum(masks, axis=0).max() == 1
         for mask, annotation in zip(masks, annotations):
             rows, columns = np.nonzero(mask)

@@ -12,7 +12,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 @pytest.fixture
 def folder(tmp_path):
-    """12 pictures of 48 x 40 px; picture i holds i % 4 squares, of classes 3 and 8, and one crowd."""
+    """12 images of 48 x 40 px; image i holds i % 4 squares, of classes 3 and 8, and one crowd."""
     (tmp_path / "annotations").mkdir()
     (tmp_path / "images").mkdir()
     rng, images, annotations = np.random.default_rng(0), [], []
@@ -36,7 +36,7 @@ def training_set(folder, seed=0, label_map={3: 1, 8: 0}, size=64, **keywords):  
 
 
 def still(folder, label_map=None, **keywords):
-    """No jitter: every sample is its picture."""
+    """No jitter: every sample is its image."""
     transform = TrainTransform(64, scale_range=(0.75, 0.75), flip=0, color_jitter=0)
     return TrainingSet(load_dataset_rows(folder), transform, label_map, MEAN, STD, 0, **keywords)
 
@@ -97,24 +97,24 @@ def test_workers_make_the_same_samples_in_every_epoch(folder):
         assert all(same(alone[i], sample) for i, sample in enumerate(samples)) and len(samples) == 12
 
 
-def test_bad_picture_falls_over_to_the_next(folder):
+def test_bad_image_falls_over_to_the_next(folder):
     (folder / "images" / "4.png").write_bytes((folder / "images" / "4.png").read_bytes()[:900])
     (folder / "images" / "5.png").unlink()
-    (folder / "images" / "11.png").write_text("no picture")
+    (folder / "images" / "11.png").write_text("no image")
     samples = training_set(folder)
     indices = [samples[i]["index"] for i in range(12)]
     assert indices == [0, 1, 2, 3, 6, 6, 6, 7, 8, 9, 10, 0]
     assert samples[4]["image_id"] == 106
     assert [f["row"] for f in samples.failures] == ["row 4", "row 5", "row 11"]
     assert samples.failures[1]["file"] == str(folder / "images" / "5.png")
-    assert samples.failures[1]["reason"] == "no such picture"
+    assert samples.failures[1]["reason"] == "no such image"
     in_workers = training_set(folder)
     for _ in torch.utils.data.DataLoader(in_workers, 4, num_workers=2, collate_fn=list):
         pass
     assert in_workers.failures == samples.failures
 
 
-def test_many_bad_pictures_in_a_row_are_an_error(folder):
+def test_many_bad_images_in_a_row_are_an_error(folder):
     for i in range(11):
         (folder / "images" / f"{i}.png").unlink()
     samples = training_set(folder)
@@ -126,14 +126,14 @@ def test_many_bad_pictures_in_a_row_are_an_error(folder):
 def test_what_cannot_be_trained_on(folder):
     with pytest.raises(DataError, match=r"instances\.json, row 1 \(1\.png\): category id 8 has no class"):
         training_set(folder, label_map={3: 0})
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="no images"):
         training_set(load_dataset_rows(folder).subset([]))
     for keywords in ({"seed": -1}, {"max_instances": 0}):
         with pytest.raises(ValueError, match=next(iter(keywords))):
             training_set(folder, **keywords)
 
 
-def test_batches_of_real_pictures(coco_sample):
+def test_batches_of_real_images(coco_sample):
     dataset = load_dataset_rows(coco_sample)
     label_map = {category_id: index for index, category_id in enumerate(dataset.category_ids)}
     samples = TrainingSet(dataset, TrainTransform(128), label_map, MEAN, STD, 0)

@@ -19,32 +19,32 @@ def augment(transform, *arguments):
 
 
 def scene(seed):
-    """A black picture with four discs, each painted in its own pure colour, and their masks."""
+    """A black image with four discs, each painted in its own pure color, and their masks."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=np.uint8)
+    colors = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=np.uint8)
     masks = []
-    for index, colour in enumerate(colours):
+    for index, color in enumerate(colors):
         disc = (x - rng.integers(10, 32) - 32 * index) ** 2 + (y - rng.integers(20, 70)) ** 2 < rng.integers(7, 14) ** 2
         disc &= (pixels == 0).all(axis=2)
-        pixels[disc] = colour
+        pixels[disc] = color
         masks.append(disc)
-    return Image.fromarray(pixels), masks, colours
+    return Image.fromarray(pixels), masks, colors
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("seed", range(8))
 def test_masks_follow_their_pixels(size, seed):
-    """Where a mask lies, its colour lies; what differs is a fifth of the outline at most."""
-    image, masks, colours = scene(seed)
+    """Where a mask lies, its color lies; what differs is a fifth of the outline at most."""
+    image, masks, colors = scene(seed)
     transform = TrainTransform(size, color_jitter=0)
     pixels, moved, kept = augment(transform, image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator(seed))
     assert pixels.dtype == torch.uint8 and moved.dtype == torch.bool
     assert max(pixels.shape[1:]) <= size and moved.shape[1:] == pixels.shape[1:] and len(moved) == len(kept)
     painted = pixels.permute(1, 2, 0).numpy().astype(int)
-    for index, colour in enumerate(colours.astype(int)):
-        seen = np.abs(painted - colour).max(axis=2) < 128  # more than half of the pixel is of this colour
+    for index, color in enumerate(colors.astype(int)):
+        seen = np.abs(painted - color).max(axis=2) < 128  # more than half of the pixel is of this color
         if index not in kept:
             assert seen.sum() < 16 + 12, "an instance that shows was dropped"
             continue
@@ -55,21 +55,21 @@ def test_masks_follow_their_pixels(size, seed):
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_masks_are_not_shifted_against_their_pixels(size):
-    """Over many draws the centres agree to a twentieth of a pixel (measured: 0.016)."""
+    """Over many draws the centers agree to a twentieth of a pixel (measured: 0.016)."""
     shifts = []
     for seed in range(40):
-        image, masks, colours = scene(seed)
+        image, masks, colors = scene(seed)
         pixels, moved, kept = augment(
             TrainTransform(size, color_jitter=0), image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator(seed)
         )
         painted = pixels.permute(1, 2, 0).numpy().astype(int)
         for index, mask in zip(kept, moved.numpy()):
-            seen = np.abs(painted - colours[index].astype(int)).max(axis=2) < 128
+            seen = np.abs(painted - colors[index].astype(int)).max(axis=2) < 128
             shifts.append(np.argwhere(mask).mean(axis=0) - np.argwhere(seen).mean(axis=0))
     assert len(shifts) > 100 and np.abs(np.mean(shifts, axis=0)).max() < 0.05
 
 
-def test_without_jitter_the_picture_is_kept_exactly():
+def test_without_jitter_the_image_is_kept_exactly():
     image, masks, _ = scene(0)
     transform = TrainTransform(160, scale_range=(130 / 160, 130 / 160), flip=0, color_jitter=0)
     pixels, moved, kept = augment(transform, image, [encode_mask(m) for m in masks], HEIGHT, WIDTH, generator())
@@ -144,7 +144,7 @@ def test_crops_that_lose_everything_are_drawn_again():
     assert np.mean(shown) == pytest.approx(1 - (1 - chance) ** 3, abs=0.05) and chance < 0.1
 
 
-def test_colour_jitter_is_mild_and_does_not_move_anything():
+def test_color_jitter_is_mild_and_does_not_move_anything():
     image, masks, _ = scene(2)
     codes = [encode_mask(m) for m in masks]
     for seed in range(5):

@@ -14,7 +14,7 @@ HEIGHT, WIDTH = 90, 130
 
 
 def noise(height=HEIGHT, width=WIDTH, seed=0):
-    """A smooth random picture."""
+    """A smooth random image."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
     return small.resize((width, height), Image.Resampling.BICUBIC)
@@ -24,12 +24,12 @@ def shapes(seed=0):
     """Six overlapping discs, some cut by the border."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    centres = rng.integers(0, (WIDTH, HEIGHT), (6, 2))
-    return [(x - a) ** 2 + (y - b) ** 2 < r * r for (a, b), r in zip(centres, rng.integers(6, 30, 6))]
+    centers = rng.integers(0, (WIDTH, HEIGHT), (6, 2))
+    return [(x - a) ** 2 + (y - b) ** 2 < r * r for (a, b), r in zip(centers, rng.integers(6, 30, 6))]
 
 
 @pytest.mark.parametrize("angle", [9.0, -4.5, 30.0])
-def test_a_turned_picture_is_the_one_of_torchvision_and_pil(angle):
+def test_a_turned_image_is_the_one_of_torchvision_and_pil(angle):
     image, masks = noise(), shapes()
     window = Window(WIDTH, HEIGHT, 0, 0, WIDTH, HEIGHT, False, angle)
     pixels = window.pixels(image, FILL)
@@ -38,7 +38,7 @@ def test_a_turned_picture_is_the_one_of_torchvision_and_pil(angle):
         torch.from_numpy(np.array(image)).permute(2, 0, 1), angle, InterpolationMode.BILINEAR, fill=list(FILL)
     )
     assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - pil).max() <= 1
-    # torchvision fades into the fill along the outermost pixel of the picture, PIL does not.
+    # torchvision fades into the fill along the outermost pixel of the image, PIL does not.
     difference = (pixels.int() - theirs.int()).abs().amax(0)
     assert (difference > 2).float().mean() < 0.03
 
@@ -50,7 +50,7 @@ def test_a_turned_picture_is_the_one_of_torchvision_and_pil(angle):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_crop_of_a_turned_picture_is_cut_from_the_whole_turned_picture(seed):
+def test_a_crop_of_a_turned_image_is_cut_from_the_whole_turned_image(seed):
     """Though only what the crop shows is resized and turned; at any scale, with and without mirroring."""
     rng = np.random.default_rng(seed)
     width = int(rng.integers(60, 260))
@@ -72,7 +72,7 @@ def test_a_crop_of_a_turned_picture_is_cut_from_the_whole_turned_picture(seed):
 
 
 def test_a_window_beyond_what_is_turned_into_it_is_filled():
-    """A thin picture turned by 45 degrees: its ends leave the frame, and the corners show nothing."""
+    """A thin image turned by 45 degrees: its ends leave the frame, and the corners show nothing."""
     image, mask = Image.new("RGB", (400, 20), (255, 0, 0)), np.ones((20, 400), dtype=bool)
     window = Window(400, 20, 0, 0, 60, 20, False, 45.0)
     assert (window.pixels(image, FILL) == torch.tensor(FILL).view(3, 1, 1)).all()

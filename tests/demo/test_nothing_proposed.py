@@ -12,7 +12,7 @@ def test_no_mask_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "label_images", lambda *a, **k: real(*a, **{**k, "min_confidence": 1.1}))
     scenes = write_scenes(tmp_path / "scenes", 2, seed=0, size=96)
     proposals = pipeline.label_scenes(str(scenes), tmp_path / "labels")
-    assert (proposals["masks"], proposals["pictures"], proposals["recall"]) == (0, 2, 0)
+    assert (proposals["masks"], proposals["images"], proposals["recall"]) == (0, 2, 0)
     assert proposals["precision"] is None and proposals["precision_named"] is None
     arms = {name: {"AP": 0.0, "AP50": 0.0, "seconds": 1.0} for name in pipeline.ARMS}
     summary = {"arms": arms, "seed": 0, "sizes": vars(pipeline.DemoSizes()), "proposals": proposals}
@@ -23,4 +23,4 @@ def test_no_mask_at_all(tmp_path, monkeypatch):
     curves = {name: {4: 0.0} for name in pipeline.ARMS}
     write_report(tmp_path / "report.html", summary, pipeline.ARMS, curves, samples)
     page = (tmp_path / "report.html").read_text()
-    assert "0 masks on 2 pictures" in " ".join(page.split()) and "precision\nnone at IoU .5" in page
+    assert "0 masks on 2 images" in " ".join(page.split()) and "precision\nnone at IoU .5" in page

@@ -1,4 +1,4 @@
-"""Random pictures for evaluators, and pycocotools' numbers for them."""
+"""Random images for evaluators, and pycocotools' numbers for them."""
 
 import contextlib
 import io
@@ -24,11 +24,11 @@ def random_rle(generator, height, width, box=None):
     return {"size": [height, width], "counts": rle["counts"].decode()}, box
 
 
-def random_data(seed, pictures=40, many=False):
+def random_data(seed, images=40, many=False):
     """Pairs for the metric. Scores have two digits, so that many are equal; half the detections are near an object."""
     generator = np.random.default_rng(seed)
     pairs = []
-    for image_id in generator.permutation(np.arange(pictures) * 7 + 2).tolist():
+    for image_id in generator.permutation(np.arange(images) * 7 + 2).tolist():
         height, width = generator.integers(40, 200, 2).tolist()
         boxes, reference = [], {"image_id": image_id, "category_id": [], "segmentation": [], "iscrowd": [], "area": []}
         for _ in range(generator.integers(0, 7)):
@@ -85,12 +85,12 @@ def pycocotools_stats(pairs, class_agnostic=False):
     return evaluator.stats, per_class
 
 
-def hard_data(seed, pictures=20):
+def hard_data(seed, images=20):
     """As `random_data`, with what evaluators differ over: many equal scores, the same mask several times as annotation
-    and as detection, more than 100 detections of one class, empty masks, areas at the edges of the ranges, pictures of
+    and as detection, more than 100 detections of one class, empty masks, areas at the edges of the ranges, images of
     crowds only, detections without annotations and the reverse."""
     generator = np.random.default_rng(seed)
-    pairs = random_data(seed, pictures)
+    pairs = random_data(seed, images)
     for number, (prediction, reference) in enumerate(pairs):
         size = next((rle["size"] for rle in (*reference["segmentation"], *prediction["rle"])), [60, 80])
         prediction["scores"] = [round(score, 1) for score in prediction["scores"]]

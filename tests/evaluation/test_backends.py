@@ -36,7 +36,7 @@ def computed(backend, pairs, **options):
 @pytest.mark.parametrize("class_agnostic", [False, True])
 @pytest.mark.parametrize("make, seed", [(random_data, 11), (hard_data, 12)])
 def test_equals_pycocotools_to_the_last_digit(backend, make, seed, class_agnostic):
-    pairs = make(seed, pictures=12)
+    pairs = make(seed, images=12)
     stats, per_class = pycocotools_stats(pairs, class_agnostic)
     found = computed(backend, pairs, class_agnostic=class_agnostic)
     assert same(backend, [-1 if found[name] is None else found[name] for name in NAMES], stats.tolist())
@@ -44,7 +44,7 @@ def test_equals_pycocotools_to_the_last_digit(backend, make, seed, class_agnosti
 
 
 def test_details_are_equal_for_all(backend):
-    pairs = hard_data(13, pictures=10)
+    pairs = hard_data(13, images=10)
     found, streamed = (computed(name, pairs, details=True)["details"] for name in (backend, "streaming"))
     assert same(backend, found, streamed)
     agnostic, _ = pycocotools_stats(pairs, class_agnostic=True)
@@ -58,10 +58,10 @@ def test_details_are_equal_for_all(backend):
     assert np.mean(found["curves"]["precision"]["mean"]) == pytest.approx(computed(backend, pairs)["AP"])
 
 
-def test_text_ids_and_pictures_without_anything(backend):
-    pairs = random_data(14, pictures=8)
+def test_text_ids_and_images_without_anything(backend):
+    pairs = random_data(14, images=8)
     for prediction, reference in pairs:
-        name = f"picture {reference['image_id']:04}"  # in the order of the numbers
+        name = f"image {reference['image_id']:04}"  # in the order of the numbers
         prediction["image_id"] = reference["image_id"] = name
     pairs.append(({"image_id": "void", "scores": [], "labels": [], "rle": []}, empty_reference("void")))
     found = computed(backend, pairs)
@@ -73,7 +73,7 @@ def empty_reference(image_id):
 
 
 def test_nothing_detected_and_nothing_annotated(backend):
-    pairs = random_data(15, pictures=4)
+    pairs = random_data(15, images=4)
     silent = [({**p, "scores": [], "labels": [], "rle": []}, r) for p, r in pairs]
     found = computed(backend, silent, details=True)
     assert found["AP"] == 0 and found["AR100"] == 0 and set(found["per_class"].values()) == {0}
@@ -85,13 +85,13 @@ def test_nothing_detected_and_nothing_annotated(backend):
 
 
 def test_records_of_two_evaluators_give_the_numbers_of_one(backend):
-    pairs = hard_data(16, pictures=7)
+    pairs = hard_data(16, images=7)
     first, second = make_evaluator(backend), make_evaluator(backend)
     for number, (prediction, reference) in enumerate(pairs):
         (first, second)[number % 2].add(prediction=prediction, reference=reference)
     second.extend(first.records())
     assert second.compute(details=True) == computed(backend, pairs, details=True)
-    with pytest.raises(ValueError, match="No picture was added"):
+    with pytest.raises(ValueError, match="No image was added"):
         second.compute()
     first.extend({})
     with pytest.raises(ValueError, match="was added before"):

@@ -15,7 +15,7 @@ def rle(mask):
     return {"size": list(mask.shape), "counts": found["counts"].decode()}
 
 
-def random_picture(generator, image_id, size=64):
+def random_image(generator, image_id, size=64):
     """A label map with instances, groups, tiny instances and void, and detections (mask, class, confidence)."""
     ids = np.zeros((size, size), dtype=np.int64)  # 0: background, 1: void, 1000 c + k: instance, c: group
     for k in range(generator.integers(0, 9)):
@@ -38,11 +38,11 @@ def random_picture(generator, image_id, size=64):
     return image_id, ids, found
 
 
-def slow_ap(pictures, category, threshold):
+def slow_ap(images, category, threshold):
     """One class at one threshold, pixel by pixel; the integral as the benchmark writes it, a product with step widths
     that come from a convolution."""
     labels, confidences, missed, annotated = [], [], 0, 0
-    for _, ids, found in pictures:
+    for _, ids, found in images:
         mine = [(mask, score) for mask, c, score in found if c == category and mask.any()]
         keys = [key for key in np.unique(ids) if key and category in (key, key // 1000)]
         counts = {key: bool(key >= 1000 and (ids == key).sum() >= 100) for key in keys}
@@ -81,8 +81,8 @@ def slow_ap(pictures, category, threshold):
     return float(np.dot(precision, steps))
 
 
-def as_coco(picture):
-    image_id, ids, found = picture
+def as_coco(image):
+    image_id, ids, found = image
     prediction = {"image_id": image_id, "rle": [rle(mask) for mask, _, _ in found]}
     prediction |= {"labels": [c for _, c, _ in found], "scores": [score for _, _, score in found]}
     keys = [int(key) for key in np.unique(ids) if key > 1]
@@ -93,10 +93,10 @@ def as_coco(picture):
     return prediction, reference
 
 
-def computed(pictures, **options):
+def computed(images, **options):
     metric = CityscapesAP()
-    for picture in pictures:
-        prediction, reference = as_coco(picture)
+    for image in images:
+        prediction, reference = as_coco(image)
         metric.add(prediction=prediction, reference=reference)
     return metric.compute(**options)
 
@@ -104,9 +104,9 @@ def computed(pictures, **options):
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_the_slow_version(seed):
     generator = np.random.default_rng(seed)
-    pictures = [random_picture(generator, number) for number in range(12)]
-    found = computed(pictures, details=True)
-    expected = {c: [slow_ap(pictures, c, t) for t in np.arange(0.5, 1, 0.05)] for c in CLASSES}
+    images = [random_image(generator, number) for number in range(12)]
+    found = computed(images, details=True)
+    expected = {c: [slow_ap(images, c, t) for t in np.arange(0.5, 1, 0.05)] for c in CLASSES}
     assert 0.02 < found["AP"] < found["AP50"] < 0.98
     for c in CLASSES:
         assert found["per_class"][c] == pytest.approx(np.mean(expected[c]), abs=1e-12)
@@ -117,20 +117,20 @@ def test_equals_the_slow_version(seed):
 
 def test_class_agnostic_is_one_class():
     generator = np.random.default_rng(7)
-    pictures = []
+    images = []
     for number in range(8):
-        _, ids, found = random_picture(generator, number)
-        pictures.append((number, np.where((ids > 1) & (ids < 1000), 1, ids), found))  # groups become void
+        _, ids, found = random_image(generator, number)
+        images.append((number, np.where((ids > 1) & (ids < 1000), 1, ids), found))  # groups become void
 
-    def merged(picture):
-        image_id, ids, found = picture
+    def merged(image):
+        image_id, ids, found = image
         one = np.where(ids >= 1000, ids % 1000 + 24000 + 100 * (ids // 1000 - 24), ids)
         return image_id, one, [(mask, 24, score) for mask, _, score in found]
 
-    found = computed(pictures, class_agnostic=True)
+    found = computed(images, class_agnostic=True)
     assert found["per_class"] == {} and 0 < found["AP"] < 1
-    assert found["AP50"] == pytest.approx(slow_ap([merged(p) for p in pictures], 24, 0.5), abs=1e-12)
-    assert computed(pictures, details=True)["details"]["class_agnostic"]["AP"] == found["AP"]
+    assert found["AP50"] == pytest.approx(slow_ap([merged(p) for p in images], 24, 0.5), abs=1e-12)
+    assert computed(images, details=True)["details"]["class_agnostic"]["AP"] == found["AP"]
 
 
 def square(size, side, y=0, x=0):
@@ -168,15 +168,15 @@ def test_rules_one_by_one():
 
 def test_two_processes_and_errors():
     generator = np.random.default_rng(3)
-    pictures = [random_picture(generator, f"city_{number}") for number in range(5)]
+    images = [random_image(generator, f"city_{number}") for number in range(5)]
     first, second = CityscapesAP(), CityscapesAP()
-    for number, picture in enumerate(pictures):
-        prediction, reference = as_coco(picture)
+    for number, image in enumerate(images):
+        prediction, reference = as_coco(image)
         (first, second)[number % 2].add(prediction=prediction, reference=reference)
     second.extend(first.records())
     assert len(second) == 5
-    assert second.compute() == computed(pictures)
-    with pytest.raises(ValueError, match="No picture was added"):
+    assert second.compute() == computed(images)
+    with pytest.raises(ValueError, match="No image was added"):
         second.compute()
-    with pytest.raises(ValueError, match="Picture 'city_0' was added before"):
+    with pytest.raises(ValueError, match="Image 'city_0' was added before"):
         first.extend(first.records())

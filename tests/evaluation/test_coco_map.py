@@ -17,7 +17,7 @@ from uplvp_hf.evaluation.coco_map import CocoMaskMap
     "make, seed", [(random_data, 0), (random_data, 1), (hard_data, 2), (hard_data, 3), (hard_data, 4)]
 )
 def test_equals_pycocotools_to_the_last_digit(make, seed, class_agnostic):
-    pairs = make(seed, pictures=25)
+    pairs = make(seed, images=25)
     metric = CocoMaskMap()
     for prediction, reference in pairs:
         metric.add(prediction=prediction, reference=reference)
@@ -32,7 +32,7 @@ def test_loads_by_path_without_the_package(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     metric = evaluate.load(str(Path(coco_map.__file__)), module_type="metric")
     assert type(metric).__name__ == "CocoMaskMap" and type(metric) is not CocoMaskMap
-    pairs = random_data(5, pictures=5)
+    pairs = random_data(5, images=5)
     predictions, references = zip(*pairs)
     found = metric.compute(predictions=list(predictions), references=list(references))
     assert found["AP"] == pycocotools_stats(pairs)[0][0]
@@ -62,7 +62,7 @@ def test_more_than_255_masks():
 
 
 def test_memory_is_bounded():
-    """No mask is kept: a picture of 100 detections takes kilobytes, however large it is."""
+    """No mask is kept: an image of 100 detections takes kilobytes, however large it is."""
     generator = np.random.default_rng(6)
     noise = [random_rle(generator, 150, 200)[0] for _ in range(6)]
     reference = {"category_id": [1, 2, 3], "segmentation": noise[:3]}
@@ -76,35 +76,35 @@ def test_memory_is_bounded():
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 20 * 12_000 and peak - kept < 1_000_000
-    values = [value for picture in metric.records().values() for value in vars(picture).values()]
+    values = [value for image in metric.records().values() for value in vars(image).values()]
     assert all(isinstance(value, np.ndarray) and value.dtype != object for value in values)
 
 
-def test_errors_name_the_picture():
+def test_errors_name_the_image():
     rle, _ = random_rle(np.random.default_rng(0), 20, 20)
     other, _ = random_rle(np.random.default_rng(0), 20, 30)
     reference = {"image_id": 4, "category_id": [5], "segmentation": [rle]}
     prediction = {"image_id": 4, "scores": [0.3], "labels": [5], "rle": [rle]}
     metric = CocoMaskMap()
-    with pytest.raises(ValueError, match="No picture"):
+    with pytest.raises(ValueError, match="No image"):
         metric.compute()
-    with pytest.raises(ValueError, match="prediction for picture 5"):
+    with pytest.raises(ValueError, match="prediction for image 5"):
         metric.add(prediction={**prediction, "image_id": 5}, reference=reference)
-    with pytest.raises(ValueError, match="Picture 4: 2 scores for 1 masks"):
+    with pytest.raises(ValueError, match="Image 4: 2 scores for 1 masks"):
         metric.add(prediction={**prediction, "scores": [1, 2]}, reference=reference)
-    with pytest.raises(ValueError, match="Picture 4: masks of different sizes"):
+    with pytest.raises(ValueError, match="Image 4: masks of different sizes"):
         metric.add(prediction={**prediction, "rle": [other]}, reference=reference)
     with pytest.raises(ValueError, match="must be COCO RLE"):
         metric.add(prediction={**prediction, "rle": [[[0, 0, 4, 4, 0, 4]]]}, reference=reference)
-    with pytest.raises(ValueError, match="Picture 4: scores that are not finite"):
+    with pytest.raises(ValueError, match="Image 4: scores that are not finite"):
         metric.add(prediction={**prediction, "scores": [float("nan")]}, reference=reference)
     metric.add(prediction=prediction, reference=reference)
-    with pytest.raises(ValueError, match="Picture 4 was added before"):
+    with pytest.raises(ValueError, match="Image 4 was added before"):
         metric.add(prediction=prediction, reference=reference)
 
 
 def test_without_comparisons_across_classes():
-    pairs = hard_data(8, pictures=10)
+    pairs = hard_data(8, images=10)
     whole, quick = CocoMaskMap(), CocoMaskMap()
     quick.across_classes = False
     for prediction, reference in pairs:
@@ -121,5 +121,5 @@ def test_malformed_run_lengths_are_refused(counts):
     reference = {"image_id": 4, "category_id": [1], "segmentation": [good]}
     masks = [good, {"size": good["size"], "counts": counts}]
     bad = {"image_id": 4, "scores": [0.5] * 2, "labels": [1] * 2, "rle": masks}
-    with pytest.raises(ValueError, match="Picture 4: the counts of an RLE are malformed or cut off"):
+    with pytest.raises(ValueError, match="Image 4: the counts of an RLE are malformed or cut off"):
         CocoMaskMap().add(prediction=bad, reference=reference)

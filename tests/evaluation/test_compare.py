@@ -20,7 +20,9 @@ STEPS = (10, 20, 30)
 def runs(tmp_path):
     """`make(name, values, *words)` -> folder of a finished run whose AP after 10, 20, 30 steps is `values`."""
 
-    def make(name, values, *words, seed=0, pictures=80, processes=1, steps=STEPS, images=50, finished=True, split=None):
+    def make(
+        name, values, *words, seed=0, trained_on=80, processes=1, steps=STEPS, images=50, finished=True, split=None
+    ):
         words = ["data.val=data/val.json", "optim.batch_size=8", f"optim.steps={steps[-1]}", *words]
         settings = load_settings(None, [*words, f"seed={seed}", f"output={name}"]).to_dict()
         numbers = {
@@ -37,7 +39,7 @@ def runs(tmp_path):
             (folder / "settings.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "output"}))
             return folder
         content = {
-            "settings": settings, "pictures": pictures, "hardware": f"{processes} x CPU", "seconds": 60.0,
+            "settings": settings, "images": trained_on, "hardware": f"{processes} x CPU", "seconds": 60.0,
             "metrics": numbers[str(steps[-1])], "evaluations": numbers,
         }  # fmt: skip
         (folder / "training_summary.json").write_text(json.dumps(content))
@@ -67,7 +69,7 @@ def test_means_and_deviations_over_seeds(two_arms):
     for arm, values in zip(comparison.arms, AP.values()):
         assert [run.seed for run in arm.runs] == list(range(len(values)))
         assert [point.step for point in arm.points] == list(STEPS)
-        assert [point.x for point in arm.points] == pytest.approx([1, 2, 3])  # 8 of 80 pictures a step
+        assert [point.x for point in arm.points] == pytest.approx([1, 2, 3])  # 8 of 80 images a step
         for index, point in enumerate([*arm.points, arm.end]):
             column = [run[min(index, 2)] for run in values]
             assert (point.mean, point.deviation) == pytest.approx(brute_force(column)) and point.values == column
@@ -137,7 +139,7 @@ def test_seeds_inside_names_and_folds_do_not_part_an_arm(runs):
     assert comparison.notes == []
     other = runs("other_0", [0.1, 0.2, 0.3], "optim.lr=9", "data.subset=0@10", split="zz")
     notes = compare_runs([*folders, other]).notes
-    assert any("different labelled pictures at seed 0 on fold 0: split 0 (" in note for note in notes)
+    assert any("different labeled images at seed 0 on fold 0: split 0 (" in note for note in notes)
     tenth = [runs("tenth_0", [0.1, 0.2, 0.3], "data.subset=0@20"), folders[0]]
     assert "different data, data.subset: *@20 (" in compare_runs(tenth).notes[-1]
 
@@ -162,8 +164,8 @@ def test_evaluations_that_not_all_runs_have_are_left_out_aloud(runs):
 
 
 def test_arms_share_an_evaluation_where_it_is_less_than_half_a_step_away(runs):
-    small = runs("small", [0.1, 0.2, 0.3], pictures=80)  # 0.1 epochs a step
-    large = runs("large", [0.4, 0.5, 0.6], "optim.batch_size=32", pictures=81, steps=(3, 5, 10))  # 0.395 a step
+    small = runs("small", [0.1, 0.2, 0.3], trained_on=80)  # 0.1 epochs a step
+    large = runs("large", [0.4, 0.5, 0.6], "optim.batch_size=32", images=81, steps=(3, 5, 10))  # 0.395 a step
     common = compare_runs([small, large]).common()
     places = [(round(row[0].x, 2), round(row[1].x, 2)) for row in common]
     assert places == [(1.0, 1.19), (2.0, 1.98)]
@@ -184,7 +186,7 @@ def test_different_evaluation_data_are_refused_unless_forced(runs):
     comparison = compare_runs([one, two], force=True)
     assert len(comparison.arms) == 1 and "do not compare" in comparison.notes[0]
     fewer = runs("fewer", [0.1, 0.2, 0.3], images=49, seed=2)
-    with pytest.raises(CompareError, match=r"pictures: 50 \(.*one\), 49 \(.*fewer\)"):
+    with pytest.raises(CompareError, match=r"images: 50 \(.*one\), 49 \(.*fewer\)"):
         compare_runs([one, fewer])
     agnostic = runs("agnostic", [0.1, 0.2, 0.3], "evaluation.class_agnostic=true", seed=3)
     with pytest.raises(CompareError, match=r"classes ignored: False .* True"):
@@ -259,9 +261,9 @@ def test_what_cannot_be_compared_is_explained(runs, tmp_path):
     (never / "training_summary.json").write_text(json.dumps({**summary, "evaluations": {}, "metrics": None}))
     with pytest.raises(CompareError, match=r"never was never evaluated: set `data.val`"):
         compare_runs([never])
-    del summary["pictures"]
+    del summary["images"]
     (never / "training_summary.json").write_text(json.dumps(summary))
-    with pytest.raises(CompareError, match=r"never does not record 'pictures': another version wrote it"):
+    with pytest.raises(CompareError, match=r"never does not record 'images': another version wrote it"):
         compare_runs([never])
     (never / "training_summary.json").write_text("{")
     with pytest.raises(CompareError, match=r"never/training_summary\.json is not valid JSON"):

@@ -21,13 +21,13 @@ def folder(tmp_path_factory):
 
 
 def broken_rows(folder):
-    """Seven pictures, of which the fourth cannot be decoded."""
+    """Seven images, of which the fourth cannot be decoded."""
     dataset = load_dataset_rows(folder)
     return truncated(dataset, 3, Path(folder))
 
 
 class Seer(Oracle):
-    """Knows the pictures by their pixels, in any order, and answers with annotations that are shifted more and more."""
+    """Knows the images by their pixels, in any order, and answers with annotations that are shifted more and more."""
 
     def __init__(self, dataset, processor):
         super().__init__(dataset)

@@ -1,4 +1,4 @@
-"""Quality of a picture, the best and worst of them, and the page."""
+"""Quality of an image, the best and worst of them, and the page."""
 
 import base64
 import csv
@@ -15,7 +15,7 @@ from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.evaluation import as_prediction, as_reference, evaluate_model
 from uplvp_hf.evaluation.coco_map import compare
-from uplvp_hf.evaluation.examples import Examples, picture_quality
+from uplvp_hf.evaluation.examples import Examples, image_quality
 from uplvp_hf.evaluation.report import CLASS_COLUMNS, write_class_table, write_evaluation_page
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 
@@ -28,7 +28,7 @@ def bar(start, length, size=100):
     return {"size": [size, size], "counts": rle["counts"].decode()}
 
 
-def picture(found, truth, image_id=1):
+def image(found, truth, image_id=1):
     """found: (mask, class, score); truth: (mask, class, crowd)."""
     prediction = {"image_id": image_id, "rle": [m for m, _, _ in found], "labels": [c for _, c, _ in found]}
     prediction["scores"] = [score for _, _, score in found]
@@ -41,10 +41,10 @@ def picture(found, truth, image_id=1):
 
 
 def quality(found, truth, **options):
-    return picture_quality(compare(*picture(found, truth)), 0.5, **options)
+    return image_quality(compare(*image(found, truth)), 0.5, **options)
 
 
-def test_quality_of_a_picture():
+def test_quality_of_an_image():
     whole, other = bar(0, 20), bar(50, 20)
     assert quality([(whole, 1, 0.9), (other, 2, 0.5)], [(whole, 1, 0), (other, 2, 0)]).value == 1
     assert quality([], []).value is None and quality([(whole, 1, 0.4)], []).value is None
@@ -64,11 +64,11 @@ def test_quality_of_a_picture():
 
 
 def filled(qualities, count, numbers=None):
-    """Examples of pictures with one annotation of 20 columns, of which `quality x 20` are found."""
+    """Examples of images with one annotation of 20 columns, of which `quality x 20` are found."""
     examples = Examples(count=count)
     for number, share in enumerate(qualities) if numbers is None else numbers:
         found = [(bar(0, round(20 * share)), 1, 0.9), (bar(90, 5), 1, 0.1)]
-        examples.add(*picture(found[0 if share else 1 :], [(bar(0, 20), 1, 0)], f"p{number:02}"))
+        examples.add(*image(found[0 if share else 1 :], [(bar(0, 20), 1, 0)], f"p{number:02}"))
     return examples
 
 
@@ -90,7 +90,7 @@ def test_best_and_worst_are_those_of_a_full_sort():
     assert entry["scores"] == [0.9] and len(entry["rle"]) == 1  # what is below the threshold is not kept
 
 
-def test_no_picture_is_shown_twice():
+def test_no_image_is_shown_twice():
     assert shown(filled([1.0, 0.5, 0.75], 6)) == {"best": ["p00"], "worst": ["p01", "p02"]}
     assert shown(filled([1.0], 6)) == {"best": ["p00"], "worst": []}
     assert shown(filled([], 6)) == {"best": [], "worst": []}
@@ -117,7 +117,7 @@ def page(tmp_path_factory):
     return folder, metrics, dataset
 
 
-def test_page_holds_numbers_and_pictures(page):
+def test_page_holds_numbers_and_images(page):
     folder, metrics, _ = page
     text = (folder / "report.html").read_text()
     assert f"<b>{100 * metrics['AP']:.1f}</b><span>AP</span>" in text
@@ -151,7 +151,7 @@ def test_class_table(page):
         assert (row["AP"] == "") == (row["annotations"] == "0")
 
 
-def test_page_without_pictures_or_classes(page, tmp_path):
+def test_page_without_images_or_classes(page, tmp_path):
     _, metrics, dataset = page
     details = {**metrics["details"], "classes": [], "curves": None}
     bare = {**metrics, "details": details, "failures": []}

@@ -1,4 +1,4 @@
-"""Prediction over a data set, with an oracle in the place of the model."""
+"""Prediction over a dataset, with an oracle in the place of the model."""
 
 import copy
 import warnings
@@ -17,7 +17,7 @@ from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 
 
 class Oracle(torch.nn.Module):
-    """Answers with the annotations of the data set, in its order; scores fall with the size of the object."""
+    """Answers with the annotations of the dataset, in its order; scores fall with the size of the object."""
 
     def __init__(self, dataset, category_ids=None):
         super().__init__()
@@ -54,7 +54,7 @@ def processor():
 
 
 def truncated(dataset, index, folder):
-    """The data set with one picture cut off in the middle."""
+    """The dataset with one image cut off in the middle."""
     rows = [copy.copy(row) for row in dataset.rows]
     content = Path(rows[index]["image"]).read_bytes()
     file = folder / "cut.png"
@@ -91,7 +91,7 @@ def test_results_come_in_order_in_original_pixels(dataset, processor):
             assert entry["image_id"] == row["image_id"] and isinstance(entry["score"], float)
 
 
-def test_undecodable_picture_is_left_out_and_listed(dataset, processor, tmp_path):
+def test_undecodable_image_is_left_out_and_listed(dataset, processor, tmp_path):
     broken = truncated(dataset, 2, tmp_path)
     failures = []
     whole = broken.subset([i for i in range(len(broken)) if i != 2])
@@ -101,7 +101,7 @@ def test_undecodable_picture_is_left_out_and_listed(dataset, processor, tmp_path
     metrics = evaluate_model(Oracle(whole), processor, broken, progress=False)
     assert metrics["num_images"] == 6 and metrics["AP50"] > 0.99 and len(metrics["failures"]) == 1
     only = broken.subset([2])
-    with pytest.raises(DataError, match="none of the 1 pictures can be decoded"):
+    with pytest.raises(DataError, match="none of the 1 images can be decoded"):
         evaluate_model(Oracle(only), processor, only, progress=False)
 
 
@@ -126,8 +126,8 @@ def test_class_agnostic_ignores_the_classes(dataset, processor):
 
 
 def test_nothing_annotated(dataset, processor):
-    with pytest.raises(DataError, match="none of the 7 pictures is annotated"):
-        evaluate_model(Oracle(dataset), processor, dataset.unlabelled(), progress=False)
+    with pytest.raises(DataError, match="none of the 7 images is annotated"):
+        evaluate_model(Oracle(dataset), processor, dataset.unlabeled(), progress=False)
 
 
 def test_cityscapes_reads_the_void_of_the_rows(dataset, processor):

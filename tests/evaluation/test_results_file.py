@@ -20,7 +20,7 @@ def test_written_as_added_or_sorted_with_those_of_other_processes(tmp_path):
     for number, (image_id, count) in enumerate(counts.items()):
         one.add(image_id, entries(image_id, count))
         (first, second)[number % 2].add(image_id, entries(image_id, count))
-    first.merge(list(second.pictures()), {image_id: place for place, image_id in enumerate(counts)})
+    first.merge(list(second.images()), {image_id: place for place, image_id in enumerate(counts)})
     for results in (one, first, ResultsFile(tmp_path / "none.json")):
         results.write()
     assert json.loads((tmp_path / "one.json").read_text()) == json.loads((tmp_path / "first.json").read_text()) == whole

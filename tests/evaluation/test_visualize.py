@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from uplvp_hf.data import encode_masks
-from uplvp_hf.evaluation.visualize import contact_sheet, draw_instances, instance_colour
+from uplvp_hf.evaluation.visualize import contact_sheet, draw_instances, instance_color
 
 
 @pytest.fixture
@@ -24,11 +24,11 @@ def test_only_instances_and_their_captions_change(masks):
     assert changed[masks.any(0)].all()
     assert not changed[510:].any() and not changed[:200].any()
     inside = np.asarray(drawn)[400, 200].astype(float)
-    expected = 128 + 0.42 * (np.array(instance_colour(0)) - 128)
+    expected = 128 + 0.42 * (np.array(instance_color(0)) - 128)
     assert np.abs(inside - expected).max() < 2
     assert (np.asarray(image) == 128).all()
     outline = np.asarray(drawn)[499, 200]
-    assert tuple(outline) == instance_colour(0)
+    assert tuple(outline) == instance_color(0)
 
 
 def test_masks_and_run_lengths_draw_the_same(masks):
@@ -36,14 +36,14 @@ def test_masks_and_run_lengths_draw_the_same(masks):
     assert draw_instances(image, masks, [0, 1]) == draw_instances(image, encode_masks(masks), [0, 1])
 
 
-def test_colours_are_far_apart():
-    colours = np.array([instance_colour(index) for index in range(24)], dtype=float)
-    distances = np.abs(colours[:, None] - colours[None]).sum(-1)
+def test_colors_are_far_apart():
+    colors = np.array([instance_color(index) for index in range(24)], dtype=float)
+    distances = np.abs(colors[:, None] - colors[None]).sum(-1)
     assert distances[np.triu_indices(24, 1)].min() > 20
-    assert np.abs(np.diff(colours, axis=0)).sum(1).min() > 150
+    assert np.abs(np.diff(colors, axis=0)).sum(1).min() > 150
 
 
-def test_small_pictures_are_enlarged_and_empty_masks_are_skipped():
+def test_small_images_are_enlarged_and_empty_masks_are_skipped():
     image = Image.new("L", (100, 60))
     drawn = draw_instances(image, np.zeros((1, 60, 100), dtype=bool), [0], [1.0], {0: "nothing"})
     assert drawn.size == (500, 300) and not np.asarray(drawn).any()
@@ -60,12 +60,12 @@ def test_wrong_input_raises():
         contact_sheet([])
 
 
-def test_contact_sheet_holds_every_picture():
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
-    pictures = [Image.new("RGB", (40 + 30 * i, 100), colour) for i, colour in enumerate(colours)]
-    sheet = contact_sheet(pictures, columns=2, captions=["a very long caption that cannot fit " * 3] * 5, cell=64)
+def test_contact_sheet_holds_every_image():
+    colors = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]
+    images = [Image.new("RGB", (40 + 30 * i, 100), color) for i, color in enumerate(colors)]
+    sheet = contact_sheet(images, columns=2, captions=["a very long caption that cannot fit " * 3] * 5, cell=64)
     pixels = np.asarray(sheet).reshape(-1, 3)
-    for colour, picture in zip(colours, pictures):
-        scale = 64 / max(picture.size)
-        expected = picture.width * picture.height * scale**2
-        assert abs((pixels == colour).all(1).sum() - expected) < 0.05 * expected + 40
+    for color, image in zip(colors, images):
+        scale = 64 / max(image.size)
+        expected = image.width * image.height * scale**2
+        assert abs((pixels == color).all(1).sum() - expected) < 0.05 * expected + 40

@@ -1,4 +1,4 @@
-"""Exported models, opened anew, against the models: three segmenters, one and three pictures, with padding."""
+"""Exported models, opened anew, against the models: three segmenters, one and three images, with padding."""
 
 import contextlib
 import functools
@@ -68,7 +68,7 @@ def exported(make_model, tmp_path_factory):
     def make(segmenter):
         model, folder = make_model(segmenter, BACKBONES[segmenter]), tmp_path_factory.mktemp(segmenter)
         model.save_pretrained(folder / "model")
-        # QueryInst in the way that pictures of any shape go, with a size of its own for the export
+        # QueryInst in the way that images of any shape go, with a size of its own for the export
         size = {"longest_edge": 96} if segmenter == "queryinst" else {"height": CANVAS[0], "width": CANVAS[1]}
         UplvpImageProcessor(size=size).save_pretrained(folder / "model")
         more = ["--size", "64"] if segmenter == "queryinst" else []
@@ -117,7 +117,7 @@ def test_onnx_gives_what_the_model_gives(segmenter, exported):
         assert list(expected) == done["outputs"]
         found = session(pixel_values, pixel_mask)
         assert difference(expected, {name: found[name] for name in expected}) < 1e-4
-    # The mask counts: the same pixels without padding are another picture.
+    # The mask counts: the same pixels without padding are another image.
     other = session(pixel_values)
     assert (other.class_queries_logits - found.class_queries_logits)[1].abs().max() > 1e-4
     assert max(done["largest_difference"].values()) < 1e-4
@@ -173,16 +173,16 @@ def test_programs_of_torch_export_in_a_fresh_process(exported):
 
 @pytest.mark.slow
 def test_predictions_of_an_exported_model_are_those_of_the_model(exported, scenes_dir, tmp_path):
-    """QueryInst, whose pictures are padded to the canvas of the export by the image processor that was written."""
+    """QueryInst, whose images are padded to the canvas of the export by the image processor that was written."""
     pytest.importorskip("onnxscript")
     model, folder, _ = exported("queryinst")
     data = load_dataset_rows(scenes_dir)
-    pictures = [data.load_image(0), data.load_image(1).resize((50, 90)), data.load_image(2).resize((90, 30))]
+    images = [data.load_image(0), data.load_image(1).resize((50, 90)), data.load_image(2).resize((90, 30))]
     runtime = load(folder / "onnx", "cpu")
     whole = type(runtime)(model, UplvpImageProcessor(size={"longest_edge": 64}))
     assert isinstance(runtime.model, OnnxSegmenter) and runtime.names == {0: "a", 1: "b"}
     count = 0
-    for ours, theirs in zip(whole.predict(pictures, threshold=0.0), runtime.predict(pictures, threshold=0.0)):
+    for ours, theirs in zip(whole.predict(images, threshold=0.0), runtime.predict(images, threshold=0.0)):
         assert len(ours) == len(theirs) and ours.labels.tolist() == theirs.labels.tolist()
         torch.testing.assert_close(ours.scores, theirs.scores, atol=1e-5, rtol=0)
         assert (ours.masks() != theirs.masks()).sum() <= 1e-3 * ours.masks().size
@@ -260,7 +260,7 @@ def test_folders_of_other_formats(make_model, tmp_path):
         ({"shortest_edge": 800}, 512, (512, 512)),
     ],
 )
-def test_the_canvas_holds_every_picture(size, longest, canvas):
+def test_the_canvas_holds_every_image(size, longest, canvas):
     processor = UplvpImageProcessor(size=size)
     assert canvas_of(processor, longest) == canvas
     if longest is None:

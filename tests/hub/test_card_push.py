@@ -25,7 +25,7 @@ SUMMARY = {
         "model": {"init": "/somebody/home/runs/pretrain", "prompt_matching": "cosine"},
         "optim": {"steps": 500, "batch_size": 8, "accumulation": 2, "lr": 1e-4},
     },
-    "pictures": 70,
+    "images": 70,
     "seconds": 812.4,
     "hardware": "1 x CPU (x86_64, 2 threads)",
     "metrics": {"AP": 0.31234, "AP50": 0.5, "AP75": None, "AP_S": None, "AP_M": 0.2, "AP_L": 0.4, "AR100": 0.45,
@@ -117,7 +117,7 @@ def test_rights_are_those_of_new_files(model_dir, tmp_path):
     assert {file.stat().st_mode for file in folder.rglob("*") if file.is_file()} == {usual}
 
 
-def test_licence_text_is_that_of_the_licence(model_dir, tmp_path):
+def test_license_text_is_that_of_the_license(model_dir, tmp_path):
     ours = (Path(__file__).parents[2] / "LICENSE").read_text()
     assert (prepare_folder(model_dir, tmp_path / "a", "user/animals") / "LICENSE").read_text() == ours
     assert not (prepare_folder(model_dir, tmp_path / "b", "user/animals", license="cc-by-4.0") / "LICENSE").exists()
@@ -244,7 +244,7 @@ def test_nothing_is_said_of_queries_that_a_model_has_not(model_dir):
     assert "12 queries: no more" in str(build_card(model_dir, "user/animals"))
     (model_dir / "config.json").write_text(json.dumps({"model_type": "mask_rcnn", "id2label": {"0": "cat"}}))
     text = str(build_card(model_dir, "user/animals"))
-    assert "queries" not in text and "background.\n- Pictures are scaled to 64" in text
+    assert "queries" not in text and "background.\n- Images are scaled to 64" in text
 
 
 def test_names_of_classes_do_not_break_the_card(model_dir):

@@ -24,7 +24,7 @@ FIELDS = {
 
 @pytest.fixture(scope="module")
 def run_dir(scenes_dir, tiny_segmenter, tmp_path_factory):
-    """Folder of a model: six scenes labelled by the tiny CLIP, two steps on the labels, two on the annotations."""
+    """Folder of a model: six scenes labeled by the tiny CLIP, two steps on the labels, two on the annotations."""
     from uplvp_hf.demo.pipeline import label_scenes
     from uplvp_hf.training.config import load_settings
     from uplvp_hf.training.loop import train

@@ -41,7 +41,7 @@ def handler(module, folder):
 
 
 @pytest.fixture(scope="module")
-def picture(scenes_dir):
+def image_path(scenes_dir):
     return sorted((scenes_dir / "images").iterdir())[0]
 
 
@@ -84,24 +84,24 @@ def masks_of(answer):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["mask"])))) for entry in answer]
 
 
-def test_all_forms_of_a_picture_give_the_same(handler, picture, serve, monkeypatch):
-    content = picture.read_bytes()
+def test_all_forms_of_an_image_give_the_same(handler, image_path, serve, monkeypatch):
+    content = image_path.read_bytes()
     text = base64.b64encode(content).decode()
     monkeypatch.setenv("ALLOW_LOCAL_URLS", "1")
     url = serve(lambda path, body, headers: (200, {}, content) if path == "/b" else (302, {"Location": "/b"}, b""))
     forms = [content, bytearray(content), text, "\n".join([text[:70], text[70:]]), f"data:image/png;base64,{text}"]
-    forms += [f"{url}/a", Image.open(picture)]
+    forms += [f"{url}/a", Image.open(image_path)]
     answers = [handler({"inputs": form, "parameters": LOW}) for form in forms]
     assert answers[0] and all(answer == answers[0] for answer in answers[1:])
     assert handler(content) == handler({"inputs": content})
 
 
-def test_answer_is_that_of_the_model(handler, picture, tiny_model_dir):
+def test_answer_is_that_of_the_model(handler, image_path, tiny_model_dir):
     import torch
 
     from uplvp_hf import UplvpForInstanceSegmentation, UplvpImageProcessor
 
-    image = Image.open(picture).convert("RGB")
+    image = Image.open(image_path).convert("RGB")
     processor = UplvpImageProcessor.from_pretrained(tiny_model_dir)
     model = UplvpForInstanceSegmentation.from_pretrained(tiny_model_dir).eval()
     with torch.no_grad():
@@ -115,8 +115,8 @@ def test_answer_is_that_of_the_model(handler, picture, tiny_model_dir):
         assert mask.dtype == np.uint8 and set(np.unique(mask)) <= {0, 255} and np.array_equal(mask > 0, truth)
 
 
-def test_parameters(handler, picture):
-    content = picture.read_bytes()
+def test_parameters(handler, image_path):
+    content = image_path.read_bytes()
     everything = handler({"inputs": content, "parameters": LOW})
     scores = [entry["score"] for entry in everything]
     assert scores == sorted(scores, reverse=True)
@@ -141,18 +141,18 @@ def test_parameters(handler, picture):
         ([0.5], '"parameters" is a list'),
     ],
 )
-def test_wrong_parameters(handler, picture, parameters, said):
+def test_wrong_parameters(handler, image_path, parameters, said):
     with pytest.raises(ValueError, match=said):
-        handler({"inputs": picture.read_bytes(), "parameters": parameters})
+        handler({"inputs": image_path.read_bytes(), "parameters": parameters})
 
 
-def test_bad_pictures_are_refused_with_a_sentence(module, picture, serve, monkeypatch):
-    content = picture.read_bytes()
+def test_bad_images_are_refused_with_a_sentence(module, image_path, serve, monkeypatch):
+    content = image_path.read_bytes()
     text = base64.b64encode(content).decode()
     huge = io.BytesIO()
     Image.new("1", (20_000, 10_000)).save(huge, "PNG")
     url = serve(lambda path, body, headers: {
-        "/page": (200, {"Content-Type": "text/html"}, b"<html>no picture</html>"),
+        "/page": (200, {"Content-Type": "text/html"}, b"<html>no image</html>"),
         "/loop": (302, {"Location": "/loop"}, b""),
         "/long": (200, {}, content * 10),
     }.get(path, (404, {}, b"")))  # fmt: skip
@@ -160,18 +160,18 @@ def test_bad_pictures_are_refused_with_a_sentence(module, picture, serve, monkey
     monkeypatch.setenv("MAX_BYTES", str(len(content) * 5))
     cases = [
         (text[:-3], "base64"), ("?" + text, "base64"), ("", "is empty"), ("data:image/png,abc", "data URL"),
-        (b"GIF89a", "not a picture"), (base64.b64encode(b"hello there").decode(), "not a picture"),
-        (content[: len(content) // 2], "damaged|not a picture"), ([text], "is a list"), (7, "is a int"),
-        (huge.getvalue(), "too large|more than the 50,000,000"), (f"{url}/page", "not a picture"),
+        (b"GIF89a", "not an image"), (base64.b64encode(b"hello there").decode(), "not an image"),
+        (content[: len(content) // 2], "damaged|not an image"), ([text], "is a list"), (7, "is a int"),
+        (huge.getvalue(), "too large|more than the 50,000,000"), (f"{url}/page", "not an image"),
         (f"{url}/loop", "redirects more than"), (f"{url}/none", "answered 404"), (f"{url}/long", "gives more than"),
         ("http://127.0.0.1:9/x.png", "cannot be fetched"),
     ]  # fmt: skip
     for source, said in cases:
         with pytest.raises(ValueError, match=said):
-            module.read_picture(source)
+            module.read_image(source)
     monkeypatch.setenv("MAX_PIXELS", "100")
     with pytest.raises(ValueError, match="more than the 100"):
-        module.read_picture(content)
+        module.read_image(content)
 
 
 def test_addresses_of_the_own_network_are_refused(module, serve):
@@ -181,16 +181,16 @@ def test_addresses_of_the_own_network_are_refused(module, serve):
     hosts += ["[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[2001:0:7f00:1::1]"]  # forms of 127.0.0.1
     for address in (f"{url}/x", url.upper(), *(f"http://{host}/" for host in hosts)):
         with pytest.raises(ValueError, match="not a public address"):
-            module.read_picture(address)
+            module.read_image(address)
     assert not asked
     with pytest.raises(ValueError, match='no "inputs"'):
         module.EndpointHandler.__call__(None, {"image": 1})
 
 
-def test_a_name_that_changes_its_address_is_asked_once(module, serve, picture, monkeypatch):
+def test_a_name_that_changes_its_address_is_asked_once(module, serve, image_path, monkeypatch):
     """A second lookup might lead into the own network; the address that was checked is the one connected to."""
     looked_up, hosts = [], []
-    url = serve(lambda path, body, headers: hosts.append(headers["Host"]) or (200, {}, picture.read_bytes()))
+    url = serve(lambda path, body, headers: hosts.append(headers["Host"]) or (200, {}, image_path.read_bytes()))
     port = int(url.rsplit(":", 1)[1])
 
     def getaddrinfo(host, port, **how):
@@ -199,8 +199,8 @@ def test_a_name_that_changes_its_address_is_asked_once(module, serve, picture, m
 
     monkeypatch.setattr(module, "is_public", lambda address: True)
     monkeypatch.setattr(module, "socket", SimpleNamespace(getaddrinfo=getaddrinfo, IPPROTO_TCP=socket.IPPROTO_TCP))
-    assert module.read_picture(f"http://pictures.invalid:{port}/x").size == Image.open(picture).size
-    assert looked_up == ["pictures.invalid"] and hosts == [f"pictures.invalid:{port}"]
+    assert module.read_image(f"http://images.invalid:{port}/x").size == Image.open(image_path).size
+    assert looked_up == ["images.invalid"] and hosts == [f"images.invalid:{port}"]
 
 
 def test_a_small_answer_does_not_unpack_to_a_large_one(module, serve, monkeypatch):
@@ -208,8 +208,8 @@ def test_a_small_answer_does_not_unpack_to_a_large_one(module, serve, monkeypatc
     asked = []
     bomb = gzip.compress(bytes(5_000_000))
     url = serve(lambda path, body, headers: asked.append(headers) or (200, {"Content-Encoding": "gzip"}, bomb))
-    with pytest.raises(ValueError, match=f"The {len(bomb):,} bytes sent are not a picture"):
-        module.read_picture(url)
+    with pytest.raises(ValueError, match=f"The {len(bomb):,} bytes sent are not an image"):
+        module.read_image(url)
     assert asked[0]["Accept-Encoding"] == "identity"
 
 
@@ -217,16 +217,16 @@ def test_a_slow_answer_ends(module, serve, monkeypatch):
     monkeypatch.setenv("ALLOW_LOCAL_URLS", "1")
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=iter((0, 21)).__next__))
     with pytest.raises(ValueError, match="takes more than 20 seconds"):
-        module.read_picture(serve(lambda path, body, headers: (200, {}, b"drop")))
+        module.read_image(serve(lambda path, body, headers: (200, {}, b"drop")))
 
 
 @pytest.mark.parametrize("url", ["http://[::1", "http://127.0.0.1:99999/", "http://a b/", f"http://{'a' * 70}.com/"])
 def test_addresses_that_are_none_are_named(module, url):
     with pytest.raises(ValueError, match=re.escape(url)):
-        module.read_picture(url)
+        module.read_image(url)
 
 
-def test_pictures_become_rgb_as_in_the_library(module):
+def test_images_become_rgb_as_in_the_library(module):
     from uplvp_hf.data.images import to_rgb
 
     values = np.random.default_rng(0).integers(0, 65536, (5, 7)).astype(np.uint16)
@@ -234,17 +234,17 @@ def test_pictures_become_rgb_as_in_the_library(module):
     for image in (Image.fromarray(values), clear, clear.convert("LA"), clear.convert("CMYK"), clear.convert("1")):
         stream = io.BytesIO()
         image.save(stream, "TIFF")
-        assert np.array_equal(module.read_picture(stream.getvalue()), to_rgb(image)), image.mode
+        assert np.array_equal(module.read_image(stream.getvalue()), to_rgb(image)), image.mode
 
 
-def test_no_program_is_started_for_a_picture(module):
+def test_no_program_is_started_for_an_image(module):
     eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     assert Image.open(io.BytesIO(eps)).format == "EPS"  # Pillow would, and start Ghostscript
-    with pytest.raises(ValueError, match="are not a picture; JPEG, "):
-        module.read_picture(eps)
+    with pytest.raises(ValueError, match="are not an image; JPEG, "):
+        module.read_image(eps)
 
 
-def test_inference_client_parses_the_answer(handler, picture, serve, online):
+def test_inference_client_parses_the_answer(handler, image_path, serve, online):
     """The client of huggingface_hub against a server that does what the endpoint's container does."""
 
     def endpoint(path, body, headers):
@@ -255,12 +255,12 @@ def test_inference_client_parses_the_answer(handler, picture, serve, online):
         return 200, {"Content-Type": "application/json"}, json.dumps(handler(request)).encode()
 
     client = InferenceClient(model=serve(endpoint))
-    found = client.image_segmentation(str(picture), threshold=0.0, mask_threshold=0.4)
-    expected = handler({"inputs": picture.read_bytes(), "parameters": {"threshold": 0.0, "mask_threshold": 0.4}})
+    found = client.image_segmentation(str(image_path), threshold=0.0, mask_threshold=0.4)
+    expected = handler({"inputs": image_path.read_bytes(), "parameters": {"threshold": 0.0, "mask_threshold": 0.4}})
     assert [(item.label, item.score) for item in found] == [(entry["label"], entry["score"]) for entry in expected]
-    size = Image.open(picture).size
+    size = Image.open(image_path).size
     assert found and all(item.mask.size == size and item.mask.mode == "L" for item in found)
-    assert client.image_segmentation(picture.read_bytes()) == []  # raw bytes; no score above one half
+    assert client.image_segmentation(image_path.read_bytes()) == []  # raw bytes; no score above one half
 
 
 ALONE = """
@@ -282,8 +282,8 @@ json.dump(answer, open(sys.argv[3], "w"))
 
 
 @pytest.mark.slow
-def test_works_without_the_library(handler, folder, picture, tmp_path, monkeypatch):
+def test_works_without_the_library(handler, folder, image_path, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     output = tmp_path / "answer.json"
-    subprocess.run([sys.executable, "-c", ALONE, str(folder), str(picture), str(output)], check=True, timeout=300)
-    assert json.loads(output.read_text()) == handler({"inputs": picture.read_bytes(), "parameters": LOW})
+    subprocess.run([sys.executable, "-c", ALONE, str(folder), str(image_path), str(output)], check=True, timeout=300)
+    assert json.loads(output.read_text()) == handler({"inputs": image_path.read_bytes(), "parameters": LOW})

@@ -45,19 +45,19 @@ def test_pushed_and_loaded_by_name(hub, fresh_process, tiny_model_dir, scenes_di
     weights = (tiny_model_dir / "model.safetensors").read_bytes()
     assert hub.files(NAME)["model.safetensors"] == weights and len(weights) > PART_SIZE  # uploaded in parts
 
-    picture = sorted((scenes_dir / "images").iterdir())[0]
+    image = sorted((scenes_dir / "images").iterdir())[0]
     model = UplvpForInstanceSegmentation.from_pretrained(tiny_model_dir).eval()
     processor = UplvpImageProcessor.from_pretrained(tiny_model_dir)
-    pixels = dict(processor(Image.open(picture), return_tensors="pt"))
+    pixels = dict(processor(Image.open(image), return_tensors="pt"))
     torch.save(pixels, tmp_path / "pixels.pt")
-    loaded = fresh_process(LOAD, tmp_path / "pixels.pt", picture, tmp_path / "out.pt")
+    loaded = fresh_process(LOAD, tmp_path / "pixels.pt", image, tmp_path / "out.pt")
     assert loaded.returncode == 0, loaded.stderr
     one, two, entries = torch.load(tmp_path / "out.pt", weights_only=True)
     with torch.no_grad():
         here = model(**pixels).masks_queries_logits
     assert torch.equal(one, here) and torch.equal(two, here)
     local = pipeline("image-segmentation", model=str(tiny_model_dir))
-    expected = local(Image.open(picture), threshold=0.0, overlap_mask_area_threshold=0.0)
+    expected = local(Image.open(image), threshold=0.0, overlap_mask_area_threshold=0.0)
     assert entries == [(entry["label"], entry["score"], entry["mask"].tobytes()) for entry in expected]
     assert len(entries) > 0 and not hub.leaks  # the token did not reach the host of the large files
 

@@ -75,7 +75,7 @@ def test_snippets_name_what_exists(file):
 
 
 def test_figures_have_the_margins_that_were_noted_apart():
-    """Differences in AP between SP and two initialisations, written down apart from the tables."""
+    """Differences in AP between SP and two initializations, written down apart from the tables."""
     published = yaml.safe_load((ROOT / "model_cards" / "published.yaml").read_text())
 
     def margin(model, table, other, **where):

@@ -34,10 +34,10 @@ def test_folders_of_the_machine_are_left_out():
     assert settings_yaml({"settings": settings}) == "data:\n  train: photos\nmodel:\n  init: a/b"
 
 
-def test_labels_of_unknown_licence_are_said_to_be(tmp_path):
-    header = {"labeler": "clip", "encoder": "/models/some", "licence": None, "vocabulary": [f"c{i}" for i in range(25)]}
+def test_labels_of_unknown_license_are_said_to_be(tmp_path):
+    header = {"labeler": "clip", "encoder": "/models/some", "license": None, "vocabulary": [f"c{i}" for i in range(25)]}
     (tmp_path / "header.json").write_text(json.dumps(header))
     ((title, rows),) = earlier_stages({"settings": {"data": {"train": str(tmp_path)}}})
     rows = dict(rows)
-    assert title == "Pseudo labels" and rows["Licence of the encoder"].startswith("not known")
+    assert title == "Pseudo labels" and rows["License of the encoder"].startswith("not known")
     assert rows["Encoder"] == "some" and rows["Vocabulary"].endswith("c19 and 5 more")

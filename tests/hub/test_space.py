@@ -28,7 +28,7 @@ def app():
 
 
 @pytest.fixture(scope="module")
-def picture(scenes_dir):
+def image_path(scenes_dir):
     return sorted((scenes_dir / "images").iterdir())[0]
 
 
@@ -43,55 +43,55 @@ def page(app, tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def truth(tiny_model_dir, picture):
-    """Scores of what the model finds in the picture, best first."""
+def truth(tiny_model_dir, image_path):
+    """Scores of what the model finds in the image, best first."""
     import torch
 
     model, processor = load_segmenter(str(tiny_model_dir))
-    image = Image.open(picture).convert("RGB")
+    image = Image.open(image_path).convert("RGB")
     with torch.no_grad():
         outputs = model(**processor(image, return_tensors="pt"))
     size = [(image.height, image.width)]
     return processor.post_process_instance_segmentation(outputs, threshold=0.05, target_sizes=size)[0]
 
 
-def test_interface_for_programs(page, picture, truth):
+def test_interface_for_programs(page, image_path, truth):
     from gradio_client import Client, handle_file
 
     client = Client(page, verbose=False)
     middle = float(truth["scores"][len(truth["scores"]) // 2])
     for threshold in (0.05, middle):
-        overlay, table, file = client.predict(handle_file(picture), threshold, api_name="/segment")
+        overlay, table, file = client.predict(handle_file(image_path), threshold, api_name="/segment")
         kept = truth["scores"] >= threshold
         content = json.loads(Path(file).read_text())
-        assert (content["width"], content["height"]) == Image.open(picture).size and content["model"] == "tiny"
+        assert (content["width"], content["height"]) == Image.open(image_path).size and content["model"] == "tiny"
         found = content["instances"]
         assert [entry["score"] for entry in found] == pytest.approx(truth["scores"][kept].tolist())
         assert [entry["area"] for entry in found] == truth["masks"][kept].sum((1, 2)).tolist()
         assert np.allclose([entry["box"] for entry in found], truth["boxes"][kept], atol=0.051)
         assert len(table["data"]) == len(found) == int(kept.sum()) > 0
         assert [row[1] for row in table["data"]] == [entry["label"] for entry in found]
-        assert Image.open(overlay).width >= Image.open(picture).width
+        assert Image.open(overlay).width >= Image.open(image_path).width
 
 
-def test_bad_pictures_are_refused(app, tmp_path):
+def test_bad_images_are_refused(app, tmp_path):
     import gradio as gr
 
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(gr.Error, match="not a picture"):
-        app.open_picture(str(tmp_path / "a.png"))
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(gr.Error, match="not an image"):
+        app.open_image(str(tmp_path / "a.png"))
     Image.new("1", (9000, 9000)).save(tmp_path / "b.png")
     with pytest.raises(gr.Error, match="9000 x 9000 pixels; at most 50,000,000"):
-        app.open_picture(str(tmp_path / "b.png"))
+        app.open_image(str(tmp_path / "b.png"))
     Image.new("1", (20_000, 10_000)).save(tmp_path / "c.png")
     with pytest.raises(gr.Error, match="too large; at most 50,000,000"):
-        app.open_picture(str(tmp_path / "c.png"))
+        app.open_image(str(tmp_path / "c.png"))
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
 @pytest.mark.slow
-def test_in_a_browser(page, picture, truth, tmp_path):
-    asyncio.run(visit(page, picture, truth, tmp_path))
+def test_in_a_browser(page, image_path, truth, tmp_path):
+    asyncio.run(visit(page, image_path, truth, tmp_path))
 
 
 # Number of rows below the head; rows that do not fit into the window are not in the document.
@@ -105,12 +105,12 @@ THUMB = f"""(slider => {{
 }})({SLIDER})"""
 
 
-async def visit(url, picture, truth, folder):
+async def visit(url, image_path, truth, folder):
     async with browser.open_page(url, folder / "profile") as page:
         await page.until(f"Boolean(document.querySelector('input[type=file]') && {SLIDER})")
-        await page.choose_file("input[type=file]", picture)
+        await page.choose_file("input[type=file]", image_path)
         size = await page.until(f"{OVERLAY}?.naturalWidth && [{OVERLAY}.naturalWidth, {OVERLAY}.naturalHeight]")
-        width, height = Image.open(picture).size
+        width, height = Image.open(image_path).size
         assert size[0] / size[1] == pytest.approx(width / height, rel=0.01)
         before = await page.evaluate(f"{OVERLAY}.src")
         x, y, left = await page.evaluate(THUMB)
@@ -192,11 +192,11 @@ print(json.dumps([overlay.size, len(rows), len(json.loads(open(file).read())["in
 
 
 @pytest.mark.slow
-def test_a_space_works_without_the_library(tiny_model_dir, picture, truth, tmp_path, monkeypatch):
+def test_a_space_works_without_the_library(tiny_model_dir, image_path, truth, tmp_path, monkeypatch):
     space = prepare_space(tmp_path / "space", "somebody/model")
     repository = prepare_folder(tiny_model_dir, tmp_path / "repository", "somebody/model")
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", ALONE, str(space), str(repository), str(picture)]
+    command = [sys.executable, "-c", ALONE, str(space), str(repository), str(image_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     size, rows, instances = json.loads(result.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""A web server on loopback that serves pictures, and everything that can go wrong instead of one."""
+"""A web server on loopback that serves images, and everything that can go wrong instead of one."""
 
 import contextlib
 import io
@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 
-def png(size=(80, 50), colour=(200, 30, 30)):
+def png(size=(80, 50), color=(200, 30, 30)):
     stream = io.BytesIO()
-    Image.new("RGB", size, colour).save(stream, format="PNG")
+    Image.new("RGB", size, color).save(stream, format="PNG")
     return stream.getvalue()
 
 

@@ -50,26 +50,26 @@ def test_predictions_are_those_of_the_data_set(tiny_model_dir, scenes, found):
             assert ours["area"] == coco_mask.area(theirs["segmentation"]) and ours["iscrowd"] == 0
 
 
-def test_pictures_in_any_form(predictor, scenes, found):
+def test_images_in_any_form(predictor, scenes, found):
     image = scenes.load_image(0)
-    for picture in (image, np.asarray(image), scenes[0]["image"]):
-        one = predictor.predict(picture, threshold=0.02)
-        assert one.rle == found[0].rle, type(picture)
+    for given in (image, np.asarray(image), scenes[0]["image"]):
+        one = predictor.predict(given, threshold=0.02)
+        assert one.rle == found[0].rle, type(given)
     assert predictor.predict([], threshold=0.5) == []
     with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
         predictor.predict(np.zeros((4, 4)))
-    with pytest.raises(ImageError, match="no such picture"):
+    with pytest.raises(ImageError, match="no such image"):
         predictor.predict("none.png")
     with pytest.raises(ValueError, match="threshold 2"):
         predictor.predict(image, threshold=2)
     small = type(predictor)(predictor.model, predictor.processor, max_pixels=100)
-    for picture in (image, scenes[0]["image"]):
+    for given in (image, scenes[0]["image"]):
         with pytest.raises(ImageError, match="max_pixels"):
-            small.predict(picture)
+            small.predict(given)
 
 
-def test_a_picture_in_memory_is_taken_as_it_stands(predictor, scenes):
-    """Results are in the pixels of the picture that was handed over, whatever its EXIF says; files are turned."""
+def test_an_image_in_memory_is_taken_as_it_stands(predictor, scenes):
+    """Results are in the pixels of the image that was handed over, whatever its EXIF says; files are turned."""
     image = scenes.load_image(0).resize((64, 64))
     exif = Image.Exif()
     exif[0x0112] = 3
@@ -148,26 +148,26 @@ def test_command_with_patterns_addresses_and_odd_names(tiny_model_dir, scenes_di
     assert overlays[0] == "000001_up.png" and len(overlays) == 5 and overlays[4] == "000005_good.png"
     assert sorted(file.name for file in output.iterdir()) == ["failures.jsonl", "overlays", "predictions.json"]
     (failure,) = [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
-    assert failure["file"] == sources[3] and "is not a picture" in failure["reason"]
+    assert failure["file"] == sources[3] and "is not an image" in failure["reason"]
     # and nothing beside the output folder
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "out"]
     assert sorted(file.name for file in base.iterdir()) == ["in", "up.png"]
 
 
 def test_command_in_tiles(tiny_model_dir, scenes_dir, tmp_path, capsys):
-    pictures = str(scenes_dir / "images")
+    images = str(scenes_dir / "images")
     plain = ("--quiet", "--no-overlays")
     tiled = (*plain, "--tiles", 64, "--overlap", 0.3, "--tiles-with-full", "--top-k", 9)
-    assert predict.main([*words(tiny_model_dir, tmp_path / "tiled", *tiled), pictures]) == 0
-    assert predict.main([*words(tiny_model_dir, tmp_path / "one", *plain, "--tiles", 96), pictures]) == 0
-    assert predict.main([*words(tiny_model_dir, tmp_path / "whole", *plain, "--batch-size", 1), pictures]) == 0
+    assert predict.main([*words(tiny_model_dir, tmp_path / "tiled", *tiled), images]) == 0
+    assert predict.main([*words(tiny_model_dir, tmp_path / "one", *plain, "--tiles", 96), images]) == 0
+    assert predict.main([*words(tiny_model_dir, tmp_path / "whole", *plain, "--batch-size", 1), images]) == 0
     assert content(tmp_path / "one") == content(tmp_path / "whole") != content(tmp_path / "tiled")
     assert all(a["segmentation"]["size"] == [96, 96] for a in content(tmp_path / "tiled")["annotations"])
 
 
 def test_results_are_not_overwritten_unasked(tiny_model_dir, scenes_dir, tmp_path, capsys):
-    picture = str(sorted((scenes_dir / "images").iterdir())[0])
-    arguments = [*words(tiny_model_dir, tmp_path, "--quiet", "--no-overlays"), picture]
+    image = str(sorted((scenes_dir / "images").iterdir())[0])
+    arguments = [*words(tiny_model_dir, tmp_path, "--quiet", "--no-overlays"), image]
     assert predict.main(arguments) == 0
     before = (tmp_path / "predictions.json").read_bytes()
     assert predict.main(arguments) == 2
@@ -177,7 +177,7 @@ def test_results_are_not_overwritten_unasked(tiny_model_dir, scenes_dir, tmp_pat
     assert (tmp_path / "predictions.json").read_bytes() == before
 
 
-def test_overlays_among_the_pictures_are_not_predicted(tiny_model_dir, scenes_dir, tmp_path, capsys):
+def test_overlays_among_the_images_are_not_predicted(tiny_model_dir, scenes_dir, tmp_path, capsys):
     for file in sorted((scenes_dir / "images").iterdir())[:2]:
         shutil.copy(file, tmp_path)
     output = tmp_path / "results"
@@ -209,13 +209,13 @@ def test_wrong_numbers(tiny_model_dir, scenes_dir, tmp_path, more, reason, capsy
 
 @pytest.mark.slow
 def test_killed_and_started_again(tiny_model_dir, scenes_dir, tmp_path, capsys):
-    """A process killed between pictures; the second run does the rest, and the file is that of an undisturbed run."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    """A process killed between images; the second run does the rest, and the file is that of an undisturbed run."""
+    images = tmp_path / "images"
+    images.mkdir()
     files = sorted((scenes_dir / "images").iterdir())
     for number in range(40):
-        shutil.copy(files[number % 6], pictures / f"{number:02}.png")
-    more = ("--no-overlays", "--quiet", "--batch-size", "1", pictures)
+        shutil.copy(files[number % 6], images / f"{number:02}.png")
+    more = ("--no-overlays", "--quiet", "--batch-size", "1", images)
     assert predict.main(words(tiny_model_dir, tmp_path / "whole", *more)) == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "uplvp_hf.cli", "predict", *words(tiny_model_dir, tmp_path / "out", *more)]
@@ -231,9 +231,9 @@ def test_killed_and_started_again(tiny_model_dir, scenes_dir, tmp_path, capsys):
     assert 4 <= done < 40 and not (tmp_path / "out" / "predictions.json").exists()
     with journal.open("ab") as stream:
         stream.write(b'{"source": ["cut off in wri')
-    # a picture that changed since is predicted anew
-    shutil.copy(files[5], pictures / "00.png")
-    os.utime(pictures / "00.png", (1, 1))
+    # an image that changed since is predicted anew
+    shutil.copy(files[5], images / "00.png")
+    os.utime(images / "00.png", (1, 1))
     assert predict.main(words(tiny_model_dir, tmp_path / "out", "--threshold", "0.3", *more)) == 2
     assert "begun with other settings (threshold)" in capsys.readouterr().err
     assert predict.main(words(tiny_model_dir, tmp_path / "out", *more)) == 0

@@ -16,10 +16,10 @@ from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 BLACK = (0, 0, 0)
 
 
-class ColourSegmenter(torch.nn.Module):
-    """An analytic segmenter: every colour but black is an instance, wherever its pixels are; red says the class.
+class ColorSegmenter(torch.nn.Module):
+    """An analytic segmenter: every color but black is an instance, wherever its pixels are; red says the class.
 
-    Keeps pixels of cells of 4 x 4 in which the colour fills at least half, so what it sees of an object does not
+    Keeps pixels of cells of 4 x 4 in which the color fills at least half, so what it sees of an object does not
     depend on the window as long as windows start at multiples of 4.
     """
 
@@ -34,47 +34,47 @@ class ColourSegmenter(torch.nn.Module):
         self.largest = max(self.largest, height * width)
         scores = torch.zeros(batch, self.queries, 2)
         logits = torch.full((batch, self.queries, height // 4, width // 4), -9.0)
-        for b, picture in enumerate((pixel_values * 255).round().int()):
-            colours = picture.flatten(1).unique(dim=1).T.tolist()
-            for query, colour in enumerate(c for c in colours if tuple(c) not in (BLACK, self.miss)):
-                inside = (picture == torch.tensor(colour)[:, None, None]).all(0)
+        for b, image in enumerate((pixel_values * 255).round().int()):
+            colors = image.flatten(1).unique(dim=1).T.tolist()
+            for query, color in enumerate(c for c in colors if tuple(c) not in (BLACK, self.miss)):
+                inside = (image == torch.tensor(color)[:, None, None]).all(0)
                 cells = torch.nn.functional.avg_pool2d(inside[None].float(), 4)[0] >= 0.5
                 logits[b, query] = torch.where(cells, 9.0, -9.0)
-                scores[b, query, int(colour[0] >= 128)] = 0.5 + min(0.4, float(inside.sum()) / 1e5)
+                scores[b, query, int(color[0] >= 128)] = 0.5 + min(0.4, float(inside.sum()) / 1e5)
         return SimpleNamespace(class_queries_logits=scores.logit(), class_scores=scores, masks_queries_logits=logits)
 
 
 def plain_processor(side):
-    """Pictures of up to `side` pixels pass as they are."""
+    """Images of up to `side` pixels pass as they are."""
     return UplvpImageProcessor(size={"longest_edge": side}, do_resize=False, image_mean=[0, 0, 0], image_std=[1, 1, 1])
 
 
-def dataset_of(*pictures):
+def dataset_of(*images):
     rows = [
         Row(image=Image.fromarray(p), image_id=n, file_name=f"{n}", width=p.shape[1], height=p.shape[0],
             objects=empty_objects())
-        for n, p in enumerate(pictures, 1)
+        for n, p in enumerate(images, 1)
     ]  # fmt: skip
     return InstanceDataset(rows, [])
 
 
-def predict(model, picture, tiles):
-    processor = plain_processor(max(picture.shape))
-    ((_, result),) = predict_rows(model, processor, dataset_of(picture), tiles, progress=False, threshold=0.3)
+def predict(model, image, tiles):
+    processor = plain_processor(max(image.shape))
+    ((_, result),) = predict_rows(model, processor, dataset_of(image), tiles, progress=False, threshold=0.3)
     return result
 
 
 def scene(height=224, width=320):
     """Objects within a window, across two, across four, across all columns; a ring; two that touch."""
-    picture = np.zeros((height, width, 3), dtype=np.uint8)
-    picture[20:60, 24:72] = (10, 0, 1)
-    picture[84:180, 68:180] = (200, 0, 2)
-    picture[192:212, 8:312] = (10, 0, 3)
-    picture[8:68, 140:212] = (200, 0, 4)
-    picture[24:52, 156:188] = BLACK
-    picture[72:188, 216:252] = (10, 0, 5)
-    picture[72:188, 252:300] = (10, 0, 6)
-    return picture
+    image = np.zeros((height, width, 3), dtype=np.uint8)
+    image[20:60, 24:72] = (10, 0, 1)
+    image[84:180, 68:180] = (200, 0, 2)
+    image[192:212, 8:312] = (10, 0, 3)
+    image[8:68, 140:212] = (200, 0, 4)
+    image[24:52, 156:188] = BLACK
+    image[72:188, 216:252] = (10, 0, 5)
+    image[72:188, 252:300] = (10, 0, 6)
+    return image
 
 
 def sets_of(result, shape):
@@ -85,12 +85,12 @@ def sets_of(result, shape):
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize(("size", "overlap"), [(128, 0.25), (160, 0.4), (96, 0.3)])
-def test_tiles_give_the_masks_of_the_whole_picture(size, overlap, full):
-    picture, tiles = scene(), Tiles(size, overlap, full)
+def test_tiles_give_the_masks_of_the_whole_image(size, overlap, full):
+    image, tiles = scene(), Tiles(size, overlap, full)
     starts = {start for window in tiles.windows(320, 224) for start in window[:2]}
     assert len(tiles.windows(320, 224)) > 4 and (size == 96 or all(start % 4 == 0 for start in starts))
-    model = ColourSegmenter()
-    whole, tiled = predict(model, picture, None), predict(ColourSegmenter(), picture, tiles)
+    model = ColorSegmenter()
+    whole, tiled = predict(model, image, None), predict(ColorSegmenter(), image, tiles)
     assert len(whole["rle"]) == 6
     if size == 96:  # windows off the grid of cells: borders may move by a cell
         assert len(tiled["rle"]) == 6
@@ -105,15 +105,15 @@ def test_tiles_give_the_masks_of_the_whole_picture(size, overlap, full):
 
 
 def test_only_windows_go_through_the_model():
-    model = ColourSegmenter()
+    model = ColorSegmenter()
     predict(model, scene(), Tiles(128, 0.25))
     assert model.largest == 128 * 128
 
 
-def test_a_picture_of_one_tile_is_as_without_tiles():
-    picture = scene()
-    whole = predict(ColourSegmenter(), picture, None)
-    one = predict(ColourSegmenter(), picture, Tiles(320))
+def test_an_image_of_one_tile_is_as_without_tiles():
+    image = scene()
+    whole = predict(ColorSegmenter(), image, None)
+    one = predict(ColorSegmenter(), image, Tiles(320))
     for key in ("scores", "labels", "boxes"):
         assert torch.equal(whole[key], one[key])
     assert whole["rle"] == one["rle"]
@@ -132,7 +132,7 @@ def test_a_real_model_on_one_tile_is_as_without_tiles(tiny_model_dir):
     assert all(rle["size"] == [96, 128] for rle in many["rle"])
 
 
-def test_windows_cover_the_picture_with_the_overlap_asked_for():
+def test_windows_cover_the_image_with_the_overlap_asked_for():
     generator = np.random.default_rng(0)
     for _ in range(200):
         width, height, size = (int(n) for n in generator.integers([1, 1, 32], [900, 900, 400]))
@@ -195,7 +195,7 @@ def test_classes_are_kept_apart_and_the_best_score_is_kept():
     assert (decode_segmentation(result["rle"][0], 64, 112) == rectangle(30, 10, 68, 30, 112)).all()
 
 
-def test_neighbours_of_one_class_are_not_joined():
+def test_neighbors_of_one_class_are_not_joined():
     """Two objects in the overlap, one above the other, seen by either window."""
     masks = [(50, 4, 60, 20), (50, 24, 60, 40)]
     left = result_of([rectangle(*box) for box in masks], [0, 0], [0.9, 0.8])
@@ -229,7 +229,7 @@ def test_values_out_of_range(settings):
         Tiles(**{"size": 64, **settings})
 
 
-def test_a_large_picture_takes_no_memory_for_its_masks(tmp_path):
+def test_a_large_image_takes_no_memory_for_its_masks(tmp_path):
     """20 instances on 36 million pixels: their masks would take 720 MB, one of them 36 MB."""
     import tracemalloc
 

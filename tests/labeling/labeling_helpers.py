@@ -1,4 +1,4 @@
-"""Tiny networks with random weights, and pictures, for the labeling tests."""
+"""Tiny networks with random weights, and images, for the labeling tests."""
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def tiny_clip(seed: int = 0) -> Clip:
     vision |= {"image_size": 32, "patch_size": 8}
     config = CLIPConfig(projection_dim=24, text_config=text, vision_config=vision)
     model = CLIPModel(config)
-    with torch.no_grad():  # initialised biases and norms are constants: a forgotten one would not show
+    with torch.no_grad():  # initialized biases and norms are constants: a forgotten one would not show
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return Clip(model.eval(), tokenizer, "tiny", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -95,7 +95,7 @@ def tiny_encoder() -> Encoder:
 
 
 class FixedEncoder(Encoder):
-    """Returns a given last map, whatever the picture."""
+    """Returns a given last map, whatever the image."""
 
     def __init__(self, feature: torch.Tensor, shift: float = 0.0) -> None:
         super().__init__(nn.Identity(), "fixed", (0.5,) * 3, (0.5,) * 3, shift)
@@ -105,7 +105,7 @@ class FixedEncoder(Encoder):
         return Encoded((self.feature[None].expand(len(pixels), -1, -1, -1),))
 
 
-def blob_picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
+def blob_image(seed: int, width: int = 96, height: int = 64) -> Image.Image:
     """Noise with a bright disc."""
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 60, (height, width, 3))
@@ -115,8 +115,8 @@ def blob_picture(seed: int, width: int = 96, height: int = 64) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def picture_folder(folder, count: int) -> InstanceDataset:
+def image_folder(folder, count: int) -> InstanceDataset:
     folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
-        blob_picture(k).save(folder / f"{k:03d}.png")
+        blob_image(k).save(folder / f"{k:03d}.png")
     return read_image_folder(folder)

@@ -129,8 +129,8 @@ def test_proxy_equals_the_reference_on_a_finer_non_square_grid(clip, tokens):
         block = layers[2]
         v = block.self_attn.v_proj(block.layer_norm1(x))[:, clip.prefix :]
         assert grid == (height, width)
-        for picture in range(2):
-            values = v[picture].view(*GRID, -1)
+        for image in range(2):
+            values = v[image].view(*GRID, -1)
             resized = torch.stack(
                 [
                     lerp_at(values, (i + 0.5) * GRID[0] / height - 0.5, (j + 0.5) * GRID[1] / width - 0.5)
@@ -138,17 +138,17 @@ def test_proxy_equals_the_reference_on_a_finer_non_square_grid(clip, tokens):
                     for j in range(width)
                 ]
             )
-            cells = guide[picture].permute(1, 2, 0).reshape(-1, 5)
+            cells = guide[image].permute(1, 2, 0).reshape(-1, 5)
             cosine = F.cosine_similarity(cells[:, None], cells[None], dim=-1)
             logits = KNOBS["gamma"] * (cosine - KNOBS["beta"] * cosine.mean())
             weights = torch.where(logits < 0, 0, logits.exp())
             assert (weights == 0).any(), "nothing was masked: the test would not see it"
             weights = weights / weights.sum(dim=1, keepdim=True)
             want = block.self_attn.out_proj(weights @ resized)
-            torch.testing.assert_close(got[picture], want, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(got[image], want, atol=1e-5, rtol=1e-4)
 
 
-def test_proxy_of_a_uniform_picture_is_finite():
+def test_proxy_of_a_uniform_image_is_finite():
     weights = proxy_weights(torch.ones(1, 4, 2, 3))  # every affinity is the mean: all logits below 0
     assert torch.equal(weights[0], torch.eye(6))
 
@@ -165,11 +165,11 @@ def test_key_smoothing_averages_with_positive_key_cosines(clip, tokens):
         plain, _ = run_blocks(layers, tokens, Layout(GRID, prefix), Recipe("identity"))
         x = layers[1](layers[0](tokens, None), None)
         keys = layers[2].self_attn.k_proj(layers[2].layer_norm1(x))[:, prefix:]
-        for picture in range(2):
+        for image in range(2):
             for i in range(0, 24, 7):
-                cosines = [max(0.0, F.cosine_similarity(keys[picture, i], key, dim=0).item()) for key in keys[picture]]
-                want = sum(c * token for c, token in zip(cosines, plain[picture])) / sum(cosines)
-                torch.testing.assert_close(got[picture, i], want, atol=1e-5, rtol=1e-4)
+                cosines = [max(0.0, F.cosine_similarity(keys[image, i], key, dim=0).item()) for key in keys[image]]
+                want = sum(c * token for c, token in zip(cosines, plain[image])) / sum(cosines)
+                torch.testing.assert_close(got[image, i], want, atol=1e-5, rtol=1e-4)
 
 
 def test_bfloat16_follows_float32(clip, tokens):

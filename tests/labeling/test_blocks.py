@@ -1,9 +1,9 @@
-"""Blocks: every picture in one block and one process, whatever the number of processes; what is calibrated on."""
+"""Blocks: every image in one block and one process, whatever the number of processes; what is calibrated on."""
 
 import itertools
 
 import pytest
-from labeling_helpers import picture_folder
+from labeling_helpers import image_folder
 
 from uplvp_hf.data.dataset import RowStream
 from uplvp_hf.data.errors import ImageError
@@ -21,7 +21,7 @@ def test_every_block_has_one_process_and_shares_are_even(size, calibration):
 
 
 @pytest.mark.parametrize(
-    ("pictures", "size", "wanted", "expected"),
+    ("images", "size", "wanted", "expected"),
     [
         (100, 10, 30, [0, 3, 6]),
         (100, 10, 200, list(range(10))),
@@ -31,12 +31,12 @@ def test_every_block_has_one_process_and_shares_are_even(size, calibration):
         (100, 10, 0, []),
     ],
 )
-def test_calibration_blocks_are_whole_and_spread(pictures, size, wanted, expected):
-    assert calibration_blocks(pictures, size, wanted) == expected
+def test_calibration_blocks_are_whole_and_spread(images, size, wanted, expected):
+    assert calibration_blocks(images, size, wanted) == expected
 
 
 def test_blocks_of_a_set_and_of_a_stream_are_the_same(tmp_path):
-    dataset = picture_folder(tmp_path, 11)
+    dataset = image_folder(tmp_path, 11)
     stream = RowStream(lambda: iter(dataset.rows))
     for size, limit in itertools.product((1, 3, 4, 20), (None, 0, 5, 11, 30)):
         for wanted in (lambda number: True, lambda number: number % 2 == 1):
@@ -47,7 +47,7 @@ def test_blocks_of_a_set_and_of_a_stream_are_the_same(tmp_path):
 
 
 def test_blocks_are_decoded_in_order_and_whole_where_a_part_is_missing(tmp_path):
-    dataset = picture_folder(tmp_path, 9)
+    dataset = image_folder(tmp_path, 9)
     (tmp_path / "004.png").write_bytes(b"broken")
     (tmp_path / "008.png").write_bytes(b"broken")
     finished = {"000.png", "001.png", "002.png", "003.png", "006.png", "007.png"}
@@ -55,7 +55,7 @@ def test_blocks_are_decoded_in_order_and_whole_where_a_part_is_missing(tmp_path)
     assert [block.block.number for block in blocks] == [0, 1, 2]
     assert [list(block.todo) for block in blocks] == [[], [1, 2], [2]]
     assert blocks[0].positions() == [] and blocks[2].positions() == []  # nothing to be done that could be done
-    assert blocks[1].positions() == [0, 2] and isinstance(blocks[1].pictures[1], ImageError)
+    assert blocks[1].positions() == [0, 2] and isinstance(blocks[1].images[1], ImageError)
     images, rows = blocks[1].readable()
     for image, row in zip(images, rows):
         assert image.tobytes() == dataset.load_image(int(row["image_id"][:3])).tobytes()

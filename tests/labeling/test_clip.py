@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from labeling_helpers import blob_picture, tiny_clip, tiny_siglip, tiny_tokenizer
+from labeling_helpers import blob_image, tiny_clip, tiny_siglip, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
@@ -34,7 +34,7 @@ def test_a_siglip_patch_is_what_the_head_returns_for_it_alone(pixels, naflex):
     vision = clip.vision
     with torch.inference_mode():
         if naflex:
-            patches = torch.stack([convert_image_to_patches(picture, 8) for picture in pixels])
+            patches = torch.stack([convert_image_to_patches(image, 8) for image in pixels])
             shapes, mask = torch.tensor([[6, 3]] * 2), torch.ones(2, 18, dtype=torch.int64)
             last = vision(patches, pixel_attention_mask=mask, spatial_shapes=shapes).last_hidden_state
         else:
@@ -46,14 +46,14 @@ def test_a_siglip_patch_is_what_the_head_returns_for_it_alone(pixels, naflex):
 
 
 @pytest.mark.parametrize("make", [tiny_clip, tiny_siglip, lambda: tiny_siglip(True)])
-def test_whole_pictures_and_texts_equal_the_models_own(make):
+def test_whole_images_and_texts_equal_the_models_own(make):
     clip = make()
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     patched = clip.model.config.model_type == "siglip2"
     inputs = {"pixel_values": pixels}
     if patched:
         inputs = {
-            "pixel_values": torch.stack([convert_image_to_patches(picture, 8) for picture in pixels]),
+            "pixel_values": torch.stack([convert_image_to_patches(image, 8) for image in pixels]),
             "pixel_attention_mask": torch.ones(2, 16, dtype=torch.int64),
             "spatial_shapes": torch.tensor([[4, 4]] * 2),
         }
@@ -74,13 +74,13 @@ def test_load_clip_round_trip(tmp_path):
     folder = saved(tiny_clip(), tmp_path)
     loaded = load_clip(folder)
     assert loaded.image_mean == OPENAI_MEAN  # no preprocessor configuration
-    assert (loaded.image_size, loaded.patch_size, loaded.licence) == (32, 8, None)
+    assert (loaded.image_size, loaded.patch_size, loaded.license) == (32, 8, None)
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     (tmp_path / "preprocessor_config.json").write_text(
         '{"image_processor_type": "CLIPImageProcessor", "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}'
     )
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
-    assert load_clip(folder).image_mean == (0.1, 0.2, 0.3) and load_clip(folder).licence == "mit"
+    assert load_clip(folder).image_mean == (0.1, 0.2, 0.3) and load_clip(folder).license == "mit"
     assert load_clip(folder, image_mean=(0.5,) * 3, image_std=(0.5,) * 3).image_mean == (0.5,) * 3
 
 
@@ -124,7 +124,7 @@ def test_the_image_tower_alone(tmp_path, make, pixels):
     clip = make()
     alone = load_clip(saved(clip, tmp_path), text_tower=False)
     torch.testing.assert_close(dense_features(alone, pixels), dense_features(clip, pixels))
-    square = clip.pixels([blob_picture(0)], (32, 32))
+    square = clip.pixels([blob_image(0)], (32, 32))
     torch.testing.assert_close(alone.encode_images(square), clip.encode_images(square))
     alone.model.save_pretrained(tmp_path / "vision")  # a folder that never had a text tower
     again = load_clip(str(tmp_path / "vision"), text_tower=False)

@@ -5,14 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from labeling_helpers import blob_picture, tiny_clip
+from labeling_helpers import blob_image, tiny_clip
 from PIL import Image
 from torch import nn
 
 from uplvp_hf.labeling.attention import ATTENTIONS, Layout, Recipe, run_blocks
 from uplvp_hf.labeling.dense_clip import View, dense_features, dense_grids, guide_features, window_starts
 from uplvp_hf.labeling.encoders import Encoder
-from uplvp_hf.labeling.pixels import pictures_to_pixels
+from uplvp_hf.labeling.pixels import images_to_pixels
 
 H, W = 48, 40  # not the native 32 x 32, not square: 6 x 5 patches
 
@@ -73,7 +73,7 @@ def text_vectors(count: int) -> torch.Tensor:
 
 def test_windows_are_averaged(clip):
     """By hand: every window alone through the model, sums and counts per patch."""
-    image, vectors = blob_picture(0, 80, 48), text_vectors(3)
+    image, vectors = blob_image(0, 80, 48), text_vectors(3)
     (got,) = dense_grids(clip, [image], vectors, View(48, window=32, stride=16))
     pixels = clip.pixels([image], (48, 80))
     total, count = torch.zeros(3, 6, 10), torch.zeros(6, 10)
@@ -88,21 +88,21 @@ def test_windows_are_averaged(clip):
     torch.testing.assert_close(torch.einsum("td,dhw->thw", vectors, features), got, atol=1e-5, rtol=1e-4)
 
 
-def test_whole_pictures_without_windows(clip):
-    image, vectors = blob_picture(0, 80, 48), text_vectors(2)
+def test_whole_images_without_windows(clip):
+    image, vectors = blob_image(0, 80, 48), text_vectors(2)
     (got,) = dense_grids(clip, [image], vectors, View(80, "longer", window=None))
     want = torch.einsum("td,dhw->thw", vectors, dense_features(clip, clip.pixels([image], (48, 80)))[0])
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
 def test_a_stride_finer_than_a_patch_gives_a_finer_map(clip):
-    (fine,) = dense_grids(clip, [blob_picture(0, 72, 72)], text_vectors(2), View(48, window=32, stride=4))
+    (fine,) = dense_grids(clip, [blob_image(0, 72, 72)], text_vectors(2), View(48, window=32, stride=4))
     assert fine.shape == (2, 12, 12)
 
 
-def test_pictures_of_a_batch_do_not_influence_each_other(clip):
-    """Two sizes of windows, three of pictures, batches that end in the middle of a position."""
-    images = [blob_picture(0), blob_picture(1, 64, 80), Image.new("RGB", (30, 30), "red"), blob_picture(2)]
+def test_images_of_a_batch_do_not_influence_each_other(clip):
+    """Two sizes of windows, three of images, batches that end in the middle of a position."""
+    images = [blob_image(0), blob_image(1, 64, 80), Image.new("RGB", (30, 30), "red"), blob_image(2)]
     vectors, recipe = text_vectors(2), Recipe("identity")
     for view in (View(48, window=32, stride=16), View(48, "longer", window=40, stride=16)):
         for window_batch in (1, 5, 64):
@@ -122,13 +122,13 @@ class GuideNet(nn.Module):
         return SimpleNamespace(feature_maps=(torch.cat([red[..., ::2], red[..., ::2] - red[..., 1::2]], dim=1),))
 
 
-def test_proxy_runs_its_guide_on_the_same_windows_of_non_square_pictures(clip):
+def test_proxy_runs_its_guide_on_the_same_windows_of_non_square_images(clip):
     guide = Encoder(GuideNet(), "guide", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    image, vectors = blob_picture(0, 80, 48), text_vectors(3)
+    image, vectors = blob_image(0, 80, 48), text_vectors(3)
     recipe = Recipe("proxy")
     (got,) = dense_grids(clip, [image], vectors, View(48, window=32, stride=16), recipe, guide)
     assert got.shape == (3, 12, 20)  # on the guide's grid, twice as fine
-    plain = pictures_to_pixels([image], (48, 80), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    plain = images_to_pixels([image], (48, 80), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     pixels, total, count = clip.pixels([image], (48, 80)), torch.zeros(3, 12, 20), torch.zeros(12, 20)
     with torch.inference_mode():
         for top in (0, 16):
@@ -154,8 +154,8 @@ def test_a_dino_guide_sees_pixels_that_fit_its_own_patches(clip):
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 14, "image_size": 56}
     model = Dinov2Backbone(Dinov2Config(**sizes)).eval()
     guide = Encoder(model, "dino", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    pixels = clip.pixels([blob_picture(0)], (64, 96))
-    plain = pictures_to_pixels([blob_picture(0)], (64, 96), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    pixels = clip.pixels([blob_image(0)], (64, 96))
+    plain = images_to_pixels([blob_image(0)], (64, 96), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     with torch.inference_mode():
         want = model(F.interpolate(plain, (70, 98), mode="bilinear")).feature_maps[-1]
     got = guide_features(guide, clip, pixels)

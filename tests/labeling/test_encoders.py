@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from labeling_helpers import blob_picture
+from labeling_helpers import blob_image
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTModel
 
 from uplvp_hf.labeling.encoders import load_classifier, load_encoder
-from uplvp_hf.labeling.pixels import fit_longest, group_by_size, pictures_to_pixels
+from uplvp_hf.labeling.pixels import fit_longest, group_by_size, images_to_pixels
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_weights_that_do_not_fit(weights):
 
 def test_classifier_and_headless(weights):
     whole = load_encoder("timm:mobilenetv2_035", weights / "whole.safetensors")
-    pixels = whole.pixels([blob_picture(0), blob_picture(1)], (64, 96))
+    pixels = whole.pixels([blob_image(0), blob_image(1)], (64, 96))
     encoded = whole(pixels, with_logits=True)
     assert encoded.maps[-1].shape[2:] == (2, 3) and whole(pixels).logits is None
     torch.testing.assert_close(encoded.logits, whole.classify(pixels))
@@ -62,7 +62,7 @@ def test_classifier_and_headless(weights):
 
 
 def test_same_padding_moves_the_cells(weights):
-    """TensorFlow's padding equals symmetric padding of a picture moved by 1 px at each of the five strides: 31 px."""
+    """TensorFlow's padding equals symmetric padding of an image moved by 1 px at each of the five strides: 31 px."""
     same = load_encoder("timm:mobilenetv2_035", weights / "whole.safetensors", pad_type="same")
     plain = load_encoder("timm:mobilenetv2_035", weights / "whole.safetensors")
     assert same.cell_offset(32) == pytest.approx(15.5 / 32) and plain.cell_offset(32) == 0
@@ -80,7 +80,7 @@ def test_transformers_backbone_folder(tmp_path):
     torch.manual_seed(0)
     ResNetBackbone(config).save_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path))
-    maps = encoder(encoder.pixels([blob_picture(0)], (64, 96))).maps
+    maps = encoder(encoder.pixels([blob_image(0)], (64, 96))).maps
     assert [tuple(m.shape[1:]) for m in maps] == [(8, 16, 24), (16, 8, 12), (24, 4, 6), (32, 2, 3)]
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError):
@@ -102,7 +102,7 @@ def test_dinov2_folder(tmp_path):
     model.save_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path))
     assert encoder.size_multiple == 14 and encoder.fit(100, 70, 140) == (98, 140)
-    pixels = encoder.pixels([blob_picture(0)], (70, 98))
+    pixels = encoder.pixels([blob_image(0)], (70, 98))
     (last,) = encoder(pixels, stages=(-1,)).maps
     tokens = model(pixels).last_hidden_state[:, 1:]
     torch.testing.assert_close(last.flatten(2).transpose(1, 2), tokens, atol=1e-5, rtol=1e-5)
@@ -119,7 +119,7 @@ def test_plain_vit_folder(tmp_path):
     model = ViTModel(config, add_pooling_layer=False).eval()
     model.save_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path))
-    pixels = encoder.pixels([blob_picture(0)], encoder.fit(96, 64, 72))
+    pixels = encoder.pixels([blob_image(0)], encoder.fit(96, 64, 72))
     maps = encoder(pixels).maps
     assert [tuple(m.shape) for m in maps] == [(1, 32, 6, 9)] * 2
     output = model(pixels, interpolate_pos_encoding=True)
@@ -134,7 +134,7 @@ def test_timm_vision_transformer_of_any_size():
     assert (encoder.size_multiple, encoder.fixed_size) == (16, None)
     size = encoder.fit(90, 60, 96)
     assert size == (64, 96)
-    assert encoder(encoder.pixels([blob_picture(0)], size), stages=(-1,)).maps[0].shape == (1, 192, 4, 6)
+    assert encoder(encoder.pixels([blob_image(0)], size), stages=(-1,)).maps[0].shape == (1, 192, 4, 6)
 
 
 def test_transformers_classifier(tmp_path):
@@ -145,7 +145,7 @@ def test_transformers_classifier(tmp_path):
     model.save_pretrained(tmp_path)
     classifier = load_classifier(str(tmp_path))
     assert classifier.id2label == {0: "bear", 1: "deer", 2: "otter"} and classifier.num_classes == 3
-    pixels = classifier.pixels([blob_picture(0), blob_picture(1)], classifier.fit(96, 64, 48))
+    pixels = classifier.pixels([blob_image(0), blob_image(1)], classifier.fit(96, 64, 48))
     want = model(pixels, interpolate_pos_encoding=True).logits
     torch.testing.assert_close(classifier.classify(pixels), want)
     with pytest.raises(ValueError, match="load_encoder gives feature maps"):
@@ -163,8 +163,8 @@ def test_imagenet_names(weights):
 
 
 def test_pixels_and_groups():
-    images = [blob_picture(0), blob_picture(1, 64, 96), blob_picture(2)]
-    got = pictures_to_pixels(images[:1], (64, 96), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    images = [blob_image(0), blob_image(1, 64, 96), blob_image(2)]
+    got = images_to_pixels(images[:1], (64, 96), (0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     want = np.asarray(images[0], np.float64) / 255
     want = ((want - [0.5, 0.4, 0.3]) / [0.2, 0.3, 0.4]).transpose(2, 0, 1)[None]
     np.testing.assert_allclose(got.numpy(), want, atol=1e-5)

@@ -9,7 +9,7 @@ import sys
 import datasets
 import numpy as np
 import pytest
-from labeling_helpers import picture_folder
+from labeling_helpers import image_folder
 from pycocotools.coco import COCO
 
 from uplvp_hf.data import DataError, load_dataset_rows, read_store
@@ -20,7 +20,7 @@ from uplvp_hf.labeling.pipeline import LabelerBase, label_images
 
 
 class Rectangles(LabelerBase):
-    """None, one, two, ... overlapping rectangles a picture, of classes in turn."""
+    """None, one, two, ... overlapping rectangles an image, of classes in turn."""
 
     name, encoder_name, vocabulary, settings = "rectangles", "none", ("bear", "otter"), {}
 
@@ -38,7 +38,7 @@ class Rectangles(LabelerBase):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("export")
-    dataset = picture_folder(folder / "pictures", 7)
+    dataset = image_folder(folder / "images", 7)
     dataset.categories = [{"id": 7, "name": "otter"}, {"id": 30, "name": "bear"}]  # sparse, not the labeler's order
     label_images(dataset, Rectangles(), None, folder / "labels", progress=False, shard_size=2, batch_size=2)
     assert [len(row["objects"]["score"]) for row in read_store(folder / "labels").rows] == [0, 1, 2, 3, 0, 1, 2]
@@ -58,8 +58,8 @@ def test_coco(store, tmp_path):
             np.testing.assert_array_equal(coco.annToMask(annotation).astype(bool), stored.mask(index, k))
             for key in ("category_id", "bbox", "area", "score"):
                 assert annotation[key] == row["objects"][key][k]
-    pictures = stored.rows[0]["image"].rpartition("/")[0]
-    again = load_dataset_rows(tmp_path / "labels.json", images=pictures)
+    images = stored.rows[0]["image"].rpartition("/")[0]
+    again = load_dataset_rows(tmp_path / "labels.json", images=images)
     assert again.rows == stored.rows and again.categories == stored.categories
 
 
@@ -97,7 +97,7 @@ def test_parquet_in_a_second_process(store, tmp_path, embed):
     assert again.load_image(3).tobytes() == stored.load_image(3).tobytes()
 
 
-def test_dataset_opens_no_picture_and_decodes_no_mask(store, tmp_path, monkeypatch):
+def test_dataset_opens_no_image_and_decodes_no_mask(store, tmp_path, monkeypatch):
     from uplvp_hf.data import rle
 
     monkeypatch.setattr(rle.coco_mask, "decode", None)

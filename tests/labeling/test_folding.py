@@ -8,7 +8,7 @@ from torch import nn
 from uplvp_hf.labeling.folding import fold_batch_norms
 
 
-def randomise(model):
+def randomize(model):
     """Statistics and affine parameters that a forgotten factor would show in."""
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
@@ -25,7 +25,7 @@ def norms(model):
 @pytest.mark.parametrize("name", ["mobilenetv2_035", "resnet18"])
 def test_outputs_stay(name):
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name))
+    model = randomize(timm.create_model(name))
     pixels = torch.randn(2, 3, 64, 96)
     folded = fold_batch_norms(model, pixels[:1, :, :64, :64])
     assert norms(model) > 15 and norms(folded) == 0
@@ -47,7 +47,7 @@ class Shared(nn.Module):
 
 
 def test_what_cannot_be_folded_is_left_alone():
-    model = randomise(Shared())
+    model = randomize(Shared())
     assert fold_batch_norms(model, torch.randn(1, 3, 8, 8)) is model and norms(model) == 1
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     assert fold_batch_norms(plain, torch.randn(1, 3, 8, 8)) is plain

@@ -1,9 +1,9 @@
-"""The foreground labeler: its linear algebra against plain solvers, its batches against single pictures."""
+"""The foreground labeler: its linear algebra against plain solvers, its batches against single images."""
 
 import numpy as np
 import pytest
 import torch
-from labeling_helpers import FixedEncoder, blob_picture, tiny_encoder
+from labeling_helpers import FixedEncoder, blob_image, tiny_encoder
 
 from uplvp_hf.labeling.foreground import ForegroundLabeler, Ridge, foreground_maps, principal_map
 
@@ -40,9 +40,9 @@ def test_ridge_is_the_normal_equation():
 
 
 @pytest.mark.parametrize("refine", [False, True])
-def test_foreground_batches_equal_single_pictures(refine):
+def test_foreground_batches_equal_single_images(refine):
     labeler = ForegroundLabeler(tiny_encoder(), (64, 96), (96,), refine=refine, grid=48)
-    images = [blob_picture(0), blob_picture(1, 64, 80), blob_picture(2)]
+    images = [blob_image(0), blob_image(1, 64, 80), blob_image(2)]
     for image, together in zip(images, labeler(images)):
         (alone,) = labeler([image])
         assert together.masks.shape[1:] == image.size[::-1]
@@ -55,7 +55,7 @@ def test_strong_cells_are_found():
     feature = torch.full((3, 8, 12), 0.1)
     feature[:, 3:6, 4:8] = torch.tensor([1.0, 2.0, 1.5])[:, None, None]
     labeler = ForegroundLabeler(FixedEncoder(feature), (96,), (96,), refine=False)
-    (found,) = labeler([blob_picture(0, 120, 80)])
+    (found,) = labeler([blob_image(0, 120, 80)])
     want = np.zeros((80, 120), bool)
     want[30:60, 40:80] = True
     assert len(found) == 1 and (found.masks[0] & want).sum() / (found.masks[0] | want).sum() > 0.85

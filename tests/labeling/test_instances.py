@@ -47,7 +47,7 @@ def test_connected_components():
 
 def test_filters():
     masks = np.zeros((3, 10, 10), bool)
-    masks[0, :, :5] = True  # half of the picture, 18 of 36 border pixels
+    masks[0, :, :5] = True  # half of the image, 18 of 36 border pixels
     masks[1, 4:6, 4:6] = True
     masks[2] = True
     proposals = Proposals(masks, np.array([0.5, 0.9, 0.8]))

@@ -7,7 +7,7 @@ import sys
 import pytest
 import timm
 import torch
-from labeling_helpers import picture_folder, tiny_clip
+from labeling_helpers import image_folder, tiny_clip
 from safetensors.torch import save_file
 
 from uplvp_hf.commands._label_build import describe_labeler, describe_namer
@@ -18,7 +18,7 @@ from uplvp_hf.data import read_store
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
-    picture_folder(folder / "pictures", 3)
+    image_folder(folder / "images", 3)
     torch.manual_seed(0)
     save_file(timm.create_model("mobilenetv2_035").state_dict(), folder / "weights.safetensors")
     clip = tiny_clip()
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def arguments(folder, *more):
-    return [str(folder / "pictures"), "--quiet", "--device", "cpu", *map(str, more)]
+    return [str(folder / "images"), "--quiet", "--device", "cpu", *map(str, more)]
 
 
 def backbone(folder):
@@ -110,7 +110,7 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
         (["--truth", "t.json"], "--truth is for the report"),
         (["--truth", "/nowhere.json", "--report"], "--truth /nowhere.json: no such file"),
         (["--workers", "0"], "--workers must be at least 1"),
-        (["--calibration-pictures", "0"], "--calibration-pictures must be at least 1"),
+        (["--calibration-images", "0"], "--calibration-images must be at least 1"),
         (["--min-confidence", "nan"], "--min-confidence must be from 0 to 1, got nan"),
         (["--min-confidence", "50"], "--min-confidence must be from 0 to 1, got 50"),
         (["--clip", "CLIP", "--vocabulary", "bear", "--threshold", "nan"], "threshold=nan: must be float"),
@@ -140,9 +140,9 @@ def test_gaussian_of_the_attention(folder, tmp_path, more, want):
 
 def test_empty_and_missing_folders(folder, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for pictures, message in [("empty", "holds no pictures"), ("missing", "no such file or folder")]:
+    for images, message in [("empty", "holds no images"), ("missing", "no such file or folder")]:
         more = ["--output", tmp_path / "labels", "--labeler", "foreground", *backbone(folder)]
-        assert main([str(tmp_path / pictures), *map(str, more)]) == 2
+        assert main([str(tmp_path / images), *map(str, more)]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -157,7 +157,7 @@ def test_settings_reach_labeler_and_namer(folder, tmp_path, capsys):
     call = arguments(folder, "--output", tmp_path / "labels", "--clip", folder / "clip", "--vocabulary", "bear,deer")
     call += ["--image-size", "48", "--set", "peak=1.5", "--set", "side=longer", "--set", "nms_kind=matrix"]
     call += ["--options", '{"top": 3, "namer.context": 0.3, "surroundings": "mean"}', "--set", "max_border=0.5"]
-    call += ["--unnamed", "keep", "--min-confidence", "0.99", "--workers", "1", "--calibration-pictures", "2"]
+    call += ["--unnamed", "keep", "--min-confidence", "0.99", "--workers", "1", "--calibration-images", "2"]
     assert main(call) == 0
     header = json.loads((tmp_path / "labels" / "header.json").read_text())
     settings = header["settings"]
@@ -176,7 +176,7 @@ def test_settings_reach_labeler_and_namer(folder, tmp_path, capsys):
         (["--labeler", "clip"], ["attention = 'naclip'", "peak = None", "surroundings = 'none'", "logit_scale = 50.0"]),
         (["--labeler", "saliency", "--namer", "classifier"], ["threshold = 0.5", "others = 'ignore'"]),
         (["--labeler", "segmenter"], ["min_score = 0.5", "min_area = 32"]),
-        (["--labeler", "uplvp_hf.labeling.baselines:CentreBoxLabeler"], ["side = "]),
+        (["--labeler", "uplvp_hf.labeling.baselines:CenterBoxLabeler"], ["side = "]),
     ],
 )
 def test_settings_are_listed(capsys, words, lines):

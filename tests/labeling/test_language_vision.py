@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from labeling_helpers import blob_picture, tiny_clip
+from labeling_helpers import blob_image, tiny_clip
 
 from uplvp_hf.labeling import language_vision
 from uplvp_hf.labeling.attention import Recipe
@@ -29,7 +29,7 @@ def make(clip, entries=("bear", "deer"), **options):
     return DenseClipLabeler(clip, list(entries), TEMPLATES, image_size=48, window=32, stride=16, **options)
 
 
-def test_templates_are_averaged_then_normalised(clip):
+def test_templates_are_averaged_then_normalized(clip):
     text = embed_classes(clip.model, clip.tokenizer, ["bear, grizzly bear", "deer"], TEMPLATES)
     assert text.owners.tolist() == [0, 0, 1] and text.count == 2
     for vector, name in zip(text.vectors, ["bear", "grizzly bear", "deer"]):
@@ -45,7 +45,7 @@ def test_templates_are_averaged_then_normalised(clip):
 
 
 def test_zscore_calibration(clip):
-    labeler, images = make(clip), [blob_picture(k, 96 + 8 * k) for k in range(3)]
+    labeler, images = make(clip), [blob_image(k, 96 + 8 * k) for k in range(3)]
     with pytest.raises(ValueError, match="not calibrated"):
         labeler(images)
     state = labeler.calibrate(labeler.measure(images))
@@ -67,7 +67,7 @@ def test_zscore_calibration(clip):
 def test_background_names_take_their_share(clip):
     labeler = make(clip, background=["sky"], calibration=None)
     assert labeler.measure([]) == [] and labeler.calibrate([]) == {} and labeler.cutting.threshold == 0.5
-    (grid,) = labeler.similarities([blob_picture(0)])
+    (grid,) = labeler.similarities([blob_image(0)])
     assert grid.shape[0] == 3
     want = (50 * grid).softmax(0)[:2]
     torch.testing.assert_close(labeler.evidence(grid), want)
@@ -77,7 +77,7 @@ def test_background_names_take_their_share(clip):
 
 def test_the_best_name_of_a_class_counts_after_the_softmax(clip):
     labeler = make(clip, entries=["bear, grizzly", "deer"], background="sky", calibration=None)
-    (grid,) = labeler.similarities([blob_picture(0)])
+    (grid,) = labeler.similarities([blob_image(0)])
     names = (50 * grid).softmax(0)
     torch.testing.assert_close(labeler.evidence(grid), torch.stack([names[:2].amax(0), names[2]]))
 
@@ -95,9 +95,9 @@ def test_denoising_drops_classes_that_are_nowhere_probable(clip):
     assert labeler.instances(labeler.evidence(similarities), (8, 16)).labels.tolist() == [0]
 
 
-def test_calibration_pictures_are_encoded_once(clip, monkeypatch):
+def test_calibration_images_are_encoded_once(clip, monkeypatch):
     """Whole batches come from the cache, everything else is encoded; the labels are the same either way."""
-    images = [blob_picture(k, 96 + 8 * k) for k in range(5)]
+    images = [blob_image(k, 96 + 8 * k) for k in range(5)]
     rows = [{"image_id": k, "file_name": f"{k}.png"} for k in range(5)]
     labeler = make(clip)
     statistics = labeler.measure(images[:2], rows[:2]) + labeler.measure(images[2:4], rows[2:4])
@@ -123,15 +123,15 @@ def test_calibration_pictures_are_encoded_once(clip, monkeypatch):
             assert (a.masks == b.masks).all() and (a.scores == b.scores).all()
 
 
-def test_the_cache_is_bounded_and_knows_pictures_by_their_content():
+def test_the_cache_is_bounded_and_knows_images_by_their_content():
     maps = [(torch.zeros(2, 8, 8), None)]  # 512 bytes
     cache = MapCache(1100)
-    keys = [MapCache.key([blob_picture(k)], None) for k in range(3)]
+    keys = [MapCache.key([blob_image(k)], None) for k in range(3)]
     for key in keys:
         cache.put(key, maps)
     assert len(cache) == 2 and cache.held == 1024  # the oldest went
-    assert cache.pop([blob_picture(0)], None) is None
-    assert torch.equal(cache.pop([blob_picture(1)], None)[0][0], maps[0][0])
+    assert cache.pop([blob_image(0)], None) is None
+    assert torch.equal(cache.pop([blob_image(1)], None)[0][0], maps[0][0])
     cache.put(keys[0], [(torch.zeros(2, 80, 80), None)])
     assert len(cache) == 1
 
@@ -187,7 +187,7 @@ def test_precomputed_text_takes_the_place_of_the_text_tower(clip):
     entries = ["bear, grizzly", "deer"]
     text = embed_classes(clip.model, clip.tokenizer, [*entries, "sky"], TEMPLATES)
     options = {"background": ["sky"], "calibration": None}
-    image = blob_picture(0)
+    image = blob_image(0)
     want = make(clip, entries, **options)
     got = make(replace(clip, tokenizer=None), entries, text=text, **options)
     assert torch.equal(got.similarities([image])[0], want.similarities([image])[0])
@@ -202,13 +202,13 @@ def test_precomputed_text_takes_the_place_of_the_text_tower(clip):
 def test_class_agnostic_labels(clip):
     labeler = make(clip, class_agnostic=True, calibration=None, threshold=-1.0, peak=-1.0, min_score=-1.0)
     assert labeler.vocabulary == []
-    (found,) = labeler([blob_picture(0)])
+    (found,) = labeler([blob_image(0)])
     assert found.labels is None
 
 
 def test_splitting_and_refining_in_the_labeler(clip):
     """The maps are the same whether the features or the similarities are averaged over windows."""
-    images = [blob_picture(0, 96, 64), blob_picture(1, 64, 96)]
+    images = [blob_image(0, 96, 64), blob_image(1, 64, 96)]
     plain, split = make(clip), make(clip, split="ncut", refine="pamr", refine_size=40)
     for a, b in zip(plain.similarities(images), split.similarities(images)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -225,12 +225,12 @@ def test_what_cannot_work_is_refused(clip):
         make(clip, tresh=0.3)
     with pytest.raises(ValueError, match="calibration 'minmax' is unknown"):
         make(clip, calibration="minmax")
-    with pytest.raises(ValueError, match="no readable picture to calibrate"):
+    with pytest.raises(ValueError, match="no readable image to calibrate"):
         make(clip).calibrate([])
 
 
 def test_instances_of_a_drawn_evidence_map(clip):
-    """Two blobs of class 0, one of class 1 that overlaps none, one too small, on a grid of the picture's size."""
+    """Two blobs of class 0, one of class 1 that overlaps none, one too small, on a grid of the image's size."""
     labeler = make(clip, calibration=None, threshold=0.5, min_area=0.02, refine=None)
     evidence = torch.zeros(2, 40, 60)
     evidence[0, 5:15, 5:15] = 0.9

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from labeling_helpers import blob_picture, tiny_clip, tiny_encoder
+from labeling_helpers import blob_image, tiny_clip, tiny_encoder
 from PIL import Image
 
 from uplvp_hf.labeling.instances import Proposals
@@ -28,7 +28,7 @@ def test_crop_box_stays_inside():
 
 
 def test_surroundings_of_a_crop():
-    image = blob_picture(0)
+    image = blob_image(0)
     mask = np.zeros((64, 96), dtype=bool)
     mask[20:40, 30:50] = np.eye(20, dtype=bool)[::-1] | np.tri(20, dtype=bool)
     proposals = Proposals.build([mask], [1.0], (64, 96))
@@ -47,11 +47,11 @@ def test_surroundings_of_a_crop():
     assert rough["blur"] < 0.2 * rough["none"]
 
 
-@pytest.mark.parametrize("mode", ["picture", "crop"])
+@pytest.mark.parametrize("mode", ["image", "crop"])
 @pytest.mark.parametrize("others", ["ignore", "count"])
 def test_classifier_namer(mode, others):
     sizes = [(96, 64), (64, 64), (96, 64), (64, 96)]
-    images = [blob_picture(k, *size) for k, size in enumerate(sizes)]
+    images = [blob_image(k, *size) for k, size in enumerate(sizes)]
     proposals = [proposals_of(image.size[::-1], k, seed=k) for k, image in enumerate(images)]
     encoder = tiny_encoder()
     namer = ClassifierNamer(encoder, CLASS_MAP, mode, image_size=64, others=others, batch_size=2)
@@ -97,7 +97,7 @@ def test_unknown_options(options, message):
 def test_clip_namer_probabilities():
     clip = tiny_clip()
     namer = ClipZeroShotNamer(clip, ["bear, grizzly", "deer"])
-    image = blob_picture(0)
+    image = blob_image(0)
     got = namer.probabilities([image])
     pixels = clip.pixels([image], (32, 32))
     with torch.inference_mode():
@@ -117,16 +117,16 @@ def test_clip_namer_probabilities():
 def test_clip_names_each_crop():
     clip = tiny_clip()
     namer = ClipZeroShotNamer(clip, ["bear", "deer"], context=0.2, surroundings="mean", batch_size=2)
-    images = [blob_picture(k) for k in range(3)]
+    images = [blob_image(k) for k in range(3)]
     proposals = [proposals_of((64, 96), count, seed=count) for count in (3, 0, 2)]
     named = namer(images, proposals)
     assert [len(p) for p in named] == [3, 0, 2]
-    grey = tuple(round(255 * value) for value in clip.image_mean)
+    gray = tuple(round(255 * value) for value in clip.image_mean)
     for image, p in zip(images, named):
         for k, box in enumerate(p.masks):
             y, x = np.nonzero(box)
             area = crop_box((x.min(), y.min(), x.max() + 1, y.max() + 1), *image.size, 0.2)
-            crop = Image.new("RGB", image.size, grey)
+            crop = Image.new("RGB", image.size, gray)
             crop.paste(image, (0, 0), Image.fromarray(p.masks[k]))
             want = namer.probabilities([crop.crop(area)])[0]
             assert p.labels[k] == int(want.argmax())

@@ -1,4 +1,4 @@
-"""Normalised cuts against scipy's generalised eigenproblem and against every possible cut."""
+"""Normalized cuts against scipy's generalized eigenproblem and against every possible cut."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from labeling_helpers import FixedEncoder, blob_picture, tiny_encoder
+from labeling_helpers import FixedEncoder, blob_image, tiny_encoder
 from PIL import Image
 
 from uplvp_hf.labeling import ncut
@@ -89,7 +89,7 @@ def test_limits_of_splitting():
     assert min(p.sum() for p in ncut.split_by_ncut(features, whole, min_cells=smallest + 5)[0]) >= smallest + 5
     one_way = features + 40  # all cosines near 1
     assert len(ncut.split_by_ncut(one_way, whole)[0]) == 1
-    assert len(ncut.split_by_ncut(one_way, whole, centre=True)[0]) == 3
+    assert len(ncut.split_by_ncut(one_way, whole, center=True)[0]) == 3
     with pytest.raises(ValueError, match="do not lie on features"):
         ncut.split_by_ncut(features, whole[:, 1:])
 
@@ -145,9 +145,9 @@ def test_small_masks_are_rejected():
 def test_labeler_enlarges_its_masks(refine):
     features, _ = two_objects()
     labeler = NcutLabeler(FixedEncoder(features[0]), image_size=320, refine=refine)
-    picture = np.full((160, 200, 3), 30, np.uint8)
-    picture[30:90, 20:70], picture[80:140, 110:180] = (200, 40, 40), (40, 200, 40)
-    (found,) = labeler([Image.fromarray(picture)])
+    image = np.full((160, 200, 3), 30, np.uint8)
+    image[30:90, 20:70], image[80:140, 110:180] = (200, 40, 40), (40, 200, 40)
+    (found,) = labeler([Image.fromarray(image)])
     assert found.masks.shape == (2, 160, 200) and (found.scores > 0.9).all()
     for area in (np.s_[30:90, 20:70], np.s_[80:140, 110:180]):
         want = np.zeros((160, 200), bool)
@@ -156,9 +156,9 @@ def test_labeler_enlarges_its_masks(refine):
         assert best > (0.85 if refine is None else 0.95)
 
 
-def test_labeler_keeps_pictures_in_their_place():
-    images = [blob_picture(0), blob_picture(1, 64, 80), blob_picture(2)]
-    labeler = NcutLabeler(tiny_encoder(), image_size=160, centre=True, tau=0.0)
+def test_labeler_keeps_images_in_their_place():
+    images = [blob_image(0), blob_image(1, 64, 80), blob_image(2)]
+    labeler = NcutLabeler(tiny_encoder(), image_size=160, center=True, tau=0.0)
     together = labeler(images)
     assert sum(len(p) for p in together) > 0
     for image, found in zip(images, together):

@@ -15,7 +15,7 @@ import datasets
 import label_tiny
 import numpy as np
 import pytest
-from labeling_helpers import blob_picture, picture_folder, tiny_clip, tiny_encoder
+from labeling_helpers import blob_image, image_folder, tiny_clip, tiny_encoder
 
 from uplvp_hf.data import DataError, decode_segmentation, encode_masks, load_dataset_rows, read_store
 from uplvp_hf.data.dataset import RowStream, empty_objects
@@ -33,7 +33,7 @@ def foreground(**options):
     return ForegroundLabeler(tiny_encoder(), (64,), (64,), grid=48, min_area=0.001, **options)
 
 
-def classifier_namer(mode="picture"):
+def classifier_namer(mode="image"):
     return ClassifierNamer(tiny_encoder(), {"bear": [0, 3], "deer": [1], "otter": [5]}, mode, image_size=64)
 
 
@@ -46,7 +46,7 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_resumes_to_the_same_rows(tmp_path, monkeypatch):
-    dataset = picture_folder(tmp_path / "pictures", 11)
+    dataset = image_folder(tmp_path / "images", 11)
     whole = label_images(dataset, foreground(), classifier_namer(), tmp_path / "whole", **QUIET)
     assert (whole.done, whole.skipped, whole.failed) == (11, 0, 0) and whole.instances > 0
 
@@ -73,7 +73,7 @@ def test_a_killed_run_resumes_to_the_same_rows(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
-    dataset = picture_folder(tmp_path / "pictures", 11)
+    dataset = image_folder(tmp_path / "images", 11)
     writes = []
     real = os.fsync
 
@@ -93,7 +93,7 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, monkeypatch):
 
 
 def test_an_interrupt_keeps_the_rows_in_hand(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 4)
+    dataset = image_folder(tmp_path / "images", 4)
     labeler = foreground()
     calls = []
 
@@ -110,9 +110,9 @@ def test_an_interrupt_keeps_the_rows_in_hand(tmp_path):
     assert len(rows_of(tmp_path / "labels")) == 2
 
 
-def test_truncated_pictures_are_listed_and_tried_again(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 5)
-    broken = tmp_path / "pictures" / "002.png"
+def test_truncated_images_are_listed_and_tried_again(tmp_path):
+    dataset = image_folder(tmp_path / "images", 5)
+    broken = tmp_path / "images" / "002.png"
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 2])
     summary = label_images(dataset, foreground(), None, tmp_path / "labels", **QUIET)
@@ -128,7 +128,7 @@ def test_truncated_pictures_are_listed_and_tried_again(tmp_path):
 
 
 def test_other_settings_are_refused_with_the_difference(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 2)
+    dataset = image_folder(tmp_path / "images", 2)
     label_images(dataset, foreground(), None, tmp_path / "labels", **QUIET)
     with pytest.raises(StoreError, match=r"settings.strength: 3.0 in the store, 0.5 now"):
         label_images(dataset, foreground(strength=0.5), None, tmp_path / "labels", **QUIET)
@@ -137,14 +137,14 @@ def test_other_settings_are_refused_with_the_difference(tmp_path):
     with pytest.raises(StoreError, match="already holds"):
         label_images(dataset, foreground(), None, tmp_path / "labels", resume=False, **QUIET)
     with pytest.raises(StoreError, match="is not empty"):
-        label_images(dataset, foreground(), None, tmp_path / "pictures", **QUIET)
+        label_images(dataset, foreground(), None, tmp_path / "images", **QUIET)
 
 
 def test_rows_are_complete(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 5)
+    dataset = image_folder(tmp_path / "images", 5)
     label_images(dataset, foreground(), None, tmp_path / "labels", image_root=tmp_path, **QUIET)
     line = json.loads((tmp_path / "labels" / "rows-00000-00000.jsonl").read_text().splitlines()[1])
-    assert line["image"] == "pictures/001.png"
+    assert line["image"] == "images/001.png"
     stored = read_store(tmp_path / "labels")
     assert len(stored) == 5 and [category["name"] for category in stored.categories] == ["object"]
     for index, row in enumerate(stored.rows):
@@ -168,18 +168,18 @@ def child(*words, launcher=()):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """30 pictures, one of them broken, and their labels by one process in one go."""
+    """30 images, one of them broken, and their labels by one process in one go."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    picture_folder(folder / "pictures", 30)
-    (folder / "pictures" / "013.png").write_bytes((folder / "pictures" / "013.png").read_bytes()[:3000])
-    summary = label_tiny.run(folder / "pictures", folder / "labels")
+    image_folder(folder / "images", 30)
+    (folder / "images" / "013.png").write_bytes((folder / "images" / "013.png").read_bytes()[:3000])
+    summary = label_tiny.run(folder / "images", folder / "labels")
     assert (summary.done, summary.failed) == (29, 1) and summary.instances > 29
     return folder
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_from_outside_ends_with_the_same_bytes(undisturbed, tmp_path):
-    process = child(undisturbed / "pictures", tmp_path / "labels")
+    process = child(undisturbed / "images", tmp_path / "labels")
     deadline = time.monotonic() + 120
     while not (tmp_path / "labels" / "rows-00000-00001.jsonl").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_from_outside_ends_with_the_same_bytes(undisturbed,
     process.wait()
     finished = len(lines_of(tmp_path / "labels"))
     assert 14 <= finished < 29
-    rest = label_tiny.run(undisturbed / "pictures", tmp_path / "labels")
+    rest = label_tiny.run(undisturbed / "images", tmp_path / "labels")
     assert (rest.done, rest.skipped, rest.failed) == (29 - finished, finished, 1)
     for file in sorted((undisturbed / "labels").iterdir()):
         assert (tmp_path / "labels" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -197,7 +197,7 @@ def test_a_run_that_is_killed_from_outside_ends_with_the_same_bytes(undisturbed,
 @pytest.mark.slow
 def test_two_processes_write_the_rows_of_one(undisturbed, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = child(undisturbed / "pictures", tmp_path / "labels", launcher=launcher)
+    process = child(undisturbed / "images", tmp_path / "labels", launcher=launcher)
     printed, _ = process.communicate(timeout=180)
     assert process.returncode == 0, printed
     assert printed.count("'done': 29, 'skipped': 0, 'failed': 1") == 2 and "'processes': 2" in printed
@@ -209,14 +209,14 @@ def test_two_processes_write_the_rows_of_one(undisturbed, tmp_path):
     assert not list((tmp_path / "labels").glob("failures-*"))
 
 
-def test_a_block_with_a_picture_to_repair_is_labelled_as_if_nothing_had_happened(undisturbed, tmp_path):
-    shutil.copytree(undisturbed / "pictures", tmp_path / "pictures")
-    label_tiny.run(tmp_path / "pictures", tmp_path / "labels")
-    picture_folder(tmp_path / "pictures", 30)
-    assert label_tiny.run(tmp_path / "pictures", tmp_path / "labels").done == 1
+def test_a_block_with_an_image_to_repair_is_labeled_as_if_nothing_had_happened(undisturbed, tmp_path):
+    shutil.copytree(undisturbed / "images", tmp_path / "images")
+    label_tiny.run(tmp_path / "images", tmp_path / "labels")
+    image_folder(tmp_path / "images", 30)
+    assert label_tiny.run(tmp_path / "images", tmp_path / "labels").done == 1
     state = json.loads((tmp_path / "labels" / "header.json").read_text())["state"]
     (line,) = [json.loads(line) for line in lines_of(tmp_path / "labels") if b'"013.png"' in line]
-    labeler, dataset = label_tiny.tiny_labeler(), load_dataset_rows(tmp_path / "pictures")
+    labeler, dataset = label_tiny.tiny_labeler(), load_dataset_rows(tmp_path / "images")
     labeler.restore(state)
     block = labeler([dataset.load_image(k) for k in range(12, 16)])
     assert line["objects"]["segmentation"] == encode_masks(block[1].masks)
@@ -224,7 +224,7 @@ def test_a_block_with_a_picture_to_repair_is_labelled_as_if_nothing_had_happened
 
 
 def test_two_runs_on_one_folder_do_not_mix(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 2)
+    dataset = image_folder(tmp_path / "images", 2)
     other = dataset.subset([0])
 
     labeler, seen = foreground(), []
@@ -250,17 +250,17 @@ def test_two_runs_on_one_folder_do_not_mix(tmp_path):
 
 
 def test_too_many_failures_are_an_error_at_the_end(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 5)
+    dataset = image_folder(tmp_path / "images", 5)
     for k in (0, 2):
-        (tmp_path / "pictures" / f"{k:03d}.png").write_bytes(b"broken")
-    with pytest.raises(StoreError, match=r"2 of 5 pictures failed.*0\.3.*failures\.jsonl"):
+        (tmp_path / "images" / f"{k:03d}.png").write_bytes(b"broken")
+    with pytest.raises(StoreError, match=r"2 of 5 images failed.*0\.3.*failures\.jsonl"):
         label_images(dataset, foreground(), None, tmp_path / "labels", max_failed=0.3, **QUIET)
     assert len(rows_of(tmp_path / "labels")) == 3
     assert label_images(dataset, foreground(), None, tmp_path / "labels", max_failed=0.4, **QUIET).failed == 2
 
 
-def test_a_labeler_may_fail_for_one_picture(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 4)
+def test_a_labeler_may_fail_for_one_image(tmp_path):
+    dataset = image_folder(tmp_path / "images", 4)
 
     class Picky(ForegroundLabeler):
         def begin(self, images, rows=None):
@@ -277,7 +277,7 @@ def test_a_labeler_may_fail_for_one_picture(tmp_path):
 
 
 def test_unnamed_masks_are_dropped_or_kept_as_objects(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 3)
+    dataset = image_folder(tmp_path / "images", 3)
 
     class Alternating:
         name, names, settings = "alternating", ["bear"], {}
@@ -308,7 +308,7 @@ def test_unnamed_masks_are_dropped_or_kept_as_objects(tmp_path):
 
 
 def test_calibration_is_kept_for_the_rest_of_a_run(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 6)
+    dataset = image_folder(tmp_path / "images", 6)
     clip = tiny_clip()
     options = {"image_size": 48, "window": 32, "stride": 16, "threshold": 0.3}
     label_images(dataset, DenseClipLabeler(clip, ["bear", "deer"], **options), None, tmp_path / "whole", **QUIET)
@@ -316,7 +316,7 @@ def test_calibration_is_kept_for_the_rest_of_a_run(tmp_path):
         dataset.subset(range(2)), DenseClipLabeler(clip, ["bear", "deer"], **options), None, tmp_path / "parts", **QUIET
     )
     state = json.loads((tmp_path / "parts" / "header.json").read_text())["state"]
-    assert state["calibration"]["pictures"] == 2
+    assert state["calibration"]["images"] == 2
     label_images(dataset, DenseClipLabeler(clip, ["bear", "deer"], **options), None, tmp_path / "parts", **QUIET)
     assert json.loads((tmp_path / "parts" / "header.json").read_text())["state"] == state
     stored = read_store(tmp_path / "whole")
@@ -325,7 +325,7 @@ def test_calibration_is_kept_for_the_rest_of_a_run(tmp_path):
 
 
 def test_confidence_floor_and_agnostic_namer(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 4)
+    dataset = image_folder(tmp_path / "images", 4)
     summary = label_images(dataset, foreground(), classifier_namer(), tmp_path / "none", min_confidence=1.01, **QUIET)
     assert (summary.done, summary.instances) == (4, 0)
     clip = tiny_clip()
@@ -335,11 +335,11 @@ def test_confidence_floor_and_agnostic_namer(tmp_path):
 
 
 def streamed(count, broken=()):
-    """Pictures of `picture_folder` in no file, as a stream that counts how far it was read."""
+    """Images of `image_folder` in no file, as a stream that counts how far it was read."""
     rows, read = [], []
     for k in range(count):
         content = io.BytesIO()
-        blob_picture(k).save(content, "PNG")
+        blob_image(k).save(content, "PNG")
         content = content.getvalue()[: 2000 if k in broken else None]
         sides = {"width": 0 if k in broken else 96, "height": 0 if k in broken else 64}
         rows.append({"image": content, "image_id": k, "file_name": f"{k}", **sides, "objects": empty_objects()})
@@ -352,8 +352,8 @@ def streamed(count, broken=()):
     return RowStream(source, name="streamed"), read
 
 
-def test_a_stream_is_labelled_like_its_files_and_resumed(tmp_path):
-    files = picture_folder(tmp_path / "pictures", 9)
+def test_a_stream_is_labeled_like_its_files_and_resumed(tmp_path):
+    files = image_folder(tmp_path / "images", 9)
     label_images(files, foreground(), None, tmp_path / "files", **QUIET)
     stream, _ = streamed(9, broken=(4,))
     first = label_images(stream, foreground(), None, tmp_path / "labels", limit=3, **QUIET)
@@ -367,20 +367,20 @@ def test_a_stream_is_labelled_like_its_files_and_resumed(tmp_path):
         assert row["objects"] == want[row["image_id"]]["objects"]
         assert row["image"] == str(tmp_path / "labels" / "images" / f"{row['image_id']:09d}.png")
         assert stored.load_image(index).tobytes() == want.load_image(row["image_id"]).tobytes()
-    with pytest.raises(StoreError, match="the picture is in no file"):
+    with pytest.raises(StoreError, match="the image is in no file"):
         label_images(stream, foreground(), None, tmp_path / "unsaved", save_images=False, **QUIET)
 
 
 def test_a_stream_is_calibrated_on_its_beginning_alone(tmp_path):
     stream, read = streamed(12)
     labeler = label_tiny.tiny_labeler()
-    label_images(stream, labeler, None, tmp_path / "labels", calibration_pictures=3, **QUIET)
+    label_images(stream, labeler, None, tmp_path / "labels", calibration_images=3, **QUIET)
     assert read == [0, 1, 2, 3, *range(12)]
     state = json.loads((tmp_path / "labels" / "header.json").read_text())["state"]
-    assert state["calibration"]["pictures"] == 4  # whole batches
+    assert state["calibration"]["images"] == 4  # whole batches
 
 
-def test_memory_holds_a_few_blocks_whatever_the_number_of_pictures(tmp_path):
+def test_memory_holds_a_few_blocks_whatever_the_number_of_images(tmp_path):
     stream, read = streamed(40)
     ahead = []
 
@@ -396,8 +396,8 @@ def test_memory_holds_a_few_blocks_whatever_the_number_of_pictures(tmp_path):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_data_set_of_the_datasets_library_is_labelled_and_resumed(tmp_path, streaming):
-    files = picture_folder(tmp_path / "pictures", 5)
+def test_a_data_set_of_the_datasets_library_is_labeled_and_resumed(tmp_path, streaming):
+    files = image_folder(tmp_path / "images", 5)
     rows = [{"bytes": Path(row["image"]).read_bytes(), "path": None} for row in files.rows]
     table = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
     table.to_parquet(tmp_path / "data.parquet")

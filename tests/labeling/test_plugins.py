@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from labeling_helpers import picture_folder
+from labeling_helpers import image_folder
 
 from uplvp_hf.commands._label_build import describe_labeler
 from uplvp_hf.data import read_store
@@ -28,7 +28,7 @@ def bright(level: int = 200):
 
 
 class Named:
-    name, encoder_name, licence = "named", "nothing", "mit"
+    name, encoder_name, license = "named", "nothing", "mit"
     vocabulary = ["bear", "deer"]
 
     def __init__(self, share=0.5):
@@ -69,31 +69,31 @@ def module(tmp_path, monkeypatch):
 
 
 def test_a_function_is_a_source(module, tmp_path):
-    pictures = picture_folder(tmp_path / "pictures", 3)
+    images = image_folder(tmp_path / "images", 3)
     source = load_plugin("my_source:bright", {"level": 100})
-    summary = label_images(pictures, source, None, tmp_path / "labels", batch_size=2, progress=False)
+    summary = label_images(images, source, None, tmp_path / "labels", batch_size=2, progress=False)
     assert (summary.done, summary.instances) == (3, 3)
     stored = read_store(tmp_path / "labels")
     for index in range(3):
-        assert (stored.mask(index, 0) == (np.asarray(pictures.load_image(index).convert("L")) > 100)).all()
+        assert (stored.mask(index, 0) == (np.asarray(images.load_image(index).convert("L")) > 100)).all()
         assert stored[index]["objects"]["score"] == [1.0]
     settings = json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]
     assert settings["source"] == "my_source:bright" and settings["options"] == {"level": 100}
     import my_source
 
-    assert sorted(name for names in my_source.calls for name in names) == [row["image_id"] for row in pictures.rows]
+    assert sorted(name for names in my_source.calls for name in names) == [row["image_id"] for row in images.rows]
     with pytest.raises(ValueError, match=r"options\.level: 100 in the store, 90 now"):
-        label_images(pictures, load_plugin("my_source:bright", {"level": 90}), None, tmp_path / "labels")
+        label_images(images, load_plugin("my_source:bright", {"level": 90}), None, tmp_path / "labels")
 
 
 def test_a_class_with_names_and_calibration(module, tmp_path):
-    pictures = picture_folder(tmp_path / "pictures", 3)
+    images = image_folder(tmp_path / "images", 3)
     source = load_plugin("my_source:Named", {"share": 0.25})
-    assert (source.name, source.encoder_name, source.licence) == ("named", "nothing", "mit")
-    label_images(pictures, source, None, tmp_path / "labels", progress=False)
+    assert (source.name, source.encoder_name, source.license) == ("named", "nothing", "mit")
+    label_images(images, source, None, tmp_path / "labels", progress=False)
     stored = read_store(tmp_path / "labels")
     header = json.loads((tmp_path / "labels" / "header.json").read_text())
-    want = np.mean([np.asarray(pictures.load_image(k)).mean() for k in range(3)])
+    want = np.mean([np.asarray(images.load_image(k)).mean() for k in range(3)])
     assert header["state"]["mean"] == pytest.approx(want) and header["settings"]["kind"] == "halves"
     names = [stored.id2label[stored.category_ids.index(k)] for k in stored[0]["objects"]["category_id"]]
     assert names == ["deer", "bear"] and stored[0]["objects"]["area"] == [24 * 64, 72 * 64]
@@ -124,8 +124,8 @@ MASK = np.ones((64, 96), bool)
 @pytest.mark.parametrize(
     "results, message",
     [
-        ([], "0 results for 1 pictures"),
-        (None, "must return one result a picture, got None"),
+        ([], "0 results for 1 images"),
+        (None, "must return one result an image, got None"),
         ([{"masks": None}], "000.png: masks must be an array or a list, got None"),
         ([{"masks": [MASK], "score": [0.5]}], "000.png: a result has masks, scores and labels, not 'score'"),
         ([3], "000.png: a result is a Proposals or has 'masks', got int"),
@@ -138,15 +138,15 @@ MASK = np.ones((64, 96), bool)
     ],
 )
 def test_wrong_results_are_named(tmp_path, results, message):
-    pictures = picture_folder(tmp_path, 1)
+    dataset = image_folder(tmp_path, 1)
     source = PluginSource(lambda images, rows: results, "my:source")
     with pytest.raises(ValueError, match=message) as caught:
-        source([pictures.load_image(0)], pictures.rows)
+        source([dataset.load_image(0)], dataset.rows)
     assert str(caught.value).startswith("labeler my:source")
 
 
 def test_labels_are_checked_and_empty_masks_left_out(tmp_path):
-    pictures = picture_folder(tmp_path, 1)
+    dataset = image_folder(tmp_path, 1)
 
     given = {}
 
@@ -156,14 +156,14 @@ def test_labels_are_checked_and_empty_masks_left_out(tmp_path):
 
     propose.vocabulary = ["bear", "deer"]
     source = PluginSource(propose, "my:source")
-    image = [pictures.load_image(0)]
+    image = [dataset.load_image(0)]
     given["labels"] = [1, 0, -1]
-    (found,) = source(image, pictures.rows)
+    (found,) = source(image, dataset.rows)
     assert isinstance(found, Proposals) and found.labels.tolist() == [1, -1] and len(found) == 2
     assert found.scores.tolist() == pytest.approx([0.5, 0.7])
     for given["labels"] in ([0, 1, 2], [0, 1], [0.5, 0, 0], None):
         with pytest.raises(ValueError, match="labels"):
-            source(image, pictures.rows)
+            source(image, dataset.rows)
 
 
 def test_options_that_are_needed(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from labeling_helpers import blob_picture, picture_folder
+from labeling_helpers import blob_image, image_folder
 from safetensors.torch import save_file
 
 from uplvp_hf.data.dataset import empty_objects
@@ -76,7 +76,7 @@ def test_channels_last_and_a_leading_axis(tmp_path):
 
 
 def test_the_path_comes_before_the_name_and_the_id_last(tmp_path):
-    """Two pictures of one name in two folders; a running number that is another picture's name."""
+    """Two images of one name in two folders; a running number that is another image's name."""
     values = {"a/x": 1.0, "b/x": 2.0, "0": 3.0}
     rng = np.random.default_rng(0)
     base = {name: rng.normal(size=(3, 2, 2)) for name in values}
@@ -87,9 +87,7 @@ def test_the_path_comes_before_the_name_and_the_id_last(tmp_path):
     got = features([row(0, "a/x.jpg"), row(1, "b/x.jpg"), row(2, "0.jpg")])
     for feature, name in zip(got, values):
         torch.testing.assert_close(feature, F.normalize(torch.from_numpy(base[name]).float(), dim=0))
-    with pytest.raises(
-        ValueError, match=r"nothing for picture 'c/x.jpg' \(image id 5\); looked for c/x, c/x.jpg, x, 5"
-    ):
+    with pytest.raises(ValueError, match=r"nothing for image 'c/x.jpg' \(image id 5\); looked for c/x, c/x.jpg, x, 5"):
         features([row(5, "c/x.jpg")])  # ambiguous by its name alone
 
 
@@ -114,7 +112,7 @@ def test_unreadable_things_are_named(tmp_path):
 
 def test_labels_from_features_through_the_whole_pipeline(tmp_path):
     """Features that are the text vector of one class inside a rectangle and orthogonal to all outside."""
-    dataset = picture_folder(tmp_path / "pictures", 3)
+    dataset = image_folder(tmp_path / "images", 3)
     features = tmp_path / "features"
     features.mkdir()
     basis = torch.eye(6)
@@ -123,25 +121,25 @@ def test_labels_from_features_through_the_whole_pipeline(tmp_path):
         grid[:, 2:5, 3:7] = (basis[k % 2] + 0.1 * basis[4]).view(6, 1, 1)
         np.save(features / f"{k:03d}.npy", grid.numpy() * 7)
     text = TextEmbeddings(basis[:2], torch.arange(2), 2, ("bear", "deer"))
-    options = {"calibration": None, "refine": None}  # the features, and nothing of the pictures' edges
+    options = {"calibration": None, "refine": None}  # the features, and nothing of the images' edges
     labeler = DenseClipLabeler(PrecomputedFeatures(features), ["bear", "deer"], text=text, **options)
     assert labeler.settings["threshold"] == 0.2 and labeler.settings["min_score"] == 0.15  # UPLVP's t1, t2
     for rows in ([dataset[k] for k in range(3)],):
-        images = [blob_picture(k) for k in range(3)]
+        images = [blob_image(k) for k in range(3)]
         found = labeler(images, rows)
         assert [p.labels.tolist() for p in found] == [[0], [1], [0]]
         assert all(p.masks[0, 16:40, 24:56].all() and p.masks[0].sum() < 32 * 40 for p in found)
     summary = label_images(dataset, labeler, None, tmp_path / "labels", progress=False)
     assert (summary.done, summary.instances) == (3, 3)
     with pytest.raises(ValueError, match="call with rows"):
-        labeler([blob_picture(0)])
+        labeler([blob_image(0)])
     with pytest.raises(ValueError, match="precomputed features need `text`"):
         DenseClipLabeler(PrecomputedFeatures(features), ["bear"])
 
 
-def test_one_bad_file_is_one_failed_picture(tmp_path):
-    """Missing, cut off and not finite: the other pictures are labelled nonetheless."""
-    dataset = picture_folder(tmp_path / "pictures", 6)
+def test_one_bad_file_is_one_failed_image(tmp_path):
+    """Missing, cut off and not finite: the other images are labeled nonetheless."""
+    dataset = image_folder(tmp_path / "images", 6)
     features = tmp_path / "features"
     features.mkdir()
     for k in range(6):
@@ -156,17 +154,17 @@ def test_one_bad_file_is_one_failed_picture(tmp_path):
     summary = label_images(dataset, labeler, None, tmp_path / "labels", progress=False, max_failed=0.7)
     assert (summary.done, summary.failed) == (2, 4)
     reasons = [entry["reason"] for entry in read_failures(tmp_path / "labels")]
-    for reason, word in zip(reasons, ("nothing for picture '001", "002.npy: cannot be read", "not finite", "004.npz")):
+    for reason, word in zip(reasons, ("nothing for image '001", "002.npy: cannot be read", "not finite", "004.npz")):
         assert word in reason
 
 
 def test_nothing_to_calibrate_on_is_explained(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 2)
+    dataset = image_folder(tmp_path / "images", 2)
     (tmp_path / "features").mkdir()
     np.save(tmp_path / "features" / "other.npy", np.ones((6, 8, 12)))
     text = TextEmbeddings(torch.eye(6)[:2], torch.arange(2), 2, ("bear", "deer"))
     labeler = DenseClipLabeler(PrecomputedFeatures(tmp_path / "features"), ["bear", "deer"], text=text)
-    with pytest.raises(ValueError, match=r"no picture can be calibrated on; the first: .*nothing for picture '000"):
+    with pytest.raises(ValueError, match=r"no image can be calibrated on; the first: .*nothing for image '000"):
         label_images(dataset, labeler, None, tmp_path / "labels", progress=False)
 
 

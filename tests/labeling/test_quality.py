@@ -14,9 +14,9 @@ from uplvp_hf.data.rle import encode_masks
 from uplvp_hf.labeling.quality import proposal_quality
 
 
-def dataset(pictures, names, key="image_id"):
+def dataset(images, names, key="image_id"):
     rows = []
-    for number, (masks, labels, crowd) in enumerate(pictures):
+    for number, (masks, labels, crowd) in enumerate(images):
         objects = empty_objects()
         objects["segmentation"] = encode_masks(np.array(masks)) if len(masks) else []
         objects["category_id"], objects["iscrowd"] = list(labels), list(crowd)
@@ -27,12 +27,12 @@ def dataset(pictures, names, key="image_id"):
 def test_against_brute_force():
     rng = np.random.default_rng(0)
 
-    def picture(count, crowd=False):
+    def image(count, crowd=False):
         masks = rng.random((count, 10, 12)) > rng.uniform(0.2, 0.8)
         return masks, rng.integers(1, 3, count), [int(crowd and k == 0) for k in range(count)]
 
-    true = [picture(3, crowd=True), picture(0), picture(2), picture(2)]
-    predicted = [picture(4), picture(2), picture(0), picture(3)]
+    true = [image(3, crowd=True), image(0), image(2), image(2)]
+    predicted = [image(4), image(2), image(0), image(3)]
     got = proposal_quality(dataset(predicted, {1: "a", 2: "b"}), dataset(true, {1: "b", 2: "a"}), threshold=0.45)
     for suffix in ("", "_named"):
         best_true, best_proposal = [], []
@@ -48,11 +48,11 @@ def test_against_brute_force():
         assert got["mean_best_iou" + suffix] == pytest.approx(np.mean(best_true))
         assert got["recall" + suffix] == pytest.approx(np.mean(np.array(best_true) >= 0.45))
         assert got["precision" + suffix] == pytest.approx(np.mean(np.array(best_proposal) >= 0.45))
-    assert (got["pictures"], got["instances"], got["proposals"]) == (4, 6, 9)
+    assert (got["images"], got["instances"], got["proposals"]) == (4, 6, 9)
 
 
 def thirds():
-    """Three disjoint thirds of a picture."""
+    """Three disjoint thirds of an image."""
     masks = np.zeros((3, 10, 12), bool)
     for k in range(3):
         masks[k, :, 4 * k : 4 * k + 4] = True
@@ -73,12 +73,12 @@ def test_average_precision_is_pycocotools():
     rng = np.random.default_rng(3)
     base = thirds()
     true = dataset([(base, [1, 1, 2], [0, 0, 0]), (base[:2], [2, 2], [0, 1])], {1: "b", 2: "a"})
-    pictures, scores = [], []
+    entries, scores = [], []
     for _ in range(2):
         masks = np.concatenate([base, base]) ^ (rng.random((6, 10, 12)) < 0.15)
-        pictures.append((masks, rng.integers(1, 3, 6), [0] * 6))
+        entries.append((masks, rng.integers(1, 3, 6), [0] * 6))
         scores.append(rng.random(6).round(3).tolist())
-    predicted = dataset(pictures, {1: "a", 2: "b"})  # the ids carry swapped names
+    predicted = dataset(entries, {1: "a", 2: "b"})  # the ids carry swapped names
     for row, values in zip(predicted.rows, scores):
         row["objects"]["score"] = values
     got = proposal_quality(predicted, true, average_precision=True)

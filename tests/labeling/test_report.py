@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from labeling_helpers import picture_folder
+from labeling_helpers import image_folder
 
 from uplvp_hf.data import DataError, load_dataset_rows, read_store
 from uplvp_hf.labeling.instances import Proposals
@@ -18,9 +18,9 @@ from uplvp_hf.labeling.sources import MaskFileSource
 
 
 class Squares(LabelerBase):
-    """As many squares as the picture's number modulo 4; `calls` is one score a picture."""
+    """As many squares as the image's number modulo 4; `calls` is one score an image."""
 
-    name, encoder_name, vocabulary, licence = "squares", "none at all", ("bear", "<deer>"), "cc-by-4.0"
+    name, encoder_name, vocabulary, license = "squares", "none at all", ("bear", "<deer>"), "cc-by-4.0"
     settings = {"sizes": [8, 16], "nested": {"depth": 2}}
 
     def __call__(self, images, rows=None):
@@ -36,8 +36,8 @@ class Squares(LabelerBase):
 
 @pytest.fixture
 def store(tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 12)
-    (tmp_path / "pictures" / "005.png").write_bytes(b"not a picture at all")
+    dataset = image_folder(tmp_path / "images", 12)
+    (tmp_path / "images" / "005.png").write_bytes(b"not an image at all")
     label_images(dataset, Squares(), None, tmp_path / "labels", progress=False, batch_size=2, shard_size=2)
     return tmp_path / "labels"
 
@@ -49,7 +49,7 @@ def outside(page):
 
 
 def words(page):
-    """Lower case, without the pictures, in which any letters may occur."""
+    """Lower case, without the images, in which any letters may occur."""
     return re.sub(r'data:image[^"]*', "", page).lower()
 
 
@@ -59,10 +59,10 @@ def test_numbers(store, tmp_path):
     counts = [k % 4 for k in kept]
     assert (numbers["done"], numbers["failed"]) == (11, 1)
     assert numbers["instances"] == sum(counts) and numbers["empty"] == counts.count(0)
-    assert numbers["instances_per_picture"] == pytest.approx(sum(counts) / 11)
+    assert numbers["instances_per_image"] == pytest.approx(sum(counts) / 11)
     bear, deer = numbers["classes"]
     assert bear["instances"] == sum((c + 1) // 2 for c in counts) and deer["instances"] == sum(c // 2 for c in counts)
-    assert bear["pictures"] == sum(c > 0 for c in counts) and deer["pictures"] == sum(c > 1 for c in counts)
+    assert bear["images"] == sum(c > 0 for c in counts) and deer["images"] == sum(c > 1 for c in counts)
     scores = [(k + 1) / 20 + 0.1 for k in kept if k % 4 > 1]
     assert deer["mean_score"] == pytest.approx(np.mean(scores))
     assert deer["mean_area"] == pytest.approx(16 * 16 / (64 * 96))
@@ -77,7 +77,7 @@ def test_numbers(store, tmp_path):
         "8, 16",
         "&lt;deer&gt;",
         "005.png",
-        "is not a picture",
+        "is not an image",
     ):
         assert text in page
     assert "<deer>" not in page and str(store) in page
@@ -131,12 +131,12 @@ def test_against_the_truth(scenes_dir, tmp_path):
     assert page.count("data:image/jpeg") == 2 * 6 and "Against the truth" in page and outside(page) == []
     (tmp_path / "other").mkdir()
     with pytest.raises(DataError, match="share neither"):
-        write_report(tmp_path / "labels", tmp_path / "r.html", truth=picture_folder(tmp_path / "other", 2))
+        write_report(tmp_path / "labels", tmp_path / "r.html", truth=image_folder(tmp_path / "other", 2))
     assert not (tmp_path / "r.html").exists()
 
 
-def test_no_instance_and_no_picture(scenes_dir, tmp_path):
-    dataset = picture_folder(tmp_path / "pictures", 2)
+def test_no_instance_and_no_image(scenes_dir, tmp_path):
+    dataset = image_folder(tmp_path / "images", 2)
 
     class Nothing(Squares):
         def propose(self, image, number):
@@ -147,7 +147,7 @@ def test_no_instance_and_no_picture(scenes_dir, tmp_path):
     assert (numbers["done"], numbers["instances"], numbers["empty"]) == (2, 0, 2)
     assert numbers["quality"]["recall"] is None and numbers["classes"][0]["mean_score"] is None
     page = (tmp_path / "report.html").read_text()
-    assert "nan" not in words(page) and "Pictures without any mask" in page and "Best mean score" not in page
+    assert "nan" not in words(page) and "Images without any mask" in page and "Best mean score" not in page
 
     for row in dataset.rows:
         with open(row["image"], "wb"):
@@ -159,21 +159,21 @@ def test_no_instance_and_no_picture(scenes_dir, tmp_path):
         assert "nan" not in words((tmp_path / "report.html").read_text())
 
 
-def test_pictures_that_are_gone_are_named(store, tmp_path):
-    (tmp_path / "pictures" / "011.png").unlink()
+def test_images_that_are_gone_are_named(store, tmp_path):
+    (tmp_path / "images" / "011.png").unlink()
     write_report(store, tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert re.search(r"011\.png: 3 masks, mean score 0\.70 \([^)]*(no such|missing|cannot)", page)
     assert page.count("data:image/jpeg") == 10
     with pytest.raises(DataError, match=r"header\.json"):
-        write_report(tmp_path / "pictures", tmp_path / "other.html")
+        write_report(tmp_path / "images", tmp_path / "other.html")
 
 
-def test_large_pictures_are_made_small(tmp_path):
+def test_large_images_are_made_small(tmp_path):
     from PIL import Image
 
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (3000, 1000), "green").save(tmp_path / "pictures" / "001.jpg")
-    label_images(load_dataset_rows(tmp_path / "pictures"), Squares(), None, tmp_path / "labels", progress=False)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (3000, 1000), "green").save(tmp_path / "images" / "001.jpg")
+    label_images(load_dataset_rows(tmp_path / "images"), Squares(), None, tmp_path / "labels", progress=False)
     write_report(tmp_path / "labels", tmp_path / "report.html")
     assert (tmp_path / "report.html").stat().st_size < 100_000

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from labeling_helpers import FixedEncoder, blob_picture, tiny_encoder
+from labeling_helpers import FixedEncoder, blob_image, tiny_encoder
 
 from uplvp_hf.labeling import saliency
 from uplvp_hf.labeling.saliency import SaliencyLabeler
@@ -11,7 +11,7 @@ from uplvp_hf.labeling.saliency import SaliencyLabeler
 
 def everything(**options):
     """Options that filter nothing."""
-    return {"min_centre": 0.0, "max_width": 2.0, "min_score": 0.0} | options
+    return {"min_center": 0.0, "max_width": 2.0, "min_score": 0.0} | options
 
 
 def test_a_flat_map_gives_no_mask_and_no_nan():
@@ -19,7 +19,7 @@ def test_a_flat_map_gives_no_mask_and_no_nan():
     assert not saliency.similarity_maps(features, saliency.make_queries(features)).isnan().any()
     for variant in saliency.VARIANTS:
         labeler = SaliencyLabeler(FixedEncoder(torch.ones(4, 3, 3)), image_size=96, variant=variant)
-        (found,) = labeler([blob_picture(0)])
+        (found,) = labeler([blob_image(0)])
         assert found.masks.shape == (0, 64, 96)
 
 
@@ -28,13 +28,13 @@ def test_the_odd_cells_are_found():
     feature[0] = 1
     feature[:, 3:5, 4:7] = torch.tensor([0.0, 1.0])[:, None, None]
     labeler = SaliencyLabeler(FixedEncoder(feature), image_size=288, **everything())
-    (found,) = labeler([blob_picture(0, 90, 60)])
+    (found,) = labeler([blob_image(0, 90, 60)])
     object_mask = min(found.masks, key=lambda mask: mask.sum())
     want = np.zeros((60, 90), bool)
     want[30:50, 40:70] = True
     assert (object_mask & want).sum() / (object_mask | want).sum() > 0.8
     shifted = SaliencyLabeler(FixedEncoder(feature), image_size=288, cell_offset=0.5, **everything())
-    moved = min(shifted([blob_picture(0, 90, 60)])[0].masks, key=lambda mask: mask.sum())
+    moved = min(shifted([blob_image(0, 90, 60)])[0].masks, key=lambda mask: mask.sum())
     assert (moved[5:, 5:] == object_mask[:-5, :-5]).all()  # half a cell of 10 pixels
 
 
@@ -50,9 +50,9 @@ def test_a_batch_of_maps_equals_its_maps():
         assert torch.equal(c[v], c[v].sort(descending=True).values)
 
 
-def test_pictures_of_several_sizes_keep_their_place():
+def test_images_of_several_sizes_keep_their_place():
     labeler = SaliencyLabeler(tiny_encoder(), image_size=128, stage=-2, **everything(top=5))
-    images = [blob_picture(0), blob_picture(1, 64, 80), blob_picture(2)]
+    images = [blob_image(0), blob_image(1, 64, 80), blob_image(2)]
     for image, together in zip(images, labeler(images)):
         (alone,) = labeler([image])
         assert together.masks.shape[1:] == image.size[::-1] and 0 < len(together) <= 5
@@ -75,7 +75,7 @@ def bars(*areas):
     "variant, kept", [("offline", [True, False, False, False]), ("online", [True, True, True, False])]
 )
 def test_filters_of_the_variants(variant, kept):
-    """A fine mask; one near the top (centre row 3 of 20); one over the whole width; one that has decayed."""
+    """A fine mask; one near the top (center row 3 of 20); one over the whole width; one that has decayed."""
     masks = bars((8, 14, 4, 12), (2, 5, 4, 12), (10, 14, 0, 20), (8, 14, 4, 12))
     filters = {k: v for k, v in saliency.VARIANTS[variant].items() if k != "when_empty"}
     assert saliency.keep_plausible(masks, torch.tensor([0.9, 0.8, 0.8, 0.69]), **filters).tolist() == kept
@@ -91,7 +91,7 @@ def test_filter_of_the_supervised_variant():
 
 
 def test_when_nothing_survives():
-    images = [blob_picture(0), blob_picture(1)]
+    images = [blob_image(0), blob_image(1)]
     options = {"image_size": 96, "stage": 0, "min_score": 1.5}
     skipped = SaliencyLabeler(tiny_encoder(), **options)(images)
     assert [len(p) for p in skipped] == [0, 0]

@@ -59,7 +59,7 @@ def test_matrix_nms(recorded, kernel, sigma, agnostic):
 
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
-def test_centre_of_mass(recorded, case):
+def test_center_of_mass(recorded, case):
     x, y, _, _ = saliency.mass_geometry((saliency.propose(recorded[f"{case}.feat"])[0] >= 0.5).float())
     torch.testing.assert_close(x, recorded[f"{case}.center_ws"], **close)
     torch.testing.assert_close(y, recorded[f"{case}.center_hs"], **close)

@@ -14,7 +14,7 @@ from uplvp_hf.labeling.refine import pamr
 from uplvp_hf.labeling.segments import class_layers, class_map, connected_segments
 
 SIZE = 53, 71
-unrefined = partial(Cutting, refine=None)  # without a picture
+unrefined = partial(Cutting, refine=None)  # without an image
 
 
 def noise(seed, classes=7, height=9, width=13, smooth=True):
@@ -67,8 +67,8 @@ def test_segments_are_the_components_of_every_class(fill):
     want = []
     for label in range(7):
         area = owners == label
-        labelled, count = ndimage.label(ndimage.binary_fill_holes(area) if fill else area)
-        masks = [labelled == k for k in range(1, count + 1)]
+        labeled, count = ndimage.label(ndimage.binary_fill_holes(area) if fill else area)
+        masks = [labeled == k for k in range(1, count + 1)]
         want += [(label, mask) for mask in masks if mask.sum() >= 12]
     assert len(got) == len(want) > 5
     for segment, (label, mask) in zip(got, want):
@@ -79,14 +79,14 @@ def test_segments_are_the_components_of_every_class(fill):
 
 @pytest.mark.parametrize("size", [(1, 9), (9, 1), (17, 23), (40, 8)])
 def test_pieces_of_random_maps(size):
-    """Specks, neighbours at row ends, single rows and columns."""
+    """Specks, neighbors at row ends, single rows and columns."""
     rng = np.random.default_rng(size[0])
     owners, values = rng.integers(-1, 3, size).astype(np.int32), rng.random(size).astype(np.float32)
     for least, labels in ((1, None), (3, None), (1, {0, 2})):
         want = []
         for label in range(3) if labels is None else sorted(labels):
-            labelled, count = ndimage.label(owners == label)
-            want += [(label, labelled == k) for k in range(1, count + 1) if (labelled == k).sum() >= least]
+            labeled, count = ndimage.label(owners == label)
+            want += [(label, labeled == k) for k in range(1, count + 1) if (labeled == k).sum() >= least]
         got = connected_segments(owners, values, least, labels=labels)
         assert [segment.label for segment in got] == [label for label, _ in want]
         assert all((segment.full(size) == mask).all() for segment, (_, mask) in zip(got, want))
@@ -96,9 +96,9 @@ def brute_force(evidence, size, threshold, peak, min_area, max_area, max_border,
     maps = enlarged(evidence, size).numpy()
     found = []
     for label in range(len(maps)):
-        labelled, count = ndimage.label((maps.argmax(0) == label) & (maps.max(0) > threshold))
+        labeled, count = ndimage.label((maps.argmax(0) == label) & (maps.max(0) > threshold))
         for k in range(1, count + 1):
-            mask = labelled == k
+            mask = labeled == k
             edge = np.concatenate([mask[0], mask[-1], mask[1:-1, 0], mask[1:-1, -1]])
             if min_area <= mask.mean() <= max_area and maps[label][mask].max() >= peak and edge.mean() <= max_border:
                 found.append((maps[label][mask].mean(), label, mask))
@@ -160,9 +160,9 @@ def test_ncut_splits_what_the_features_tell_apart():
 
 
 def test_pamr_is_applied_to_the_enlarged_evidence_before_the_class_map():
-    from labeling_helpers import blob_picture
+    from labeling_helpers import blob_image
 
-    image, evidence = blob_picture(3, 96, 64), noise(6, 3, 8, 12)
+    image, evidence = blob_image(3, 96, 64), noise(6, 3, 8, 12)
     cutting = Cutting(0.4, 0.4, 0.0, refine_size=32)
     got = cut_instances(evidence, (64, 96), cutting, lambda mean: mean, image)
     small = torch.from_numpy(np.asarray(image.resize((48, 32), 2)).copy()).permute(2, 0, 1)[None] / 255
@@ -173,7 +173,7 @@ def test_pamr_is_applied_to_the_enlarged_evidence_before_the_class_map():
         assert (mask != other).sum() <= 2
     plain = cut_instances(evidence, (64, 96), unrefined(0.4, 0.4, 0.0), lambda mean: mean)
     assert len(plain) != len(got) or (plain.masks != got.masks).any()
-    with pytest.raises(ValueError, match="needs the picture"):
+    with pytest.raises(ValueError, match="needs the image"):
         cut_instances(evidence, (64, 96), cutting, lambda mean: mean)
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from labeling_helpers import picture_folder
+from labeling_helpers import image_folder
 
 from uplvp_hf.data import DataError, decode_segmentation, encode_masks, load_dataset_rows, read_store
 from uplvp_hf.data.dataset import InstanceDataset
@@ -57,14 +57,14 @@ def test_other_masks_are_not_mixed_into_a_store(scenes_dir, tmp_path):
     changed = InstanceDataset([dict(row) for row in truth.rows], truth.categories)
     changed.rows[0]["objects"] = {key: value[:1] for key, value in changed.rows[0]["objects"].items()}
     assert first.settings == MaskFileSource(truth).settings != MaskFileSource(changed).settings
-    label_images(truth.unlabelled(), first, None, tmp_path / "labels", **QUIET)
+    label_images(truth.unlabeled(), first, None, tmp_path / "labels", **QUIET)
     with pytest.raises(ValueError, match=r"settings\.content"):
-        label_images(truth.unlabelled(), MaskFileSource(changed), None, tmp_path / "labels", **QUIET)
+        label_images(truth.unlabeled(), MaskFileSource(changed), None, tmp_path / "labels", **QUIET)
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return picture_folder(tmp_path / "pictures", 4)
+def images(tmp_path):
+    return image_folder(tmp_path / "images", 4)
 
 
 def results_file(path, rows, **changes):
@@ -83,36 +83,36 @@ def results_file(path, rows, **changes):
     return path
 
 
-def test_results_lists_and_limits(pictures, tmp_path):
-    file = results_file(tmp_path / "results.json", pictures.rows[:3])
+def test_results_lists_and_limits(images, tmp_path):
+    file = results_file(tmp_path / "results.json", images.rows[:3])
     source = MaskFileSource(file, min_area=7, min_score=0.3, top=1)
     assert source.vocabulary == ["5", "6"]
-    found = call(source, pictures)
+    found = call(source, images)
     assert [len(p) for p in found] == [1, 1, 1, 0]
     for p in found[:3]:
         assert p.masks[0].sum() == 10 * 11 and p.scores[0] == pytest.approx(0.8) and p.labels[0] == 0
-    assert source.notes == [f"1 pictures are not in {file}: they got no masks"]
-    summary = label_images(pictures, MaskFileSource(file, missing="fail"), None, tmp_path / "labels", **QUIET)
+    assert source.notes == [f"1 images are not in {file}: they got no masks"]
+    summary = label_images(images, MaskFileSource(file, missing="fail"), None, tmp_path / "labels", **QUIET)
     assert (summary.done, summary.failed) == (3, 1)
     (failure,) = read_store(tmp_path / "labels").failures
-    assert failure["file"] == pictures[3]["image"] and f"003.png: is not in {file}" in failure["reason"]
+    assert failure["file"] == images[3]["image"] and f"003.png: is not in {file}" in failure["reason"]
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"categories": [{"id": 5, "name": "bear"}, {"id": 6, "name": "deer"}]}))
     source = MaskFileSource(file, categories=str(names))
     assert source.vocabulary == ["bear", "deer"]
-    assert call(source, pictures, [0])[0].scores.tolist() == pytest.approx([0.8, 0.5, 0.2])
+    assert call(source, images, [0])[0].scores.tolist() == pytest.approx([0.8, 0.5, 0.2])
     names.write_text(json.dumps({"categories": [{"id": 5, "name": "bear"}]}))
     with pytest.raises(DataError, match="names no category 6"):
         MaskFileSource(file, categories=str(names))
 
 
-def test_damaged_results(pictures, tmp_path):
+def test_damaged_results(images, tmp_path):
     file = tmp_path / "results.json"
-    source = MaskFileSource(results_file(file, pictures.rows, segmentation={"size": [64, 96], "counts": "0"}))
-    assert [len(p) for p in call(source, pictures)] == [2, 3, 3, 3]
+    source = MaskFileSource(results_file(file, images.rows, segmentation={"size": [64, 96], "counts": "0"}))
+    assert [len(p) for p in call(source, images)] == [2, 3, 3, 3]
     assert source.notes == [f"1 masks of {file} are malformed and were left out"]
     with pytest.raises(DataError, match=r"entry 0.*finite"):
-        MaskFileSource(results_file(file, pictures.rows, score=float("nan")))
+        MaskFileSource(results_file(file, images.rows, score=float("nan")))
     file.write_text('[{"image_id": 1}]')
     with pytest.raises(DataError, match=r"entry 0: has no 'category_id'"):
         MaskFileSource(file)
@@ -124,18 +124,18 @@ def test_damaged_results(pictures, tmp_path):
         MaskFileSource(file, match="name")
 
 
-def test_pictures_are_matched_by_name_before_id(pictures):
-    rows = [dict(row) for row in pictures.rows]
+def test_images_are_matched_by_name_before_id(images):
+    rows = [dict(row) for row in images.rows]
     for index, row in enumerate(rows):  # ids of another numbering, names in another folder
-        row |= {"image_id": pictures[(index + 1) % 4]["image_id"], "file_name": f"elsewhere/{row['file_name']}"}
+        row |= {"image_id": images[(index + 1) % 4]["image_id"], "file_name": f"elsewhere/{row['file_name']}"}
     other = InstanceDataset(rows, [])
-    assert [MaskFileSource(other).find(row) for row in pictures.rows] == [0, 1, 2, 3]
-    assert [MaskFileSource(other, match="image_id").find(row) for row in pictures.rows] == [3, 0, 1, 2]
+    assert [MaskFileSource(other).find(row) for row in images.rows] == [0, 1, 2, 3]
+    assert [MaskFileSource(other, match="image_id").find(row) for row in images.rows] == [3, 0, 1, 2]
     twice = InstanceDataset([{**rows[0], "file_name": f"{k}/000.png", "image_id": k} for k in "ab"], [])
-    assert MaskFileSource(twice).find(pictures[0]) is None  # which of the two is not said
+    assert MaskFileSource(twice).find(images[0]) is None  # which of the two is not said
     rows[0] |= {"width": 50}
     with pytest.raises(DataError, match=r"000.png: has 96x64 pixels, but 50x64 in"):
-        call(MaskFileSource(InstanceDataset(rows, [], "masks.json")), pictures, [0])
+        call(MaskFileSource(InstanceDataset(rows, [], "masks.json")), images, [0])
 
 
 @pytest.fixture(scope="module")
@@ -160,14 +160,14 @@ def sam_folder(tmp_path_factory):
     return folder
 
 
-def test_a_mask_generator(sam_folder, pictures, tmp_path):
+def test_a_mask_generator(sam_folder, images, tmp_path):
     from transformers import pipeline
 
     options = {"points": 4, "min_iou": -100.0, "min_stability": 0.0, "nms": 1.0, "max_area": 1.0}
     source = MaskGeneratorSource(str(sam_folder), points_batch=5, mask_nms=0.8, top=3, **options)
-    assert source.licence == "apache-2.0" and source.vocabulary == ()
+    assert source.license == "apache-2.0" and source.vocabulary == ()
     generator = pipeline("mask-generation", model=str(sam_folder), device="cpu")
-    for image, got in zip([pictures.load_image(k) for k in range(3)], call(source, pictures, range(3))):
+    for image, got in zip([images.load_image(k) for k in range(3)], call(source, images, range(3))):
         raw = generator(image, points_per_crop=4, pred_iou_thresh=-100, stability_score_thresh=0, crops_nms_thresh=1.0)
         masks = np.stack([np.asarray(mask) for mask in raw["masks"]])
         order = np.argsort(-raw["scores"].numpy().clip(0, 1), kind="stable")
@@ -181,8 +181,8 @@ def test_a_mask_generator(sam_folder, pictures, tmp_path):
         assert (got.masks == masks[kept[:3]]).all() and got.labels is None
         assert got.scores.tolist() == pytest.approx(raw["scores"].numpy().clip(0, 1)[kept[:3]].tolist(), abs=1e-6)
     nothing = MaskGeneratorSource(str(sam_folder), points=2, min_iou=2.0)
-    assert [len(p) for p in call(nothing, pictures)] == [0, 0, 0, 0]
-    summary = label_images(pictures, source, None, tmp_path / "labels", **QUIET)
+    assert [len(p) for p in call(nothing, images)] == [0, 0, 0, 0]
+    summary = label_images(images, source, None, tmp_path / "labels", **QUIET)
     header = json.loads((tmp_path / "labels" / "header.json").read_text())
     assert summary.done == 4 and header["settings"]["points_per_crop"] == 4 and header["encoder"] == str(sam_folder)
 
@@ -198,7 +198,7 @@ def test_not_every_model_generates_masks(tmp_path):
 def test_self_training_keeps_what_is_sure_and_large(tiny_model_dir, scenes_dir, tmp_path):
     from uplvp_hf.evaluation.predictor import load_segmenter, predict_dataset
 
-    dataset = load_dataset_rows(scenes_dir).unlabelled()
+    dataset = load_dataset_rows(scenes_dir).unlabeled()
     model, processor = load_segmenter(str(tiny_model_dir), "cpu")
     raw = [result for _, result in predict_dataset(model, processor, dataset, progress=False)]
     every = np.sort(np.concatenate([result["scores"].numpy() for result in raw]))

@@ -10,7 +10,7 @@ from uplvp_hf.labeling.store import StoreError, StoreWriter, make_header
 
 
 def header(**changes):
-    values = {"labeler": "l", "encoder": "e", "vocabulary": ["a"], "settings": {"x": 1}, "licence": "mit"}
+    values = {"labeler": "l", "encoder": "e", "vocabulary": ["a"], "settings": {"x": 1}, "license": "mit"}
     return make_header(**values | {"categories": [{"id": 1, "name": "a"}], "batch_size": 4} | changes)
 
 
@@ -64,13 +64,13 @@ def test_shards_hold_whole_blocks(tmp_path):
 def test_header(tmp_path, caplog):
     started(tmp_path)
     stored = json.loads((tmp_path / "header.json").read_text())
-    assert (stored["licence"], stored["batch_size"], stored["schema_version"]) == ("mit", 4, 1)
+    assert (stored["license"], stored["batch_size"], stored["schema_version"]) == ("mit", 4, 1)
     with caplog.at_level(logging.WARNING):
         StoreWriter(tmp_path, header(batch_size=8))
-    assert "batches of 4 pictures, now 8" in caplog.text
+    assert "batches of 4 images, now 8" in caplog.text
     with pytest.raises(StoreError, match=r"settings\.x: 1 in the store, 2 now"):
         StoreWriter(tmp_path, header(settings={"x": 2}))
-    stored.pop("licence"), stored.pop("batch_size")  # as the first release wrote it
+    stored.pop("license"), stored.pop("batch_size")  # as the first release wrote it
     (tmp_path / "header.json").write_text(json.dumps(stored))
     assert StoreWriter(tmp_path, header()).resumed
 

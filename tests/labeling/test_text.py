@@ -75,7 +75,7 @@ def test_embeddings_survive_their_file(text, tmp_path):
 
 
 def test_files_of_others(tmp_path):
-    """Not normalised, the classes in the columns, names in a file beside; other tensors around."""
+    """Not normalized, the classes in the columns, names in a file beside; other tensors around."""
     matrix = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)) * 9
     file = tmp_path / "text.safetensors"
     save_file({"weights": matrix, "logit_scale": torch.ones(1)}, file)

@@ -20,7 +20,7 @@ def rectangles(count: int, height: int, width: int, generator: torch.Generator) 
 
 @pytest.fixture
 def make_batch():
-    """Pictures with `counts` objects each, classes 0..2: keyword arguments of `forward`."""
+    """Images with `counts` objects each, classes 0..2: keyword arguments of `forward`."""
 
     def make(counts=(3, 0, 2), height=64, width=96, seed=0, scores=False, dtype=torch.int64):
         generator = torch.Generator().manual_seed(seed)

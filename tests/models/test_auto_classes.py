@@ -86,7 +86,7 @@ def test_other_architectures_are_refused():
         uplvp_hf.UplvpForInstanceSegmentation(uplvp_hf.UplvpConfig(segmenter_config={"model_type": "resnet"}))
 
 
-def test_misspelt_settings_of_a_segmenter_are_refused_but_those_in_files_are_read(config, tmp_path):
+def test_misspelled_settings_of_a_segmenter_are_refused_but_those_in_files_are_read(config, tmp_path):
     given = {**config.to_dict(), "num_query": 7}
     with pytest.raises(ValueError, match=r"no setting `num_query`\. Did you mean `num_queries`"):
         uplvp_hf.UplvpConfig(segmenter_config=given)

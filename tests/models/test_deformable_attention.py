@@ -52,7 +52,7 @@ def test_samples_and_gradients_equal_grid_sample_in_double_precision(shape):
 
 def test_points_on_borders_and_outside():
     value, reference, offsets, weights = inputs(queries=4, points=2)
-    offsets = offsets.detach().round()  # with the references below, points on corners and centres of cells
+    offsets = offsets.detach().round()  # with the references below, points on corners and centers of cells
     reference = (torch.arange(4.0, dtype=torch.float64) / 2 - 0.5)[None, :, None, None].expand_as(reference)
     ours = sample_levels(value, SIZES, reference, offsets, weights)
     torch.testing.assert_close(ours, by_grid_sample(value, reference, offsets, weights), rtol=1e-10, atol=1e-12)

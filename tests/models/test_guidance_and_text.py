@@ -42,7 +42,7 @@ def make(request, tiny_segmenter):
     return build
 
 
-def even(layer, kind, picture, shape):
+def even(layer, kind, image, shape):
     generator = torch.Generator().manual_seed(100 * layer + sum(map(ord, kind)))
     return torch.rand((1, *shape[1:]), generator=generator).expand(shape)
 

@@ -14,7 +14,7 @@ from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 SIZES = [(60, 100), (100, 60), (75, 75), (33, 97)]  # (height, width)
 
 
-def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+def random_image(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
 
 
@@ -41,7 +41,7 @@ def iou(a, b) -> float:
 @pytest.mark.parametrize("longest", [128, 150])
 def test_rectangle_returns_where_it_was(longest, with_pixel_mask):
     processor = UplvpImageProcessor(size={"longest_edge": longest})
-    batch = processor([picture(*size) for size in SIZES], return_tensors="pt")
+    batch = processor([random_image(*size) for size in SIZES], return_tensors="pt")
     assert batch["pixel_values"].shape[-1] % 32 == 0 and batch["pixel_values"].shape[-2] % 32 == 0
     truth, painted = [], []
     for index, (height, width) in enumerate(SIZES):
@@ -65,7 +65,7 @@ def test_rectangle_returns_where_it_was(longest, with_pixel_mask):
 
 def test_overlapping_instances_both_survive():
     processor = UplvpImageProcessor(size={"longest_edge": 64})
-    pixels = processor(picture(64, 64), return_tensors="pt")["pixel_values"]
+    pixels = processor(random_image(64, 64), return_tensors="pt")["pixel_values"]
     low, high = torch.zeros(64, 64), torch.zeros(64, 64)
     low[8:40, 8:40], high[16:56, 16:56] = 1, 1
     outputs = outputs_for(pixels, [[high, low, low]], [[0, 1, 2]])
@@ -94,12 +94,12 @@ def random_outputs(pixel_values, seed=0, queries=20, num_classes=4):
 
 def test_single_equals_batched():
     processor = UplvpImageProcessor(size={"longest_edge": 128})
-    pictures = [picture(*size, seed=index) for index, size in enumerate(SIZES)]
-    batch = processor(pictures, return_tensors="pt")
+    images = [random_image(*size, seed=index) for index, size in enumerate(SIZES)]
+    batch = processor(images, return_tensors="pt")
     outputs = random_outputs(batch["pixel_values"])
     together = processor.post_process_instance_segmentation(outputs, threshold=0.1, target_sizes=SIZES)
     for index, size in enumerate(SIZES):
-        single = processor(pictures[index], return_tensors="pt")
+        single = processor(images[index], return_tensors="pt")
         height, width = single["pixel_values"].shape[-2:]
         assert torch.equal(single["pixel_values"][0], batch["pixel_values"][index, :, :height, :width])
         assert torch.equal(single["pixel_mask"][0], batch["pixel_mask"][index, :height, :width])
@@ -115,9 +115,9 @@ def test_single_equals_batched():
 
 
 def test_scores_follow_the_rule_and_top_k():
-    """Against Mask2Former's rule written out as loops, on a picture without padding."""
+    """Against Mask2Former's rule written out as loops, on an image without padding."""
     processor = UplvpImageProcessor(size={"longest_edge": 128})
-    pixels = processor(picture(128, 128), return_tensors="pt")["pixel_values"]
+    pixels = processor(random_image(128, 128), return_tensors="pt")["pixel_values"]
     outputs = random_outputs(pixels, seed=3)
     expected = []
     for query, (classes, mask) in enumerate(zip(outputs.class_queries_logits[0], outputs.masks_queries_logits[0])):
@@ -137,9 +137,9 @@ def test_scores_follow_the_rule_and_top_k():
         assert (mask != full[query]).float().mean() < 1e-3
 
 
-def test_mask_threshold_is_honoured():
+def test_mask_threshold_is_honored():
     processor = UplvpImageProcessor(size={"longest_edge": 128})
-    outputs = random_outputs(processor(picture(128, 128), return_tensors="pt")["pixel_values"])
+    outputs = random_outputs(processor(random_image(128, 128), return_tensors="pt")["pixel_values"])
     areas = [
         processor.post_process_instance_segmentation(
             outputs, threshold=0.0, mask_threshold=level, target_sizes=[(128, 128)]
@@ -164,7 +164,7 @@ def test_empty_result():
 
 def test_rle_equals_masks_and_boxes():
     processor = UplvpImageProcessor(size={"longest_edge": 128})
-    batch = processor([picture(*size) for size in SIZES], return_tensors="pt")
+    batch = processor([random_image(*size) for size in SIZES], return_tensors="pt")
     outputs = random_outputs(batch["pixel_values"], queries=40)
     sizes = processor.get_input_sizes(batch["pixel_mask"])
     arguments = {"threshold": 0.0, "target_sizes": SIZES, "input_sizes": sizes}
@@ -180,7 +180,7 @@ def test_rle_equals_masks_and_boxes():
 
 def test_result_size_without_targets():
     processor = UplvpImageProcessor(size={"longest_edge": 100})
-    batch = processor(picture(50, 80), return_tensors="pt")
+    batch = processor(random_image(50, 80), return_tensors="pt")
     outputs = random_outputs(batch["pixel_values"])
     sizes = processor.get_input_sizes(batch["pixel_mask"])
     assert sizes == [(62, 100)]  # round(62.5) goes to the even number
@@ -204,7 +204,7 @@ def test_save_load_round_trip(tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = UplvpImageProcessor.from_pretrained(tmp_path)
     assert loaded.to_dict() == processor.to_dict()
-    image = picture(40, 70)
+    image = random_image(40, 70)
     first, second = processor(image, return_tensors="pt"), loaded(image, return_tensors="pt")
     assert torch.equal(first["pixel_values"], second["pixel_values"])
     assert first["pixel_values"].shape == (1, 3, 64, 128)
@@ -222,12 +222,12 @@ def test_save_load_round_trip(tmp_path):
 )
 def test_size_rules(size, expected):
     processor = UplvpImageProcessor(size=size)
-    assert processor.get_input_sizes(processor(picture(40, 80), return_tensors="pt")["pixel_mask"]) == [expected]
+    assert processor.get_input_sizes(processor(random_image(40, 80), return_tensors="pt")["pixel_mask"]) == [expected]
 
 
 def test_input_kinds_agree():
     processor = UplvpImageProcessor(size={"longest_edge": 64})
-    image = picture(40, 70)
+    image = random_image(40, 70)
     array = np.array(image)
     reference = processor(image, return_tensors="pt")["pixel_values"]
     kinds = [[image], array, [array], torch.from_numpy(array).permute(2, 0, 1), image.convert("RGBA")]
@@ -254,7 +254,10 @@ def test_annotations_become_targets():
     ]
     records = [{"image_id": 5, "annotations": annotations}, {"image_id": 6, "annotations": []}]
     batch = processor(
-        [picture(50, 100), picture(100, 50)], annotations=records, label_map={3: 0, 17: 1}, return_tensors="pt"
+        [random_image(50, 100), random_image(100, 50)],
+        annotations=records,
+        label_map={3: 0, 17: 1},
+        return_tensors="pt",
     )
     assert batch["class_labels"][0].tolist() == [1] * 4 and batch["class_labels"][1].shape == (0,)
     assert batch["mask_labels"][0].dtype == torch.bool and batch["mask_labels"][0].shape == (4, 64, 64)
@@ -262,12 +265,12 @@ def test_annotations_become_targets():
     expected = torch.zeros(64, 64, dtype=torch.bool)
     expected[round(6.4) : round(19.2), round(12.8) : round(51.2)] = True
     assert all(iou(found, expected) > 0.9 for found in batch["mask_labels"][0])
-    single = processor(picture(50, 100), annotations=records[0], label_map={3: 0, 17: 1}, return_tensors="pt")
+    single = processor(random_image(50, 100), annotations=records[0], label_map={3: 0, 17: 1}, return_tensors="pt")
     assert torch.equal(single["mask_labels"][0], batch["mask_labels"][0][:, :32])
-    with pytest.raises(ValueError, match="Picture 5, annotation 0: category_id 17"):
-        processor(picture(50, 100), annotations=records[0], label_map={3: 0}, return_tensors="pt")
-    with pytest.raises(ValueError, match="2 annotation records for 1 pictures"):
-        processor(picture(50, 100), annotations=records, return_tensors="pt")
+    with pytest.raises(ValueError, match="Image 5, annotation 0: category_id 17"):
+        processor(random_image(50, 100), annotations=records[0], label_map={3: 0}, return_tensors="pt")
+    with pytest.raises(ValueError, match="2 annotation records for 1 images"):
+        processor(random_image(50, 100), annotations=records, return_tensors="pt")
 
 
 def test_no_panoptic_method():
@@ -290,7 +293,7 @@ def test_stock_pipeline():
     model = Mask2FormerForUniversalSegmentation(config).eval()
     processor = UplvpImageProcessor(size={"longest_edge": 64})
     segmenter = pipeline("image-segmentation", model=model, image_processor=processor)
-    found = segmenter(picture(50, 90), threshold=0.0, overlap_mask_area_threshold=0.0)
+    found = segmenter(random_image(50, 90), threshold=0.0, overlap_mask_area_threshold=0.0)
     assert found and {entry["label"] for entry in found} <= {"cat", "dog"}
     for entry in found:
         assert entry["mask"].size == (90, 50) and 0 <= entry["score"] <= 1

@@ -17,7 +17,7 @@ SIZES = [(60, 100), (100, 60), (75, 75), (33, 97)]  # (height, width)
 BOTH = pytest.mark.parametrize("kind", [UplvpImageProcessor, UplvpImageProcessorPil])
 
 
-def picture(height, width, seed=0):
+def random_image(height, width, seed=0):
     """Smooth, as photographs are: noise would measure the rounding of the resizing alone."""
     coarse = np.random.default_rng(seed).integers(0, 255, (5, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -42,9 +42,11 @@ def record(width, height):
 def test_backends_equivalence(settings):
     """Equal shapes and masks; pixels within the rounding of the resizing, which Pillow does in 8 bits."""
     first, second = UplvpImageProcessor(**settings), UplvpImageProcessorPil(**settings)
-    pictures = [picture(*size, seed) for seed, size in enumerate(SIZES if settings.get("do_pad", True) else SIZES[:1])]
-    records = [record(image.width, image.height) for image in pictures]
-    a, b = (one(pictures, annotations=records, label_map={7: 0}, return_tensors="pt") for one in (first, second))
+    images = [
+        random_image(*size, seed) for seed, size in enumerate(SIZES if settings.get("do_pad", True) else SIZES[:1])
+    ]
+    records = [record(image.width, image.height) for image in images]
+    a, b = (one(images, annotations=records, label_map={7: 0}, return_tensors="pt") for one in (first, second))
     assert a.keys() == b.keys() == {"pixel_values", "pixel_mask", "mask_labels", "class_labels"}
     assert all(a[name].dtype == b[name].dtype for name in ("pixel_values", "pixel_mask"))
     assert torch.equal(a["pixel_mask"], b["pixel_mask"]) and a["pixel_values"].shape == b["pixel_values"].shape
@@ -75,7 +77,7 @@ def test_results_are_the_same():
 @BOTH
 def test_input_kinds_agree(kind):
     processor = kind(size={"longest_edge": 64})
-    image = picture(40, 70)
+    image = random_image(40, 70)
     array = np.array(image)
     reference = processor(image, return_tensors="pt")["pixel_values"]
     for other in ([image], array, [array], torch.from_numpy(array).permute(2, 0, 1), image.convert("RGBA")):
@@ -83,20 +85,20 @@ def test_input_kinds_agree(kind):
 
 
 @BOTH
-def test_gigapixel_pictures_are_refused_unless_allowed(kind):
+def test_gigapixel_images_are_refused_unless_allowed(kind):
     processor = kind(size={"longest_edge": 64}, max_pixels=5000)
-    small, large = picture(70, 70), picture(50, 101)
+    small, large = random_image(70, 70), random_image(50, 101)
     assert processor([small], return_tensors="pt")["pixel_values"].shape == (1, 3, 64, 64)
     for given in (large, np.array(large)):
-        with pytest.raises(ValueError, match="A picture of 50 x 101 has 5050 pixels, more than max_pixels=5000"):
+        with pytest.raises(ValueError, match="An image of 50 x 101 has 5050 pixels, more than max_pixels=5000"):
             processor([small, given], return_tensors="pt")
-    with pytest.raises(ValueError, match="A picture of 0 x 0 has no pixel"):
+    with pytest.raises(ValueError, match="An image of 0 x 0 has no pixel"):
         processor(np.zeros((0, 0, 3), dtype=np.uint8), return_tensors="pt")
     assert processor(large, max_pixels=10_000, return_tensors="pt")["pixel_values"].shape == (1, 3, 32, 64)
     # What Pillow has only opened is not decoded for it.
     lazy = Image.new("RGB", (2, 2))
     lazy._size = (40_000, 40_000)
-    with pytest.raises(ValueError, match="A picture of 40000 x 40000"):
+    with pytest.raises(ValueError, match="An image of 40000 x 40000"):
         kind()(lazy)
 
 
@@ -128,17 +130,17 @@ importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 @pytest.mark.slow
 def test_without_torchvision(tiny_model_dir, tmp_path):
     """Module, auto class, stock pipeline and the model in a process in which torchvision cannot be found."""
-    picture(50, 90).save(tmp_path / "picture.png")
+    random_image(50, 90).save(tmp_path / "image.png")
     code = (
         HIDDEN
         + """
 from uplvp_hf.models import image_processing_pil_uplvp
 import uplvp_hf
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation, pipeline
-model, picture = sys.argv[1:]
+model, image = sys.argv[1:]
 processor = AutoImageProcessor.from_pretrained(model)
-found = pipeline("image-segmentation", model)(picture, threshold=0.0, overlap_mask_area_threshold=0.0)
-entries = pipeline("instance-segmentation", model)(picture, threshold=0.0, top_k=5)
+found = pipeline("image-segmentation", model)(image, threshold=0.0, overlap_mask_area_threshold=0.0)
+entries = pipeline("instance-segmentation", model)(image, threshold=0.0, top_k=5)
 try:
     uplvp_hf.UplvpImageProcessor()
     refusal = ""
@@ -148,7 +150,7 @@ print(json.dumps({"type": type(processor).__name__, "sizes": [e["mask"].size for
                   "refusal": refusal, "torchvision": "torchvision" in sys.modules}))
 """
     )
-    words = [sys.executable, "-c", code, str(tiny_model_dir), str(tmp_path / "picture.png")]
+    words = [sys.executable, "-c", code, str(tiny_model_dir), str(tmp_path / "image.png")]
     done = subprocess.run(words, capture_output=True, text=True, cwd="/", check=False)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""K-Net on its own: saving, initialisation, padding, labels of every number, precision, export."""
+"""K-Net on its own: saving, initialization, padding, labels of every number, precision, export."""
 
 import copy
 
@@ -33,7 +33,7 @@ def make_config(backbone="resnet", **changes):
 def make_model(backbone="resnet", cls=KNetForInstanceSegmentation, **changes):
     torch.manual_seed(0)
     model = cls(make_config(backbone, **changes)).eval()
-    with torch.no_grad():  # at initialisation class logits are nearly constant
+    with torch.no_grad():  # at initialization class logits are nearly constant
         for name, parameter in model.named_parameters():
             if name.endswith("classifier.weight"):
                 parameter.normal_(std=0.5)
@@ -41,7 +41,7 @@ def make_model(backbone="resnet", cls=KNetForInstanceSegmentation, **changes):
 
 
 def padded(batch, height, width):
-    """The same pictures on a larger canvas, with a pixel mask."""
+    """The same images on a larger canvas, with a pixel mask."""
     tall, wide = batch["pixel_values"].shape[-2:]
     margin = (0, width - wide, 0, height - tall)
     return {
@@ -84,7 +84,7 @@ def test_other_classes_keep_everything_else(tmp_path):
     assert all(torch.equal(new[name], old[name]) for name in new if name not in model.class_sized)
 
 
-def test_initialisation_by_rule(tmp_path):
+def test_initialization_by_rule(tmp_path):
     """Statistics of every tensor, in a new model and where a checkpoint lacks them."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_queries": 80, "num_attention_heads": 4}
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_training_step(backbone, counts, make_batch):
 
 
 @BACKBONES
-def test_a_picture_alone_equals_the_same_picture_in_a_padded_batch(backbone, make_batch):
+def test_an_image_alone_equals_the_same_image_in_a_padded_batch(backbone, make_batch):
     model = make_model(backbone)
     alone = make_batch(counts=(3,), height=64, width=96)
     large = padded(alone, 128, 160)
@@ -316,7 +316,7 @@ def test_defaults_are_those_of_the_paper():
 
 
 @pytest.mark.slow
-def test_learns_one_picture():
+def test_learns_one_image():
     scene = make_scene(seed=3, size=96, min_objects=2, max_objects=3)
     pixels = torch.from_numpy(np.array(scene["image"])).permute(2, 0, 1)[None].float() / 127.5 - 1
     batch = {
@@ -346,11 +346,11 @@ def test_what_a_kernel_takes_in(pooling):
     x, logits, valid = torch.randn(2, 5, 4, 6), torch.randn(2, 3, 4, 6), torch.rand(2, 4, 6) > 0.3
     logits[1, 2] = -1.0  # a mask without cells
     found = gather_objects(x, logits, valid, pooling)
-    for picture in range(2):
+    for image in range(2):
         for kernel in range(3):
-            cells = x[picture][:, (logits[picture, kernel] > 0) & valid[picture]]  # (D, cells)
+            cells = x[image][:, (logits[image, kernel] > 0) & valid[image]]  # (D, cells)
             wanted = cells.sum(1) if pooling == "sum" or not cells.numel() else cells.mean(1)
-            torch.testing.assert_close(found[picture, kernel], wanted)
+            torch.testing.assert_close(found[image, kernel], wanted)
 
 
 def test_mean_pooling_is_used_and_saved(make_batch, tmp_path):

@@ -1,4 +1,4 @@
-"""K-Net against tensors recorded from the original: same weights and pictures, every intermediate result."""
+"""K-Net against tensors recorded from the original: same weights and images, every intermediate result."""
 
 import pytest
 import torch
@@ -104,7 +104,7 @@ def targets_of(run):
 
 
 def assigned(tensors, name, i):
-    """Recorded pairs; nothing is recorded for a picture without objects."""
+    """Recorded pairs; nothing is recorded for an image without objects."""
     if f"{name}assign_query.{i}" not in tensors:
         return []
     return sorted(zip(tensors[f"{name}assign_query.{i}"].tolist(), tensors[f"{name}assign_gt.{i}"].tolist()))

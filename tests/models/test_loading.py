@@ -39,7 +39,7 @@ def test_round_trip(make_config, make_batch, tmp_path, cls):
         assert torch.equal(model(pixels).masks_queries_logits, loaded(pixels).masks_queries_logits)
     half = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    with torch.no_grad():  # pictures need not be cast
+    with torch.no_grad():  # images need not be cast
         assert half(pixels).class_queries_logits.dtype == torch.bfloat16
 
 
@@ -71,7 +71,7 @@ def test_timm_backbone_with_arguments_of_timm_round_trip(make_config, make_batch
 
 
 @pytest.mark.parametrize("backbone", ["resnet", "swin"])
-def test_missing_tensors_are_initialised_as_in_a_new_model(make_config, tmp_path, backbone):
+def test_missing_tensors_are_initialized_as_in_a_new_model(make_config, tmp_path, backbone):
     torch.manual_seed(0)
     config = make_config(backbone)
     fresh = UplvpForPreTraining(config)
@@ -163,7 +163,7 @@ def test_transfer_to_other_classes(make_config, make_batch, tmp_path):
     for name, value in weights.items():
         assert name in head or torch.equal(value, old[name]), name
     report = model.transfer_report
-    assert sorted(report.remapped) == sorted(head) and report.reinitialised == []
+    assert sorted(report.remapped) == sorted(head) and report.reinitialized == []
     assert report.ignored == ["prompt_projection.weight", "prompt_projection.bias"]
     assert set(report.kept) == set(weights) - set(head) and report.classes == ["Horse", "cat"]
     assert f"kept {len(weights) - 3} tensors" in str(report) and "Horse, cat" in str(report)
@@ -171,11 +171,11 @@ def test_transfer_to_other_classes(make_config, make_batch, tmp_path):
     assert torch.isfinite(model(**{**batch, "class_labels": [torch.tensor([3, 0, 2])]}).loss)
 
     afresh = UplvpForInstanceSegmentation.from_pretraining(str(tmp_path), new, class_head="new")
-    assert sorted(afresh.transfer_report.reinitialised) == sorted(head) and afresh.transfer_report.remapped == []
+    assert sorted(afresh.transfer_report.reinitialized) == sorted(head) and afresh.transfer_report.remapped == []
     assert not torch.equal(afresh.state_dict()[head[0]][[1, 3]], old[head[0]][[2, 0]])
     assert afresh.config.category_ids == [1, 2, 3, 4]
     unknown = UplvpForInstanceSegmentation.from_pretraining(str(tmp_path), {0: "car"})
-    assert sorted(unknown.transfer_report.reinitialised) == sorted(head)
+    assert sorted(unknown.transfer_report.reinitialized) == sorted(head)
     with pytest.raises(ValueError, match="class_head"):
         UplvpForInstanceSegmentation.from_pretraining(str(tmp_path), new, class_head="keep")
     same = UplvpForPreTraining.from_pretraining(str(tmp_path), dict(source.config.id2label), prompt_drop=0.0)
@@ -257,7 +257,7 @@ def test_auto_classes_know_the_models_in_any_order_of_imports(tiny_model_dir, im
 
 @pytest.mark.slow
 def test_stock_pipeline(tiny_model_dir, tmp_path):
-    Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "picture.png")
+    Image.effect_noise((90, 70), 60).convert("RGB").save(tmp_path / "image.png")
     code = """
 import sys, uplvp_hf
 from transformers import pipeline
@@ -265,7 +265,7 @@ pipe = pipeline("image-segmentation", model=sys.argv[1])
 for result in pipe(sys.argv[2], threshold=0.0, overlap_mask_area_threshold=0.0):
     print(result["label"], round(result["score"], 3), result["mask"].size)
 """
-    output = fresh_process(code, tiny_model_dir, tmp_path / "picture.png")
+    output = fresh_process(code, tiny_model_dir, tmp_path / "image.png")
     assert "(90, 70)" in output and "not supported for" not in output, output
 
 
@@ -283,7 +283,7 @@ def test_other_number_of_classes_by_keyword(tiny_segmenter, tmp_path):
 
 
 def test_unknown_settings_of_a_file_are_left_out(tiny_segmenter, tmp_path):
-    """A configuration that a later transformers has written still loads; by keyword a misspelt setting is an error."""
+    """A configuration that a later transformers has written still loads; a misspelled keyword is an error."""
     UplvpConfig(segmenter_config=tiny_segmenter()).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "setting_of_the_future": 1}))

@@ -18,7 +18,7 @@ def blobs(count, seed, height=32, width=48):
 
 @pytest.fixture
 def case():
-    """Stage outputs, initial masks, class maps and labels of two pictures."""
+    """Stage outputs, initial masks, class maps and labels of two images."""
     generator = torch.Generator().manual_seed(0)
     masks = [2 * torch.randn(B, N, *SIZE, generator=generator) for _ in range(3)]
     layers = [
@@ -136,8 +136,8 @@ def test_text_head_and_guide(case):
     losses["text_class_1"].backward()
     assert not texts[0].grad.any() and texts[1].grad.abs().sum() > 0
 
-    def guide(cost, picture):  # object g of every picture to kernel 5 - g
-        assert cost.shape == (2, N, len(labels[picture])) and not cost.requires_grad
+    def guide(cost, image):  # object g of every image to kernel 5 - g
+        assert cost.shape == (2, N, len(labels[image])) and not cost.requires_grad
         wanted = torch.ones_like(cost)
         for target in range(cost.shape[2]):
             wanted[:, 5 - target, target] = 0
@@ -160,7 +160,7 @@ def test_one_transfer_for_matching(case, monkeypatch):
 
 
 def test_padding_takes_no_part(case):
-    """Whatever the logits are beyond the picture, and however much there is of it."""
+    """Whatever the logits are beyond the image, and however much there is of it."""
     initial, class_maps, layers, mask_labels, labels = case
     plain, matches = KNetLoss()(initial, class_maps, layers, mask_labels, labels)
 

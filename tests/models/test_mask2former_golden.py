@@ -1,4 +1,4 @@
-"""Mask2Former against tensors recorded from mmdetection: same weights and pictures, every intermediate result."""
+"""Mask2Former against tensors recorded from mmdetection: same weights and images, every intermediate result."""
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ class RecordedDraw:
     def __init__(self, tensors, batch):
         self.tensors, self.batch, self.used = tensors, batch, set()
 
-    def __call__(self, layer, kind, picture, shape):
-        place = {"match": picture, "oversample": self.batch, "uniform": self.batch + 1}[kind]
+    def __call__(self, layer, kind, image, shape):
+        place = {"match": image, "oversample": self.batch, "uniform": self.batch + 1}[kind]
         name = f"rand.{layer * (self.batch + 2) + place}"
         self.used.add(name)
         assert tuple(self.tensors[name].shape) == tuple(shape), (name, kind)

@@ -1,4 +1,4 @@
-"""Predictions of a picture depend neither on its canvas nor on its batch mates, at every layer."""
+"""Predictions of an image depend neither on its canvas nor on its batch mates, at every layer."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def run(model, pixels, mask):
         ("mobilenetv2_050", {"timm_kwargs": {"pad_type": "same"}}),
     ],
 )
-def test_a_picture_alone_gets_the_logits_it_gets_in_a_padded_batch(tiny_segmenter, backbone, timm_kwargs):
+def test_an_image_alone_gets_the_logits_it_gets_in_a_padded_batch(tiny_segmenter, backbone, timm_kwargs):
     model = build(tiny_segmenter("resnet", encoder_layers=2), backbone, **timm_kwargs)
     pixels, mask = canvases()
     many, layers = run(model, pixels, mask)
@@ -89,24 +89,24 @@ def test_what_stands_on_the_padding_does_not_matter(tiny_segmenter):
 
 
 def test_masks_end_at_the_border_as_maps_end(tiny_segmenter):
-    """Resized to pixels and cropped, the logits of a picture are the same on every canvas."""
+    """Resized to pixels and cropped, the logits of an image are the same on every canvas."""
     model = build(tiny_segmenter("resnet"))
     pixels, mask = canvases()
     logits = run(model, pixels, mask)[1][-1].mask_logits
     large = F.interpolate(logits, CANVAS, mode="bilinear")
     for index, (height, width) in enumerate(SIZES):
-        picture, own = alone(pixels, mask, index)
-        small = F.interpolate(run(model, picture, own)[1][-1].mask_logits, picture.shape[-2:], mode="bilinear")
+        image, own = alone(pixels, mask, index)
+        small = F.interpolate(run(model, image, own)[1][-1].mask_logits, image.shape[-2:], mode="bilinear")
         torch.testing.assert_close(large[index, :, :height, :width], small[0, :, :height, :width], rtol=0, atol=1e-4)
 
 
 def test_pixel_decoder_masks_padding_behind_a_window_backbone(tiny_segmenter):
-    """Swin gives the same maps on both canvases where the picture ends with a window, so everything is equal."""
+    """Swin gives the same maps on both canvases where the image ends with a window, so everything is equal."""
     model = build(tiny_segmenter("swin"))
-    picture = torch.randn(1, 3, 128, 128)
+    image = torch.randn(1, 3, 128, 128)
     canvas, mask = torch.zeros(1, 3, 192, 256), torch.zeros(1, 192, 256)
-    canvas[..., :128, :128], mask[:, :128, :128] = picture, 1
-    (small, one), (large, other) = run(model, picture, torch.ones(1, 128, 128)), run(model, canvas, mask)
+    canvas[..., :128, :128], mask[:, :128, :128] = image, 1
+    (small, one), (large, other) = run(model, image, torch.ones(1, 128, 128)), run(model, canvas, mask)
     torch.testing.assert_close(large.prompt_map[..., :4, :4], small.prompt_map, rtol=0, atol=1e-5)
     torch.testing.assert_close(large.mask_features[..., :32, :32], small.mask_features, rtol=0, atol=2e-5)
     for layer, padded in zip(one, other, strict=True):

@@ -21,7 +21,7 @@ from uplvp_hf.models.losses import Normalizers
 CLASSES = {0: "cat", 1: "dog", 2: "horse"}
 SMALL = {
     "hidden_size": 16, "intermediate_size": 24, "num_mask_layers": 1, "anchor_sizes": [16, 24, 32, 48, 64],
-    "proposals": [60, 40], "detections_per_picture": 20, "score_threshold": 0.0,
+    "proposals": [60, 40], "detections_per_image": 20, "score_threshold": 0.0,
 }  # fmt: skip
 # So many that all are taken: nothing is left to chance.
 ALL = {"sampled_anchors": 10**6, "sampled_proposals": 10**6}
@@ -100,9 +100,9 @@ def test_losses_and_detections_are_torchvisions(kind):
     theirs.eval().roi_heads.score_thresh = 0.0
     with torch.no_grad():
         found = ours.eval()(pixels)
-        pictures, _ = theirs.transform(list(pixels))
-        maps = theirs.backbone(pictures.tensors)  # without pasting the masks, which is done otherwise here
-        detections, _ = theirs.roi_heads(maps, theirs.rpn(pictures, maps)[0], pictures.image_sizes)
+        images, _ = theirs.transform(list(pixels))
+        maps = theirs.backbone(images.tensors)  # without pasting the masks, which is done otherwise here
+        detections, _ = theirs.roi_heads(maps, theirs.rpn(images, maps)[0], images.image_sizes)
     for index, expected in enumerate(detections):
         scores, classes = found.class_scores[index].max(-1)
         count = len(expected["scores"])
@@ -118,17 +118,17 @@ def test_losses_and_detections_are_torchvisions(kind):
 
 @pytest.fixture
 def padded():
-    """A picture of 60 x 90 on the smallest canvas, and beside a larger one on a canvas that is no multiple of 64."""
+    """An image of 60 x 90 on the smallest canvas, and beside a larger one on a canvas that is no multiple of 64."""
     generator = torch.Generator().manual_seed(1)
     small = torch.randn(3, 60, 90, generator=generator)
     large = torch.randn(3, 128, 160, generator=generator)
 
-    def on(canvas, *pictures):
-        pixels = torch.full((len(pictures), 3, *canvas), 7.0)  # the padding's values must not matter
-        mask = torch.zeros(len(pictures), *canvas, dtype=torch.int64)
-        for index, picture in enumerate(pictures):
-            pixels[index, :, : picture.shape[1], : picture.shape[2]] = picture
-            mask[index, : picture.shape[1], : picture.shape[2]] = 1
+    def on(canvas, *images):
+        pixels = torch.full((len(images), 3, *canvas), 7.0)  # the padding's values must not matter
+        mask = torch.zeros(len(images), *canvas, dtype=torch.int64)
+        for index, image in enumerate(images):
+            pixels[index, :, : image.shape[1], : image.shape[2]] = image
+            mask[index, : image.shape[1], : image.shape[2]] = 1
         return {"pixel_values": pixels, "pixel_mask": mask}
 
     return on((64, 96), small), on((128, 160), small, large)
@@ -165,7 +165,7 @@ def test_losses_do_not_depend_on_the_canvas(make_model, padded):
     )
 
 
-def test_anchors_of_the_picture_are_torchvisions(make_model):
+def test_anchors_of_the_image_are_torchvisions(make_model):
     """And those of the padding have no area; none is sampled for the loss."""
     from torchvision.models.detection.anchor_utils import AnchorGenerator
     from torchvision.models.detection.image_list import ImageList
@@ -173,9 +173,9 @@ def test_anchors_of_the_picture_are_torchvisions(make_model):
     model = make_model()
     own = model.rpn.anchor_generator
     maps = [torch.zeros(1, 1, 128 // stride, 192 // stride, dtype=torch.bfloat16) for stride in (4, 8, 16, 32, 64)]
-    pictures = ImageList(torch.zeros(1, 3, 128, 192), [(50, 100)])
-    expected = AnchorGenerator(own.sizes, own.aspect_ratios)(pictures, [map_.float() for map_ in maps])[0]
-    (anchors,) = own(pictures, maps)
+    images = ImageList(torch.zeros(1, 3, 128, 192), [(50, 100)])
+    expected = AnchorGenerator(own.sizes, own.aspect_ratios)(images, [map_.float() for map_ in maps])[0]
+    (anchors,) = own(images, maps)
     middle = (expected[:, :2] + expected[:, 2:]) / 2
     inside = (middle[:, 0] < 100) & (middle[:, 1] < 50)
     assert anchors.dtype == torch.float32 and torch.equal(anchors[inside], expected[inside])
@@ -188,7 +188,7 @@ def test_anchors_of_the_picture_are_torchvisions(make_model):
 # -------------------------------------------------------------------------------------------------------- labels
 
 
-def test_empty_pictures_and_masks(make_model, make_batch):
+def test_empty_images_and_masks(make_model, make_batch):
     model = make_model().train()
     batch = make_batch(counts=(0, 2))
     batch["mask_labels"][1] = torch.cat([batch["mask_labels"][1], torch.zeros(1, 64, 96, dtype=torch.bool)])
@@ -226,11 +226,11 @@ def test_labels_at_inference_add_the_loss(make_model, make_batch):
     assert isinstance(model.eval()(batch["pixel_values"], return_dict=False), tuple)
 
 
-def test_a_batch_counts_in_a_step_as_its_pictures_do(make_model, make_batch):
+def test_a_batch_counts_in_a_step_as_its_images_do(make_model, make_batch):
     model, batch = make_model(**ALL), make_batch(counts=(2, 1))
-    assert model.normalizers([2, 1, 0], 20) == Normalizers(pictures=3)
+    assert model.normalizers([2, 1, 0], 20) == Normalizers(images=3)
     with torch.no_grad():
-        whole, part = (model(**batch, normalizers=Normalizers(pictures=count)).losses for count in (2, 8))
+        whole, part = (model(**batch, normalizers=Normalizers(images=count)).losses for count in (2, 8))
     assert all(torch.allclose(part[name], whole[name] / 4) for name in whole)
 
 
@@ -303,7 +303,7 @@ def test_auto_classes_load_what_was_saved(make_model, tmp_path):
     assert renamed.category_ids == [1] and renamed.num_labels == 1
 
 
-def test_what_a_file_lacks_is_initialised_as_in_torchvision(tmp_path):
+def test_what_a_file_lacks_is_initialized_as_in_torchvision(tmp_path):
     """Compared with torchvision's own parts at their full width: means and deviations of every tensor."""
     theirs, backbone = torchvision_model("basic")
     model = MaskRcnnForInstanceSegmentation(MaskRcnnConfig(backbone_config=backbone, id2label=CLASSES))
@@ -340,7 +340,7 @@ def test_transfer_to_other_classes_goes_by_name(make_model, tmp_path):
     kept = next(name for name in before if name.startswith("backbone"))
     assert torch.equal(before[kept], after[kept])
     fresh = MaskRcnnForInstanceSegmentation.from_pretraining(tmp_path, new, class_head="new").transfer_report
-    assert set(fresh.reinitialised) == set(model.class_sized) and not fresh.remapped
+    assert set(fresh.reinitialized) == set(model.class_sized) and not fresh.remapped
 
 
 WITHOUT_THE_LIBRARY = """

@@ -34,7 +34,7 @@ def blobs(count, height, width, generator):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_all_ways_give_the_same_bits(seed, monkeypatch):
-    """Up and down, pictures that end within a cell, exact zeros, infinities, masks everywhere and nowhere."""
+    """Up and down, images that end within a cell, exact zeros, infinities, masks everywhere and nowhere."""
     monkeypatch.setattr(mask_resampling, "PIXELS_PER_BAND", 64)
     generator = torch.Generator().manual_seed(seed)
     for trial in range(25):
@@ -59,7 +59,7 @@ def test_all_ways_give_the_same_bits(seed, monkeypatch):
 
 @pytest.mark.parametrize("target", [(160, 240), (333, 517), (17, 23)])
 def test_values_are_those_of_interpolate(target):
-    """On a picture that ends with a cell; pixels whose value is next to zero may differ by rounding."""
+    """On an image that ends with a cell; pixels whose value is next to zero may differ by rounding."""
     values = blobs(6, 40, 60, torch.Generator().manual_seed(0))
     rows, columns = resampling_axis(40, 160, target[0], 4), resampling_axis(60, 240, target[1], 4)
     found = torch.stack(list(resized_masks(values, rows, columns)))
@@ -69,13 +69,13 @@ def test_values_are_those_of_interpolate(target):
     assert torch.equal(found[sure], (expected > 0)[sure])
 
 
-def test_a_picture_that_ends_within_a_cell():
-    """Pixel centres of the target lie where they lie in the source, measured from its upper left corner."""
+def test_an_image_that_ends_within_a_cell():
+    """Pixel centers of the target lie where they lie in the source, measured from its upper left corner."""
     axis = resampling_axis(cells=4, source=13, target=26, stride=4)
     place = axis.low + axis.share
     expected = ((np.arange(26) + 0.5) * 13 / 26 / 4 - 0.5).clip(0, 3)
     np.testing.assert_allclose(place, expected, atol=1e-6)
-    assert place[-1] < 3  # half a source pixel before 13, a fourth of a cell after the centre of the last but one
+    assert place[-1] < 3  # half a source pixel before 13, a fourth of a cell after the center of the last but one
 
 
 @pytest.mark.parametrize("bound", [-np.inf, -1.5, 0.0, 2.0, np.inf])
@@ -89,7 +89,7 @@ def test_signs_tell_what_is_above_the_bound(bound, dtype):
 
 
 def test_little_is_computed():
-    """A small mask on a large picture: rows and columns that it cannot reach are not interpolated."""
+    """A small mask on a large image: rows and columns that it cannot reach are not interpolated."""
     values = torch.full((1, 100, 100), -5.0)
     values[0, 40:44, 60:66] = 5.0
     axis = resampling_axis(100, 400, 1000, 4)
@@ -103,9 +103,9 @@ def test_little_is_computed():
 
 
 @pytest.mark.parametrize("top, left", [(0, 0), (3, 5), (6, 11)])
-def test_runs_of_a_mask_within_a_picture(top, left):
+def test_runs_of_a_mask_within_an_image(top, left):
     part = np.random.default_rng(top).random((4, 5)) > 0.4
-    picture = np.zeros((10, 16), dtype=np.uint8)
-    picture[top : top + 4, left : left + 5] = part
-    expected = coco_mask.encode(np.asfortranarray(picture))["counts"].decode()
+    image = np.zeros((10, 16), dtype=np.uint8)
+    image[top : top + 4, left : left + 5] = part
+    expected = coco_mask.encode(np.asfortranarray(image))["counts"].decode()
     assert rle_of(window_flips(part, top, left, (10, 16)), (10, 16))["counts"] == expected

@@ -57,13 +57,13 @@ def test_loss_and_gradients_equal_transformers_on_the_same_points(make_config, m
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", recording)
         theirs = reference(**{**batch, "mask_labels": [masks.float() for masks in batch["mask_labels"]]})
-    pictures, layers = len(batch["mask_labels"]), len(model(batch["pixel_values"]).auxiliary_logits) + 1
-    assert len(drawn) == layers * (pictures + 2)
+    images, layers = len(batch["mask_labels"]), len(model(batch["pixel_values"]).auxiliary_logits) + 1
+    assert len(drawn) == layers * (images + 2)
 
-    def draw(layer, kind, picture, shape):
-        place = {"match": picture, "oversample": pictures, "uniform": pictures + 1}[kind]
+    def draw(layer, kind, image, shape):
+        place = {"match": image, "oversample": images, "uniform": images + 1}[kind]
         first = 0 if layer == layers - 1 else layer + 1  # transformers begins with the last layer
-        return drawn[first * (pictures + 2) + place].reshape(shape)
+        return drawn[first * (images + 2) + place].reshape(shape)
 
     draw.per_layer = True
     ours = model(**batch, draw=draw)
@@ -93,8 +93,8 @@ def test_no_prompt_gives_the_plain_predictions_and_losses(make_config, make_batc
     batch = make_batch()
     points = {}
 
-    def draw(layer, kind, picture, shape):
-        return points.setdefault((layer, kind, picture, shape), torch.rand(shape))
+    def draw(layer, kind, image, shape):
+        return points.setdefault((layer, kind, image, shape), torch.rand(shape))
 
     ours, theirs = model(**batch, draw=draw), plain(**batch, draw=draw)
     assert_same_bits(ours, theirs)
@@ -102,14 +102,14 @@ def test_no_prompt_gives_the_plain_predictions_and_losses(make_config, make_batc
     assert all(torch.equal(ours.losses[name], value) for name, value in theirs.losses.items())
 
 
-def test_prompts_change_every_layer_and_only_pictures_with_masks(make_config, make_batch):
+def test_prompts_change_every_layer_and_only_images_with_masks(make_config, make_batch):
     torch.manual_seed(0)
     model = UplvpForPreTraining(make_config("swin", prompt_drop=0.0)).eval()
     batch = make_batch(counts=(3, 0, 2))
     with torch.no_grad():
         prompted, without = model(**batch), model(batch["pixel_values"])
-    for picture, changed in enumerate([True, False, True]):
-        different = not torch.equal(prompted.queries[picture], without.queries[picture])
+    for image, changed in enumerate([True, False, True]):
+        different = not torch.equal(prompted.queries[image], without.queries[image])
         assert different is changed
     first = prompted.auxiliary_logits[0]["masks_queries_logits"] - without.auxiliary_logits[0]["masks_queries_logits"]
     assert (first.abs().amax((1, 2, 3)) > 0).tolist() == [True, False, True]
@@ -205,7 +205,7 @@ def test_labels_out_of_range_are_refused(plain, make_batch):
     batch = make_batch()
     for wrong in (3, -1):
         batch["class_labels"][2] = torch.tensor([0, wrong])
-        with pytest.raises(ValueError, match=r"Picture 2 .* 3 classes \(0\.\.2\)"):
+        with pytest.raises(ValueError, match=r"Image 2 .* 3 classes \(0\.\.2\)"):
             plain(**batch)
     batch["class_labels"][2] = torch.tensor([0])
     with pytest.raises(ValueError, match="2 masks but 1 class labels"):
@@ -230,7 +230,7 @@ def test_bfloat16_autocast_and_weights(make_config, make_batch, cls):
     half = copy.deepcopy(model).to(torch.bfloat16)
     half.zero_grad()
     torch.manual_seed(1)
-    output = half(**batch, pixel_mask=torch.ones(3, 64, 96))  # the pictures may stay in float32
+    output = half(**batch, pixel_mask=torch.ones(3, 64, 96))  # the images may stay in float32
     output.loss.backward()
     assert output.loss.dtype == torch.float32 and output.class_queries_logits.dtype == torch.bfloat16
     assert output.loss.item() == pytest.approx(exact, rel=0.05)
@@ -305,8 +305,8 @@ def test_decoding_does_not_depend_on_the_canvas(make_config):
         torch.testing.assert_close(padded.mask_logits[..., :16, :32], layer.mask_logits, rtol=0, atol=1e-4)
 
 
-def test_loss_points_lie_on_the_picture(plain, make_batch):
-    """What the model predicts on padding costs nothing: the loss there is the loss of the picture alone."""
+def test_loss_points_lie_on_the_image(plain, make_batch):
+    """What the model predicts on padding costs nothing: the loss there is the loss of the image alone."""
     loss = plain.segmenter.loss_function
     batch = make_batch(counts=(3,), height=64, width=64)
     with torch.no_grad():
@@ -315,7 +315,7 @@ def test_loss_points_lie_on_the_picture(plain, make_batch):
         torch.manual_seed(1)
         alone, _ = loss(layers, batch["mask_labels"], batch["class_labels"])
         for layer in layers:
-            # the outermost real cells stretch over the half cell that sampling interpolates beyond the picture
+            # the outermost real cells stretch over the half cell that sampling interpolates beyond the image
             grown = nn.functional.pad(layer.mask_logits, (0, 1, 0, 1), value=0.0)
             layer.mask_logits = nn.functional.pad(grown, (0, 15, 0, 15), value=1e4)
         canvas = [nn.functional.pad(masks, (0, 64, 0, 64)) for masks in batch["mask_labels"]]

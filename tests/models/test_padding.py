@@ -1,4 +1,4 @@
-"""A picture alone has the features that it has inside a larger padded batch."""
+"""An image alone has the features that it has inside a larger padded batch."""
 
 import threading
 
@@ -15,7 +15,7 @@ CANVAS = (128, 160)
 SIZES = ((64, 96), (50, 71), (128, 33), (97, 160), (1, 1))  # whole multiples of 32 and not
 
 
-def randomise(module):
+def randomize(module):
     """Weights and running statistics away from the values that hide mistakes (zero biases, unit variances)."""
     generator = torch.Generator().manual_seed(0)
     for layer in module.modules():
@@ -79,7 +79,7 @@ def networks():
     def get(name):
         if name not in made:
             torch.manual_seed(0)
-            made[name] = randomise(BACKBONES[name]()).eval()
+            made[name] = randomize(BACKBONES[name]()).eval()
         return made[name]
 
     return get
@@ -100,17 +100,17 @@ def padded_batch(sizes=SIZES, canvas=CANVAS, channels=3):
 
 
 def alone(pixels, mask, index):
-    """One picture on a canvas of its size rounded up to 32."""
+    """One image on a canvas of its size rounded up to 32."""
     height, width = (int(side) for side in (mask[index].any(1).sum(), mask[index].any(0).sum()))
     canvas = (-(-height // 32) * 32, -(-width // 32) * 32)
-    picture = F.pad(pixels[index, :, :height, :width], (0, canvas[1] - width, 0, canvas[0] - height))
+    image = F.pad(pixels[index, :, :height, :width], (0, canvas[1] - width, 0, canvas[0] - height))
     own = torch.zeros(1, *canvas)
     own[:, :height, :width] = 1
-    return picture[None], own
+    return image[None], own
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_picture_alone_equals_the_same_picture_in_a_padded_batch(networks, name):
+def test_an_image_alone_equals_the_same_image_in_a_padded_batch(networks, name):
     network = networks(name)
     pixels, mask = padded_batch()
     worst = 0.0
@@ -119,11 +119,11 @@ def test_a_picture_alone_equals_the_same_picture_in_a_padded_batch(networks, nam
             together = feature_maps(network, pixels)
         careless = feature_maps(network, pixels * mask[:, None])
         for index, (height, width) in enumerate(SIZES):
-            picture, own = alone(pixels, mask, index)
+            image, own = alone(pixels, mask, index)
             with padding_masked(network, own):
-                single = feature_maps(network, picture)
+                single = feature_maps(network, image)
             for level, (one, many) in enumerate(zip(single, together, strict=True)):
-                stride = picture.shape[-1] // one.shape[-1]
+                stride = image.shape[-1] // one.shape[-1]
                 rows, columns = -(-height // stride), -(-width // stride)
                 inside = (slice(rows), slice(columns))
                 scale = one[0][(slice(None), *inside)].abs().max().clamp(min=1)
@@ -151,8 +151,8 @@ def test_without_padding_nothing_changes(networks, name, monkeypatch):
                 assert torch.equal(masked, expected)
 
 
-def test_group_norm_statistics_are_those_of_the_picture():
-    norm = randomise(nn.GroupNorm(3, 6))
+def test_group_norm_statistics_are_those_of_the_image():
+    norm = randomize(nn.GroupNorm(3, 6))
     x, (height, width) = 5 + torch.randn(2, 6, 8, 10), (5, 7)
     mask = torch.ones(2, 32, 40)
     mask[0, 4 * height - 3 :], mask[0, :, 4 * width :] = 0, 0
@@ -172,7 +172,7 @@ def test_valid_cells_round_up():
         assert torch.equal(valid_cells(mask, size), expected)
 
 
-def test_upsampling_sees_the_picture_only():
+def test_upsampling_sees_the_image_only():
     x, mask = torch.randn(2, 3, 4, 6), torch.zeros(2, 32, 48)
     mask[0, :24, :40], mask[1, :17] = 1, 1
     result = upsample(x, (8, 12), mask)
@@ -185,7 +185,7 @@ def test_upsampling_sees_the_picture_only():
 
 
 def test_gradients_stop_at_the_border(networks):
-    """The loss of one picture moves neither its padding nor depends on it."""
+    """The loss of one image moves neither its padding nor depends on it."""
     network = networks("group-norm-stack")
     pixels, mask = padded_batch(sizes=((64, 96), (50, 71)))
     gradients = []
@@ -226,7 +226,7 @@ class Block(GradientCheckpointingLayer):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers_are_recomputed_under_the_same_masks(reentrant):
     torch.manual_seed(0)
-    network = randomise(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Block(), Block())).train()
+    network = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Block(), Block())).train()
     pixels, mask = padded_batch()
     gradients = []
     for checkpointing in (False, True):
@@ -258,7 +258,7 @@ def test_hooks_are_removed_after_an_error_and_blocks_nest(networks):
                 nested = feature_maps(network, pixels)
             after = feature_maps(network, pixels)
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(expected, nested, after, strict=True))
-        with pytest.raises(ValueError, match="5 pictures"), padding_masked(network, mask):
+        with pytest.raises(ValueError, match="5 images"), padding_masked(network, mask):
             network(pixels[:2])
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in network.modules())
 

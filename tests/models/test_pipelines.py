@@ -20,7 +20,7 @@ from uplvp_hf.hub.push import prepare_folder
 SHAPES = [(90, 50), (40, 70), (64, 64), (31, 80)]  # (width, height)
 
 
-def picture(size, seed=0):
+def image(size, seed=0):
     coarse = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST)
 
@@ -31,8 +31,8 @@ def segmenter(tiny_model_dir):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    return [picture(size, seed) for seed, size in enumerate(SHAPES)]
+def images():
+    return [image(size, seed) for seed, size in enumerate(SHAPES)]
 
 
 def same(first, second):
@@ -43,8 +43,8 @@ def same(first, second):
         assert coco_mask.iou([a["rle"]], [b["rle"]], [0])[0, 0] > 0.99
 
 
-def test_entries_are_what_the_processor_finds(segmenter, pictures):
-    image = pictures[0]
+def test_entries_are_what_the_processor_finds(segmenter, images):
+    image = images[0]
     entries = segmenter(image)
     inputs = segmenter.image_processor(image, return_tensors="pt")
     with torch.no_grad():
@@ -65,18 +65,18 @@ def test_entries_are_what_the_processor_finds(segmenter, pictures):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4])
-def test_batches_of_different_shapes(segmenter, pictures, batch_size):
+def test_batches_of_different_shapes(segmenter, images, batch_size):
     """To the bit in masks, with the window attention of Swin too, which sees padding."""
-    together = segmenter(pictures, batch_size=batch_size)
-    for image, entries in zip(pictures, together, strict=True):
+    together = segmenter(images, batch_size=batch_size)
+    for image, entries in zip(images, together, strict=True):
         assert entries and entries[0]["rle"]["size"] == [image.height, image.width]
         alone = segmenter(image)
         same(entries, alone)
         assert [entry["rle"] for entry in entries] == [entry["rle"] for entry in alone]
 
 
-def test_kinds_of_input(segmenter, pictures, tmp_path):
-    image = pictures[0]
+def test_kinds_of_input(segmenter, images, tmp_path):
+    image = images[0]
     image.save(tmp_path / "a.png")
     reference = segmenter(image)
     buffer = io.BytesIO()
@@ -86,56 +86,56 @@ def test_kinds_of_input(segmenter, pictures, tmp_path):
         same(segmenter(kind), reference)
     for entries in segmenter([kinds[0], kinds[0]]):
         same(entries, reference)
-    stream = segmenter((one for one in pictures), batch_size=2)
+    stream = segmenter((one for one in images), batch_size=2)
     assert [entries[0]["rle"]["size"] for entries in stream] == [[h, w] for w, h in SHAPES]
-    grey = np.array(image.convert("L"))
-    same(segmenter(grey), segmenter(image.convert("L")))
+    gray = np.array(image.convert("L"))
+    same(segmenter(gray), segmenter(image.convert("L")))
     with pytest.raises(ValueError, match=r"uint8 and \(H, W\).*got float32"):
         segmenter(np.zeros((20, 20, 3), dtype=np.float32))
 
 
-def test_what_is_no_picture_is_refused(segmenter, tmp_path, monkeypatch):
+def test_what_is_no_image_is_refused(segmenter, tmp_path, monkeypatch):
     page = tmp_path / "page.png"
     page.write_text("<html>not here</html>")
     Image.new("1", (400, 500)).save(tmp_path / "large.png")
-    damaged = base64.b64encode(b"no picture" * 400).decode()
+    damaged = base64.b64encode(b"no image" * 400).decode()
     for bad in (str(page), str(tmp_path / "none.png"), damaged, "http://127.0.0.1:9/a.png", 5):
-        with pytest.raises(ValueError, match=r"cannot be read as a picture .*Pass the path, address") as caught:
+        with pytest.raises(ValueError, match=r"cannot be read as an image .*Pass the path, address") as caught:
             segmenter(bad)
         assert len(str(caught.value)) < 500
     with pytest.raises(ValueError, match=r"500 x 400 has 200000 pixels, more than max_pixels=199999"):
         segmenter(str(tmp_path / "large.png"), max_pixels=199_999)
     assert segmenter(str(tmp_path / "large.png"), max_pixels=200_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90_000)  # Pillow refuses twice as many
-    with pytest.raises(ValueError, match=r"cannot be read as a picture .DecompressionBombError"):
+    with pytest.raises(ValueError, match=r"cannot be read as an image .DecompressionBombError"):
         segmenter(str(tmp_path / "large.png"))
 
 
-def test_masks_as_pictures(segmenter, pictures):
-    coded, drawn = segmenter(pictures[0]), segmenter(pictures[0], masks="pil")
+def test_masks_as_images(segmenter, images):
+    coded, drawn = segmenter(images[0]), segmenter(images[0], masks="pil")
     for a, b in zip(coded, drawn, strict=True):
-        assert "rle" not in b and b["mask"].mode == "L" and b["mask"].size == pictures[0].size
+        assert "rle" not in b and b["mask"].mode == "L" and b["mask"].size == images[0].size
         np.testing.assert_array_equal(np.asarray(b["mask"]), coco_mask.decode(a["rle"]) * 255)
 
 
-def test_settings(tiny_model_dir, segmenter, pictures):
-    found = segmenter(pictures[0])
+def test_settings(tiny_model_dir, segmenter, images):
+    found = segmenter(images[0])
     scores = [entry["score"] for entry in found]
     assert scores == sorted(scores, reverse=True)
     middle = scores[len(scores) // 2]
-    assert len(segmenter(pictures[0], threshold=middle)) == sum(score >= middle for score in scores) < len(scores)
-    assert len(segmenter(pictures[0], top_k=2)) <= 2
-    assert segmenter(pictures[0], mask_threshold=1.0) == []
+    assert len(segmenter(images[0], threshold=middle)) == sum(score >= middle for score in scores) < len(scores)
+    assert len(segmenter(images[0], top_k=2)) <= 2
+    assert segmenter(images[0], mask_threshold=1.0) == []
     plain = pipeline("instance-segmentation", str(tiny_model_dir))
-    same(plain(pictures[0]), segmenter(pictures[0], threshold=0.3, top_k=100))
+    same(plain(images[0]), segmenter(images[0], threshold=0.3, top_k=100))
     with pytest.raises(ValueError, match=r"No such setting of the pipeline: treshold"):
-        segmenter(pictures[0], treshold=0.5)
+        segmenter(images[0], treshold=0.5)
     with pytest.raises(ValueError, match="masks must be one of rle, pil"):
-        segmenter(pictures[0], masks="polygons")
+        segmenter(images[0], masks="polygons")
 
 
 @pytest.mark.parametrize("model_type", ["knet", "queryinst"])
-def test_other_segmenters(model_type, tiny_segmenter, pictures):
+def test_other_segmenters(model_type, tiny_segmenter, images):
     config = AutoConfig.for_model(
         model_type, backbone_config=tiny_segmenter()["backbone_config"], num_queries=8, hidden_size=32,
         num_attention_heads=4, intermediate_size=48, num_stages=2, id2label={0: "cat", 1: "dog"},
@@ -145,9 +145,9 @@ def test_other_segmenters(model_type, tiny_segmenter, pictures):
     model = AutoModelForInstanceSegmentation.from_config(config).eval()
     processor = uplvp_hf.UplvpImageProcessor(size={"longest_edge": 64})
     segment = pipeline("instance-segmentation", model=model, image_processor=processor, threshold=0.0, top_k=5)
-    together = segment(pictures[:2], batch_size=2)
+    together = segment(images[:2], batch_size=2)
     assert [entries[0]["rle"]["size"] for entries in together] == [[50, 90], [70, 40]]
-    for image, entries in zip(pictures, together):
+    for image, entries in zip(images, together):
         same(entries, segment(image))
 
 
@@ -155,13 +155,13 @@ def test_other_segmenters(model_type, tiny_segmenter, pictures):
 
 RUN = """
 import json, sys
-folder, picture, trust = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+folder, image, trust = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 from transformers import pipeline
 words = {"trust_remote_code": True} if trust else {}
 flat = pipeline("image-segmentation", folder, **words)
 own = pipeline("instance-segmentation", folder, **words)
-found = flat(picture, threshold=0.0, overlap_mask_area_threshold=0.0)
-entries = own([picture, picture], threshold=0.0, top_k=6, batch_size=2)[0]
+found = flat(image, threshold=0.0, overlap_mask_area_threshold=0.0)
+entries = own([image, image], threshold=0.0, top_k=6, batch_size=2)[0]
 print(json.dumps({"sizes": [e["mask"].size for e in found], "entries": entries, "pipeline": type(own).__module__,
                   "processor": type(own.image_processor).__module__ + "." + type(own.image_processor).__name__,
                   "model": type(own.model).__module__, "package": "uplvp_hf" in sys.modules}))
@@ -192,36 +192,36 @@ def repository(tiny_model_dir, tmp_path_factory):
 
 
 @pytest.fixture
-def file(tmp_path, pictures):
-    pictures[0].save(tmp_path / "picture.png")
-    return tmp_path / "picture.png"
+def file(tmp_path, images):
+    images[0].save(tmp_path / "image.png")
+    return tmp_path / "image.png"
 
 
-def check(seen, segmenter, pictures):
-    same(seen["entries"], segmenter(pictures[0]))
+def check(seen, segmenter, images):
+    same(seen["entries"], segmenter(images[0]))
     assert seen["sizes"] and all(size == [90, 50] for size in seen["sizes"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pushed", [False, True])
-def test_with_the_package(pushed, tiny_model_dir, repository, segmenter, pictures, file, tmp_path):
+def test_with_the_package(pushed, tiny_model_dir, repository, segmenter, images, file, tmp_path):
     """The folder of a run, and a pushed one, whose code is not asked for: nobody answers the question here."""
     folder = repository if pushed else tiny_model_dir
     seen, said = fresh("import uplvp_hf\n", folder, file, False, tmp_path / "cache")
     assert "is not supported for" not in said
-    check(seen, segmenter, pictures)
+    check(seen, segmenter, images)
     assert all(seen[key].startswith("uplvp_hf.models.") for key in ("pipeline", "processor", "model"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("torchvision", [True, False])
-def test_without_the_package(torchvision, repository, segmenter, pictures, file, tmp_path):
+def test_without_the_package(torchvision, repository, segmenter, images, file, tmp_path):
     hidden = {"uplvp_hf"} if torchvision else {"uplvp_hf", "torchvision"}
     seen, _ = fresh(HIDDEN.format(hidden=hidden), repository, file, True, tmp_path / "cache")
     assert not seen["package"]
     assert all(seen[key].startswith("transformers_modules.") for key in ("pipeline", "processor", "model"))
     assert seen["processor"].endswith(".UplvpImageProcessor" if torchvision else ".UplvpImageProcessorPil")
     if torchvision:
-        check(seen, segmenter, pictures)
+        check(seen, segmenter, images)
     else:  # other pixels
         assert seen["sizes"] and seen["entries"][0]["rle"]["size"] == [50, 90]

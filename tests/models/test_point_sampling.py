@@ -25,7 +25,7 @@ def test_sampling_bool_masks_equals_sampling_dense_maps():
 
 @pytest.fixture
 def scene():
-    """Logits of 2 pictures x 12 queries, 19 matched pairs (more than two chunks), 15 masks."""
+    """Logits of 2 images x 12 queries, 19 matched pairs (more than two chunks), 15 masks."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 12, 20, 24, generator=generator).requires_grad_()
     pairs = torch.randperm(24, generator=generator)[:19].sort().values
@@ -37,11 +37,11 @@ def sampler(points=50, **options):
     return PointSampler(points, 3.0, 0.75, **options)
 
 
-def written_out(logits, picture, query, masks, ids, drawn, points=50):
+def written_out(logits, image, query, masks, ids, drawn, points=50):
     """The two sums, with dense targets and autograd: PointRend's sampling, mask by mask."""
     entropy, dice = 0.0, 0.0
     for m in range(len(ids)):
-        map_, target = logits[picture[m], query[m]][None, None], masks[ids[m]][None, None].float()
+        map_, target = logits[image[m], query[m]][None, None], masks[ids[m]][None, None].float()
         with torch.no_grad():
             value = sample_points(map_, drawn["oversample"][m][None])[0, 0]
             chosen = drawn["oversample"][m][value.abs().argsort()[: int(0.75 * points)]]
@@ -57,8 +57,8 @@ def drawing(extent=None):
     generator = torch.Generator().manual_seed(1)
     numbers = {}
 
-    def draw(layer, kind, picture, shape):
-        assert (layer, picture) == (7, -1)
+    def draw(layer, kind, image, shape):
+        assert (layer, image) == (7, -1)
         numbers[kind] = torch.rand(shape, generator=generator)
         return numbers[kind]
 
@@ -67,10 +67,10 @@ def drawing(extent=None):
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (5.0, 0.0), (-0.3, 2.0)])
 def test_terms_and_gradients_equal_those_written_out(scene, weights):
-    logits, picture, query, masks, ids = scene
+    logits, image, query, masks, ids = scene
     draw, drawn = drawing()
-    ours = point_terms(logits, picture, query, BinaryMasks(masks), ids, sampler(layer=7, draw=draw))
-    theirs = written_out(logits, picture, query, masks, ids, drawn)
+    ours = point_terms(logits, image, query, BinaryMasks(masks), ids, sampler(layer=7, draw=draw))
+    theirs = written_out(logits, image, query, masks, ids, drawn)
     torch.testing.assert_close(torch.stack(ours), torch.stack(theirs), rtol=1e-5, atol=1e-5)
     gradients = [
         torch.autograd.grad(sum(w * term for w, term in zip(weights, terms, strict=True)), logits)[0]
@@ -80,19 +80,19 @@ def test_terms_and_gradients_equal_those_written_out(scene, weights):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_points_stay_on_the_picture(scene):
-    logits, picture, query, *_ = scene
+def test_points_stay_on_the_image(scene):
+    logits, image, query, *_ = scene
     extent = torch.rand(19, 2) * 0.8 + 0.1
-    for chosen, place, value in sampler(extent=extent).chunks(logits[picture, query].detach()):
+    for chosen, place, value in sampler(extent=extent).chunks(logits[image, query].detach()):
         assert (place <= extent[chosen, None]).all() and (place >= 0).all()
         assert (place.amax(1) > 0.8 * extent[chosen]).all()
-        again = sample_points(logits[picture, query][chosen, None], place)[:, 0]
+        again = sample_points(logits[image, query][chosen, None], place)[:, 0]
         torch.testing.assert_close(value, again)
 
 
 def test_uncertain_points_are_the_least_certain_and_the_rest_uniform(scene):
-    logits, picture, query, *_ = scene
-    maps = logits[picture, query].detach()
+    logits, image, query, *_ = scene
+    maps = logits[image, query].detach()
     draw, drawn = drawing()
     points = torch.cat([place for _, place, _ in sampler(points=400, layer=7, draw=draw).chunks(maps)])
     distance = sample_points(maps[:, None], drawn["oversample"])[:, 0].abs()
@@ -136,10 +136,10 @@ def matched(masks):
     total = 0.0
     for layer, logits in enumerate(masks):
         generator = torch.Generator().manual_seed(layer)
-        draw = lambda _, kind, picture, shape, generator=generator: torch.rand(shape, generator=generator)  # noqa: E731
-        picture, query = torch.tensor([0, 1, 1]), torch.tensor([layer, 3, 0])
+        draw = lambda _, kind, image, shape, generator=generator: torch.rand(shape, generator=generator)  # noqa: E731
+        image, query = torch.tensor([0, 1, 1]), torch.tensor([layer, 3, 0])
         targets = BinaryMasks(torch.ones(1, 20, 28))
-        terms = point_terms(logits, picture, query, targets, torch.zeros(3).long(), sampler(draw=draw))
+        terms = point_terms(logits, image, query, targets, torch.zeros(3).long(), sampler(draw=draw))
         total = total + terms[0] + 2 * terms[1]
     return total
 

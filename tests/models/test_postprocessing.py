@@ -12,7 +12,7 @@ from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 from uplvp_hf.models.roi_masks import paste_masks
 
 KINDS = ("mask2former", "knet", "queryinst")
-TARGETS = [(60, 100), (100, 60), (50, 50), (31, 128)]  # (height, width) of the pictures
+TARGETS = [(60, 100), (100, 60), (50, 50), (31, 128)]  # (height, width) of the images
 
 
 def sure_of(masks, classes=3):
@@ -47,25 +47,25 @@ def test_a_rectangle_in_a_padded_batch_comes_back_to_the_pixel():
     """Rectangles on the grid of the logits, against `interpolate` of the logits without the padding. The padding is
     full of object, so that whatever of it got in would be seen."""
     processor = UplvpImageProcessor(size={"longest_edge": 128})
-    pictures = [np.zeros((*size, 3), dtype=np.uint8) for size in TARGETS]
-    batch = processor(pictures, return_tensors="pt")
+    images = [np.zeros((*size, 3), dtype=np.uint8) for size in TARGETS]
+    batch = processor(images, return_tensors="pt")
     sizes = processor.get_input_sizes(batch["pixel_mask"])
     assert sizes == [(77, 128), (128, 77), (128, 128), (31, 128)]
     masks = torch.full((len(TARGETS), 2, *(side // 4 for side in batch["pixel_values"].shape[-2:])), 8.0)
     cells = [(-(-height // 4), -(-width // 4)) for height, width in sizes]
-    for picture, (rows, columns) in enumerate(cells):
-        masks[picture, :, :rows, :columns] = -8.0
-        masks[picture, 0, 2 : rows - 3, 3 : columns // 2] = 8.0
-        masks[picture, 1, rows // 2 :, columns // 2 :] = 8.0  # to the lower right corner of the picture
+    for image, (rows, columns) in enumerate(cells):
+        masks[image, :, :rows, :columns] = -8.0
+        masks[image, 0, 2 : rows - 3, 3 : columns // 2] = 8.0
+        masks[image, 1, rows // 2 :, columns // 2 :] = 8.0  # to the lower right corner of the image
     for inputs in (sizes, None):
         results = process(sure_of(masks), target_sizes=TARGETS, input_sizes=inputs)
-        for picture, (result, (rows, columns), size, target) in enumerate(
+        for image, (result, (rows, columns), size, target) in enumerate(
             zip(results, cells, sizes, TARGETS, strict=True)
         ):
-            # The cells reach beyond the picture where it does not end with one; the rest is cut off.
+            # The cells reach beyond the image where it does not end with one; the rest is cut off.
             factor = [4 * whole / part for whole, part in zip(target, size, strict=True)]
             expected = F.interpolate(
-                masks[picture : picture + 1, :, :rows, :columns], scale_factor=factor, mode="bilinear"
+                masks[image : image + 1, :, :rows, :columns], scale_factor=factor, mode="bilinear"
             )[0]
             height, width = min(target[0], expected.shape[1]), min(target[1], expected.shape[2])
             sure = expected[:, :height, :width].abs() > 1e-3
@@ -92,7 +92,7 @@ def test_a_one_column_object_keeps_its_area():
 def test_a_single_column_of_pixels_survives():
     masks = torch.full((1, 1, 20, 30), -8.0)
     masks[..., 12] = -1.0
-    masks[0, 0, :, 13] = 1.0  # wins over its left neighbour only
+    masks[0, 0, :, 13] = 1.0  # wins over its left neighbor only
     result = process(sure_of(masks), target_sizes=[(20, 30)], input_sizes=[(80, 120)])[0]
     assert result["masks"].sum() == 20 and result["boxes"].tolist() == [[13, 0, 14, 20]]
 
@@ -108,7 +108,7 @@ def test_overlapping_instances_both_survive(return_rle):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_equals_batched(kind):
-    """Among larger ones, in padding that says other things. Pictures that end with a cell and within one."""
+    """Among larger ones, in padding that says other things. Images that end with a cell and within one."""
     sizes, targets = [(64, 128), (63, 50)], [(90, 180), (126, 100)]
     together = some_outputs(kind, size=(32, 40))
     for index, (size, target) in enumerate(zip(sizes, targets, strict=True)):
@@ -143,9 +143,9 @@ def test_run_lengths_are_those_of_the_masks(kind, dtype, mask_threshold):
         assert dense["segments_info"] == coded["segments_info"]
 
 
-def test_masks_in_boxes_are_pasted_as_on_the_whole_picture():
+def test_masks_in_boxes_are_pasted_as_on_the_whole_image():
     outputs = some_outputs("queryinst", batch=1)
-    outputs.boxes[0, 0] = torch.tensor([-20.0, -9.0, 500.0, 140.0])  # leaves the picture
+    outputs.boxes[0, 0] = torch.tensor([-20.0, -9.0, 500.0, 140.0])  # leaves the image
     outputs.boxes[0, 1] = torch.tensor([30.0, 30.0, 30.0, 60.0])  # without area
     result = process(outputs, threshold=0.05, target_sizes=[(90, 120)], input_sizes=[(96, 128)])[0]
     scale = torch.tensor([120 / 128, 90 / 96, 120 / 128, 90 / 96])
@@ -199,7 +199,7 @@ def test_settings_without_sense_are_refused(settings, reason):
 
 
 def test_infinite_logits():
-    """Of models that rule queries out: neither NaN nor a warning, and nothing of it in the neighbours."""
+    """Of models that rule queries out: neither NaN nor a warning, and nothing of it in the neighbors."""
     masks = torch.full((1, 1, 16, 16), -torch.inf)
     masks[..., 4:8, 4:8] = torch.inf
     result = process(sure_of(masks), target_sizes=[(64, 64)], input_sizes=[(64, 64)])[0]

@@ -49,8 +49,8 @@ def test_pooling_equals_brute_force(pooling, dtype):
     assert prompts.vectors.shape == (3, 5, 7) and prompts.vectors.dtype == torch.float32
     assert prompts.valid.tolist() == [[True, True, True, False, True], [False] * 5, [True, True] + [False] * 3]
     assert prompts.source.tolist() == [[0, 1, 2, -1, 4], [-1] * 5, [0, 1, -1, -1, -1]]
-    for i, picture in enumerate(masks):
-        for k, mask in enumerate(picture):
+    for i, image in enumerate(masks):
+        for k, mask in enumerate(image):
             expected = brute_force_pooling(features[i].float(), mask, pooling)
             expected = torch.zeros(7) if expected is None else expected
             torch.testing.assert_close(prompts.vectors[i, k], expected, rtol=1e-5, atol=1e-5)
@@ -138,7 +138,7 @@ def test_injection_adds_prompts_to_a_share_of_queries_without_rescaling():
     dropped = inject_prompts(queries, vectors, match, kept_prompts(match, 0.3))
     changed = (dropped != queries).any(-1)
     assert torch.equal(dropped[changed], full[changed]) and torch.equal(dropped[~changed], queries[~changed])
-    for share in changed.float().mean(1):  # each picture draws its own
+    for share in changed.float().mean(1):  # each image draws its own
         assert share.item() == pytest.approx(0.7, abs=0.04)
     assert not torch.equal(changed[0, 7:], changed[1, 7:])
     assert torch.equal(inject_prompts(queries, vectors, match, kept_prompts(match, 1.0)), queries)
@@ -165,7 +165,7 @@ def test_fusion_starts_as_the_sum_and_leaves_the_others_alone():
 
 @pytest.mark.parametrize("count", [1, 3, 7, 12, 20, 25])
 def test_slots_repeat_prompts_in_runs_and_then_the_first_once_more(count):
-    """Written out as two loops, for one picture with `count` prompts of which one slot in between is not valid."""
+    """Written out as two loops, for one image with `count` prompts of which one slot in between is not valid."""
     valid = torch.ones(2, count + 1, dtype=torch.bool)
     valid[0, 1] = valid[1] = False
     source = torch.where(valid, torch.arange(count + 1), -1)
@@ -194,7 +194,7 @@ def test_kernel_supervision_equals_a_loop():
     for layer in layers:
         layer.queries.requires_grad_()
     vectors = torch.randn(2, 3, 4, requires_grad=True)
-    source = torch.tensor([[0, 2, 3], [1, -1, -1]])  # mask 1 of picture 0 and mask 0 of picture 1 have no prompt
+    source = torch.tensor([[0, 2, 3], [1, -1, -1]])  # mask 1 of image 0 and mask 0 of image 1 have no prompt
     matches = [
         [(torch.tensor([1, 4, 6, 8]), torch.randperm(4)), (torch.tensor([0, 5]), torch.randperm(2))] for _ in layers
     ]
@@ -255,7 +255,7 @@ def test_hungarian_is_optimal_and_survives_nan():
         assert len(hungarian([torch.full((1, 4, 2), float("nan"))])[0][0][0]) == 2
 
 
-def test_shared_slots_give_a_picture_without_prompts_those_of_others():
+def test_shared_slots_give_an_image_without_prompts_those_of_others():
     """As the released code: its one prompt of zeros stands in the list, but slots are filled from the list's start."""
     vectors = torch.zeros(2, 2, 3)
     vectors[0] = torch.tensor([[1.0, 2, 3], [4, 5, 6]])

@@ -55,15 +55,15 @@ def test_save_and_load(backbone, tmp_path):
     for name in QueryInstConfig.__annotations__:
         if name != "backbone_config":
             assert getattr(again.config, name) == getattr(model.config, name), name
-    picture = torch.randn(1, 3, 64, 64)
+    image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(model(picture).masks_queries_logits, again.eval()(picture).masks_queries_logits)
+        assert torch.equal(model(image).masks_queries_logits, again.eval()(image).masks_queries_logits)
     body = QueryInstModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(body(picture).boxes[-1], model(picture).boxes)
+        assert torch.equal(body(image).boxes[-1], model(image).boxes)
 
 
-def test_other_classes_reinitialise_what_has_a_row_a_class(tmp_path):
+def test_other_classes_reinitialize_what_has_a_row_a_class(tmp_path):
     model = make()
     model.save_pretrained(tmp_path)
     again, report = QueryInstForInstanceSegmentation.from_pretrained(
@@ -80,8 +80,8 @@ def test_other_classes_reinitialise_what_has_a_row_a_class(tmp_path):
     torch.testing.assert_close(prior.sigmoid(), torch.full_like(prior, 0.01))
 
 
-def test_every_tensor_is_initialised_by_rule():
-    """Built on `meta` and materialised with rubbish, every tensor gets its rule; statistics are the original's."""
+def test_every_tensor_is_initialized_by_rule():
+    """Built on `meta` and materialized with rubbish, every tensor gets its rule; statistics are the original's."""
     settings = {"hidden_size": 64, "dynamic_channels": 16, "intermediate_size": 256, "num_attention_heads": 4}
     with torch.device("meta"):
         model = QueryInstForInstanceSegmentation(make(**settings).config)
@@ -169,40 +169,40 @@ def test_more_objects_than_queries(make_batch):
 
 def test_wrong_labels_are_named(make_batch):
     model, batch = make(), make_batch((1, 1))
-    with pytest.raises(ValueError, match=r"Picture 1 .* 3 classes"):
+    with pytest.raises(ValueError, match=r"Image 1 .* 3 classes"):
         model(**{**batch, "class_labels": [torch.tensor([0]), torch.tensor([3])]})
     with pytest.raises(ValueError, match="class_labels"):
         model(batch["pixel_values"], mask_labels=batch["mask_labels"])
 
 
-def on_canvas(picture, height, width):
+def on_canvas(image, height, width):
     """(3, h, w) in the upper left corner of a batch of one, and its pixel mask."""
     canvas, mask = torch.zeros(1, 3, height, width), torch.zeros(1, height, width, dtype=torch.int64)
-    canvas[0, :, : picture.shape[1], : picture.shape[2]] = picture
-    mask[0, : picture.shape[1], : picture.shape[2]] = 1
+    canvas[0, :, : image.shape[1], : image.shape[2]] = image
+    mask[0, : image.shape[1], : image.shape[2]] = 1
     return canvas, mask
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 @pytest.mark.parametrize("size", [(64, 96), (50, 85)])
-def test_a_picture_alone_equals_itself_in_a_padded_batch(backbone, size):
+def test_an_image_alone_equals_itself_in_a_padded_batch(backbone, size):
     model = make(backbone).eval()
-    picture, other = torch.randn(3, *size), torch.randn(3, 128, 128)
+    image, other = torch.randn(3, *size), torch.randn(3, 128, 128)
     masks = [torch.zeros(2, 128, 128, dtype=torch.bool), torch.zeros(0, 128, 128, dtype=torch.bool)]
     masks[0][0, 5:40, 10:50] = True
-    masks[0][1, 20 : size[0], 40 : size[1]] = True  # touches the end of the picture
+    masks[0][1, 20 : size[0], 40 : size[1]] = True  # touches the end of the image
     labels = [torch.tensor([0, 2]), torch.tensor([], dtype=torch.int64)]
-    alone = on_canvas(picture, 64, 96)
+    alone = on_canvas(image, 64, 96)
     alone = alone[:1] if size == (64, 96) else alone  # without padding no mask is needed
-    batch = [torch.cat(parts) for parts in zip(on_canvas(picture, 128, 128), on_canvas(other, 128, 128), strict=True)]
+    batch = [torch.cat(parts) for parts in zip(on_canvas(image, 128, 128), on_canvas(other, 128, 128), strict=True)]
     with torch.no_grad():
         single = model(*alone, mask_labels=[masks[0][:, :64, :96]], class_labels=labels[:1])
         padded = model(*batch, mask_labels=masks, class_labels=labels)
     for name in ("class_queries_logits", "boxes", "roi_mask_logits", "queries"):
         torch.testing.assert_close(padded[name][:1], single[name], rtol=1e-4, atol=1e-4)
-    on_picture = padded.masks_queries_logits[:1, :, :16, :24].sigmoid()
-    torch.testing.assert_close(on_picture, single.masks_queries_logits.sigmoid(), rtol=0, atol=1e-4)
-    # all but the class term, which also counts the other picture's queries
+    on_image = padded.masks_queries_logits[:1, :, :16, :24].sigmoid()
+    torch.testing.assert_close(on_image, single.masks_queries_logits.sigmoid(), rtol=0, atol=1e-4)
+    # all but the class term, which also counts the other image's queries
     for name, value in single.losses.items():
         if not name.startswith("class"):
             torch.testing.assert_close(padded.losses[name], value, rtol=1e-4, atol=1e-4)
@@ -211,11 +211,11 @@ def test_a_picture_alone_equals_itself_in_a_padded_batch(backbone, size):
 def test_without_masking_padding_takes_part():
     """The original's way, for its numbers: the mask only tells the sizes."""
     masked, plain = make().eval(), make(mask_padding=False).eval()
-    picture, mask = on_canvas(torch.randn(3, 50, 85), 128, 128)
+    image, mask = on_canvas(torch.randn(3, 50, 85), 128, 128)
     with torch.no_grad():
-        assert not torch.allclose(masked(picture, mask).boxes, plain(picture, mask).boxes, atol=1e-3)
-        features = plain.encode(picture, mask)
-        whole = plain.encode(picture)
+        assert not torch.allclose(masked(image, mask).boxes, plain(image, mask).boxes, atol=1e-3)
+        features = plain.encode(image, mask)
+        whole = plain.encode(image)
     assert features.sizes.tolist() == [[50, 85]] and whole.sizes.tolist() == [[128, 128]]
     assert torch.equal(features.maps[0], whole.maps[0])
 
@@ -229,7 +229,7 @@ def test_a_full_pixel_mask_changes_nothing(make_batch):
     assert torch.equal(model(**batch, pixel_mask=full).loss, first.loss)
 
 
-def test_masks_on_the_picture_are_those_in_the_boxes():
+def test_masks_on_the_image_are_those_in_the_boxes():
     model = make().eval()
     with torch.no_grad():
         output = model(torch.randn(2, 3, 64, 96))
@@ -254,12 +254,12 @@ def test_in_training_masks_are_predicted_for_the_loss_only(make_batch):
 
 def test_hidden_states_and_attentions_of_both_implementations():
     model = make().eval()
-    picture = torch.randn(2, 3, 64, 64)
+    image = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        output = model(picture, output_hidden_states=True, output_attentions=True)
-        fast = model(picture)
+        output = model(image, output_hidden_states=True, output_attentions=True)
+        fast = model(image)
         model.set_attn_implementation("eager")
-        slow = model(picture)
+        slow = model(image)
     assert len(output.hidden_states) == 3 and torch.equal(output.hidden_states[-1], output.queries)
     assert torch.equal(output.hidden_states[0][0], model.model.proposal_features.weight)
     assert [tuple(weights.shape) for weights in output.attentions] == [(2, 4, 9, 9)] * 2
@@ -360,8 +360,8 @@ def test_text_logits_and_a_label_guide_enter_the_matching(make_batch):
         # the same logits in both heads are the same loss as long as the assignment is
         assert same["text_class_0"] == pytest.approx(same["class_0"].item())
 
-        def guide(cost, picture):  # query n must take target G - 1 - n
-            assert cost.shape == (2, 9, len(batch["class_labels"][picture]))
+        def guide(cost, image):  # query n must take target G - 1 - n
+            assert cost.shape == (2, 9, len(batch["class_labels"][image]))
             return (
                 1000.0 * (torch.arange(9)[:, None] + torch.arange(cost.shape[-1]) - cost.shape[-1] + 1).abs() + cost * 0
             )
@@ -385,15 +385,15 @@ def test_only_the_last_stage_without_auxiliary_losses(make_batch):
 
 
 @pytest.mark.slow
-def test_export_with_any_number_of_pictures():
+def test_export_with_any_number_of_images():
     model = make().eval()
     count = torch.export.Dim("count", min=1, max=16)
     masks = torch.ones(2, 64, 96, dtype=torch.int64)
     masks[1, 40:], masks[1, :, 70:] = 0, 0
-    pictures, more = torch.randn(2, 3, 64, 96), torch.randn(5, 3, 64, 96)
+    images, more = torch.randn(2, 3, 64, 96), torch.randn(5, 3, 64, 96)
     with torch.no_grad():
         program = torch.export.export(
-            model, (pictures, masks), dynamic_shapes={"pixel_values": {0: count}, "pixel_mask": {0: count}}
+            model, (images, masks), dynamic_shapes={"pixel_values": {0: count}, "pixel_mask": {0: count}}
         )
         ours, exported = model(more, masks[[1, 0, 1, 1, 0]]), program.module()(more, masks[[1, 0, 1, 1, 0]])
     for name in ("class_scores", "boxes", "roi_mask_logits", "masks_queries_logits"):
@@ -403,10 +403,10 @@ def test_export_with_any_number_of_pictures():
 @pytest.mark.slow
 def test_compiles_in_one_piece():
     model = make().eval()
-    pictures = torch.randn(2, 3, 64, 64)
+    images = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
-        expected = model(pictures)
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pictures)
+        expected = model(images)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
     for name in ("class_scores", "boxes", "masks_queries_logits"):
         torch.testing.assert_close(compiled[name], expected[name], rtol=1e-4, atol=1e-3)
 
@@ -445,7 +445,7 @@ def test_two_processes_are_as_one(tmp_path, make_batch):
 
 
 @pytest.mark.slow
-def test_learns_one_picture():
+def test_learns_one_image():
     torch.manual_seed(0)
     model = make(num_stages=3, num_queries=6, finest_scale=28).train()
     model.backbone.eval()
@@ -454,18 +454,18 @@ def test_learns_one_picture():
     mask[1, 50:90, 20:50] = True
     yy, xx = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
     mask[2] = (yy - 40) ** 2 + (xx - 70) ** 2 < 300
-    picture = torch.zeros(1, 3, 96, 96)
+    image = torch.zeros(1, 3, 96, 96)
     for channel, one in enumerate(mask):
-        picture[0, channel][one] = 1
+        image[0, channel][one] = 1
     labels = torch.tensor([0, 1, 2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for _ in range(250):
-        loss = model(picture, mask_labels=[mask], class_labels=[labels]).loss
+        loss = model(image, mask_labels=[mask], class_labels=[labels]).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        output = model.eval()(picture)
+        output = model.eval()(image)
     scores, place = output.class_scores[0].flatten().topk(3)
     query, label = place // 3, place % 3
     pasted = paste_masks(output.roi_mask_logits[0, query, label].sigmoid(), output.boxes[0, query], (96, 96)) > 0.5

@@ -1,4 +1,4 @@
-"""QueryInst against tensors recorded from mmdetection: same weights and pictures, every intermediate result."""
+"""QueryInst against tensors recorded from mmdetection: same weights and images, every intermediate result."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def build(tensors, info, training):
 
 
 def sizes_mask(info, size):
-    """1 on the pictures: the recording scales proposals by each picture's own size."""
+    """1 on the images: the recording scales proposals by each image's own size."""
     mask = torch.zeros(len(info["img_metas"]), *size)
     for own, meta in zip(mask, info["img_metas"], strict=True):
         own[: meta["img_shape"][0], : meta["img_shape"][1]] = 1
@@ -83,13 +83,13 @@ def test_every_stage(run):
     tensors, inner = run["tensors"], run["inner"]
     close(inner["regions"], tensors["train.stage0.bbox_roi_feats"])
     entering, boxes = run["queries"], run["model"].model.initial_boxes(run["features"])
-    picture = torch.arange(run["batch"]).repeat_interleave(boxes.shape[1])[:, None]
+    image = torch.arange(run["batch"]).repeat_interleave(boxes.shape[1])[:, None]
     for index, layer in enumerate(run["layers"]):
         theirs = {name: tensors[f"train.stage{index}.{name}"] for name in (
             "in_rois", "in_object_feats", "inner_dynamic_conv", "attn_feats", "object_feats", "cls_score",
             "bbox_delta", "decode_bbox_pred",
         )}  # fmt: skip
-        close(torch.cat([picture, boxes.flatten(0, 1)], 1), theirs["in_rois"], 1e-4)
+        close(torch.cat([image, boxes.flatten(0, 1)], 1), theirs["in_rois"], 1e-4)
         close(entering, theirs["in_object_feats"])
         close(F.relu(inner[f"dynamic{index}"]), theirs["inner_dynamic_conv"])
         close(layer.attended, theirs["attn_feats"])
@@ -102,7 +102,7 @@ def test_every_stage(run):
 
 
 def matched(run):
-    """Costs per picture and assignments, by the very functions that the loss uses."""
+    """Costs per image and assignments, by the very functions that the loss uses."""
     model, features, layers = run["model"], run["features"], run["layers"]
     costs = model.loss_function.costs(
         torch.stack([layer.class_logits for layer in layers]),
@@ -131,7 +131,7 @@ def test_costs_assignments_and_targets(run):
                            tensors[f"train.stage{stage}.assign_gt.{i}"].tolist(), strict=True)  # fmt: skip
             ours = zip(*(part.tolist() for part in matches[stage][i]), strict=True)
             assert set(ours) == set(expected)
-        place = pairs.picture[stage] * queries + pairs.query[stage]
+        place = pairs.image[stage] * queries + pairs.query[stage]
         labels = torch.full((run["batch"] * queries,), classes)
         labels[place] = pairs.label[stage]
         assert torch.equal(labels, tensors[f"train.stage{stage}.labels"])
@@ -151,14 +151,14 @@ def test_masks_in_matched_boxes(run):
     limits = torch.tensor(features.canvas).expand(run["batch"], 2)
     targets = None
     for stage, layer in enumerate(layers):
-        picture, query = pairs.picture[stage], pairs.query[stage]
+        image, query = pairs.image[stage], pairs.query[stage]
         close(
-            torch.cat([picture[:, None], boxes[stage, picture, query]], 1),
+            torch.cat([image[:, None], boxes[stage, image, query]], 1),
             tensors[f"train.stage{stage}.mask_rois"],
             1e-4,
         )
         assert torch.equal(pairs.label[stage], tensors[f"train.stage{stage}.mask_pos_labels"])
-        logits = model.model.predict_masks(stage, layer, features, picture, query)
+        logits = model.model.predict_masks(stage, layer, features, image, query)
         close(logits, tensors[f"train.stage{stage}.mask_logits"], LOGITS)
         if targets is None:
             targets = mask_targets(run["masks"], boxes, limits, pairs, logits.shape[-1])
@@ -221,7 +221,7 @@ def test_last_stage_in_evaluation(run, evaluated):
     close(layer.roi_mask_logits.flatten(0, 1), tensors["test.mask_logits"], LOGITS)
 
 
-def test_results_of_single_pictures(run, evaluated):
+def test_results_of_single_images(run, evaluated):
     """Top scores over (query, class), masks of that class pasted at the original size, alone and in the batch."""
     tensors, model = run["tensors"], evaluated[0]
     rcnn = run["info"]["config"]["test_cfg"]["rcnn"]

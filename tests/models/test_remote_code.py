@@ -27,13 +27,13 @@ sys.meta_path.insert(0, Hidden())
 from PIL import Image
 from transformers import pipeline
 folder, again = sys.argv[1:]
-picture = Image.new("RGB", (80, 60))
+image = Image.new("RGB", (80, 60))
 found = []
 for place in (folder, again):
     stock = pipeline("image-segmentation", model=place, trust_remote_code=True)
     own = pipeline("instance-segmentation", model=place, trust_remote_code=True)
-    stock(picture, threshold=0.0)
-    found.append([(one["score"], one["rle"]) for one in own(picture, threshold=0.0)])
+    stock(image, threshold=0.0)
+    found.append([(one["score"], one["rle"]) for one in own(image, threshold=0.0)])
     if place == folder:
         stock.image_processor.save_pretrained(again)
         stock.model.save_pretrained(again)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from uplvp_hf.models.roi import MAX_LOG_SCALE, PyramidPooler, apply_deltas, centre_to_corners, crop_masks
+from uplvp_hf.models.roi import MAX_LOG_SCALE, PyramidPooler, apply_deltas, center_to_corners, crop_masks
 from uplvp_hf.models.roi_masks import paste_masks
 
 
@@ -42,14 +42,14 @@ def check_roi_align(map_, rois, side, ratio, scale, expected):
     pooler = PyramidPooler(side, ratio, finest_stride=stride)
     pooled = pooler([map_], rois[:, 1:], rois[:, 0].long())
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
-    # pictures that fill the canvas, sample by sample
+    # images that fill the canvas, sample by sample
     sizes = torch.tensor([[stride * map_.shape[2], stride * map_.shape[3]]] * len(map_)).float()
     single = pooler([map_], rois[:, 1:], rois[:, 0].long(), sizes)
     torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
-    for picture in range(len(map_)):
-        own = rois[:, 0] == picture
+    for image in range(len(map_)):
+        own = rois[:, 0] == image
         for given in (None, sizes[:1]):
-            graded = pooler.sample([map_[picture : picture + 1]], rois[own, 1:][None], given)
+            graded = pooler.sample([map_[image : image + 1]], rois[own, 1:][None], given)
             torch.testing.assert_close(graded, expected[own], rtol=1e-5, atol=2e-5)
 
 
@@ -77,7 +77,7 @@ def test_pasting_of_an_even_grid_covers_the_box():
     boxes = torch.tensor([[2.0, 3.0, 10.0, 9.0], [5.0, 5.0, 5.0, 8.0], [-4.0, -4.0, 4.0, 4.0]])
     pasted = paste_masks(torch.ones(3, 28, 28), boxes, (12, 16))
     expected = torch.zeros(3, 12, 16)
-    expected[0, 3:9, 2:10] = 1  # pixel centres within; no area: nothing; beyond the border: cut off
+    expected[0, 3:9, 2:10] = 1  # pixel centers within; no area: nothing; beyond the border: cut off
     expected[2, :4, :4] = 1
     assert torch.equal((pasted > 0.5).float(), expected)
     assert paste_masks(torch.ones(0, 28, 28), torch.zeros(0, 4), (4, 5)).shape == (0, 4, 5)
@@ -109,21 +109,21 @@ def align_slowly(map_, box, side, ratio, stride):
 def pyramid():
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(2, 3, 64 // 2**level, 96 // 2**level, generator=generator) for level in range(4)]
-    centre = torch.rand(2, 9, 2, generator=generator) * torch.tensor([384.0, 256.0])
+    center = torch.rand(2, 9, 2, generator=generator) * torch.tensor([384.0, 256.0])
     side = 300 * torch.rand(2, 9, 2, generator=generator) ** 2 + 4
-    return maps, torch.cat([centre - side / 2, centre + side / 2], -1)
+    return maps, torch.cat([center - side / 2, center + side / 2], -1)
 
 
 @pytest.mark.parametrize("way", ["index", "compiled", "sample"])
 def test_regions_come_from_the_level_of_their_size(pyramid, way, monkeypatch):
     maps, boxes = pyramid
     pooler = PyramidPooler(3, 2, finest_scale=28)
-    picture = torch.arange(2).repeat_interleave(9)
+    image = torch.arange(2).repeat_interleave(9)
     if way == "compiled":  # the branch without a look at the indices
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    pooled = pooler.sample(maps, boxes) if way == "sample" else pooler(maps, boxes.flatten(0, 1), picture)
+    pooled = pooler.sample(maps, boxes) if way == "sample" else pooler(maps, boxes.flatten(0, 1), image)
     used = set()
-    for row, (i, box) in enumerate(zip(picture.tolist(), boxes.flatten(0, 1).tolist(), strict=True)):
+    for row, (i, box) in enumerate(zip(image.tolist(), boxes.flatten(0, 1).tolist(), strict=True)):
         scale = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
         level = min(max(math.floor(math.log2(scale / 28 + 1e-6)), 0), 3)
         used.add(level)
@@ -133,12 +133,12 @@ def test_regions_come_from_the_level_of_their_size(pyramid, way, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["index", "compiled", "sample"])
-def test_regions_end_where_the_picture_ends(pyramid, way, monkeypatch):
-    """On a larger canvas, with edges repeated over the padding: as on a canvas of the picture's own size."""
+def test_regions_end_where_the_image_ends(pyramid, way, monkeypatch):
+    """On a larger canvas, with edges repeated over the padding: as on a canvas of the image's own size."""
     maps, boxes = pyramid
     small = [map_[:, :, : 40 // 2**level, : 56 // 2**level].clone() for level, map_ in enumerate(maps)]
-    pooler, picture = PyramidPooler(3, 2, finest_scale=28), torch.arange(2).repeat_interleave(9)
-    expected = pooler(small, boxes.flatten(0, 1), picture)
+    pooler, image = PyramidPooler(3, 2, finest_scale=28), torch.arange(2).repeat_interleave(9)
+    expected = pooler(small, boxes.flatten(0, 1), image)
     large = [
         torch.nn.functional.pad(map_, (0, 24 // 2**level, 0, 8), mode="replicate") for level, map_ in enumerate(small)
     ]
@@ -148,7 +148,7 @@ def test_regions_end_where_the_picture_ends(pyramid, way, monkeypatch):
     if way == "sample":
         pooled = pooler.sample(large, boxes, sizes)
     else:
-        pooled = pooler(large, boxes.flatten(0, 1), picture, sizes)
+        pooled = pooler(large, boxes.flatten(0, 1), image, sizes)
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=3e-5)
     assert expected.abs().sum() > 0
 
@@ -181,4 +181,4 @@ def test_mask_targets_are_the_masks_in_their_boxes():
 
 
 def test_corners():
-    assert centre_to_corners(torch.tensor([0.5, 0.5, 1.0, 1.0])).tolist() == [0, 0, 1, 1]
+    assert center_to_corners(torch.tensor([0.5, 0.5, 1.0, 1.0])).tolist() == [0, 0, 1, 1]

@@ -66,15 +66,15 @@ def batch(make_batch):
 
 
 def quiet(model: nn.Module) -> nn.Module:
-    """Norms that take statistics over the batch do not, so that pictures are independent."""
+    """Norms that take statistics over the batch do not, so that images are independent."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
     return model
 
 
-def even(layer, kind, picture, shape):
-    """Draws that are the same for every picture and mask, whatever the batch."""
+def even(layer, kind, image, shape):
+    """Draws that are the same for every image and mask, whatever the batch."""
     generator = torch.Generator().manual_seed(100 * layer + sum(map(ord, kind)))
     return torch.rand((1, *shape[1:]), generator=generator).expand(shape)
 
@@ -117,7 +117,7 @@ def configuration(model) -> dict:
     return {key: value for key, value in found.items() if key not in ("_name_or_path", "dtype", "architectures")}
 
 
-# ---- saving, loading, initialisation ---------------------------------------------------------------------------------
+# ---- saving, loading, initialization ---------------------------------------------------------------------------------
 
 
 @BOTH
@@ -148,7 +148,7 @@ def test_loading_for_other_classes(kind, tmp_path):
     assert other.config.num_labels == 2 and other.segmenter.config.num_labels == 2
     remapped = UplvpForInstanceSegmentation.from_pretraining(tmp_path, {0: "dog", 1: "cow"})
     assert set(remapped.transfer_report.remapped) == sized and remapped.transfer_report.classes == ["dog"]
-    assert not remapped.transfer_report.reinitialised
+    assert not remapped.transfer_report.reinitialized
     old, new = model.state_dict(), remapped.state_dict()
     for name in sized:
         assert torch.equal(new[name][0], old[name][1]), name
@@ -156,7 +156,7 @@ def test_loading_for_other_classes(kind, tmp_path):
 
 
 def test_every_weight_has_a_rule(kind, tmp_path):
-    """What a checkpoint lacks is built on `meta` and initialised module by module: as by the constructor."""
+    """What a checkpoint lacks is built on `meta` and initialized module by module: as by the constructor."""
     model = make_model(kind, text_dim=16, prompt_injection="concat")
     model.save_pretrained(tmp_path, state_dict={"segmenter.nothing": torch.zeros(1)})
     loaded, info = UplvpForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
@@ -299,7 +299,7 @@ def test_hidden_states_and_attentions(kind, batch):
     assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], without.class_queries_logits)
 
 
-def test_a_picture_alone_equals_itself_in_a_padded_batch(kind, batch):
+def test_an_image_alone_equals_itself_in_a_padded_batch(kind, batch):
     model = make_model(kind).eval()
     height, width = 56, 90  # ends within a cell of every stride
     own = {**batch, "pixel_values": batch["pixel_values"][:, :, :height, :width]}
@@ -324,7 +324,7 @@ def test_a_picture_alone_equals_itself_in_a_padded_batch(kind, batch):
 def test_the_loss_does_not_depend_on_the_canvas(kind, batch):
     model = quiet(make_model(kind, prompt_drop=0.0).train())
     losses = [model(**grown(batch, *canvas), draw=even).losses for canvas in ((64, 96), (128, 160))]
-    # Mask2Former's points within half a cell of the border see zeros beyond the end of a map, and the picture's edge
+    # Mask2Former's points within half a cell of the border see zeros beyond the end of a map, and the image's edge
     # repeated on a canvas; an assignment of untrained queries may turn on that.
     tolerance = 0.1 if kind[0] == "mask2former" else 1e-3
     totals = [sum(found.values()) for found in losses]
@@ -354,7 +354,7 @@ def test_without_prompts_pretraining_is_the_plain_model(kind, batch, off, inject
 
 @pytest.mark.parametrize("matching", ["cosine", "sequential", "random", "hungarian"])
 @pytest.mark.parametrize("injection", ["add", "every_stage", "concat"])
-def test_prompts_reach_pictures_with_masks_only(kind, batch, matching, injection):
+def test_prompts_reach_images_with_masks_only(kind, batch, matching, injection):
     model = make_model(kind, prompt_matching=matching, prompt_injection=injection, prompt_drop=0.0).eval()
     with torch.no_grad():
         prompted, without = model(**batch, draw=even), model(batch["pixel_values"])
@@ -440,7 +440,7 @@ def one_of_two(rank: int, folder: str, batch: dict) -> None:
 
 @pytest.mark.slow
 def test_two_processes_equal_one(make_batch, tmp_path):
-    """A picture each, with fixed batch statistics: the averaged gradients are those of the batch in one process."""
+    """An image each, with fixed batch statistics: the averaged gradients are those of the batch in one process."""
     batch = make_batch(counts=COUNTS)
     torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path), batch), nprocs=2)
     for kind in ALL_KINDS:

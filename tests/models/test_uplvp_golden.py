@@ -62,13 +62,13 @@ def test_box_prompts_and_slots(golden):
 def test_kernel_supervision_pairs_by_the_assignment(golden):
     tensors, _ = golden("sp_emb_loss")
     queries = tensors["object_feats"][..., 0, 0].requires_grad_()
-    pictures = len(queries)
-    targets = [tensors[f"gt_kernels.{i}"] for i in range(pictures)]
+    images = len(queries)
+    targets = [tensors[f"gt_kernels.{i}"] for i in range(images)]
     vectors = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True)
     source = torch.stack([F.pad(torch.arange(len(t)), (0, vectors.shape[1] - len(t)), value=-1) for t in targets])
     table = Prompts(vectors, source >= 0, source).of_mask(vectors.shape[1])
     matches, ordered = [], []
-    for i in range(pictures):
+    for i in range(images):
         query = tensors[f"pos_inds.{i}"]
         matches.append((query, tensors[f"assign_gt_inds.{i}"][query] - 1))
         ordered.append((query, torch.arange(len(query))))
@@ -95,7 +95,7 @@ class Recording:
         self.pixels, self.batch = self.tensors["input.img"], len(self.info["img_metas"])
         self.masks = [self.tensors[f"input.gt_masks.{i}"].bool() for i in range(self.batch)]
         self.labels = [self.tensors[f"input.gt_labels.{i}"] for i in range(self.batch)]
-        # The original K-Net lets padding take part; QueryInst scales its boxes by the size of each picture.
+        # The original K-Net lets padding take part; QueryInst scales its boxes by the size of each image.
         self.pixel_mask = None if self.is_knet else self._pixel_mask()
         self.model = self.build()
         self.output = self.model(
@@ -160,7 +160,7 @@ class Recording:
         model.segmenter.backbone.eval()  # norm_eval
         return model
 
-    def draw(self, layer, kind, picture, shape):
+    def draw(self, layer, kind, image, shape):
         assert kind == "keep"
         drawn = self.tensors["up.rand"][..., 0]
         return drawn if tuple(drawn.shape) == shape else drawn.T
@@ -206,7 +206,7 @@ def test_prompts_matches_and_injection(run):
     close(run.output.hidden_states[0], after)
     kept = tensors["up.keep_mask"][..., 0].bool()
     kept = kept if tuple(kept.shape) == tuple(match.shape) else kept.T
-    # A picture without objects has a prompt of zeros there, and none here.
+    # An image without objects has a prompt of zeros there, and none here.
     chosen = slots.vectors.gather(1, match.clamp(min=0)[..., None].expand(-1, -1, slots.vectors.shape[-1]))
     kept = kept & (match >= 0) & (chosen != 0).any(-1)
     assert torch.equal((run.output.hidden_states[0] != queries).any(-1), kept) and kept.any()
@@ -215,7 +215,7 @@ def test_prompts_matches_and_injection(run):
 def test_validity_in_place_of_slots_selects_the_same_prompts(run):
     """Our default, without repetition, for cosine matching: equal to the recorded rows where these are not mixed up."""
     if run.model.config.prompt_matching != "cosine" or run.model.config.prompt_slots_shared:
-        pytest.skip("recorded without cosine matching, or with the prompts of other pictures")
+        pytest.skip("recorded without cosine matching, or with the prompts of other images")
     features, queries, match, slots, _ = run.layers()
     run.model.config.prompt_slots = None
     try:
@@ -274,7 +274,7 @@ def test_costs_assignments_and_targets(run):
         name = f"train.stage{stage}."
         labels = torch.full(layers[0].class_logits.shape[:2], classes)
         for i, (query, target) in enumerate(match):
-            if len(run.labels[i]):  # nothing is recorded for a picture without objects
+            if len(run.labels[i]):  # nothing is recorded for an image without objects
                 close(costs[i][stage], tensors[f"{name}assign_cost.{i}"], LOGITS)
             assert sorted(zip(query.tolist(), target.tolist())) == assigned(tensors, name, i)
             labels[i, query] = run.labels[i][target]
@@ -282,9 +282,9 @@ def test_costs_assignments_and_targets(run):
     if not run.is_knet:
         pairs = pair_up(matches, run.labels, torch.device("cpu"))
         for stage, layer in enumerate(layers):
-            picture, query = pairs.picture[stage], pairs.query[stage]
+            image, query = pairs.image[stage], pairs.query[stage]
             theirs = tensors[f"train.stage{stage}.mask_logits"]
-            close(segmenter.model.predict_masks(stage, layer, features, picture, query), theirs, LOGITS)
+            close(segmenter.model.predict_masks(stage, layer, features, image, query), theirs, LOGITS)
 
 
 KNET_NAMES = {"semantic": "loss_rpn_seg", "initial_mask": "loss_rpn_mask", "initial_dice": "loss_rpn_dice"}
@@ -321,7 +321,7 @@ def test_losses_and_gradients(run):
 
 
 def results(run, model, rows, threshold_name):
-    """What the image processor makes of the pictures in `rows`, run as one batch."""
+    """What the image processor makes of the images in `rows`, run as one batch."""
     rcnn, metas = run.info["config"]["test_cfg"]["rcnn"], [run.info["img_metas"][i] for i in rows]
     mask = None if run.pixel_mask is None else run.pixel_mask[rows]
     with torch.no_grad():
@@ -345,7 +345,7 @@ def plain_model(run):
 
 
 def test_final_results(run):
-    """Scores, labels, boxes and masks in the pixels of the original picture."""
+    """Scores, labels, boxes and masks in the pixels of the original image."""
     name = "result_labels.{}" if run.is_knet else "img{}.labels"
     if f"test.{name.format(0)}" not in run.tensors:
         pytest.skip("this recording has no inference")
@@ -364,7 +364,7 @@ def check_results(run, model):
             masks = tensors[f"test.topk_masks.{i}"].bool()  # in order of score
             labels = tensors[f"test.topk_labels.{i}"]
         else:
-            # Alone, as recorded, and in a batch, where the original mixes up the pictures.
+            # Alone, as recorded, and in a batch, where the original mixes up the images.
             boxes = tensors[f"test.img{i}.bboxes_scores"]
             order = boxes[:, 4].argsort(descending=True, stable=True)
             by_score = [

@@ -1,4 +1,4 @@
-"""The benchmark of evaluation runs on small pictures, and its last line can be read."""
+"""The benchmark of evaluation runs on small images, and its last line can be read."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def benchmark(load_script, monkeypatch):
 
 @pytest.mark.slow
 def test_small_run(benchmark, capsys):
-    assert benchmark.main(["--inferred", "2", "--pictures", "4", "--rounds", "1"]) == 0
+    assert benchmark.main(["--inferred", "2", "--images", "4", "--rounds", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert result["detections"] == 100

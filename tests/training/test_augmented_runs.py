@@ -10,7 +10,7 @@ import torch
 
 from uplvp_hf.data import InstanceMasks, load_dataset_rows
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
-from uplvp_hf.training.build import build_processor, build_samples, with_picture_settings
+from uplvp_hf.training.build import build_processor, build_samples, with_image_settings
 from uplvp_hf.training.config import ConfigError, DataSettings, load_settings
 from uplvp_hf.training.loop import train
 from uplvp_hf.training.stream import make_loader
@@ -68,7 +68,7 @@ def test_settings_that_do_not_fit_are_refused(words, message):
 )
 def test_the_processor_and_the_batches_follow(data, size, pad_size, scenes_dir, tmp_path):
     settings = load_settings(None, [], data={"train": str(scenes_dir), **data}, optim={"steps": 1, "batch_size": 3})
-    settings = with_picture_settings(settings)
+    settings = with_image_settings(settings)
     build_processor(settings.data).save_pretrained(tmp_path)
     processor = UplvpImageProcessor.from_pretrained(tmp_path)
     assert {key: processor.size[key] for key in size} == size
@@ -83,7 +83,7 @@ def test_the_processor_and_the_batches_follow(data, size, pad_size, scenes_dir, 
         assert height == width == pad_size
     else:
         shown = batch["pixel_mask"].amax(0)
-        assert shown[:, -32:].any() and shown[-32:].any(), "no more padding than the largest picture needs"
+        assert shown[:, -32:].any() and shown[-32:].any(), "no more padding than the largest image needs"
     assert all(
         isinstance(masks, InstanceMasks) and masks.shape[1:] == (height, width) for masks in batch["mask_labels"]
     )
@@ -92,7 +92,7 @@ def test_the_processor_and_the_batches_follow(data, size, pad_size, scenes_dir, 
 def test_workers_make_the_same_batches(scenes_dir):
     def batches(workers):
         data = {"train": str(scenes_dir), "workers": workers, **EVERYTHING}
-        settings = with_picture_settings(load_settings(None, [], data=data, optim={"steps": 4, "batch_size": 2}))
+        settings = with_image_settings(load_settings(None, [], data=data, optim={"steps": 4, "batch_size": 2}))
         return list(make_loader(build_samples(settings, load_dataset_rows(scenes_dir)), settings, 0, 0, 1))
 
     for alone, shared in zip(batches(0), batches(2), strict=True):
@@ -122,7 +122,7 @@ def test_the_guide_names_settings_with_their_defaults():
     table = dict(re.findall(r"^\| `data\.(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
     assert set(re.findall(r"[` ]data\.(\w+)", text)) <= set(defaults) and len(table) == 12
     for name, shown in table.items():
-        if shown not in ("see right", "none", "512"):  # 512: filled in by `with_picture_settings`
+        if shown not in ("see right", "none", "512"):  # 512: filled in by `with_image_settings`
             assert json.loads(shown) == defaults[name], name
         else:
             assert defaults[name] is None

@@ -10,7 +10,7 @@ from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
-from uplvp_hf.training.build import build_data, build_model, build_processor, with_picture_settings
+from uplvp_hf.training.build import build_data, build_model, build_processor, with_image_settings
 from uplvp_hf.training.config import ConfigError, load_settings
 
 
@@ -32,12 +32,12 @@ def checkpoint(tmp_path, tiny_segmenter):
 
 
 def build(*words, **defaults):
-    settings = with_picture_settings(load_settings(None, [str(word) for word in words], **defaults))
+    settings = with_image_settings(load_settings(None, [str(word) for word in words], **defaults))
     train, _ = build_data(settings.data)
     return settings, build_model(settings, train)
 
 
-def test_a_checkpoint_brings_its_picture_and_prompt_settings(scenes, checkpoint):
+def test_a_checkpoint_brings_its_image_and_prompt_settings(scenes, checkpoint):
     settings, model = build(f"data.train={scenes}", f"model.init={checkpoint}", "stage=pretrain")
     assert settings.data.size == 96 and settings.data.image_mean == [0.4, 0.5, 0.6]
     assert build_processor(settings.data).size["longest_edge"] == 96
@@ -48,7 +48,7 @@ def test_a_checkpoint_brings_its_picture_and_prompt_settings(scenes, checkpoint)
     assert model.config.prompt_drop == 0.1 and model.config.prompt_matching == "sequential"
 
 
-def test_other_normalisation_than_the_checkpoint_is_refused(scenes, checkpoint):
+def test_other_normalization_than_the_checkpoint_is_refused(scenes, checkpoint):
     with pytest.raises(ConfigError, match=r"image_mean.*trained with"):
         build(f"data.train={scenes}", f"model.init={checkpoint}", "data.image_mean=[0.5, 0.5, 0.5]")
 
@@ -60,17 +60,17 @@ def test_another_segmenter_than_the_checkpoint_holds_is_refused(scenes, checkpoi
         build(f"data.train={scenes}", model=same | {"segmenter": tiny_segmenter(num_queries=5)})
 
 
-def test_misspelt_segmenter_settings_are_refused(scenes, tiny_segmenter):
+def test_misspelled_segmenter_settings_are_refused(scenes, tiny_segmenter):
     with pytest.raises(ConfigError, match=r"num_querys.*Did you mean `model\.segmenter\.num_queries`"):
         build(f"data.train={scenes}", model={"segmenter": tiny_segmenter(num_querys=5)})
 
 
 def test_a_frozen_random_backbone_is_refused(scenes, tiny_segmenter):
-    with pytest.raises(ConfigError, match="randomly initialised"):
+    with pytest.raises(ConfigError, match="randomly initialized"):
         build(f"data.train={scenes}", model={"segmenter": tiny_segmenter(), "freeze_backbone": True})
 
 
-def test_pictures_may_lie_elsewhere(scenes, tmp_path, tiny_segmenter):
+def test_images_may_lie_elsewhere(scenes, tmp_path, tiny_segmenter):
     annotations = shutil.copy(scenes / "annotations" / "instances.json", tmp_path / "few.json")
     assert json.loads((tmp_path / "few.json").read_text())["images"]
     model = {"segmenter": tiny_segmenter()}

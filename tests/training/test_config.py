@@ -1,4 +1,4 @@
-"""Settings: recipes, overrides, errors that say what was meant; optimiser groups, schedule, order of samples."""
+"""Settings: recipes, overrides, errors that say what was meant; optimizer groups, schedule, order of samples."""
 
 import itertools
 
@@ -150,8 +150,8 @@ def test_warmup_without_a_factor_never_is_zero_nor_whole():
 
 
 def test_epochs_become_whole_steps():
-    def steps(pictures, processes, *words):
-        return with_steps(load_settings(None, list(words)), pictures, processes).optim.steps
+    def steps(images, processes, *words):
+        return with_steps(load_settings(None, list(words)), images, processes).optim.steps
 
     batch = ["optim.batch_size=4", "optim.accumulation=2"]
     assert steps(100, 1, *batch, "optim.steps=7") == 7
@@ -188,7 +188,7 @@ def test_parameter_groups(tiny_segmenter, backbone):
         make_optimizer(model, OptimSettings())
 
 
-def test_every_epoch_shows_every_picture_once_whatever_the_processes():
+def test_every_epoch_shows_every_image_once_whatever_the_processes():
     optim = {"steps": 15, "batch_size": 2, "accumulation": 2}
     settings = load_settings(None, [], seed=3, optim=optim)
     one = [key for batch in SampleKeys(10, settings, 0) for key in batch]

@@ -121,13 +121,13 @@ for kind in words:
 
 
 @pytest.mark.slow
-def test_pictures_of_all_processes_are_named(recipe, tmp_path):
-    """The second process meets a picture that is not a number: both leave the step out, the first one reports."""
+def test_images_of_all_processes_are_named(recipe, tmp_path):
+    """The second process meets an image that is not a number: both leave the step out, the first one reports."""
     script = tmp_path / "poisoned.py"
     script.write_text(PROCESS + POISONED + TRAIN)
     told = on_two_processes(script, recipe, tmp_path / "run", "optim.steps=2", "log_every=1")
     lines = [line for line in told.splitlines() if "Step 2 skipped" in line]
-    assert len(lines) == 1 and len(re.search(r"Pictures: \[([\d, ]+)\]", lines[0])[1].split(", ")) == 4
+    assert len(lines) == 1 and len(re.search(r"Images: \[([\d, ]+)\]", lines[0])[1].split(", ")) == 4
     summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
     assert summary["skipped_steps"] == 1
     assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "run" / "model.safetensors").values())
@@ -144,7 +144,7 @@ loop._Run._update = poisoned
 
 
 def test_one_process_goes_on_with_a_checkpoint_of_two(run, recipe, tmp_path, monkeypatch, caplog):
-    """The other process' random state is not asked for; the pictures of a step have to be as many."""
+    """The other process' random state is not asked for; the images of a step have to be as many."""
     stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run("parts", "fsdp=true")  # one process spreads nothing

@@ -114,7 +114,7 @@ def test_frozen_stages_and_statistics_in_a_run(run, recipe, tiny_segmenter, tmp_
 
 
 def test_frozen_random_stages_are_refused(run):
-    with pytest.raises(ConfigError, match=r"`model\.freeze_stages` would freeze a randomly initialised"):
+    with pytest.raises(ConfigError, match=r"`model\.freeze_stages` would freeze a randomly initialized"):
         run("run", "model.freeze_stages=1")
     with pytest.raises(ConfigError, match=r"model\.freeze_stages"):
         load_settings(None, ["model.freeze_stages=-1"])

@@ -41,7 +41,7 @@ def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, sc
         assert same >= {"AP", "AP50", "AR100", "per_class", "num_images"}
     assert [line["step"] for line in log_of(tmp_path / "parts")] == [2, 4, 6, 6]
     summary = json.loads((tmp_path / "parts" / "training_summary.json").read_text())
-    assert summary["stage"] == "pretrain" and summary["pictures"] == 6 and summary["skipped_steps"] == 0
+    assert summary["stage"] == "pretrain" and summary["images"] == 6 and summary["skipped_steps"] == 0
 
 
 def test_stopped_before_the_first_checkpoint(run, tmp_path, monkeypatch):
@@ -82,13 +82,13 @@ def test_an_output_folder_belongs_to_one_run(run, monkeypatch):
 
 
 def poison(monkeypatch, steps, what):
-    """At these updates, pictures or gradients are not a number. Returns the weights before and after every update."""
+    """At these updates, images or gradients are not a number. Returns the weights before and after every update."""
     update, history = loop._Run._update, []
 
     def poisoned(self, step, batches):
         before = {name: value.clone() for name, value in self.plain.state_dict().items()}
         hook = None
-        if step in steps and what == "pictures":
+        if step in steps and what == "images":
             batches[0]["pixel_values"][0, 0, 0, 0] = float("nan")
         elif step in steps:
             hook = self.plain.segmenter.class_predictor.weight.register_hook(lambda gradient: gradient * float("nan"))
@@ -102,12 +102,12 @@ def poison(monkeypatch, steps, what):
     return history
 
 
-@pytest.mark.parametrize("what", ["pictures", "gradients"])
+@pytest.mark.parametrize("what", ["images", "gradients"])
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 @pytest.mark.filterwarnings("ignore:Non-finite matching costs")
 def test_steps_that_are_not_finite_are_skipped(run, recipe, tiny_segmenter, monkeypatch, tmp_path, what, clip):
     settings = yaml.safe_load(recipe.read_text())
-    settings["model"]["segmenter"] = tiny_segmenter("resnet")  # its batch norms would remember such a picture
+    settings["model"]["segmenter"] = tiny_segmenter("resnet")  # its batch norms would remember such an image
     recipe.write_text(yaml.safe_dump(settings))
     history = poison(monkeypatch, {1, 2, 3}, what)
     result = run("run", f"optim.clip={clip}", "log_every=2", "checkpoint.every=0")
@@ -125,8 +125,8 @@ def test_steps_that_are_not_finite_are_skipped(run, recipe, tiny_segmenter, monk
 
 @pytest.mark.filterwarnings("ignore:Non-finite matching costs")
 def test_too_many_skipped_steps_end_the_run(run, monkeypatch):
-    history = poison(monkeypatch, {1, 3}, "pictures")
-    with pytest.raises(TrainingAborted, match=r"2 steps had a non-finite loss, cost or gradient.* pictures \["):
+    history = poison(monkeypatch, {1, 3}, "images")
+    with pytest.raises(TrainingAborted, match=r"2 steps had a non-finite loss, cost or gradient.* images \["):
         run("run", "optim.max_skipped=2")
     assert [step for step, *_ in history] == [0, 1, 2]
 
@@ -139,7 +139,7 @@ def test_costs_that_are_not_finite_skip_the_step(run, recipe, segmenters, monkey
     settings["model"]["segmenter"] = segmenters[kind]
     recipe.write_text(yaml.safe_dump(settings))
     places = [sys.modules[f"uplvp_hf.models.losses{suffix}"] for suffix in ("", "_knet", "_queryinst")]
-    inner, history = matching.hungarian, poison(monkeypatch, set(), "pictures")
+    inner, history = matching.hungarian, poison(monkeypatch, set(), "images")
 
     def spoilt(costs):
         if len(history) in (2, 4):  # updates 3 and 5
@@ -156,7 +156,7 @@ def test_costs_that_are_not_finite_skip_the_step(run, recipe, segmenters, monkey
     assert result.skipped == 2
     assert [bool(losses) for *_, losses in history] == [True, True, False, True, False, True]
     assert [record.levelname for record in caplog.records if "skipped" in record.message] == ["WARNING"]
-    assert "Step 3 skipped: its loss, a matching cost or its gradient is not finite. Pictures: [" in caplog.text
+    assert "Step 3 skipped: its loss, a matching cost or its gradient is not finite. Images: [" in caplog.text
 
 
 def test_a_precision_does_not_stick_to_the_process(run):
@@ -164,7 +164,7 @@ def test_a_precision_does_not_stick_to_the_process(run):
     assert run("full", "optim.steps=1").skipped == 0
 
 
-def test_unreadable_pictures_are_listed(run, scenes_dir, tmp_path):
+def test_unreadable_images_are_listed(run, scenes_dir, tmp_path):
     shutil.copytree(scenes_dir, tmp_path / "data")
     bad = sorted((tmp_path / "data" / "images").iterdir())[2]
     bad.write_bytes(bad.read_bytes()[:200])

@@ -120,7 +120,7 @@ def test_a_checkpoint_starts_a_run_with_other_classes(settings, scenes_dir, tmp_
 
 
 @pytest.mark.slow
-def test_a_few_pictures_are_learned_by_heart(settings, tmp_path):
+def test_a_few_images_are_learned_by_heart(settings, tmp_path):
     """Three scenes of 96 px; 60 updates reach an AP of 65 %, of which a random start gives 0."""
     scenes = write_scenes(tmp_path / "scenes", count=3, seed=0, size=96)
     larger = {"hidden_size": 32, "intermediate_size": 64, "anchor_sizes": [16, 32, 64, 96, 128]}

@@ -1,4 +1,4 @@
-"""--overfit-one-batch: every step sees the same pictures, and the loss of every segmenter falls on them."""
+"""--overfit-one-batch: every step sees the same images, and the loss of every segmenter falls on them."""
 
 import re
 
@@ -26,11 +26,11 @@ def test_the_loss_falls(run, recipe, segmenters, tmp_path, kind, caplog):
     losses = [line["loss"] for line in log_of(tmp_path / "run")]
     assert result.losses == [losses[0], losses[-1]]
     assert losses[-1] < 0.2 * losses[0]
-    assert re.search(r"same 2 pictures \(\d+, \d+\), without augmentation.*more than 80 %", caplog.text)
+    assert re.search(r"same 2 images \(\d+, \d+\), without augmentation.*more than 80 %", caplog.text)
     assert f"The loss went from {losses[0]:.2f} to {losses[-1]:.2f} (-" in caplog.text
 
 
-def test_every_step_has_the_same_pictures_as_they_are(run, scenes_dir, tmp_path, monkeypatch):
+def test_every_step_has_the_same_images_as_they_are(run, scenes_dir, tmp_path, monkeypatch):
     seen, update = [], loop._Run._update
 
     def record(self, step, batches):
@@ -44,7 +44,7 @@ def test_every_step_has_the_same_pictures_as_they_are(run, scenes_dir, tmp_path,
     ids = [[batch["image_ids"] for batch in batches] for batches in seen]
     assert len({i for batch in ids[0] for i in batch}) == 4 and ids[0] == ids[1] == ids[2]
     assert all(torch.equal(seen[0][k]["pixel_values"], seen[2][k]["pixel_values"]) for k in range(2))
-    seed = run("other", *WORDS, "optim.steps=1", "seed=5", "optim.accumulation=3")  # other pictures, none augmented
+    seed = run("other", *WORDS, "optim.steps=1", "seed=5", "optim.accumulation=3")  # other images, none augmented
     assert seed.steps == 1
     pixels = {i: p for b in (*seen[0], *seen[3]) for i, p in zip(b["image_ids"], b["pixel_values"], strict=True)}
     shared = [(i, p) for i, p in zip(seen[0][0]["image_ids"], seen[0][0]["pixel_values"], strict=True)]

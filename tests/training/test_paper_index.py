@@ -111,8 +111,8 @@ def test_rows_and_recipes_name_the_same_numbers():
     for row in cells():
         found, _ = options(shlex.split(row[-1].strip("`"))[2:])
         if len(found["--recipe"]) > 1:
-            initialisation = {"DenseCL": "densecl", "SwAV": "swav", "MoCo-v2": "mocov2"}[row[1]]
-            assert found["--recipe"][1] == f"paper/init_{initialisation}"
+            initialization = {"DenseCL": "densecl", "SwAV": "swav", "MoCo-v2": "mocov2"}[row[1]]
+            assert found["--recipe"][1] == f"paper/init_{initialization}"
             continue
         recipe = found["--recipe"][0]
         text = (ROOT / "src/uplvp_hf/training/recipes" / f"{recipe}.yaml").read_text()

@@ -18,10 +18,10 @@ from uplvp_hf.training.recipes_file import shipped_recipes
 
 PAPER = [name for name in shipped_recipes() if name.startswith("paper/")]
 SEGMENTERS, DATA = ("knet", "queryinst", "mask2former"), ("coco5", "coco10", "coco_full", "cityscapes", "ctw1500")
-PICTURES = {"coco5": 5914, "coco10": 11828, "coco_full": 118287, "cityscapes": 2975, "ctw1500": 1000}
+IMAGES = {"coco5": 5914, "coco10": 11828, "coco_full": 118287, "cityscapes": 2975, "ctw1500": 1000}
 CLASSES = {"coco": 80, "cityscapes": 8, "ctw1500": 1}
 
-# The released configurations: epochs, epochs at which the rate falls, pictures a GPU, warm-up, its first factor.
+# The released configurations: epochs, epochs at which the rate falls, images a GPU, warm-up, its first factor.
 RELEASED = {
     "knet_coco5": (92, (72, 88), 8, 100, 1e-4), "knet_coco5_uplvp": (42, (22, 34), 8, 100, 1e-3),
     "knet_coco10": (48, (36, 44), 8, 100, 1e-3), "knet_coco10_uplvp": (48, (22, 34), 8, 100, 1e-3),
@@ -36,11 +36,11 @@ RELEASED = {
     "mask_rcnn_cityscapes": (24, (16, 22), 4, 100, 1e-3), "mask_rcnn_ctw1500": (92, (72, 88), 4, 100, 1e-4),
 }  # fmt: skip
 # Weight decay, multiplier of the backbone's rate, clipping, frozen stages.
-OPTIMISERS = {
+OPTIMIZERS = {
     "knet": (0.05, 0.25, 4.0, 1), "queryinst": (1e-4, 0.1, 0.1, 1), "mask2former": (0.05, 0.25, 0.01, 0),
     "mask_rcnn": (0.05, 0.25, 4.0, 1), "mask_rcnn_cityscapes": (1e-4, 0.25, 4.0, 1),
 }  # fmt: skip
-# Pre-training: pictures a GPU with and without classes, weight decay, clipping, warm-up, dropped prompts.
+# Pre-training: images a GPU with and without classes, weight decay, clipping, warm-up, dropped prompts.
 PRETRAINING = {
     "knet": (2, 6, 0.05, 1.0, 1000, 0.1), "queryinst": (2, 6, 1e-4, 0.1, 1000, 0.05),
     "mask2former": (4, 4, 0.05, 0.01, 0, 0.05),
@@ -84,13 +84,13 @@ def test_a_recipe_is_what_its_name_and_comment_say(name):
     assert model.segmenter.get("num_queries") == (None if segmenter == "mask_rcnn" else 100)
     pattern = (
         r"Rate: / 10 after epochs ([\d.]+) and ([\d.]+)\. "
-        r"Cost: (\d+) epochs x ([\d,]+) pictures, batch (\d+) \(8 GPUs x (\d+)\): ([\d,]+) steps\."
+        r"Cost: (\d+) epochs x ([\d,]+) images, batch (\d+) \(8 GPUs x (\d+)\): ([\d,]+) steps\."
     )
     said = [float(value.replace(",", "")) for value in re.search(pattern, comment).groups()]
-    pictures = PICTURES[data_of(name)] if settings.stage == "finetune" else PICTURES["coco_full"]
+    images = IMAGES[data_of(name)] if settings.stage == "finetune" else IMAGES["coco_full"]
     batch = 8 * optim.batch_size * optim.accumulation
-    steps = math.ceil(optim.epochs * pictures / batch)
-    assert said[2:] == [optim.epochs, pictures, batch, optim.batch_size, steps]
+    steps = math.ceil(optim.epochs * images / batch)
+    assert said[2:] == [optim.epochs, images, batch, optim.batch_size, steps]
     assert said[:2] == pytest.approx(milestones(optim), abs=0.001)
     assert "Source: " in comment and optim.schedule == "step" and optim.ema == 0
     sgd = name == "paper/mask_rcnn_cityscapes_finetune"
@@ -103,12 +103,12 @@ def test_a_recipe_is_what_its_name_and_comment_say(name):
 
 def check_finetuning(name, segmenter, settings):
     data, model, optim = data_of(name), settings.model, settings.optim
-    full, optimiser = data == "coco_full", OPTIMISERS.get(f"{segmenter}_{data}", OPTIMISERS[segmenter])
+    full, optimizer = data == "coco_full", OPTIMIZERS.get(f"{segmenter}_{data}", OPTIMIZERS[segmenter])
     assert (optim.weight_decay, optim.backbone_multiplier, optim.clip, model.freeze_stages) == (
-        optimiser[0],
-        0.1 if full and segmenter == "mask2former" else optimiser[1],
-        1.0 if full and segmenter == "knet" else optimiser[2],
-        optimiser[3],
+        optimizer[0],
+        0.1 if full and segmenter == "mask2former" else optimizer[1],
+        1.0 if full and segmenter == "knet" else optimizer[2],
+        optimizer[3],
     )
     assert model.freeze_backbone_norm and settings.checkpoint.best
     assert settings.data.subset == {"coco5": "1@5", "coco10": "1@10"}.get(data) and settings.data.flip == 0.5
@@ -162,7 +162,7 @@ def test_schedules_are_the_released_ones(row):
 
 
 @pytest.mark.parametrize("init", ["imagenet", "mocov2", "densecl", "swav"])
-def test_an_initialisation_is_a_recipe_on_top(init):
+def test_an_initialization_is_a_recipe_on_top(init):
     plain = load_settings("paper/knet_coco10_finetune")
     chosen = load_settings(["paper/knet_coco10_finetune", f"paper/init_{init}"])
     assert chosen.model.backbone_weights == f"models/{init}/model.safetensors"
@@ -277,7 +277,7 @@ SMALL = {
 
 
 def run_small(verb, recipe, scenes, output, *words):
-    """One step of a recipe on small pictures, as the command runs it."""
+    """One step of a recipe on small images, as the command runs it."""
     segmenter = segmenter_of(recipe)
     common = [f"data.train={scenes}", "data.train_images=", "data.train_split=", "data.workers=0", "optim.epochs="]
     common += ["optim.steps=1", "optim.batch_size=1", "checkpoint.every=0", *SMALL[segmenter], f"output={output}"]

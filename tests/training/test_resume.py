@@ -211,7 +211,7 @@ def test_every_random_generator_is_restored():
 
 
 def test_settings_that_change_nothing_may_change(run, tmp_path, scenes_dir, monkeypatch):
-    """Neither when it is evaluated or logged, nor how the same pictures are cut into batches."""
+    """Neither when it is evaluated or logged, nor how the same images are cut into batches."""
     run("whole", "log_every=1")
     stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -236,7 +236,7 @@ def test_settings_that_change_updates_may_not_change(run, tmp_path, monkeypatch)
     }.items():
         with pytest.raises(ConfigError, match=message):
             run("parts", "optim.schedule=cosine", *words, resume=True)
-    with pytest.raises(ConfigError, match=r"started with 2 pictures a step.*now they are 6"):
+    with pytest.raises(ConfigError, match=r"started with 2 images a step.*now they are 6"):
         run("parts", "optim.schedule=cosine", "optim.batch_size=3", "optim.accumulation=2", resume=True)
     assert run("parts", "optim.schedule=cosine", "optim.batch_size=1", "optim.accumulation=2", resume=True).steps == 6
 
@@ -252,8 +252,8 @@ def test_a_run_at_a_constant_rate_can_be_made_longer(run, tmp_path, scenes_dir):
     assert list(ended.evaluations) == [6] and ended.steps == 6  # evaluated though nothing was left to train
 
 
-def test_other_pictures_are_refused(run, scenes_dir, tmp_path, monkeypatch):
-    """The order of the pictures depends on how many there are."""
+def test_other_images_are_refused(run, scenes_dir, tmp_path, monkeypatch):
+    """The order of the images depends on how many there are."""
     shutil.copytree(scenes_dir, tmp_path / "data")
     stop_at(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
@@ -263,7 +263,7 @@ def test_other_pictures_are_refused(run, scenes_dir, tmp_path, monkeypatch):
     gone = content["images"].pop()["id"]
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] != gone]
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"with 6 training pictures, now `data\.train` has 5.*Restore the data"):
+    with pytest.raises(ConfigError, match=r"with 6 training images, now `data\.train` has 5.*Restore the data"):
         run("parts", f"data.train={tmp_path / 'data'}", resume=True)
 
 

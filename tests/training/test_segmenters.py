@@ -98,7 +98,7 @@ def test_from_pretraining_to_predictions_and_card(run, tmp_path, scenes_dir):
         "model.class_head=remap",
     )  # fmt: skip
     report = result.model.transfer_report
-    assert not report.reinitialised and len(report.kept) > 100 and report.remapped
+    assert not report.reinitialized and len(report.kept) > 100 and report.remapped
     assert set(result.evaluations) == {2} and 0 <= result.evaluations[2]["AP"] <= 1
     model, processor = load_segmenter(str(tmp_path / "fine"), "cpu")
     with torch.no_grad():

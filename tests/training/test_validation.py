@@ -21,14 +21,14 @@ from uplvp_hf.training.validation import best_step, evaluation_steps, shown
         ([], {20}),
         (["evaluation.at=[3, 20, 99]"], {3, 20}),
         (["evaluation.every=8"], {8, 16, 20}),
-        (["evaluation.every_epochs=1"], {5, 10, 15, 20}),  # 20 pictures, 4 a step
+        (["evaluation.every_epochs=1"], {5, 10, 15, 20}),  # 20 images, 4 a step
         (["evaluation.every_epochs=1.5", "evaluation.at=[1]"], {1, 8, 15, 20}),
         (["evaluation.every_epochs=0.01"], set(range(1, 21))),
     ],
 )
 def test_steps_to_evaluate_at(words, steps):
     settings = load_settings(None, ["optim.steps=20", "optim.batch_size=2", *words])
-    assert evaluation_steps(settings, pictures=20, processes=2) == steps
+    assert evaluation_steps(settings, images=20, processes=2) == steps
 
 
 def test_best_is_the_first_of_equals():
@@ -97,7 +97,7 @@ def test_evaluations_know_how_long_the_training_took(run, scenes_dir, tmp_path):
     assert [point.x for point in points] == seconds
 
 
-def test_settings_without_pictures_to_evaluate_on_are_reported(run, caplog):
+def test_settings_without_images_to_evaluate_on_are_reported(run, caplog):
     assert not run("run", "evaluation.every=2", "optim.steps=1").evaluations
     assert [r.message for r in caplog.records if "`data.val` is not set: nothing is evaluated" in r.message]
     caplog.clear()

@@ -1,1 +1,1 @@
-"""Does pre-training pay with few labels? Arms x seeds x segmenters on one data set, and the tables and figures."""
+"""Does pre-training pay with few labels? Arms x seeds x segmenters on one dataset, and the tables and figures."""

@@ -1,4 +1,4 @@
-"""What each query has learnt about place and shape: its mean mask over many pictures.
+"""What each query has learned about place and shape: its mean mask over many images.
 
 The Saliency Prompt poster shows these maps: after pre-training a query answers to a place and a shape, from scratch to
 anything.
@@ -11,15 +11,15 @@ from torch.nn import functional
 
 from ..data import ImageError, InstanceDataset
 
-GRID = 32  # cells a side of a map; every picture is stretched to it
+GRID = 32  # cells a side of a map; every image is stretched to it
 
 
 @torch.inference_mode()
 def query_activations(model: torch.nn.Module, processor, dataset: InstanceDataset, limit: int = 64) -> torch.Tensor:
-    """Mean mask probability (Q, 32, 32) of every query of a UPLVP model over the first `limit` pictures.
+    """Mean mask probability (Q, 32, 32) of every query of a UPLVP model over the first `limit` images.
 
-    The padding is cut off before a picture's maps are stretched to the grid, so that a cell is a place relative to the
-    picture. Raises ValueError when no picture can be read.
+    The padding is cut off before an image's maps are stretched to the grid, so that a cell is a place relative to the
+    image. Raises ValueError when no image can be read.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -38,21 +38,21 @@ def query_activations(model: torch.nn.Module, processor, dataset: InstanceDatase
         total, count = (maps if total is None else total + maps), count + 1
     model.train(was_training)
     if total is None:
-        raise ValueError("none of the pictures could be read")
+        raise ValueError("none of the images could be read")
     return total / count
 
 
 def spread(maps: torch.Tensor) -> dict[str, float]:
     """How much queries differ in place: mean entropy of the maps (Q, h, w) as distributions over cells, 1 for an even
-    map and 0 for a single cell, and the standard deviation of their centres in fractions of the picture's sides."""
+    map and 0 for a single cell, and the standard deviation of their centers in fractions of the image's sides."""
     flat = maps.flatten(1).double()
     share = flat / flat.sum(1, keepdim=True).clamp_min(1e-12)
     entropy = -(share * share.clamp_min(1e-12).log()).sum(1) / torch.tensor(float(flat.shape[1])).log()
     rows = (torch.arange(maps.shape[1], dtype=torch.float64) + 0.5) / maps.shape[1]
     columns = (torch.arange(maps.shape[2], dtype=torch.float64) + 0.5) / maps.shape[2]
     share = share.view(maps.shape)
-    centres = torch.stack([(share.sum(2) * rows).sum(1), (share.sum(1) * columns).sum(1)])
+    centers = torch.stack([(share.sum(2) * rows).sum(1), (share.sum(1) * columns).sum(1)])
     return {
         "entropy": round(entropy.mean().item(), 4),
-        "centres": round(centres.std(dim=1, correction=0).mean().item(), 4),
+        "centers": round(centers.std(dim=1, correction=0).mean().item(), 4),
     }

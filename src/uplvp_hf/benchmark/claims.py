@@ -83,9 +83,9 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
 
 
 def claims_table(verdicts: Sequence[Verdict]) -> str:
-    """Markdown: difference in AP points, its standard error, seeds in favour, verdict."""
+    """Markdown: difference in AP points, its standard error, seeds in favor, verdict."""
     lines = [
-        "| claim | segmenter | labels | difference in AP | seeds in favour | verdict |",
+        "| claim | segmenter | labels | difference in AP | seeds in favor | verdict |",
         "|---|---|---|---:|---:|---|",
     ]
     for one in verdicts:

@@ -1,4 +1,4 @@
-"""From a benchmark to its jobs: what is labelled, pre-trained and fine-tuned, once each, and in which order."""
+"""From a benchmark to its jobs: what is labeled, pre-trained and fine-tuned, once each, and in which order."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _PATHS = {"data": ("train", "train_images", "val", "val_images"), "model": ("ini
 class Sources:
     """Where the data of a benchmark lies, as settings of training (`train`, `train_split`, ... without `data.`).
 
-    train, val: the labelled pictures and those to evaluate on. unlabelled: arguments of `load_dataset_rows` for the
-    pictures that are labelled and pre-trained on.
+    train, val: the labeled images and those to evaluate on. unlabeled: arguments of `load_dataset_rows` for the
+    images that are labeled and pre-trained on.
     """
 
     train: dict[str, str]
     val: dict[str, str]
-    unlabelled: dict[str, str]
+    unlabeled: dict[str, str]
 
 
 @dataclass
@@ -104,7 +104,7 @@ def _pretrain_jobs(
     labels = benchmark.labels[arm.labels]
     jobs, needs = [], ()
     if labels.truth:
-        data = {f"data.{_TRAIN_KEYS[key]}": value for key, value in sources.unlabelled.items()}
+        data = {f"data.{_TRAIN_KEYS[key]}": value for key, value in sources.unlabeled.items()}
     elif labels.store is not None:
         data = {"data.train": labels.store}
     else:

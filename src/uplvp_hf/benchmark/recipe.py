@@ -5,7 +5,7 @@
     data: {train: "${data}", train_split: train, val: "${data}", val_split: val}
     labels:                                      # label sets that arms pre-train on
       named: {label: {labeler: foreground, backbone: "timm:mobilenetv2_100", namer: classifier}}   # `uplvp label`
-      truth: {truth: true}                       # the true masks of the unlabelled pictures: an upper bound
+      truth: {truth: true}                       # the true masks of the unlabeled images: an upper bound
     segmenters:
       mask2former: {pretrain: small_pretrain, finetune: small_finetune}       # recipes of training
     settings: {data.size: 160}                   # section.key: value, of every training
@@ -18,7 +18,7 @@
     labels_per_class: [5, 10, 20]
     seeds: [0, 1, 2]
 
-Pre-training is shared by all arms that describe it alike, labelling by all that name the same label set.
+Pre-training is shared by all arms that describe it alike, labeling by all that name the same label set.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ _NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")
 @dataclass
 class BenchmarkData:
     """train, val: as `data.train` and `data.val` of training; labels of `train` are drawn from it, `val` is only
-    evaluated on. unlabelled: pictures for label sets and pre-training; None: those of `train`, without their labels.
-    scenes: counts {unlabelled, train, val} of synthetic scenes that are generated in place of all that.
+    evaluated on. unlabeled: images for label sets and pre-training; None: those of `train`, without their labels.
+    scenes: counts {unlabeled, train, val} of synthetic scenes that are generated in place of all that.
     """
 
     train: str | None = None
@@ -54,14 +54,14 @@ class BenchmarkData:
     val: str | None = None
     val_split: str | None = None
     val_images: str | None = None
-    unlabelled: str | None = None
+    unlabeled: str | None = None
     scenes: dict[str, Any] | None = None
 
 
 @dataclass
 class LabelSet:
     """One of: store, a pseudo-label store (or COCO file) that exists; label, the arguments of `uplvp label` by name
-    (lists repeat an argument, true is a flag, `set` holds --set values); truth, the labels of the unlabelled pictures.
+    (lists repeat an argument, true is a flag, `set` holds --set values); truth, the labels of the unlabeled images.
     """
 
     store: str | None = None
@@ -103,10 +103,10 @@ class Benchmark:
     """A whole benchmark, see the head of this file.
 
     labels_per_class: numbers, or names of low-data splits as `data.subset` takes them, such as 1@5 for 5 % of the
-    pictures. processes: of every training, one a GPU.
+    images. processes: of every training, one a GPU.
     shared_pretraining: one pre-training (with the smallest seed) for all fine-tuning seeds; otherwise one a seed.
     curve: fractions of the fine-tuning steps at which `val` is evaluated, the end apart (of epochs: at every multiple
-    of the smallest). validation: fraction of the training pictures that stand in for `val` and are kept out of
+    of the smallest). validation: fraction of the training images that stand in for `val` and are kept out of
     everything else, to choose settings by. variables: what `${name}` in any text stands for; null has to be given.
     """
 
@@ -147,14 +147,14 @@ class Benchmark:
         if any(not 0 < part < 1 for part in self.curve):
             raise ConfigError(f"`curve` holds fractions of the steps, between 0 and 1, got {self.curve}.")
         if not 0 <= self.validation < 1:
-            raise ConfigError(f"`validation` is a fraction of the training pictures, got {self.validation}.")
+            raise ConfigError(f"`validation` is a fraction of the training images, got {self.validation}.")
         if self.data.scenes is None and not (self.data.train and self.data.val):
             raise ConfigError("`data` needs `train` and `val`, or `scenes`.")
         for name, labels in self.labels.items():
             if sum((labels.store is not None, labels.label is not None, labels.truth)) != 1:
                 raise ConfigError(f"`labels.{name}` needs one of `store`, `label` and `truth: true`.")
-            if labels.label is not None and self.data.train_images and not self.data.unlabelled:
-                raise ConfigError(f"`labels.{name}.label` with `data.train_images` needs `data.unlabelled`, a folder.")
+            if labels.label is not None and self.data.train_images and not self.data.unlabeled:
+                raise ConfigError(f"`labels.{name}.label` with `data.train_images` needs `data.unlabeled`, a folder.")
         for name, arm in self.arms.items():
             self._check_arm(name, arm)
         folders = [name.replace(" ", "_") for name in self.arms]

@@ -53,7 +53,7 @@ def make_row(folder: Path, job: Job) -> dict[str, Any]:
         "label": label_record(folder, job.row["labels"]),
         "pretrain": _stage(before[0]) if before else None,
         "finetune": _stage(summary) if summary else None,
-        "pictures": {"train": summary["pictures"] if summary else 0, "val": len(val)},
+        "images": {"train": summary["images"] if summary else 0, "val": len(val)},
         "parameters": before[0]["parameters"] if summary is None else summary["parameters"],
         "hardware": (summary or before[0])["hardware"],
         **source_revision(),
@@ -78,7 +78,7 @@ def _stage(summary: dict[str, Any]) -> dict[str, Any]:
     return {
         "steps": settings["optim"]["steps"],
         "seconds": summary["seconds"],
-        "pictures": summary["pictures"],
+        "images": summary["images"],
         "settings": changed,
     }
 

@@ -79,7 +79,7 @@ def _check_unchanged(benchmark: Benchmark, folder: Path, job: Job) -> None:
         return
     done = json.loads((folder / job.folder / DONE[job.kind]).read_text())
     if job.kind == "label":
-        # Places of files do not count. Before the third word are `uplvp label` and the pictures.
+        # Places of files do not count. Before the third word are `uplvp label` and the images.
         known, wanted = (
             {Path(word).name for word in words}
             for words in (done["command"][3:], label_words(benchmark.labels[job.label_set]))
@@ -226,8 +226,8 @@ def _lock(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def _label(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> None:
-    pictures = prepare_sources(benchmark, folder).unlabelled
-    words = [pictures["path"], *(["--split", pictures["split"]] if "split" in pictures else [])]
+    images = prepare_sources(benchmark, folder).unlabeled
+    words = [images["path"], *(["--split", images["split"]] if "split" in images else [])]
     words += [*label_words(benchmark.labels[job.label_set]), "--output", str(folder / job.folder)]
     # A process of its own: it frees what a CLIP takes.
     command = [sys.executable, "-m", "uplvp_hf.cli", "label", *words, *([] if progress else ["--quiet"])]
@@ -235,7 +235,7 @@ def _label(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> None
     done = subprocess.run(command, capture_output=not progress, text=True)
     if done.returncode:
         said = (done.stderr or "").strip().splitlines()[-1:] or ["see above"]
-        raise ConfigError(f"labelling failed: {said[0]}")
+        raise ConfigError(f"labeling failed: {said[0]}")
     record = {"seconds": round(time.perf_counter() - began, 1), "command": ["uplvp", "label", *words]}
     write_json(folder / job.folder / DONE["label"], record)
 

@@ -1,4 +1,4 @@
-"""The data of a benchmark: as given, generated scenes, or a validation part cut from the training pictures."""
+"""The data of a benchmark: as given, generated scenes, or a validation part cut from the training images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..training.config import ConfigError
 from .plan import Sources
 from .recipe import Benchmark
 
-_SCENES = ("unlabelled", "train", "val")
+_SCENES = ("unlabeled", "train", "val")
 _VALIDATION_SEED = 1  # of the cut; labels are drawn with seeds of their own
 
 
@@ -31,7 +31,7 @@ def prepare_sources(benchmark: Benchmark, output: Path) -> Sources:
         train = {key: value for key, value in given.items() if value is not None}
         given = {key: getattr(data, key) for key in ("val", "val_split", "val_images")}
         val = {key: value for key, value in given.items() if value is not None}
-        sources = Sources(train, val, {"path": data.unlabelled} if data.unlabelled else _as_arguments(train))
+        sources = Sources(train, val, {"path": data.unlabeled} if data.unlabeled else _as_arguments(train))
     return _with_validation(benchmark, sources, output / "data") if benchmark.validation else sources
 
 
@@ -50,18 +50,18 @@ def _scenes(benchmark: Benchmark, folder: Path) -> Sources:
             shutil.rmtree(folder / name, ignore_errors=True)  # what broke off: the annotations are written last
             write_scenes(folder / name, counts[name], seed=seed)
     paths = {name: str(folder / name) for name in _SCENES}
-    return Sources({"train": paths["train"]}, {"val": paths["val"]}, {"path": paths["unlabelled"]})
+    return Sources({"train": paths["train"]}, {"val": paths["val"]}, {"path": paths["unlabeled"]})
 
 
 def _with_validation(benchmark: Benchmark, sources: Sources, folder: Path) -> Sources:
-    """The training pictures in two parts; `val` is not touched."""
+    """The training images in two parts; `val` is not touched."""
     path, marker = folder / "parts", folder / "parts" / "annotations" / "val.json"
     if not marker.is_file():
         rows = load_dataset_rows(**_as_arguments(sources.train))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(_VALIDATION_SEED)).tolist()
         count = round(len(rows) * benchmark.validation)
         if not 0 < count < len(rows):
-            raise ConfigError(f"`validation`: {benchmark.validation} of {len(rows)} pictures leaves a part empty.")
+            raise ConfigError(f"`validation`: {benchmark.validation} of {len(rows)} images leaves a part empty.")
         (path / "annotations").mkdir(parents=True, exist_ok=True)
         link = path / "images"
         if not link.is_symlink():
@@ -69,14 +69,14 @@ def _with_validation(benchmark: Benchmark, sources: Sources, folder: Path) -> So
         write_coco(rows.subset(sorted(order[count:])), path / "annotations" / "train.json")
         write_coco(rows.subset(sorted(order[:count])), marker)
     train = {"train": str(path), "train_split": "train"}
-    given = benchmark.data.unlabelled
+    given = benchmark.data.unlabeled
     same = benchmark.data.scenes is None and (given is None or _holds(Path(given), path / "images"))
-    unlabelled = _as_arguments(train) if same else sources.unlabelled
-    return Sources(train, {"val": str(path), "val_split": "val"}, unlabelled)
+    unlabeled = _as_arguments(train) if same else sources.unlabeled
+    return Sources(train, {"val": str(path), "val_split": "val"}, unlabeled)
 
 
 def _holds(folder: Path, images: Path) -> bool:
-    """Whether one of the two lies in the other, so that pictures of the validation part would be pre-trained on."""
+    """Whether one of the two lies in the other, so that images of the validation part would be pre-trained on."""
     folder, images = folder.resolve(), images.resolve()
     return folder in (images, *images.parents) or images in folder.parents
 
@@ -87,8 +87,8 @@ def _image_root(rows: InstanceDataset) -> str:
     for row in rows.rows:
         file, name = row["image"], row["file_name"]
         if not isinstance(file, str) or not file.endswith(f"{os.sep}{name}"):
-            raise DataError("`validation` needs pictures in files", file=rows.name, row=str(row["image_id"]))
+            raise DataError("`validation` needs images in files", file=rows.name, row=str(row["image_id"]))
         roots.add(file.removesuffix(name))
     if len(roots) != 1:
-        raise DataError(f"`validation` needs pictures below one folder, not {sorted(roots)[:3]}", file=rows.name)
+        raise DataError(f"`validation` needs images below one folder, not {sorted(roots)[:3]}", file=rows.name)
     return roots.pop()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from uplvp_hf.training.config import TrainSettings
 
 COUNT = 16
-_CELL = 320  # pixels; captions inside the pictures are legible
+_CELL = 320  # pixels; captions inside the images are legible
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -32,7 +32,7 @@ def add_preview(subparsers: Any) -> None:
     parser.add_argument(
         "--recipe", action="append", default=[], help="YAML file, or the name of a shipped recipe; repeatable"
     )
-    parser.add_argument("--output", metavar="FILE", required=True, help="the picture to write: .png, .jpg or .webp")
+    parser.add_argument("--output", metavar="FILE", required=True, help="the image to write: .png, .jpg or .webp")
     parser.add_argument("--count", type=int, default=COUNT, help=f"samples on the sheet (default: {COUNT})")
     parser.set_defaults(work=_preview)
 
@@ -53,32 +53,32 @@ def _preview(arguments: argparse.Namespace) -> None:
 
 
 def write_preview(settings: TrainSettings, file: str, count: int = COUNT) -> None:
-    """Writes `count` training samples of a run with these settings to a picture file, and says so.
+    """Writes `count` training samples of a run with these settings to an image file, and says so.
 
     Raises ValueError for an unknown kind of file or a count below 1, ConfigError and DataError as training does.
     """
     from uplvp_hf.files import replacing
-    from uplvp_hf.training.build import build_data, build_samples, with_picture_settings
+    from uplvp_hf.training.build import build_data, build_samples, with_image_settings
 
     suffix = Path(file).suffix.lower()
     if suffix not in _SUFFIXES:
         raise ValueError(f"{file}: the name of a preview ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
-    settings = with_picture_settings(settings)
+    settings = with_image_settings(settings)
     rows, _ = build_data(settings.data)
     samples = build_samples(settings, rows)
     names = {0: "object"} if samples.label_map is None else rows.id2label
     sheet = preview_sheet(samples, names, count)
     with replacing(file, "wb") as stream:
         sheet.save(stream, format={".jpg": "JPEG"}.get(suffix, suffix[1:].upper()))
-    print(f"{file}: {count} augmented samples of {len(samples)} pictures")
+    print(f"{file}: {count} augmented samples of {len(samples)} images")
 
 
 def preview_sheet(samples: TrainingSet, names: dict[int, str], count: int) -> Image.Image:
     """A sheet of `count` samples, their masks tinted and named, numbers of objects and file names underneath.
 
-    Of a large set pictures at even distances, as in the first epoch; of a small one all, in as many epochs as needed.
+    Of a large set images at even distances, as in the first epoch; of a small one all, in as many epochs as needed.
     """
     from uplvp_hf.evaluation.visualize import contact_sheet, draw_instances
 
@@ -88,14 +88,14 @@ def preview_sheet(samples: TrainingSet, names: dict[int, str], count: int) -> Im
     for epoch, index in keys:
         sample = samples.sample(index, epoch)
         masks, labels = sample["mask_labels"], sample["class_labels"].tolist()
-        drawn.append(draw_instances(_picture(sample["pixel_values"], samples), masks.dense(), labels, id2label=names))
+        drawn.append(draw_instances(_image(sample["pixel_values"], samples), masks.dense(), labels, id2label=names))
         name = Path(samples.dataset[sample["index"]]["file_name"]).name
         captions.append(f"{len(masks)} object{'s' * (len(masks) != 1)}: {name}")  # a long name is cut at its end
     return contact_sheet(drawn, columns=max(1, round(count**0.5)), captions=captions, cell=_CELL)
 
 
-def _picture(values: Any, samples: TrainingSet) -> Image.Image:
-    """Normalised pixels (3, h, w) as a picture again."""
+def _image(values: Any, samples: TrainingSet) -> Image.Image:
+    """Normalized pixels (3, h, w) as an image again."""
     from torchvision.transforms.v2.functional import to_pil_image
 
     return to_pil_image((values * samples.std + samples.mean).mul(255).round().clamp(0, 255).byte())

@@ -1,7 +1,7 @@
 """`uplvp benchmark`: does pre-training pay with few labels? Arms x seeds x segmenters, tables and figures.
 
     uplvp benchmark --data photos --output runs/benchmark
-    uplvp benchmark --data photos --unlabelled more/ --labels-per-class 5 10 20 --seeds 0 1 2 --output runs/benchmark
+    uplvp benchmark --data photos --unlabeled more/ --labels-per-class 5 10 20 --seeds 0 1 2 --output runs/benchmark
     uplvp benchmark --recipe scenes_quick --output runs/quick
     uplvp benchmark --rows runs/benchmark/rows.jsonl --output figures     # tables and figures of rows that exist
 
@@ -28,8 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
     source.add_argument("--rows", metavar="FILE", nargs="+", help="run nothing: draw these rows.jsonl")
     parser.add_argument("--output", metavar="DIR", required=True, help="runs, rows.jsonl, tables and figures")
     parser.add_argument("--data", metavar="DIR", help="folder with annotations/{train,val}.json and images/")
-    parser.add_argument("--unlabelled", metavar="DIR", help="pictures to pre-train on (default: the training pictures)")
-    parser.add_argument("--labels-per-class", type=int, nargs="+", metavar="N", help="labelled pictures of a class")
+    parser.add_argument("--unlabeled", metavar="DIR", help="images to pre-train on (default: the training images)")
+    parser.add_argument("--labels-per-class", type=int, nargs="+", metavar="N", help="labeled images of a class")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N")
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="some of the recipe's only")
     parser.add_argument("--segmenters", nargs="+", metavar="NAME", help="some of the recipe's only")
@@ -80,7 +80,7 @@ def _load(arguments: argparse.Namespace):
     if arguments.data:
         variables["data"] = arguments.data
     words = list(arguments.words)
-    words += [f"data.unlabelled={arguments.unlabelled}"] if arguments.unlabelled else []
+    words += [f"data.unlabeled={arguments.unlabeled}"] if arguments.unlabeled else []
     words += [f"labels_per_class={arguments.labels_per_class}"] if arguments.labels_per_class else []
     words += [f"seeds={arguments.seeds}"] if arguments.seeds else []
     return load_benchmark(arguments.recipe or "photos_cpu", words, variables, arguments.arms, arguments.segmenters)

@@ -1,4 +1,4 @@
-"""`uplvp data`: check a data set, convert it to COCO JSON, draw low-data splits, look at augmented samples."""
+"""`uplvp data`: check a dataset, convert it to COCO JSON, draw low-data splits, look at augmented samples."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 _EPILOG = """
 PATH is anything that training reads: a COCO JSON file or folder, the root of Cityscapes, CTW1500 or Pascal VOC as
-published, a pseudo-label store, a folder or a list of pictures, a data set of the `datasets` library.
+published, a pseudo-label store, a folder or a list of images, a dataset of the `datasets` library.
 docs/data.md shows the trees."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp data",
-        description="Check, convert, split and preview data sets.",
+        description="Check, convert, split and preview datasets.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     subparsers = parser.add_subparsers(dest="task", required=True, metavar="TASK")
@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_source(parser: argparse.ArgumentParser) -> None:
     """The arguments that say where the rows come from; `load_source` reads them."""
-    parser.add_argument("path", metavar="PATH", help="the data set")
+    parser.add_argument("path", metavar="PATH", help="the dataset")
     parser.add_argument("--split", help="picks annotations/SPLIT.json, or a split of a published layout")
     parser.add_argument("--images", metavar="DIR", help="folder that the file names of a COCO file are relative to")
     parser.add_argument(
-        "--format", help="coco, cityscapes, ctw1500, voc, store, pictures, list or datasets (default: by its looks)"
+        "--format", help="coco, cityscapes, ctw1500, voc, store, images, list or datasets (default: by its looks)"
     )
-    parser.add_argument("--config", help="configuration of a data set of the `datasets` library")
+    parser.add_argument("--config", help="configuration of a dataset of the `datasets` library")
     add_verbosity(parser)
 
 
@@ -76,7 +76,7 @@ def load_source(arguments: argparse.Namespace, **options: Any) -> InstanceDatase
 def _bar(arguments: argparse.Namespace) -> Callable[[Any], Any]:
     from tqdm.auto import tqdm
 
-    return lambda rows: tqdm(rows, unit="picture", disable=True if arguments.quiet else None)
+    return lambda rows: tqdm(rows, unit="image", disable=True if arguments.quiet else None)
 
 
 def add_check(subparsers: Any) -> None:
@@ -84,10 +84,10 @@ def add_check(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "check",
         help="validate every row, and print classes, sizes and broken rows",
-        description="Validate every row and print what is in a data set. Exit code 1 when something is broken.",
+        description="Validate every row and print what is in a dataset. Exit code 1 when something is broken.",
     )
     add_source(parser)
-    parser.add_argument("--images-too", action="store_true", help="also open every picture")
+    parser.add_argument("--images-too", action="store_true", help="also open every image")
     parser.add_argument("--json", metavar="FILE", help="write the whole report there")
     parser.set_defaults(work=_check)
 
@@ -106,11 +106,11 @@ def _check(arguments: argparse.Namespace) -> int:
 def add_convert(subparsers: Any) -> None:
     """`uplvp data convert`"""
     parser = subparsers.add_parser(
-        "convert", help="write a data set as COCO JSON", description="Write a data set as a COCO instance file."
+        "convert", help="write a dataset as COCO JSON", description="Write a dataset as a COCO instance file."
     )
     add_source(parser)
     parser.add_argument("--output", metavar="FILE.json", required=True, help="the file to write")
-    parser.add_argument("--unlabelled", action="store_true", help="the pictures alone, without their objects")
+    parser.add_argument("--unlabeled", action="store_true", help="the images alone, without their objects")
     parser.add_argument(
         "--subset", metavar="NAME", help="a low-data split: a manifest, or a name such as 1@10 or 5shot"
     )
@@ -121,16 +121,16 @@ def _convert(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data import write_coco
     from uplvp_hf.data.manifest import take_split
 
-    if arguments.unlabelled and arguments.subset:
-        raise ValueError("--subset needs the objects that --unlabelled leaves out; convert without one of them")
-    dataset = load_source(arguments, unlabelled=arguments.unlabelled)
+    if arguments.unlabeled and arguments.subset:
+        raise ValueError("--subset needs the objects that --unlabeled leaves out; convert without one of them")
+    dataset = load_source(arguments, unlabeled=arguments.unlabeled)
     if arguments.subset:
         dataset = take_split(dataset, arguments.subset)
-    elif arguments.unlabelled:
-        dataset = dataset.unlabelled()
+    elif arguments.unlabeled:
+        dataset = dataset.unlabeled()
     bar = _bar(arguments)
-    pictures, instances = write_coco(dataset, arguments.output, bar)
-    print(f"{arguments.output}: {pictures} pictures, {instances} objects, {len(dataset.categories)} classes")
+    images, instances = write_coco(dataset, arguments.output, bar)
+    print(f"{arguments.output}: {images} images, {instances} objects, {len(dataset.categories)} classes")
     if dataset.failures:
         print(f"{len(dataset.failures)} files or objects were left out; `uplvp data check` lists them.")
     root = image_root(dataset)
@@ -155,10 +155,10 @@ def add_split(subparsers: Any) -> None:
     )
     add_source(parser)
     rule = parser.add_mutually_exclusive_group(required=True)
-    rule.add_argument("--name", help="such as 1@10 (seed 1, 10 %% of the pictures), 10%%strat, 5pictures or 2@5shot")
-    rule.add_argument("--percent", type=float, metavar="P", help="P %% of the pictures")
-    rule.add_argument("--pictures", type=int, metavar="K", help="every class in at least K pictures")
-    rule.add_argument("--instances", type=int, metavar="K", help="at least K instances of every class, whole pictures")
+    rule.add_argument("--name", help="such as 1@10 (seed 1, 10 %% of the images), 10%%strat, 5images or 2@5shot")
+    rule.add_argument("--percent", type=float, metavar="P", help="P %% of the images")
+    rule.add_argument("--images", type=int, metavar="K", help="every class in at least K images")
+    rule.add_argument("--instances", type=int, metavar="K", help="at least K instances of every class, whole images")
     rule.add_argument("--shot", type=int, metavar="K", help="exactly K instances of every class; others are dropped")
     parser.add_argument("--seed", type=int, default=0, help="of the draw, where --name has none (default: 0)")
     parser.add_argument("--stratified", action="store_true", help="with --percent: keep the shares of the classes")
@@ -185,9 +185,9 @@ def _split(arguments: argparse.Namespace) -> None:
     manifest = draw_split(load_source(arguments), spec)
     write_manifest(manifest, arguments.output)
     width = max((len(entry["name"]) for entry in manifest["per_class"]), default=5)
-    print(f"{'class':<{width}} {'pictures':>9} {'instances':>10}")
+    print(f"{'class':<{width}} {'images':>9} {'instances':>10}")
     for entry in manifest["per_class"]:
-        print(f"{entry['name']:<{width}} {entry['pictures']:>9} {entry['instances']:>10}")
+        print(f"{entry['name']:<{width}} {entry['images']:>9} {entry['instances']:>10}")
     counts, source = manifest["counts"], manifest["source"]
-    print(f"{manifest['name']}: {counts['pictures']} of {source['rows']} pictures, {counts['instances']} instances")
+    print(f"{manifest['name']}: {counts['images']} of {source['rows']} images, {counts['instances']} instances")
     print(f"{arguments.output}: sha256 {manifest['hash']}")

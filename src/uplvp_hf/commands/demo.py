@@ -11,15 +11,15 @@ from ._terminal import run
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp demo",
-        description="Label generated scenes with the small CLIP of the package, pre-train, fine-tune on 20 labelled "
-        "pictures, and compare with training from scratch. Needs no data, weights or network; about 5 minutes on 2 "
-        "cores. With --app: a page on this machine that shows what a model finds in your pictures.",
+        description="Label generated scenes with the small CLIP of the package, pre-train, fine-tune on 20 labeled "
+        "images, and compare with training from scratch. Needs no data, weights or network; about 5 minutes on 2 "
+        "cores. With --app: a page on this machine that shows what a model finds in your images.",
     )
     parser.add_argument(
         "--output", default="runs/demo", help="folder; an earlier demo there is replaced (default: runs/demo)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on pictures and steps, for a quick look")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on images and steps, for a quick look")
     page = parser.add_argument_group("the page of a model")
     page.add_argument("--app", metavar="MODEL", help="model folder or USER/NAME of the Hub; nothing is trained")
     page.add_argument("--port", type=int, default=7860, help="of the page, on this machine only (default: 7860)")

@@ -1,4 +1,4 @@
-"""`uplvp evaluate`: mask AP of a model on a labelled data set."""
+"""`uplvp evaluate`: mask AP of a model on a labeled dataset."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ METRICS = ("coco", "cityscapes")
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp evaluate",
-        description="Mask AP of a model on a labelled data set. With --output DIR: metrics.json, results.json (COCO "
-        "results), per_class.csv and report.html, a page with the best and worst pictures.",
+        description="Mask AP of a model on a labeled dataset. With --output DIR: metrics.json, results.json (COCO "
+        "results), per_class.csv and report.html, a page with the best and worst images.",
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
     parser.add_argument(
         "data",
         metavar="DATA",
-        help="labelled pictures, such as a COCO JSON file or folder, or a published layout",
+        help="labeled images, such as a COCO JSON file or folder, or a published layout",
     )
     parser.add_argument("--images", metavar="DIR", help="folder that the file names of the JSON are relative to")
     parser.add_argument("--split", help="picks annotations/SPLIT.json of the folder, or a split of a published layout")
     parser.add_argument("--format", help="of DATA, where it could be several, such as coco or cityscapes")
     parser.add_argument("--output", metavar="DIR", help="write the files there")
-    parser.add_argument("--batch-size", type=int, default=8, help="pictures per forward pass (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
     parser.add_argument("--class-agnostic", action="store_true", help="compare masks only, whatever their classes")
     parser.add_argument("--metric", choices=METRICS, default="coco", help="coco, or the Cityscapes benchmark's AP")
     parser.add_argument(
@@ -116,7 +116,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 class _Kept:
-    """What the files in `--output` need of the results of this process: COCO results, the best and worst pictures."""
+    """What the files in `--output` need of the results of this process: COCO results, the best and worst images."""
 
     def __init__(self, arguments: argparse.Namespace, category_ids: list[int]) -> None:
         from uplvp_hf.evaluation.examples import Examples
@@ -141,14 +141,14 @@ class _Kept:
             self.examples.add(as_prediction(row, result, self.category_ids), as_reference(row))
 
     def gather(self, processes: Processes, dataset: InstanceDataset) -> None:
-        """Adds what the other processes kept; results in the order of the pictures."""
+        """Adds what the other processes kept; results in the order of the images."""
         if processes.size == 1:
             return
-        every = processes.gather((list(self.results.pictures()), self.examples))
+        every = processes.gather((list(self.results.images()), self.examples))
         if processes.rank != 0:
             return
         order = {dataset.image_id(index): index for index in range(len(dataset))}
-        self.results.merge((picture for pictures, _ in every[1:] for picture in pictures), order)
+        self.results.merge((image for images, _ in every[1:] for image in images), order)
         if self.examples is not None:
             for _, examples in every[1:]:
                 self.examples.merge(examples)
@@ -217,7 +217,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
             lines.append(f"{row['name']:<{width}} {numbers}")
     lines += [
         "",
-        f"{metrics['num_images']} pictures, {metrics['num_instances']} instances, {metrics['seconds']:.1f} s.",
+        f"{metrics['num_images']} images, {metrics['num_instances']} instances, {metrics['seconds']:.1f} s.",
     ]
     shown = 10
     for failure in metrics["failures"][:shown]:

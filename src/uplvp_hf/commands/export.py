@@ -10,7 +10,7 @@ from ._terminal import run
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="uplvp export", description="A trained model for runtimes without this library; any number of pictures."
+        prog="uplvp export", description="A trained model for runtimes without this library; any number of images."
     )
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
@@ -21,7 +21,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="onnx",
         help="model.onnx (default), model.pt2 for torch.export.load, or transformers' own Mask2Former",
     )
-    add("--size", type=int, metavar="PIXELS", help="longer side of the resized pictures (default: the processor's)")
+    add("--size", type=int, metavar="PIXELS", help="longer side of the resized images (default: the processor's)")
     add("--opset", type=int, help="operators of ONNX (default: 20)")
     add("--check", action="store_true", help="open the file anew and print its largest difference from the model")
     add("--verbose", action="store_true", help="also what the libraries say, and where in the code an error arose")
@@ -49,7 +49,7 @@ def _export(arguments: argparse.Namespace) -> None:
     )
     if "canvas" in done:
         height, width = done["canvas"]
-        print(f"{arguments.output}/{done['file']}: any number of pictures on {height} x {width}")
+        print(f"{arguments.output}/{done['file']}: any number of images on {height} x {width}")
     else:
         print(f"{arguments.output}: loads as {done['class']}")
     for name, difference in done.get("largest_difference", {}).items():

@@ -1,4 +1,4 @@
-"""`uplvp finetune`: a few labelled pictures -> a fine-tuned segmenter."""
+"""`uplvp finetune`: a few labeled images -> a fine-tuned segmenter."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from uplvp_hf.commands.training import run_training
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_training("finetune", "Fine-tune a segmenter on labelled pictures.", argv)
+    return run_training("finetune", "Fine-tune a segmenter on labeled images.", argv)

@@ -1,4 +1,4 @@
-"""`uplvp label`: pictures and class names in, a pseudo-label store out. See docs/labelling.md for a guide."""
+"""`uplvp label`: images and class names in, a pseudo-label store out. See docs/labeling.md for a guide."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EPILOG = """
 Every other setting of the labeler and the namer is --set NAME=VALUE; `uplvp label --list-settings --labeler NAME
 --namer NAME` lists them. Recommended with CLIP: --background sky,grass,wall,background --min-confidence 0.5. Masks of
 what is no object then lose their probability to the background names and are dropped; without, every mask is named
-after a class. An existing store alone, `uplvp label STORE --report`, is reported on or exported, not labelled.
+after a class. An existing store alone, `uplvp label STORE --report`, is reported on or exported, not labeled.
 """
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def build_parser() -> argparse.ArgumentParser:
     """The arguments; imports nothing heavy."""
     parser = argparse.ArgumentParser(prog="uplvp label", description=__doc__, epilog=EPILOG)
-    _add_input(parser.add_argument_group("pictures"))
+    _add_input(parser.add_argument_group("images"))
     _add_labeler(parser.add_argument_group("mask source"))
     _add_namer(parser.add_argument_group("names"))
     _add_clip(parser.add_argument_group("of the clip labeler, and others that have them"))
@@ -40,16 +40,16 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_input(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     images = (
-        "folder of pictures (recursive), COCO json, folder with annotations/ and images/, text file of paths, data set "
+        "folder of images (recursive), COCO json, folder with annotations/ and images/, text file of paths, dataset "
         "of the datasets library (name on the Hub, saved folder, Parquet)"
     )
     add("images", nargs="?", help=images)
-    add("--split", help="annotations/{SPLIT}.json of a COCO folder, or a split of a datasets data set")
-    add("--config", help="configuration of a datasets data set")
-    add("--image-column", help="of a datasets data set")
-    add("--id-column", help="of a datasets data set")
-    add("--streaming", action="store_true", help="read a datasets data set as a stream, without downloading all of it")
-    add("--limit", type=int, help="only the first pictures")
+    add("--split", help="annotations/{SPLIT}.json of a COCO folder, or a split of a datasets dataset")
+    add("--config", help="configuration of a datasets dataset")
+    add("--image-column", help="of a datasets dataset")
+    add("--id-column", help="of a datasets dataset")
+    add("--streaming", action="store_true", help="read a datasets dataset as a stream, without downloading all of it")
+    add("--limit", type=int, help="only the first images")
 
 
 def _add_labeler(group: argparse._ArgumentGroup) -> None:
@@ -79,7 +79,7 @@ def _add_namer(group: argparse._ArgumentGroup) -> None:
     add("--vocabulary", help="file with one class a line (synonyms after commas), or bear,deer,otter")
     add("--clip", help="CLIP, SigLIP or SigLIP 2: folder or hub id, for the clip labeler or namer")
     add("--class-map", help="YAML or JSON, {class name: [classifier classes, by index, range or name]}")
-    add("--classify", choices=("picture", "crop"), help="what the classifier sees (default: picture)")
+    add("--classify", choices=("image", "crop"), help="what the classifier sees (default: image)")
     add("--classifier", help="timm:NAME or an image classifier of transformers (default: that of --backbone)")
     add("--classifier-weights", help="safetensors file for timm:NAME")
     add("--min-confidence", type=float, default=0.0, help="of the namer; what becomes of masks below: --unnamed")
@@ -111,8 +111,8 @@ def _add_clip(group: argparse._ArgumentGroup) -> None:
     add("--image-size", type=int, help="pixels")
     add("--window", type=int, help="pixels")
     add("--stride", type=int, help="pixels")
-    add("--min-area", type=float, help="share of the picture; of file and segmenter: pixels")
-    add("--max-area", type=float, help="share of the picture")
+    add("--min-area", type=float, help="share of the image; of file and segmenter: pixels")
+    add("--max-area", type=float, help="share of the image")
 
 
 def _add_run(group: argparse._ArgumentGroup) -> None:
@@ -120,18 +120,18 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
     add("--batch-size", type=int, default=8)
     add("--device", help="default: cuda where there is one, else cpu")
     add("--dtype", choices=("fp32", "bf16"), help="of the networks (default: fp32)")
-    add("--workers", type=int, help="threads that decode pictures (default: this process's share of the cores)")
-    add("--calibration-pictures", type=int, default=200, help="to calibrate the clip labeler on (default: 200)")
-    add("--max-failed", type=float, default=0.5, help="share of failed pictures that is an error (default: 0.5)")
+    add("--workers", type=int, help="threads that decode images (default: this process's share of the cores)")
+    add("--calibration-images", type=int, default=200, help="to calibrate the clip labeler on (default: 200)")
+    add("--max-failed", type=float, default=0.5, help="share of failed images that is an error (default: 0.5)")
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--output", help="folder of the pseudo-label store; an unfinished one is continued")
-    add("--image-root", help="write picture paths relative to this folder")
+    add("--image-root", help="write image paths relative to this folder")
     add("--no-resume", action="store_true", help="refuse an output folder that holds labels already")
     add("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (default: report.html in the store)")
-    add("--truth", help="true instances of the same pictures, for the report: COCO json or folder, store")
+    add("--truth", help="true instances of the same images, for the report: COCO json or folder, store")
     add("--export-coco", metavar="PATH", help="also write the labels as a COCO json")
     add("--export-parquet", metavar="PATH", help="also write the labels as a Parquet file")
 
@@ -148,7 +148,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--truth is for the report; add --report")
     if not 0 <= args.min_confidence <= 1:
         raise ValueError(f"--min-confidence must be from 0 to 1, got {args.min_confidence}")
-    for name in ("batch_size", "limit", "workers", "calibration_pictures"):
+    for name in ("batch_size", "limit", "workers", "calibration_images"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -158,7 +158,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--truth {args.truth}: no such file or folder")
     if args.images is None:
         swallowed = " (--report takes the next word as its path: write it last)" if args.report else ""
-        raise ValueError(f"no pictures are named{swallowed}")
+        raise ValueError(f"no images are named{swallowed}")
 
 
 def _default_namer(labeler: str) -> str:
@@ -201,18 +201,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     check_needs(args, settings)
     names |= _classify(args, names)
     columns = {"config": args.config, "image_column": args.image_column, "id_column": args.id_column}
-    dataset = load_dataset_rows(args.images, split=args.split, streaming=args.streaming, unlabelled=True, **columns)
+    dataset = load_dataset_rows(args.images, split=args.split, streaming=args.streaming, unlabeled=True, **columns)
     builder = Builder(args)
     namer = builder.namer(namer_part, names)
     labeler = builder.labeler(labeler_part, settings)
-    licences = _licences(labeler, namer)
+    licenses = _licenses(labeler, namer)
     recommended = getattr(labeler, "recommended", {})
     if is_main_process() and not args.quiet:
         if recommended:
             words = ", ".join(f"{name}={value}" for name, value in recommended.items())
             print(f"Settings that {labeler.encoder_name} recommends: {words}", flush=True)
-        for name, licence in licences.items():
-            print(f"Licence of the weights of {name}: {licence}", flush=True)
+        for name, license in licenses.items():
+            print(f"License of the weights of {name}: {license}", flush=True)
     summary = label_images(
         dataset,
         labeler,
@@ -224,14 +224,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         limit=args.limit,
         min_confidence=args.min_confidence,
         unnamed=args.unnamed,
-        calibration_pictures=args.calibration_pictures,
+        calibration_images=args.calibration_images,
         image_root=args.image_root,
         workers=args.workers,
         max_failed=args.max_failed,
     ).as_dict()
     for note in getattr(labeler, "notes", ()):
         logger.warning("%s", note)
-    summary["licences"] = licences
+    summary["licenses"] = licenses
     return summary | (_write_more(args, args.output) if is_main_process() else {})
 
 
@@ -245,13 +245,13 @@ def _classify(args: argparse.Namespace, names: dict[str, Any]) -> dict[str, Any]
     return {"mode": args.classify}
 
 
-def _licences(labeler: Any, namer: Any) -> dict[str, str]:
-    """{network: licence of its weights}, whose terms the labels may come under, as far as the model cards say."""
-    used = {labeler.encoder_name: getattr(labeler, "licence", None)}
+def _licenses(labeler: Any, namer: Any) -> dict[str, str]:
+    """{network: license of its weights}, whose terms the labels may come under, as far as the model cards say."""
+    used = {labeler.encoder_name: getattr(labeler, "license", None)}
     network = getattr(namer, "clip", None) or getattr(namer, "encoder", None)
     if network is not None:
-        used[network.name] = getattr(network, "licence", None)
-    return {name: licence for name, licence in used.items() if licence is not None}
+        used[network.name] = getattr(network, "license", None)
+    return {name: license for name, license in used.items() if license is not None}
 
 
 def _write_more(args: argparse.Namespace, store: str) -> dict[str, Any]:
@@ -294,7 +294,7 @@ def _label(args: argparse.Namespace) -> None:
     if summary.get("failed"):
         # On stderr, because the last line of stdout is for programs.
         where = os.path.join(args.output, "failures.jsonl")
-        print(f"{summary['failed']} pictures could not be labelled: {where}", file=sys.stderr)
+        print(f"{summary['failed']} images could not be labeled: {where}", file=sys.stderr)
     print(json.dumps(summary))
 
 

@@ -1,4 +1,4 @@
-"""`uplvp predict`: instances in pictures, as COCO JSON and as overlays to look at."""
+"""`uplvp predict`: instances in images, as COCO JSON and as overlays to look at."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ OVERLAYS = "overlays"
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="uplvp predict", description="Instances in pictures, as COCO JSON and overlays."
+        prog="uplvp predict", description="Instances in images, as COCO JSON and overlays."
     )
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a trained or exported (ONNX) model, or USER/NAME on the Hub")
     add(
         "paths", metavar="PATHS", nargs="+",
-        help="pictures, folders that are searched recursively, patterns such as 'shots/**/*.jpg', http(s) addresses",
+        help="images, folders that are searched recursively, patterns such as 'shots/**/*.jpg', http(s) addresses",
     )  # fmt: skip
     add("--output", metavar="DIR", required=True, help="for predictions.json, overlays/, failures.jsonl")
     add("--threshold", type=float, default=0.5, help="least score, 0 to 1 (default: 0.5)")
     add("--mask-threshold", type=float, default=0.5, help="least probability of a mask's pixels (default: 0.5)")
-    add("--top-k", type=int, default=100, help="most instances a picture, or a tile (default: 100)")
-    add("--batch-size", type=int, default=8, help="pictures, or tiles, per forward pass (default: 8)")
-    add("--tiles", type=int, metavar="SIZE", help="cut pictures larger than SIZE pixels into windows of that side")
-    add("--overlap", type=float, metavar="SHARE", help="of neighbouring windows, 0 to 0.9 (default: 0.2)")
-    add("--tiles-with-full", action="store_true", help="also the whole picture, for objects larger than windows")
-    add("--max-pixels", type=int, metavar="N", help="larger pictures are left out (default: 100 million)")
+    add("--top-k", type=int, default=100, help="most instances an image, or a tile (default: 100)")
+    add("--batch-size", type=int, default=8, help="images, or tiles, per forward pass (default: 8)")
+    add("--tiles", type=int, metavar="SIZE", help="cut images larger than SIZE pixels into windows of that side")
+    add("--overlap", type=float, metavar="SHARE", help="of neighboring windows, 0 to 0.9 (default: 0.2)")
+    add("--tiles-with-full", action="store_true", help="also the whole image, for objects larger than windows")
+    add("--max-pixels", type=int, metavar="N", help="larger images are left out (default: 100 million)")
     add("--max-bytes", type=int, metavar="N", help="longer downloads are left out (default: 100 million)")
     add("--no-overlays", action="store_true", help="write the JSON only")
     add("--overwrite", action="store_true", help="begin anew in a folder that has results")
@@ -71,7 +71,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     journal = Journal(output, _settings(arguments), arguments.overwrite)
     known = journal.known(dataset.rows)
     if known and not arguments.quiet:
-        print(f"{len(known)} of {len(dataset)} pictures are done already")
+        print(f"{len(known)} of {len(dataset)} images are done already")
     failures = list(dataset.failures)
     settings = {key: getattr(arguments, key) for key in ("batch_size", "threshold", "mask_threshold", "top_k")}
     todo = dataset.subset([index for index, row in enumerate(dataset.rows) if row["image_id"] not in known])
@@ -85,13 +85,13 @@ def _predict(arguments: argparse.Namespace) -> None:
             journal.add(row, found.to_coco(row["image_id"]))
     write_json_lines(output / "failures.jsonl", failures)
     if not journal.places:
-        raise DataError(f"none of the {len(failures)} pictures could be read; see {output / 'failures.jsonl'}")
+        raise DataError(f"none of the {len(failures)} images could be read; see {output / 'failures.jsonl'}")
     categories = [{"id": int(number), "name": config.id2label[k]} for k, number in enumerate(config.category_ids)]
     file = journal.finish(categories)
     shutil.rmtree(output / DOWNLOADS, ignore_errors=True)
-    print(f"{journal.instances} instances in {len(journal.places)} pictures: {file}")
+    print(f"{journal.instances} instances in {len(journal.places)} images: {file}")
     if failures:
-        print(f"{len(failures)} pictures could not be read: {output / 'failures.jsonl'}")
+        print(f"{len(failures)} images could not be read: {output / 'failures.jsonl'}")
 
 
 def _check(arguments: argparse.Namespace) -> Tiles | None:
@@ -115,17 +115,17 @@ def _check(arguments: argparse.Namespace) -> Tiles | None:
 
 
 def _find(arguments: argparse.Namespace, output: Path):
-    from uplvp_hf.inference import find_pictures
+    from uplvp_hf.inference import find_images
     from uplvp_hf.inference.download import Limits
     from uplvp_hf.inference.sources import MAX_PIXELS
 
     limits = Limits() if arguments.max_bytes is None else Limits(max_bytes=arguments.max_bytes)
     max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
-    return find_pictures(arguments.paths, output / DOWNLOADS, max_pixels, limits, leave_out=output / OVERLAYS)
+    return find_images(arguments.paths, output / DOWNLOADS, max_pixels, limits, leave_out=output / OVERLAYS)
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What the results of a picture depend on, for the run that goes on where this one was killed."""
+    """What the results of an image depend on, for the run that goes on where this one was killed."""
     keys = ("threshold", "mask_threshold", "top_k", "tiles", "overlap", "tiles_with_full", "no_overlays")
     model, weights = arguments.model, []
     if os.path.isdir(model):
@@ -136,11 +136,11 @@ def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _draw(row: Any, instances: Instances, folder: Path) -> None:
-    from uplvp_hf.data.dataset import load_picture
+    from uplvp_hf.data.dataset import load_row_image
     from uplvp_hf.files import replacing
     from uplvp_hf.inference.sources import plain_stem
 
-    drawn = instances.draw(load_picture(row))
-    # Numbered, because pictures of different folders and formats may share a name.
+    drawn = instances.draw(load_row_image(row))
+    # Numbered, because images of different folders and formats may share a name.
     with replacing(folder / f"{row['image_id']:06d}_{plain_stem(row['file_name'])}.png", "wb") as stream:
         drawn.save(stream, format="PNG")

@@ -9,7 +9,7 @@ from .training import run_training
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Without any argument, runs the embedded default: generated scenes, labelled by the small CLIP."""
+    """Without any argument, runs the embedded default: generated scenes, labeled by the small CLIP."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments:
 

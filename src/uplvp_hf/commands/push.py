@@ -16,14 +16,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="repository; made if it does not exist")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     parser.add_argument("--revision", help="branch to push to; made if it does not exist (default: main)")
-    parser.add_argument("--license", default="apache-2.0", help="licence of the weights (default: apache-2.0)")
+    parser.add_argument("--license", default="apache-2.0", help="license of the weights (default: apache-2.0)")
     parser.add_argument("--metrics", metavar="FILE", help="metrics.json of `uplvp evaluate`, for the card")
-    parser.add_argument("--example", metavar="FILE", action="append", default=[], help="picture for the card's widget")
+    parser.add_argument("--example", metavar="FILE", action="append", default=[], help="image for the card's widget")
     parser.add_argument(
         "--no-code", action="store_true", help="leave out the source files (the library is needed then)"
     )
     parser.add_argument(
-        "--space", metavar="USER/NAME", help="also a Space: a page that shows what the model finds in uploaded pictures"
+        "--space", metavar="USER/NAME", help="also a Space: a page that shows what the model finds in uploaded images"
     )
     parser.add_argument("--message", default="Upload model", help="commit message")
     parser.add_argument("--dry-run", action="store_true", help="write the folder and push nothing")

@@ -33,7 +33,7 @@ _DROPPED = {
     r".*cls_clip_fcs\..*": "CLIP class head, which only pre-training uses",
     r".*(_pos\.|init_kernels_pos).*": "position kernels of an ablation",
     r"linear\.(weight|bias)": "joins query and prompt, which only pre-training uses",
-    r"(?!panoptic_head|rpn_head|roi_head|backbone|neck|sem_seg_head).*(queue|ema_).*": "state of the optimiser",
+    r"(?!panoptic_head|rpn_head|roi_head|backbone|neck|sem_seg_head).*(queue|ema_).*": "state of the optimizer",
 }
 # Tensors of the original pre-training that `UplvpForPreTraining` has, where its configuration builds them.
 _PRETRAINING = [
@@ -327,7 +327,7 @@ def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _processor():
-    """As the originals look at pictures: RGB, ImageNet's mean and deviation, 800 pixels on the shorter side."""
+    """As the originals look at images: RGB, ImageNet's mean and deviation, 800 pixels on the shorter side."""
     from ..models.image_processing_uplvp import UplvpImageProcessor
 
     return UplvpImageProcessor(

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-INITIALISED = "not in the checkpoint: initialised"
+INITIALIZED = "not in the checkpoint: initialized"
 
 
 @dataclass
 class ConversionReport:
     """kept: names that are the same on both sides. renamed: {old name: [new names]} (a packed attention becomes three).
-    dropped: {old name: reason}. missing: {our name: reason}: tensors that keep the value of initialisation."""
+    dropped: {old name: reason}. missing: {our name: reason}: tensors that keep the value of initialization."""
 
     kept: list[str] = field(default_factory=list)
     renamed: dict[str, list[str]] = field(default_factory=dict)
@@ -55,13 +55,13 @@ class ConversionReport:
         for name in model_names:
             if name not in converted:
                 ends = [reason for end, reason in (missing_reason or {}).items() if name.endswith(end)]
-                report.missing[name] = ends[0] if ends else INITIALISED
+                report.missing[name] = ends[0] if ends else INITIALIZED
         return report
 
     @property
     def untrained(self) -> list[str]:
         """Our tensors that should have been in the checkpoint: the model does not work as the original did."""
-        return [name for name, reason in self.missing.items() if reason == INITIALISED]
+        return [name for name, reason in self.missing.items() if reason == INITIALIZED]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

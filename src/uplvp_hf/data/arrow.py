@@ -1,4 +1,4 @@
-"""Rows as tables of the `datasets` library: pictures as lazily read paths, masks as RLEs, never decoded."""
+"""Rows as tables of the `datasets` library: images as lazily read paths, masks as RLEs, never decoded."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def has_text_ids(rows: Iterable[Row]) -> bool:
 def row_tables(
     rows: Iterable[Row], features: datasets.Features, categories: Sequence[Mapping[str, Any]], embed: bool = False
 ) -> Iterator[pyarrow.Table]:
-    """Tables of some rows each. embed: the contents of picture files instead of their paths.
+    """Tables of some rows each. embed: the contents of image files instead of their paths.
 
-    Raises DataError for a malformed segmentation, OSError for a picture file that cannot be read for `embed`.
+    Raises DataError for a malformed segmentation, OSError for an image file that cannot be read for `embed`.
     """
     import pyarrow
 
@@ -79,10 +79,10 @@ def _entry(row: Row, text_ids: bool, classes: dict[int, int], embed: bool) -> di
     ]
     objects["category"] = [classes[category_id] for category_id in objects["category_id"]]
     image_id = str(row["image_id"]) if text_ids else row["image_id"]
-    return {**row, "image": _picture(row["image"], embed), "image_id": image_id, "objects": objects}
+    return {**row, "image": _image(row["image"], embed), "image_id": image_id, "objects": objects}
 
 
-def _picture(image: str | bytes | Image.Image, embed: bool) -> dict[str, Any]:
+def _image(image: str | bytes | Image.Image, embed: bool) -> dict[str, Any]:
     if isinstance(image, Image.Image):
         import datasets
 

@@ -1,4 +1,4 @@
-"""Looks at every row of a data set: what is broken, with file and row, and what one wants to know before training."""
+"""Looks at every row of a dataset: what is broken, with file and row, and what one wants to know before training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .dataset import OBJECT_KEYS, InstanceDataset, Row, RowStream, load_picture
+from .dataset import OBJECT_KEYS, InstanceDataset, Row, RowStream, load_row_image
 from .errors import DataError, DataWarning, ImageError
 from .inputs import LIST_SUFFIXES
 from .layouts import OFFICIAL_COUNTS
@@ -28,16 +28,16 @@ def check_dataset(
     images: bool = False,
     progress: Callable[[Iterable[Row]], Iterable[Row]] = lambda rows: rows,
 ) -> dict[str, Any]:
-    """Everything about a data set, as JSON can hold it.
+    """Everything about a dataset, as JSON can hold it.
 
     Args:
-        load: gives the data set; what it warns of goes into the result.
-        images: also open every picture.
+        load: gives the dataset; what it warns of goes into the result.
+        images: also open every image.
         progress: wraps the rows, such as `tqdm.tqdm`.
 
-    Returns: name, official (the published split that it says it is), pictures, empty_pictures, instances, crowds,
-    classes [{id, name, pictures, instances, crowds}], object_sizes {small, medium, large} (pixels of the mask, COCO's
-    limits, crowds aside), picture_sizes {smallest, median, largest} ([width, height], by area), most_instances,
+    Returns: name, official (the published split that it says it is), images, empty_images, instances, crowds,
+    classes [{id, name, images, instances, crowds}], object_sizes {small, medium, large} (pixels of the mask, COCO's
+    limits, crowds aside), image_sizes {smallest, median, largest} ([width, height], by area), most_instances,
     broken and warnings [{file, row, reason}]. What `load` raises passes through.
     """
     with warnings.catch_warnings(record=True) as caught:
@@ -71,14 +71,14 @@ class _Survey:
     """Counters over the rows seen so far; no row is kept."""
 
     def __init__(self, dataset: InstanceDataset | RowStream, images: bool) -> None:
-        self.dataset, self.images = dataset, images
+        self.dataset, self.open_images = dataset, images
         self.broken: list[Fault] = list(dataset.failures)
         self.warnings: list[Fault] = []
         self.names = {category["id"]: category["name"] for category in dataset.categories}
-        self.pictures = self.empty = self.most = 0
+        self.images = self.empty = self.most = 0
         self.instances: Counter[int] = Counter()
         self.crowds: Counter[int] = Counter()
-        self.in_pictures: Counter[int] = Counter()
+        self.in_images: Counter[int] = Counter()
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.areas = [0, 0, 0]
         self.seen: dict[int | str, int] = {}
@@ -86,17 +86,17 @@ class _Survey:
 
     def add(self, row: Row, index: int) -> None:
         where = f"row {index} (image id {row['image_id']!r})"
-        self.pictures += 1
+        self.images += 1
         self._check_names(row, index, where)
         if not (row["width"] > 0 and row["height"] > 0):
-            self._break(where, f"the size of the picture {row['file_name']} cannot be read")
+            self._break(where, f"the size of the image {row['file_name']} cannot be read")
         else:
             self.sizes[row["width"], row["height"]] += 1
             for fault in self._objects(row):
                 self._break(where, fault)
-        if self.images:
+        if self.open_images:
             try:
-                load_picture(row)
+                load_row_image(row)
             except ImageError as error:
                 self.broken.append({"file": error.file, "row": where, "reason": error.reason})
 
@@ -110,10 +110,10 @@ class _Survey:
         name = row["file_name"]
         relative = os.path.normpath(name)
         if not self.dataset.name.endswith(LIST_SUFFIXES) and (os.path.isabs(name) or relative.startswith("..")):
-            self._break(where, f"the file name {name!r} leads out of the folder of the pictures")
+            self._break(where, f"the file name {name!r} leads out of the folder of the images")
         if isinstance(row["image"], str):
             if row["image"] in self.files:
-                reason = f"the picture {name} is also that of row {self.files[row['image']]}"
+                reason = f"the image {name} is also that of row {self.files[row['image']]}"
                 self.warnings.append({"file": self.dataset.name, "row": where, "reason": reason})
             self.files.setdefault(row["image"], index)
 
@@ -138,29 +138,29 @@ class _Survey:
             held.add(category_id)
             if not values["iscrowd"]:
                 self.areas[sum(area >= limit for limit in AREAS)] += 1
-        self.in_pictures.update(held)
+        self.in_images.update(held)
 
     def result(self) -> dict[str, Any]:
         official = getattr(self.dataset, "official", "")
         expected = OFFICIAL_COUNTS.get(official)
-        if expected is not None and self.pictures != expected:
-            reason = f"has {self.pictures} pictures, the published {official} has {expected}"
+        if expected is not None and self.images != expected:
+            reason = f"has {self.images} images, the published {official} has {expected}"
             self.warnings.insert(0, {"file": self.dataset.name, "row": None, "reason": reason})
         return {
             "name": self.dataset.name,
             "official": official,
-            "pictures": self.pictures,
-            "empty_pictures": self.empty,
+            "images": self.images,
+            "empty_images": self.empty,
             "instances": sum(self.instances.values()),
             "crowds": sum(self.crowds.values()),
             "most_instances": self.most,
             "classes": [
-                {"id": k, "name": name, "pictures": self.in_pictures[k], "instances": self.instances[k],
+                {"id": k, "name": name, "images": self.in_images[k], "instances": self.instances[k],
                  "crowds": self.crowds[k]}
                 for k, name in self.names.items()
             ],
             "object_sizes": dict(zip(("small", "medium", "large"), self.areas)),
-            "picture_sizes": _spread(self.sizes),
+            "image_sizes": _spread(self.sizes),
             "broken": self.broken,
             "warnings": self.warnings,
         }  # fmt: skip
@@ -175,7 +175,7 @@ def _spread(sizes: Counter[tuple[int, int]]) -> dict[str, list[int]]:
 
 
 def object_faults(values: dict[str, Any], height: int, width: int, known: Iterable[int]) -> tuple[list[str], int]:
-    """(what is wrong with one object of a picture, pixels of its mask). `known`: category ids."""
+    """(what is wrong with one object of an image, pixels of its mask). `known`: category ids."""
     faults = []
     if values["category_id"] not in known:
         faults.append(f"category id {values['category_id']!r} is not among the classes")
@@ -208,7 +208,7 @@ def _box_fault(bbox: Any, mask_box: np.ndarray, height: int, width: int) -> str 
     if min(bbox[2:]) < 0:
         return f"the box {bbox} has a negative side"
     if left < -1 or top < -1 or right > width + 1 or bottom > height + 1:  # a pixel for rounding
-        return f"the box {bbox} reaches out of the {width}x{height} picture"
+        return f"the box {bbox} reaches out of the {width}x{height} image"
     x, y, w, h = mask_box.tolist()
     shared = max(0, min(right, x + w) - max(left, x)) * max(0, min(bottom, y + h) - max(top, y))
     union = bbox[2] * bbox[3] + w * h - shared
@@ -222,20 +222,20 @@ def format_report(report: dict[str, Any], shown: int = 20) -> str:
     """The report for people; at most `shown` broken rows and as many warnings."""
     lines = [f"{report['name']}" + (f" ({report['official']})" if report["official"] else "")]
     lines.append(
-        f"{report['pictures']} pictures, {report['empty_pictures']} of them without objects; "
-        f"{report['instances']} instances, {report['crowds']} crowds, at most {report['most_instances']} in a picture"
+        f"{report['images']} images, {report['empty_images']} of them without objects; "
+        f"{report['instances']} instances, {report['crowds']} crowds, at most {report['most_instances']} in an image"
     )
-    if report["picture_sizes"]:
-        spread = (f"{name} {w}x{h}" for name, (w, h) in report["picture_sizes"].items())
-        lines.append(f"pictures: {', '.join(spread)}")
+    if report["image_sizes"]:
+        spread = (f"{name} {w}x{h}" for name, (w, h) in report["image_sizes"].items())
+        lines.append(f"images: {', '.join(spread)}")
     if report["instances"]:
         small, medium, large = report["object_sizes"].values()
         lines.append(f"objects: {small} small (under 32x32 px), {medium} medium, {large} large (96x96 px and more)")
     if report["classes"]:
         width = max(len(entry["name"]) for entry in report["classes"])
-        lines += ["", f"{'id':>8}  {'class':<{width}} {'pictures':>9} {'instances':>10} {'crowds':>7}"]
+        lines += ["", f"{'id':>8}  {'class':<{width}} {'images':>9} {'instances':>10} {'crowds':>7}"]
         lines += [
-            f"{entry['id']:>8}  {entry['name']:<{width}} {entry['pictures']:>9} {entry['instances']:>10} "
+            f"{entry['id']:>8}  {entry['name']:<{width}} {entry['images']:>9} {entry['instances']:>10} "
             f"{entry['crowds']:>7}"
             for entry in report["classes"]
         ]

@@ -40,7 +40,7 @@ CLASSES = {
     32: "motorcycle",
     33: "bicycle",
 }
-# The labels by id. Those that are no class hide what was drawn before them. Licence plates lie on vehicles and are not
+# The labels by id. Those that are no class hide what was drawn before them. License plates lie on vehicles and are not
 # drawn.
 _LABELS = (
     "unlabeled", "ego vehicle", "rectification border", "out of roi", "static", "dynamic", "ground", "road", "sidewalk",
@@ -55,7 +55,7 @@ _NUMBERED = {*CLASSES, 29, 30}  # caravans and trailers have instances, too
 VOID = (0, 1, 2, 3, 4, 5, 6, 9, 10, 14, 15, 16, 18, 29, 30)
 _NOT_DRAWN = "license plate"
 _SPLITS = ("train", "val", "test", "train_extra")
-_PICTURE, _MAP, _POLYGONS = "_leftImg8bit.png", "_gtFine_instanceIds.png", "_gtFine_polygons.json"
+_IMAGE, _MAP, _POLYGONS = "_leftImg8bit.png", "_gtFine_instanceIds.png", "_gtFine_polygons.json"
 
 
 def is_cityscapes(folder: str) -> bool:
@@ -64,20 +64,20 @@ def is_cityscapes(folder: str) -> bool:
 
 
 def read_cityscapes(
-    folder: str | os.PathLike[str], split: str | None = None, unlabelled: bool = False, source: str | None = None
+    folder: str | os.PathLike[str], split: str | None = None, unlabeled: bool = False, source: str | None = None
 ) -> InstanceDataset:
     """Rows of a Cityscapes split; no file is opened before its row is asked for.
 
     Args:
         folder: the root, with leftImg8bit/ and gtFine/.
         split: train, val, test or train_extra; None: the only one there is. The published annotations of test are
-            empty stand-ins, and train_extra has coarse ones alone: both are read as unlabelled pictures.
-        unlabelled: the pictures alone.
-        source: "instanceIds" or "polygons"; None: the id map of a picture, or where it has none its polygons.
+            empty stand-ins, and train_extra has coarse ones alone: both are read as unlabeled images.
+        unlabeled: the images alone.
+        source: "instanceIds" or "polygons"; None: the id map of an image, or where it has none its polygons.
 
     Regions without an instance number (groups) become crowds. Classes keep the published label ids 24 to 33. `void` of
-    a labelled row is what the benchmark does not judge, as one region.
-    Pictures without annotations and the reverse are left out and listed in `failures`. Raises DataError for a missing
+    a labeled row is what the benchmark does not judge, as one region.
+    Images without annotations and the reverse are left out and listed in `failures`. Raises DataError for a missing
     split, and when a row is asked for whose annotation file is broken.
     """
     folder = os.path.abspath(os.fspath(folder))
@@ -85,18 +85,18 @@ def read_cityscapes(
         raise ValueError(f"source must be instanceIds or polygons, got {source!r}")
     images = os.path.join(folder, "leftImg8bit")
     split = choose_split([name for name in _SPLITS if os.path.isdir(os.path.join(images, name))], split, folder)
-    labelled = split in ("train", "val") and not unlabelled
+    labeled = split in ("train", "val") and not unlabeled
     pairs, failures = [], []
     labels = os.path.join(folder, "gtFine", split)
-    for city in _cities(os.path.join(images, split), labels if labelled else None):
-        found = stems(os.path.join(images, split, city), [_PICTURE])
-        if labelled:
+    for city in _cities(os.path.join(images, split), labels if labeled else None):
+        found = stems(os.path.join(images, split, city), [_IMAGE])
+        if labeled:
             annotations, lacking = _annotations(os.path.join(labels, city), found, source)
             failures += lacking
             found = {name: file for name, file in found.items() if name in annotations}
         for name, file in found.items():
             file_name = os.path.relpath(file, folder).replace(os.sep, "/")
-            pairs.append(Pair(name, file_name, file, (annotations[name],) if labelled else ()))
+            pairs.append(Pair(name, file_name, file, (annotations[name],) if labeled else ()))
     categories = [{"id": label_id, "name": name} for label_id, name in CLASSES.items()]
     return lazy_dataset(PairReader(pairs, _labels), categories, folder, failures, f"cityscapes {split}")
 
@@ -109,7 +109,7 @@ def _cities(*folders: str | None) -> list[str]:
 def _annotations(
     folder: str, wanted: dict[str, str], source: str | None
 ) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """{name: annotation file}, and pictures without one and annotations without a picture."""
+    """{name: annotation file}, and images without one and annotations without an image."""
     maps = {} if source == "polygons" else stems(folder, [_MAP])
     polygons = {} if source == "instanceIds" else stems(folder, [_POLYGONS])
     found = {**polygons, **maps}
@@ -119,7 +119,7 @@ def _annotations(
         for name, file in wanted.items()
         if name not in found
     ]
-    failures += [missing(file, "its picture is missing") for name, file in found.items() if name not in wanted]
+    failures += [missing(file, "its image is missing") for name, file in found.items() if name not in wanted]
     return found, failures
 
 

@@ -35,7 +35,7 @@ def clean_segmentation(
 ) -> tuple[Any, dict[str, Any], bool] | None:
     """(segmentation to keep, its RLE, whether it was changed), or None when no pixel is left.
 
-    Polygons inside of the picture are kept as they are; polygons that reach out, and uncompressed RLEs, become
+    Polygons inside of the image are kept as they are; polygons that reach out, and uncompressed RLEs, become
     compressed RLEs of what is inside. `complain` is called with each reason for which something is left out.
     """
     changed = False
@@ -59,7 +59,7 @@ def clean_segmentation(
         complain(error.reason)
         return None
     if rle_areas([rle])[0] == 0:
-        complain("no pixel of the object is inside of the picture")
+        complain("no pixel of the object is inside of the image")
         return None
     if isinstance(segmentation, dict):
         return rle, rle, changed
@@ -70,10 +70,10 @@ def clean_segmentation(
 class _Reader:
     """One pass over a parsed COCO file."""
 
-    def __init__(self, content: Any, path: str, image_dir: str, unlabelled: bool, strict: bool) -> None:
-        require(content, ("images",) if unlabelled else ("images", "annotations", "categories"), path, None)
+    def __init__(self, content: Any, path: str, image_dir: str, unlabeled: bool, strict: bool) -> None:
+        require(content, ("images",) if unlabeled else ("images", "annotations", "categories"), path, None)
         self.content, self.path, self.image_dir = content, path, image_dir
-        self.unlabelled, self.strict = unlabelled, strict
+        self.unlabeled, self.strict = unlabeled, strict
         self.failures: list[dict[str, Any]] = []
         self.dropped = 0
         self.categories = read_categories(content.get("categories", []), path)
@@ -115,7 +115,7 @@ class _Reader:
         )
         if entry.get(AS_STORED) is True:
             row[AS_STORED] = True
-        if VOID in entry and not self.unlabelled:
+        if VOID in entry and not self.unlabeled:
             regions = require_list(entry, VOID, self.path, where)
             try:
                 row[VOID] = [segmentation_to_rle(region, row["height"], row["width"]) for region in regions]
@@ -138,7 +138,7 @@ class _Reader:
         if self.dropped:
             warnings.warn(
                 f"{self.path}: {self.dropped} of {len(entries)} annotations have no usable mask and are left out; "
-                f"the first: {self.failures[0]['row']}: {self.failures[0]['reason']}. See `failures` of the data set.",
+                f"the first: {self.failures[0]['row']}: {self.failures[0]['reason']}. See `failures` of the dataset.",
                 stacklevel=4,
             )
 
@@ -188,9 +188,7 @@ class _Reader:
                 continue  # is listed as broken
             for name, values, size in (("x", part[0::2], row["width"]), ("y", part[1::2], row["height"])):
                 if min(values) < -1 or max(values) > size + 1:
-                    reason = (
-                        f"a polygon reaches from {name} = {min(values):g} to {max(values):g} in a picture of {size}"
-                    )
+                    reason = f"a polygon reaches from {name} = {min(values):g} to {max(values):g} in an image of {size}"
                     warnings.warn(DataWarning(f"{reason} px; it is clipped", self.path, where), stacklevel=2)
 
     def _bbox(self, entry: dict[str, Any], rle: dict[str, Any], changed: bool, where: str) -> list[float]:
@@ -216,19 +214,19 @@ class _Reader:
 
 
 def read_coco(
-    path: str | os.PathLike[str], images: str | os.PathLike[str], unlabelled: bool = False, strict: bool = True
+    path: str | os.PathLike[str], images: str | os.PathLike[str], unlabeled: bool = False, strict: bool = True
 ) -> InstanceDataset:
     """Read a COCO instance file.
 
     Args:
         path: the JSON file.
-        images: the folder that its file names are relative to. Pictures are not opened.
-        unlabelled: do not look at the objects; then the file needs no annotations and no categories, such as COCO's own
+        images: the folder that its file names are relative to. Images are not opened.
+        unlabeled: do not look at the objects; then the file needs no annotations and no categories, such as COCO's own
             `image_info_unlabeled2017.json`.
         strict: False lists faulty entries in `failures` and goes on, where otherwise the first raises.
 
-    Crowds, compressed and uncompressed RLEs, polygons of several parts, sparse ids and pictures without objects are
-    all kept. Polygons are clipped to the picture. Objects without a usable mask (outside of the picture, fewer than
+    Crowds, compressed and uncompressed RLEs, polygons of several parts, sparse ids and images without objects are
+    all kept. Polygons are clipped to the image. Objects without a usable mask (outside of the image, fewer than
     three points, coordinates that are not finite, malformed RLE) are left out, listed in `failures`, and warned of
     once. `bbox` and `area` come from the file; where they are missing, or the mask was clipped, from the mask.
 
@@ -236,9 +234,9 @@ def read_coco(
     lead out of `images`, no images, annotations without categories, and when no annotation has a usable mask.
     """
     path = os.path.abspath(os.fspath(path))
-    reader = _Reader(read_json(path), path, os.path.abspath(os.fspath(images)), unlabelled, strict)
+    reader = _Reader(read_json(path), path, os.path.abspath(os.fspath(images)), unlabeled, strict)
     reader.read_images()
-    if not unlabelled:
+    if not unlabeled:
         reader.read_annotations()
     return InstanceDataset(list(reader.rows.values()), reader.categories, path, reader.failures, _official(path))
 
@@ -259,7 +257,7 @@ def write_coco(
 
     `read_coco` gives the same rows again, given the folder that the file names are relative to. Every row is asked for
     once; annotations wait in a temporary file until the images are written. `progress` wraps the rows, such as
-    `tqdm.tqdm`. Returns the numbers of pictures and of objects written. Raises DataError when an image id occurs
+    `tqdm.tqdm`. Returns the numbers of images and of objects written. Raises DataError when an image id occurs
     twice, ValueError for numbers that JSON cannot hold (nan), OSError when it cannot be written.
     """
     path = os.path.abspath(os.fspath(path))

@@ -23,7 +23,7 @@ def collate(
             needs them, a micro-batch at a time.
 
     Returns:
-        pixel_values (B, 3, H, W) float32, zero where padded; pixel_mask (B, H, W) int64, 1 where the picture is;
+        pixel_values (B, 3, H, W) float32, zero where padded; pixel_mask (B, H, W) int64, 1 where the image is;
         mask_labels, B tensors (N_b, H, W) bool, or B `InstanceMasks` of that shape; class_labels, B tensors (N_b,)
         int64; prompt_scores, B tensors (N_b,) float32; image_ids, a list of B.
 

@@ -1,4 +1,4 @@
-"""Simple copy-paste (Ghiasi et al. 2021): instances of one augmented picture pasted onto another one."""
+"""Simple copy-paste (Ghiasi et al. 2021): instances of one augmented image pasted onto another one."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def paste(
     min_area: int,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, InstanceMasks, list[int], list[int]]:
-    """Puts the instances of the other picture over this one, without blending.
+    """Puts the instances of the other image over this one, without blending.
 
-    Where the sizes differ, the other picture is moved by an offset drawn at random: anywhere within this picture along
+    Where the sizes differ, the other image is moved by an offset drawn at random: anywhere within this image along
     the sides where it is smaller, cropped at random along those where it is larger. Masks below pasted pixels are cut,
     and so are their boxes. Instances cut to fewer than `min_area` pixels are dropped, pasted ones before they hide
     anything.
@@ -37,7 +37,7 @@ def paste(
         generator: two numbers are drawn.
 
     Returns:
-        pixels (3, h, w) uint8, a new tensor; masks: those kept of this picture, then those pasted; indices of either,
+        pixels (3, h, w) uint8, a new tensor; masks: those kept of this image, then those pasted; indices of either,
         ascending.
     """
     left = _offset(masks.width - other_masks.width, generator)

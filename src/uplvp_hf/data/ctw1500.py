@@ -1,6 +1,6 @@
 """SCUT-CTW1500 (https://github.com/Yuliang-Liu/Curve-Text-Detector): outlines of text lines, one class.
 
-Pictures and annotations of a split lie in one of the pairs of folders in `PLACES`. Annotations come in three forms,
+Images and annotations of a split lie in one of the pairs of folders in `PLACES`. Annotations come in three forms,
 told from the file itself:
 
     XML (training)    <image file="0001.jpg"><box left top width height><label>text</label><segs>x,y,...</segs></box>
@@ -20,7 +20,7 @@ from .coco import clean_segmentation
 from .dataset import InstanceDataset
 from .errors import DataError, DataWarning
 from .images import image_size
-from .layouts import Labels, Pair, PairReader, choose_split, lazy_dataset, missing, objects_of, pictures, stems
+from .layouts import Labels, Pair, PairReader, choose_split, image_files, lazy_dataset, missing, objects_of, stems
 from .rle import polygon_fault
 
 # Folders of a split: as the archives unpack, as mmocr arranges them, and as the first release of 2017 had them.
@@ -42,7 +42,7 @@ _OLDER = 4 + 28  # numbers of a line of the older form
 
 
 def ctw_splits(folder: str) -> dict[str, tuple[str, str]]:
-    """{split: (folder of pictures, folder of annotations)} of what is there."""
+    """{split: (folder of images, folder of annotations)} of what is there."""
     found = {}
     for split, (images, labels) in PLACES.items():
         image_dir = next((place for place in images if os.path.isdir(os.path.join(folder, place))), None)
@@ -53,46 +53,46 @@ def ctw_splits(folder: str) -> dict[str, tuple[str, str]]:
 
 
 def is_ctw1500(folder: str) -> bool:
-    """Whether a folder has pictures and annotations of CTW1500. Some of the names in `PLACES` are common, so one that
+    """Whether a folder has images and annotations of CTW1500. Some of the names in `PLACES` are common, so one that
     is the set's own, or a folder called after it, is asked for."""
     labels = [os.path.relpath(label_dir, folder) for _, label_dir in ctw_splits(folder).values()]
     named = "ctw" in os.path.basename(os.path.abspath(folder)).lower()
     return bool(labels) and (named or any(own in label for own in _OWN_NAMES for label in labels))
 
 
-def read_ctw1500(folder: str | os.PathLike[str], split: str | None = None, unlabelled: bool = False) -> InstanceDataset:
+def read_ctw1500(folder: str | os.PathLike[str], split: str | None = None, unlabeled: bool = False) -> InstanceDataset:
     """Rows of a CTW1500 split; no file is opened before its row is asked for.
 
     Args:
-        folder: the root, see `PLACES`. split: train or test; None: the only one there is. unlabelled: pictures alone.
+        folder: the root, see `PLACES`. split: train or test; None: the only one there is. unlabeled: images alone.
 
-    Outlines are in the frame of the picture as it is stored: EXIF rotations are ignored, as in the published
-    training settings. Outlines are clipped to the picture; one that lies outside of it is left out with a DataWarning
-    when its row is read. Pictures without annotations and the reverse are left out and listed in `failures`.
+    Outlines are in the frame of the image as it is stored: EXIF rotations are ignored, as in the published
+    training settings. Outlines are clipped to the image; one that lies outside of it is left out with a DataWarning
+    when its row is read. Images without annotations and the reverse are left out and listed in `failures`.
     Raises DataError for a missing split, and when a row is asked for whose annotation file is broken.
     """
     folder = os.path.abspath(os.fspath(folder))
     splits = ctw_splits(folder)
     split = choose_split(list(splits), {"training": "train"}.get(split, split), folder)
     image_dir, label_dir = splits[split]
-    images, labels = pictures(image_dir), stems(label_dir, _SUFFIXES)
+    images, labels = image_files(image_dir), stems(label_dir, _SUFFIXES)
     labels = {_number(name): file for name, file in labels.items()}
     pairs, failures = [], []
     for name, file in images.items():
         label = labels.pop(_number(name), None)
-        if label is None and not unlabelled:
+        if label is None and not unlabeled:
             failures.append(missing(file, f"has no annotation in {label_dir}"))
             continue
         file_name = os.path.relpath(file, folder).replace(os.sep, "/")
-        pairs.append(Pair(name, file_name, file, () if unlabelled else (label,)))
-    if not unlabelled:
-        failures += [missing(file, f"its picture is not in {image_dir}") for file in labels.values()]
+        pairs.append(Pair(name, file_name, file, () if unlabeled else (label,)))
+    if not unlabeled:
+        failures += [missing(file, f"its image is not in {image_dir}") for file in labels.values()]
     reader = PairReader(pairs, _labels, exif=False)
     return lazy_dataset(reader, [{"id": 1, "name": "text"}], folder, failures, f"ctw1500 {split}")
 
 
 def _number(name: str) -> str:
-    """What a picture and its annotation have in common: 1001.jpg belongs to 0001001.txt."""
+    """What an image and its annotation have in common: 1001.jpg belongs to 0001001.txt."""
     return name.lstrip("0") if name.isdecimal() else name
 
 
@@ -125,7 +125,7 @@ def _read_xml(path: str, pair: Pair) -> list[tuple[str, list[float], str]]:
         raise DataError(f"is not valid XML ({error})", file=path) from error
     named = [image.get("file", "") for image in root.iter("image")]
     if len(named) != 1:
-        raise DataError(f"must be about one picture, it names {named}", file=path)
+        raise DataError(f"must be about one image, it names {named}", file=path)
     if named[0] and _number(os.path.splitext(named[0])[0]) != _number(pair.image_id):
         warnings.warn(
             DataWarning(f"says it is about {named[0]!r}, its name about {pair.image_id!r}", path, "image"), stacklevel=2

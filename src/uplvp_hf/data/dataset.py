@@ -1,4 +1,4 @@
-"""The row schema, and the data set that every stage reads: rows, categories, and what could not be used."""
+"""The row schema, and the dataset that every stage reads: rows, categories, and what could not be used."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OBJECT_KEYS = ("segmentation", "category_id", "bbox", "area", "iscrowd", "score"
 
 
 class Objects(TypedDict):
-    """The instances of one picture, as parallel lists (COCO conventions, pixels of the picture)."""
+    """The instances of one image, as parallel lists (COCO conventions, pixels of the image)."""
 
     segmentation: list[Any]  # polygons, or an RLE (data/rle.py)
     category_id: list[int]  # original ids, may be sparse
@@ -42,9 +42,9 @@ class _Row(TypedDict):
 
 
 class Row(_Row, total=False):
-    """One picture. `image` is an absolute path, the content of a picture file, or a PIL picture; an unlabelled picture
-    has empty lists in `objects`. width and height are 0 for content that no picture can be read from. `as_stored`
-    (absent: False) marks pictures that were annotated as they are stored, whatever rotation their EXIF asks for. `void`
+    """One image. `image` is an absolute path, the content of an image file, or a PIL image; an unlabeled image
+    has empty lists in `objects`. width and height are 0 for content that no image can be read from. `as_stored`
+    (absent: False) marks images that were annotated as they are stored, whatever rotation their EXIF asks for. `void`
     holds segmentations of regions where a detection is neither right nor wrong; absent: not known. Only the AP of the
     Cityscapes benchmark reads them."""
 
@@ -61,10 +61,10 @@ def _without_objects(row: Row) -> Row:
     return Row(**{**{key: value for key, value in row.items() if key != "void"}, "objects": empty_objects()})
 
 
-def load_picture(row: Row) -> Image.Image:
-    """The picture of a row as RGB, of the row's width and height.
+def load_row_image(row: Row) -> Image.Image:
+    """The image of a row as RGB, of the row's width and height.
 
-    A picture with an EXIF rotation is turned upright unless the row says `as_stored`, or its size fits only the stored
+    An image with an EXIF rotation is turned upright unless the row says `as_stored`, or its size fits only the stored
     frame (see `open_image`). Raises ImageError when it is missing, cannot be decoded, or has
     another size than the row says.
     """
@@ -77,11 +77,11 @@ def load_picture(row: Row) -> Image.Image:
 
 
 class LazyRows(Sequence[Row]):
-    """Rows that are read one at a time: their pictures may be large, or their masks may have to be made first. The row
-    read last is kept, since a sample asks for its picture and for its objects.
+    """Rows that are read one at a time: their images may be large, or their masks may have to be made first. The row
+    read last is kept, since a sample asks for its image and for its objects.
 
     Args:
-        read: the row at a position. identify: its image id, without its picture.
+        read: the row at a position. identify: its image id, without its image.
         indices: the positions, in order.
     """
 
@@ -123,7 +123,7 @@ def _changed(read: Callable[[int], Row], change: Callable[[Row], Row], position:
 
 @dataclass
 class RowStream:
-    """Pictures that come one after the other and are never held all at once, such as those of a streamed data set.
+    """Images that come one after the other and are never held all at once, such as those of a streamed dataset.
 
     Args:
         source: starts from the first row every time it is called; equal image ids and order each time.
@@ -141,10 +141,10 @@ class RowStream:
 
 @dataclass
 class InstanceDataset:
-    """Pictures with (or without) instances.
+    """Images with (or without) instances.
 
     Args:
-        rows: one `Row` a picture; a list, or `LazyRows` that are read when they are asked for.
+        rows: one `Row` an image; a list, or `LazyRows` that are read when they are asked for.
         categories: [{"id": original id, "name": str}, ...]; kept sorted by id.
         name: for reports.
         failures: what was left out while reading, [{"file", "row", "reason"}, ...].
@@ -190,8 +190,8 @@ class InstanceDataset:
         rows = self.rows.select(indices) if isinstance(self.rows, LazyRows) else [self.rows[i] for i in indices]
         return InstanceDataset(rows, self.categories, self.name, list(self.failures))
 
-    def unlabelled(self) -> InstanceDataset:
-        """The same pictures without their objects; categories stay."""
+    def unlabeled(self) -> InstanceDataset:
+        """The same images without their objects; categories stay."""
         return self.map(_without_objects)
 
     def map(self, change: Callable[[Row], Row]) -> InstanceDataset:
@@ -200,11 +200,11 @@ class InstanceDataset:
         return InstanceDataset(rows, self.categories, self.name, list(self.failures), self.official)
 
     def load_image(self, index: int) -> Image.Image:
-        """The picture of a row, as `load_picture` gives it."""
-        return load_picture(self.rows[index])
+        """The image of a row, as `load_row_image` gives it."""
+        return load_row_image(self.rows[index])
 
     def image_id(self, index: int) -> int | str:
-        """Of a row, without reading its picture."""
+        """Of a row, without reading its image."""
         if isinstance(self.rows, LazyRows):
             return self.rows.image_id(index)
         return self.rows[index]["image_id"]
@@ -222,7 +222,7 @@ class InstanceDataset:
         is a struct of the lists above with every segmentation a compressed RLE, so that one schema fits all, and with
         its class as a `ClassLabel` in `category`.
 
-        `datasets` always turns pictures upright, also those that `load_image` leaves as stored for their annotations.
+        `datasets` always turns images upright, also those that `load_image` leaves as stored for their annotations.
         Raises DataError for a malformed segmentation.
         """
         from .arrow import has_text_ids, rows_to_dataset

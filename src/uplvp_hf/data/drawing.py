@@ -1,4 +1,4 @@
-"""Shapes, textures and colours of the synthetic scenes. Angles in radians, lengths in px, colours RGB in [0, 1]."""
+"""Shapes, textures and colors of the synthetic scenes. Angles in radians, lengths in px, colors RGB in [0, 1]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SUPERSAMPLE = 4  # coverage of a pixel in steps of 1/16
 
 
 def background(rng: np.random.Generator, size: int, flat: bool) -> np.ndarray:
-    """(size, size, 3) float32: two muted colours mixed by a pattern of one of five families, plus a weak second one."""
+    """(size, size, 3) float32: two muted colors mixed by a pattern of one of five families, plus a weak second one."""
     first, second = muted(rng), muted(rng)
     if flat:
         return np.broadcast_to(first.astype(np.float32), (size, size, 3)).copy()
@@ -90,11 +90,11 @@ def circle(points: int) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def placed(points: np.ndarray, centre: np.ndarray, radius: float, aspect: float, angle: float) -> np.ndarray:
+def placed(points: np.ndarray, center: np.ndarray, radius: float, aspect: float, angle: float) -> np.ndarray:
     """Points in px: stretched by `aspect` (area kept), scaled, turned and moved."""
     c, s = math.cos(angle), math.sin(angle)
     stretched = points * [radius * math.sqrt(aspect), radius / math.sqrt(aspect)]
-    return stretched @ np.array([[c, s], [-s, c]]) + centre
+    return stretched @ np.array([[c, s], [-s, c]]) + center
 
 
 def coverage(size: int, outlines: list[np.ndarray]) -> np.ndarray:

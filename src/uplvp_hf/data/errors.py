@@ -28,7 +28,7 @@ class DataError(ValueError):
 
 
 class ImageError(DataError):
-    """A picture that is missing, cannot be decoded, or does not have the size that its annotations say."""
+    """An image that is missing, cannot be decoded, or does not have the size that its annotations say."""
 
 
 class DataWarning(UserWarning):

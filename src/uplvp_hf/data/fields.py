@@ -53,7 +53,7 @@ def whole_number(entry: dict[str, Any], key: str, file: str, row: str, minimum: 
 
 
 def image_identifier(entry: dict[str, Any], key: str, file: str, row: str) -> int | str:
-    """A picture's id: a whole number or a text that is not empty."""
+    """An image's id: a whole number or a text that is not empty."""
     if isinstance(entry[key], str) and entry[key]:
         return entry[key]
     return whole_number(entry, key, file, row)

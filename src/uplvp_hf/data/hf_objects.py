@@ -1,4 +1,4 @@
-"""The column `objects` of data sets of the `datasets` library: our own export, and the forms that others publish.
+"""The column `objects` of datasets of the `datasets` library: our own export, and the forms that others publish.
 
 Others are read when `objects` holds, as lists or as a list of structs,
 
@@ -39,7 +39,7 @@ def find_objects(
     """(categories, reader of the column `objects`); ([], None) where there are no objects with masks.
 
     Args:
-        data: the data set; with `with_format`, so that class ids can be collected. features: of its columns.
+        data: the dataset; with `with_format`, so that class ids can be collected. features: of its columns.
         source: for errors. parquet: the files it comes from, whose first may hold the categories of our export.
 
     Warns when there are objects without masks. Raises DataError when the classes cannot be known.
@@ -52,7 +52,7 @@ def find_objects(
     if "segmentation" not in fields:
         warnings.warn(
             f"{source}: its objects have no 'segmentation', only {sorted(fields)}; boxes are no masks, and the "
-            "pictures are read as unlabelled",
+            "images are read as unlabeled",
             stacklevel=3,
         )
         return [], None
@@ -161,7 +161,7 @@ class _Columns:
             reasons: list[str] = []
             cleaned = clean_segmentation(_segmentation(entry["segmentation"]), height, width, reasons.append)
             if entry[self.category] not in self.ids:
-                reasons.append(f"the class {entry[self.category]!r} is none of the data set")
+                reasons.append(f"the class {entry[self.category]!r} is none of the dataset")
             if cleaned is None or reasons:
                 reason = f"object {k} is left out: {'; '.join(reasons)}"
                 warnings.warn(DataWarning(reason, self.source, where), stacklevel=2)

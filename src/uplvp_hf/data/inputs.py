@@ -1,4 +1,4 @@
-"""More ways in: a text file of picture paths, and whatever the `datasets` library loads, streamed or not."""
+"""More ways in: a text file of image paths, and whatever the `datasets` library loads, streamed or not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SIZE_READERS = 16  # threads; reading the head of a file is waiting for the dis
 
 
 def sizes_of(files: list[str]) -> Iterator[tuple[int, int] | ImageError]:
-    """(width, height) of each picture file, or why there is none, in order."""
+    """(width, height) of each image file, or why there is none, in order."""
 
     def read(file: str) -> tuple[int, int] | ImageError:
         try:
@@ -36,7 +36,7 @@ def sizes_of(files: list[str]) -> Iterator[tuple[int, int] | ImageError]:
 
 
 def rows_of_files(files: list[str], names: list[str], wheres: list[str]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Unlabelled rows of the files that are pictures, and the failures of the others. `names` become image ids."""
+    """Unlabeled rows of the files that are images, and the failures of the others. `names` become image ids."""
     rows, failures = [], []
     for file, name, where, size in zip(files, names, wheres, sizes_of(files)):
         if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
@@ -52,11 +52,11 @@ def rows_of_files(files: list[str], names: list[str], wheres: list[str]) -> tupl
 
 
 def read_path_list(path: str | os.PathLike[str]) -> InstanceDataset:
-    """Unlabelled rows for a text file with the path of one picture a line, relative to the file; empty lines are left
+    """Unlabeled rows for a text file with the path of one image a line, relative to the file; empty lines are left
     out. `image_id` and `file_name` are the line.
 
-    Only the heads of the pictures are read; lines without a readable one are listed in `failures`. Raises DataError
-    for a file that is not UTF-8, a path in two lines, and when no picture is left.
+    Only the heads of the images are read; lines without a readable one are listed in `failures`. Raises DataError
+    for a file that is not UTF-8, a path in two lines, and when no image is left.
     """
     path = os.path.abspath(os.fspath(path))
     try:
@@ -70,13 +70,13 @@ def read_path_list(path: str | os.PathLike[str]) -> InstanceDataset:
     files = [os.path.normpath(os.path.join(os.path.dirname(path), line)) for _, line in lines]
     for file, (where, line) in zip(files, lines):
         if file in seen:
-            raise DataError(f"the picture {line!r} is also in {seen[file]}", file=path, row=where)
+            raise DataError(f"the image {line!r} is also in {seen[file]}", file=path, row=where)
         seen[file] = where
     rows, failures = rows_of_files(files, [line for _, line in lines], [where for where, _ in lines])
     if not rows:
-        reason = "names no pictures"
+        reason = "names no images"
         if failures:
-            reason = f"none of the {len(failures)} pictures it names can be read; {failures[0]['file']}: "
+            reason = f"none of the {len(failures)} images it names can be read; {failures[0]['file']}: "
             reason += failures[0]["reason"]
         first = failures[0]["row"] if failures else None
         raise DataError(reason, file=path, row=first, remedy="Write one path a line, relative to the file itself.")
@@ -84,7 +84,7 @@ def read_path_list(path: str | os.PathLike[str]) -> InstanceDataset:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path that does not exist may be the name of a data set, OWNER/NAME, rather than a typing error."""
+    """Whether a path that does not exist may be the name of a dataset, OWNER/NAME, rather than a typing error."""
     return bool(_HUB_NAME.fullmatch(path)) and not os.path.isdir(os.path.dirname(path))
 
 
@@ -116,18 +116,18 @@ def read_huggingface(
     image_column: str | None = None,
     id_column: str | None = None,
 ) -> InstanceDataset | RowStream:
-    """Rows of a data set of the `datasets` library; pictures are read one at a time, never all.
+    """Rows of a dataset of the `datasets` library; images are read one at a time, never all.
 
     Args:
         source: OWNER/NAME on the Hub, a folder written by `save_to_disk`, a Parquet file or a folder of them.
-        split: needed where there are several. config: of a Hub data set with several.
-        streaming: rows one after the other as a `RowStream`, without a copy of the data set on the disk.
-        image_column: None: "image", or the only column of pictures.
-        id_column: numbers or texts that name a picture; None: "image_id" if there is such a column, else the running
-            number, which is the same in every run as long as the data set is.
+        split: needed where there are several. config: of a Hub dataset with several.
+        streaming: rows one after the other as a `RowStream`, without a copy of the dataset on the disk.
+        image_column: None: "image", or the only column of images.
+        id_column: numbers or texts that name an image; None: "image_id" if there is such a column, else the running
+            number, which is the same in every run as long as the dataset is.
 
     Objects with masks are read in the form of `labeling.export_parquet` and in those that `hf_objects` lists; rows
-    without are unlabelled. Category ids are those of the exported file, where it is at hand; 0, 1, ... in the order of
+    without are unlabeled. Category ids are those of the exported file, where it is at hand; 0, 1, ... in the order of
     the names of a ClassLabel or of texts; else the numbers themselves.
     Raises DataError where several splits or columns could be meant and for ids that are in two rows, and whatever
     `datasets` raises for a source that it cannot load.
@@ -140,8 +140,8 @@ def read_huggingface(
     if id_column is not None and id_column not in features:
         raise DataError(f"has no column {id_column!r}, only {sorted(features)}", file=source)
     kept = {image, id_column, "file_name", "width", "height", "objects"}
-    data = data.select_columns([name for name in features if name in kept])  # others may hold more pictures
-    if _is_picture(features[image]):
+    data = data.select_columns([name for name in features if name in kept])  # others may hold more images
+    if _is_image(features[image]):
         import datasets
 
         data = data.cast_column(image, datasets.Image(decode=False))
@@ -176,14 +176,14 @@ def _load(source: str, split: str | None, config: str | None, streaming: bool) -
     try:
         data = datasets.load_dataset(source, config, streaming=streaming)
     except (OSError, ValueError) as error:
-        reason = f"no such file or folder, and no data set of this name can be loaded ({error})"
+        reason = f"no such file or folder, and no dataset of this name can be loaded ({error})"
         raise DataError(reason, file=source) from error
     return _choose_split(data, split, source)
 
 
 def _refuse_config(source: str, config: str | None) -> None:
     if config is not None:
-        raise DataError(f"a saved data set has no configurations, {config!r} was asked for", file=source)
+        raise DataError(f"a saved dataset has no configurations, {config!r} was asked for", file=source)
 
 
 def _choose_split(data: Any, split: str | None, source: str) -> datasets.Dataset:
@@ -198,7 +198,7 @@ def _choose_split(data: Any, split: str | None, source: str) -> datasets.Dataset
     return data[split or next(iter(data))]
 
 
-def _is_picture(feature: Any) -> bool:
+def _is_image(feature: Any) -> bool:
     import datasets
 
     return isinstance(feature, datasets.Image)
@@ -209,16 +209,16 @@ def _image_column(features: dict[str, Any], wanted: str | None, source: str) -> 
         if wanted not in features:
             raise DataError(f"has no column {wanted!r}, only {sorted(features)}", file=source)
         return wanted
-    pictures = [name for name, feature in features.items() if _is_picture(feature)]
-    if "image" in pictures:
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    if "image" in images:
         return "image"
-    if len(pictures) != 1:
+    if len(images) != 1:
         raise DataError(
-            f"has {len(pictures)} columns of pictures {pictures} among {sorted(features)}",
+            f"has {len(images)} columns of images {images} among {sorted(features)}",
             file=source,
             remedy="Choose one by `image_column`; a column of text is read as paths.",
         )
-    return pictures[0]
+    return images[0]
 
 
 def _identifier(data: datasets.Dataset, column: str | None, source: str) -> Callable[[int], int | str]:
@@ -236,9 +236,9 @@ def _identifier(data: datasets.Dataset, column: str | None, source: str) -> Call
 
 
 def _row(
-    source: str, example: dict[str, Any], picture: Any, image_id: int | str, read_objects: ReadObjects | None
+    source: str, example: dict[str, Any], value: Any, image_id: int | str, read_objects: ReadObjects | None
 ) -> Row:
-    image, path = _picture(picture, source)
+    image, path = _encoded_image(value, source)
     name = example.get("file_name") or (os.path.basename(path) if path else str(image_id))
     width, height = example.get("width"), example.get("height")
     if not (isinstance(width, int) and isinstance(height, int) and width > 0 and height > 0):
@@ -252,14 +252,14 @@ def _row(
     return Row(image=image, image_id=image_id, file_name=name, width=width, height=height, objects=objects)
 
 
-def _picture(value: Any, source: str) -> tuple[str | bytes, str | None]:
-    """(file or content, its path if it has one) of an encoded picture, or of a path in a column of text."""
+def _encoded_image(value: Any, source: str) -> tuple[str | bytes, str | None]:
+    """(file or content, its path if it has one) of an encoded image, or of a path in a column of text."""
     if value is None:
         return b"", None
     encoded = isinstance(value, dict) and {"bytes", "path"} <= value.keys()
     if not isinstance(value, str) and not encoded:
         raise DataError(
-            f"a picture must be an image or a path, got {value!r:.60}",
+            f"an image must be an image or a path, got {value!r:.60}",
             file=source,
             remedy="Choose another column by `image_column`.",
         )

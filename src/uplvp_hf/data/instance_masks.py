@@ -37,7 +37,7 @@ def make_patch(mask: np.ndarray, left: int = 0, top: int = 0) -> Patch | None:
     if len(columns) == 0:
         return None
     tight = np.ascontiguousarray(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1])
-    # The transposed view of row-major memory is the column-major picture that pycocotools asks for.
+    # The transposed view of row-major memory is the column-major image that pycocotools asks for.
     code = coco_mask.encode(tight.view(np.uint8).T)
     height, width = tight.shape
     return Patch(left + int(columns[0]), top + int(rows[0]), width, height, code["counts"])

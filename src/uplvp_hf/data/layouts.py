@@ -1,4 +1,4 @@
-"""What the readers of official layouts share: pairs of picture and annotation files, rows made when they are asked for,
+"""What the readers of official layouts share: pairs of image and annotation files, rows made when they are asked for,
 and the counts that the publishers of the sets give."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .errors import DataError, ImageError
 from .images import IMAGE_SUFFIXES, image_size
 from .rle import rle_areas, rle_boxes
 
-# Pictures of each published split. Cityscapes: cityscapes-dataset.com (fine annotations); CTW1500: Liu et al., "Curved
+# Images of each published split. Cityscapes: cityscapes-dataset.com (fine annotations); CTW1500: Liu et al., "Curved
 # scene text detection via transverse and longitudinal sequence connection"; VOC: host.robots.ox.ac.uk, statistics of
 # the segmentation sets; COCO: cocodataset.org, download page.
 OFFICIAL_COUNTS = {
@@ -46,7 +46,7 @@ OFFICIAL_COUNTS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture file and its annotation files, as absolute paths; no annotations: an unlabelled picture."""
+    """An image file and its annotation files, as absolute paths; no annotations: an unlabeled image."""
 
     image_id: str
     file_name: str
@@ -55,7 +55,7 @@ class Pair:
 
 
 class Labels(NamedTuple):
-    """What the annotations of a picture say; `void` as of `Row`, None where the layout has none."""
+    """What the annotations of an image say; `void` as of `Row`, None where the layout has none."""
 
     width: int
     height: int
@@ -95,17 +95,17 @@ class PairReader:
 def lazy_dataset(
     reader: PairReader, categories: list[dict[str, Any]], folder: str, failures: list[dict[str, Any]], official: str
 ) -> InstanceDataset:
-    """The data set of a reader, whose rows are made when they are asked for.
+    """The dataset of a reader, whose rows are made when they are asked for.
 
     Warns once of `failures`. Raises DataError when there are no pairs.
     """
     if not reader.pairs:
         first = f"; the first: {failures[0]['file']}: {failures[0]['reason']}" if failures else ""
-        raise DataError(f"holds no picture of {official} with its annotation{first}", file=folder)
+        raise DataError(f"holds no image of {official} with its annotation{first}", file=folder)
     if failures:
         warnings.warn(
             f"{folder}: {len(failures)} files of {official} are left out; the first: {failures[0]['file']}: "
-            f"{failures[0]['reason']}. See `failures` of the data set.",
+            f"{failures[0]['reason']}. See `failures` of the dataset.",
             stacklevel=4,
         )
     rows = LazyRows(reader.read, reader.identify, range(len(reader.pairs)))
@@ -125,15 +125,15 @@ def stems(folder: str, suffixes: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def pictures(folder: str) -> dict[str, str]:
-    """`stems` of the pictures of a folder."""
+def image_files(folder: str) -> dict[str, str]:
+    """`stems` of the images of a folder."""
     return stems(folder, sorted(IMAGE_SUFFIXES))
 
 
 def choose_split(found: Sequence[str], split: str | None, folder: str) -> str:
     """`split`, or the only one there is. Raises DataError where it is not there, or several could be meant."""
     if not found:
-        raise DataError("has no split with pictures", file=folder)
+        raise DataError("has no split with images", file=folder)
     if split is None and len(found) > 1:
         raise DataError(f"has {len(found)} splits", file=folder, remedy=f"Choose one by `split`: {', '.join(found)}.")
     split = split or found[0]
@@ -154,7 +154,7 @@ def read_id_map(path: str) -> np.ndarray:
         raise DataError(
             f"is no map of ids: one number a pixel is needed, its mode is {mode}",
             file=path,
-            remedy="Was it converted to colours? Take the original PNG.",
+            remedy="Was it converted to colors? Take the original PNG.",
         )
     return ids
 

@@ -5,14 +5,14 @@ A manifest is a JSON object:
     schema_version   1
     name             as `splits.parse_split` reads it, such as 1@10
     kind, amount, seed, stratified, allow_fewer        see `splits.SplitSpec`
-    source           {"name": base name of the data, "rows": pictures, "sha256": hash of all their annotations}
-    image_ids        the pictures chosen, in the order of the source
+    source           {"name": base name of the data, "rows": images, "sha256": hash of all their annotations}
+    image_ids        the images chosen, in the order of the source
     kept             of K-shot: for each of them the positions of the objects that are kept; else null
     hash             sha256 of what was chosen: image_ids and kept
-    counts           {"pictures", "instances"} chosen
-    per_class        [{"id", "name", "pictures", "instances"}, ...] chosen; crowds count nowhere
+    counts           {"images", "instances"} chosen
+    per_class        [{"id", "name", "images", "instances"}, ...] chosen; crowds count nowhere
 
-The hash of the source covers, picture by picture and whatever their order, image id, and of each object in order
+The hash of the source covers, image by image and whatever their order, image id, and of each object in order
 category id, iscrowd and segmentation as the reader gives them.
 """
 
@@ -69,7 +69,7 @@ def _chosen_hash(image_ids: Iterable[int | str], kept: list[list[int]] | None) -
 
 
 def draw_split(dataset: InstanceDataset, spec: SplitSpec) -> dict[str, Any]:
-    """The manifest of a split of a data set.
+    """The manifest of a split of a dataset.
 
     Every row is asked for once, for the hash. Raises DataError as `splits.draw` does.
     """
@@ -91,12 +91,12 @@ def draw_split(dataset: InstanceDataset, spec: SplitSpec) -> dict[str, Any]:
         "stratified": spec.stratified,
         "allow_fewer": spec.allow_fewer,
         "source": {"name": os.path.basename(dataset.name), "rows": len(dataset), "sha256": source},
-        "counts": {"pictures": len(chosen), "instances": sum(map(len, held))},
+        "counts": {"images": len(chosen), "instances": sum(map(len, held))},
         "per_class": [
             {
                 "id": category_id,
                 "name": name,
-                "pictures": sum(category_id in classes for classes in held),
+                "images": sum(category_id in classes for classes in held),
                 "instances": sum(classes.count(category_id) for classes in held),
             }
             for category_id, name in contents.names.items()
@@ -124,14 +124,14 @@ def read_manifest(path: str | os.PathLike[str]) -> dict[str, Any]:
         image_identifier({"image_ids": value}, "image_ids", path, f"image_ids[{index}]")
     if kept is not None:
         if len(require_list(manifest, "kept", path)) != len(image_ids):
-            raise DataError(f"{len(kept)} entries of 'kept' for {len(image_ids)} pictures", file=path)
+            raise DataError(f"{len(kept)} entries of 'kept' for {len(image_ids)} images", file=path)
         for index, positions in enumerate(kept):
             where = f"kept[{index}]"
             for position in require_list({"kept": positions}, "kept", path, where):
                 whole_number({"kept": position}, "kept", path, where, minimum=0)
     if _chosen_hash(image_ids, kept) != manifest["hash"]:
         raise DataError(
-            "the pictures listed are not those of its hash: the file was changed after it was written",
+            "the images listed are not those of its hash: the file was changed after it was written",
             file=path,
             remedy="Take the original manifest, or draw the split again with `uplvp data split`.",
         )
@@ -169,8 +169,8 @@ def apply_manifest(dataset: InstanceDataset, manifest: dict[str, Any], file: str
     Args:
         dataset: the source, all of it. file: of the manifest, for errors.
 
-    The result carries the manifest. Raises DataError when the data set is not the source of the manifest, and says
-    whether pictures or annotations differ.
+    The result carries the manifest. Raises DataError when the dataset is not the source of the manifest, and says
+    whether images or annotations differ.
     """
     _, found = _survey(dataset)
     source = manifest["source"]
@@ -179,12 +179,12 @@ def apply_manifest(dataset: InstanceDataset, manifest: dict[str, Any], file: str
     remedy = f"Give the data that the split was drawn from ({source['name']}), or draw a new one: `uplvp data split`."
     where = file or f"split {manifest['name']}"
     if len(dataset) != source["rows"] or lacking:
-        reason = f"was drawn from {source['rows']} pictures, {dataset.name or 'this data set'} has {len(dataset)}"
+        reason = f"was drawn from {source['rows']} images, {dataset.name or 'this dataset'} has {len(dataset)}"
         reason += f"; it lacks {len(lacking)} of the chosen ones, such as {lacking[0]!r}" if lacking else ""
         raise DataError(reason, file=where, remedy=remedy)
     if found != source["sha256"]:
         raise DataError(
-            f"the annotations or picture ids of {dataset.name or 'this data set'} are not those that the split was "
+            f"the annotations or image ids of {dataset.name or 'this dataset'} are not those that the split was "
             f"drawn from: sha256 {found[:12]}..., the manifest says {source['sha256'][:12]}...",
             file=where,
             remedy=remedy,

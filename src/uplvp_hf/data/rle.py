@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 
 from .errors import DataError
 
-# A vertex further away than this many picture sides is a typing error; rasterising it takes memory in proportion.
+# A vertex further away than this many image sides is a typing error; rasterizing it takes memory in proportion.
 _FAR = 100
 
 
@@ -86,7 +86,7 @@ def _polygons_to_rle(polygons: Sequence[Sequence[float]], height: int, width: in
 
 
 def polygon_fault(part: Any, height: int, width: int) -> str | None:
-    """Why one polygon [x0, y0, x1, y1, ...] (pixels) cannot be rasterised, or None where it can."""
+    """Why one polygon [x0, y0, x1, y1, ...] (pixels) cannot be rasterized, or None where it can."""
     if not isinstance(part, (list, tuple, np.ndarray)):
         return f"a polygon must be a list of numbers, got {part!r:.60}"
     if len(part) < 6:
@@ -101,7 +101,7 @@ def polygon_fault(part: Any, height: int, width: int) -> str | None:
         return f"a polygon has a coordinate that is not finite: number {infinite} is {part[infinite]}"
     limit = _FAR * max(height, width)
     if max(part) > limit or min(part) < -limit:
-        return f"a polygon reaches to {max(part, key=abs):g}, far outside the {width}x{height} picture"
+        return f"a polygon reaches to {max(part, key=abs):g}, far outside the {width}x{height} image"
     return None
 
 
@@ -134,7 +134,7 @@ def _check_counts(counts: Any, height: int, width: int) -> None:
         if runs.min() < 0 or runs.sum() != height * width:
             raise DataError(
                 f"the compressed RLE counts are malformed: {len(runs)} runs sum to {runs.sum()}, "
-                f"the picture has {height}x{width} = {height * width} pixels"
+                f"the image has {height}x{width} = {height * width} pixels"
             )
         return
     if not isinstance(counts, (list, tuple, np.ndarray)):
@@ -144,7 +144,7 @@ def _check_counts(counts: Any, height: int, width: int) -> None:
             raise DataError(f"RLE counts must be whole numbers >= 0, got {run!r}")
     total = int(sum(counts))
     if total != height * width:
-        raise DataError(f"the RLE counts sum to {total}, the picture has {height}x{width} = {height * width} pixels")
+        raise DataError(f"the RLE counts sum to {total}, the image has {height}x{width} = {height * width} pixels")
 
 
 def _rle_to_rle(segmentation: dict[str, Any], height: int, width: int) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def _rle_to_rle(segmentation: dict[str, Any], height: int, width: int) -> dict[s
         raise DataError(f"the RLE has no {missing[0]!r}, only {sorted(segmentation)}")
     size, counts = list(segmentation["size"]), segmentation["counts"]
     if size != [height, width]:
-        raise DataError(f"the RLE has size (height, width) {size}, the picture {[height, width]}")
+        raise DataError(f"the RLE has size (height, width) {size}, the image {[height, width]}")
     _check_counts(counts, height, width)
     if isinstance(counts, (str, bytes, bytearray)):
         counts = counts.encode("ascii") if isinstance(counts, str) else bytes(counts)
@@ -174,12 +174,12 @@ def segmentation_to_rle(segmentation: Any, height: int, width: int) -> dict[str,
     """A COCO segmentation as a compressed RLE.
 
     Args:
-        segmentation: polygons ([[x0, y0, x1, y1, ...], ...], pixels; what lies outside of the picture is cut off),
+        segmentation: polygons ([[x0, y0, x1, y1, ...], ...], pixels; what lies outside of the image is cut off),
             a compressed RLE (counts text or bytes), or an uncompressed one (counts a list of run lengths).
-        height, width: of the picture, pixels.
+        height, width: of the image, pixels.
 
     Raises DataError when polygons have fewer than three points or coordinates that are not finite, and when an RLE is
-    malformed or of another size than the picture.
+    malformed or of another size than the image.
     """
     rle = _to_coco(segmentation, height, width)
     return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
@@ -193,7 +193,7 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
 def decode_columns(rle: dict[str, Any], left: int, right: int) -> np.ndarray:
     """Columns `left` to `right` (exclusive) of an RLE that `segmentation_to_rle` gave, (height, right - left) bool.
 
-    A narrow object takes a twentieth of the time and memory of decoding the picture; a code of very many runs, such as
+    A narrow object takes a twentieth of the time and memory of decoding the image; a code of very many runs, such as
     that of noise, takes longer.
     """
     height = rle["size"][0]
@@ -248,7 +248,7 @@ def masks_to_boxes(masks: np.ndarray) -> np.ndarray:
 
 
 def mask_iou(a_rles: Sequence[dict[str, Any]], b_rles: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(N, M) float64 intersection over union of N with M RLEs of one picture, 0 to 1; two empty masks give 0.
+    """(N, M) float64 intersection over union of N with M RLEs of one image, 0 to 1; two empty masks give 0.
 
     Raises DataError when the masks are not all of one size.
     """

@@ -1,5 +1,5 @@
 """One way in for every kind of data: COCO files and folders, the layouts of Cityscapes, CTW1500 and Pascal VOC,
-pseudo-label stores, folders and lists of pictures, data sets of the `datasets` library."""
+pseudo-label stores, folders and lists of images, datasets of the `datasets` library."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from .inputs import LIST_SUFFIXES, is_hub_name, is_saved_dataset, read_huggingfa
 from .store_reader import read_store
 from .voc import read_voc, voc_root
 
-# Layouts of published sets: {format: (whether a folder is one, reader of (folder, split, unlabelled))}.
+# Layouts of published sets: {format: (whether a folder is one, reader of (folder, split, unlabeled))}.
 LAYOUTS: dict[str, tuple[Callable[[str], object], Callable[..., InstanceDataset]]] = {
     "cityscapes": (is_cityscapes, read_cityscapes),
     "ctw1500": (is_ctw1500, read_ctw1500),
     "voc": (voc_root, read_voc),
 }
-FORMATS = ("coco", *LAYOUTS, "store", "pictures", "list", "datasets")
+FORMATS = ("coco", *LAYOUTS, "store", "images", "list", "datasets")
 
 __all__ = [
     "FORMATS",
@@ -46,8 +46,8 @@ __all__ = [
 ]
 
 
-def _picture_files(folder: str) -> list[str]:
-    """Picture files below `folder`, hidden ones left out, links followed without going round in circles."""
+def _image_files(folder: str) -> list[str]:
+    """Image files below `folder`, hidden ones left out, links followed without going round in circles."""
     found, visited = [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
@@ -63,19 +63,19 @@ def _picture_files(folder: str) -> list[str]:
 
 
 def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
-    """Every picture below a folder as an unlabelled row; `image_id` and `file_name` are the path relative to it.
+    """Every image below a folder as an unlabeled row; `image_id` and `file_name` are the path relative to it.
 
     Only the heads of the files are read, for the sizes; a file without a readable one is left out and listed in
-    `failures`. Raises DataError when the folder is missing or no picture is left.
+    `failures`. Raises DataError when the folder is missing or no image is left.
     """
     path = os.path.abspath(os.fspath(path))
     if not os.path.isdir(path):
         raise DataError("no such folder", file=path)
-    files = _picture_files(path)
+    files = _image_files(path)
     names = [os.path.relpath(file, path).replace(os.sep, "/") for file in files]
-    rows, failures = rows_of_files(files, names, [f"picture {index}" for index in range(len(files))])
+    rows, failures = rows_of_files(files, names, [f"image {index}" for index in range(len(files))])
     if not rows:
-        reason = f"none of its {len(failures)} pictures can be read" if failures else "holds no pictures"
+        reason = f"none of its {len(failures)} images can be read" if failures else "holds no images"
         raise DataError(reason, file=path, remedy=f"Looked for {' '.join(sorted(IMAGE_SUFFIXES))} in it and below.")
     return InstanceDataset(rows, [], path, failures)
 
@@ -119,9 +119,9 @@ def _find_images(annotations: str) -> str:
 
 
 def _read_coco(
-    annotations: str, images: str | os.PathLike[str] | None, unlabelled: bool, strict: bool
+    annotations: str, images: str | os.PathLike[str] | None, unlabeled: bool, strict: bool
 ) -> InstanceDataset:
-    dataset = read_coco(annotations, _find_images(annotations) if images is None else images, unlabelled, strict)
+    dataset = read_coco(annotations, _find_images(annotations) if images is None else images, unlabeled, strict)
     if images is None:
         # Some tools (Label Studio) write "images/1.png" into a file beside the folder images/.
         beside, first = os.path.dirname(annotations), dataset[0]
@@ -150,7 +150,7 @@ def load_dataset_rows(
     config: str | None = None,
     image_column: str | None = None,
     id_column: str | None = None,
-    unlabelled: bool = False,
+    unlabeled: bool = False,
     format: str | None = None,
     strict: bool = True,
 ) -> InstanceDataset | RowStream:
@@ -163,16 +163,16 @@ def load_dataset_rows(
             the root of Cityscapes, CTW1500, VOC2012 or VOC2007 as published (docs/data.md shows the trees): masks are
             made when a row is asked for;
             a pseudo-label store (a folder with `header.json`);
-            a folder of pictures, searched recursively: unlabelled rows;
-            a text file (.txt, .lst) of picture paths, one a line, relative to the file: unlabelled rows;
-            a data set of the `datasets` library (see `inputs.read_huggingface`): OWNER/NAME on the Hub, a folder
+            a folder of images, searched recursively: unlabeled rows;
+            a text file (.txt, .lst) of image paths, one a line, relative to the file: unlabeled rows;
+            a dataset of the `datasets` library (see `inputs.read_huggingface`): OWNER/NAME on the Hub, a folder
             written by `save_to_disk`, a Parquet file or a folder of them.
         images: folder that the file names of COCO files and stores are relative to; None: found beside the file.
-        split: which file of `annotations/`, which split of a published layout or of a `datasets` data set.
-        streaming, config, image_column, id_column: of a `datasets` data set. With streaming, a `RowStream`.
-        check_images: open every picture now and list those that cannot be opened in `failures`; their rows stay. By
-            default pictures are opened when they are used, and `load_image` raises ImageError then.
-        unlabelled: the pictures alone are of interest: annotations are not read, and none are needed.
+        split: which file of `annotations/`, which split of a published layout or of a `datasets` dataset.
+        streaming, config, image_column, id_column: of a `datasets` dataset. With streaming, a `RowStream`.
+        check_images: open every image now and list those that cannot be opened in `failures`; their rows stay. By
+            default images are opened when they are used, and `load_image` raises ImageError then.
+        unlabeled: the images alone are of interest: annotations are not read, and none are needed.
         format: one of `FORMATS`, where the path could be several; None: what it looks like.
         strict: False lists faulty entries of a COCO file or a store in `failures` instead of raising at the first.
 
@@ -192,7 +192,7 @@ def load_dataset_rows(
         dataset = read_huggingface(given if hub else path, split, config, streaming, **columns)
     else:
         _refuse(path, streaming=streaming, config=config, image_column=image_column, id_column=id_column)
-        dataset = _load_files(kind, path, images, split, unlabelled, strict)
+        dataset = _load_files(kind, path, images, split, unlabeled, strict)
     if check_images and isinstance(dataset, InstanceDataset):
         _check_images(dataset)
     return dataset
@@ -201,7 +201,7 @@ def load_dataset_rows(
 def _refuse(path: str, **options: object) -> None:
     for name, value in options.items():
         if value:
-            raise DataError(f"`{name}` is for data sets of the `datasets` library, which this is not", file=path)
+            raise DataError(f"`{name}` is for datasets of the `datasets` library, which this is not", file=path)
 
 
 def _format_of(path: str, split: str | None) -> str:
@@ -224,21 +224,21 @@ def _format_of(path: str, split: str | None) -> str:
         raise DataError(f"may be {' or '.join(found)}", file=path, remedy="Choose one by `format`.")
     if found and not files:
         return found[0]
-    return "coco" if os.path.isdir(os.path.join(path, "annotations")) else "pictures"
+    return "coco" if os.path.isdir(os.path.join(path, "annotations")) else "images"
 
 
 def _load_files(
-    kind: str, path: str, images: str | os.PathLike[str] | None, split: str | None, unlabelled: bool, strict: bool
+    kind: str, path: str, images: str | os.PathLike[str] | None, split: str | None, unlabeled: bool, strict: bool
 ) -> InstanceDataset:
     if kind in LAYOUTS:
         if images is not None:
-            raise DataError(f"`images` is for COCO files and stores; {kind} has its pictures in the folder", file=path)
-        return LAYOUTS[kind][1](path, split, unlabelled)
+            raise DataError(f"`images` is for COCO files and stores; {kind} has its images in the folder", file=path)
+        return LAYOUTS[kind][1](path, split, unlabeled)
     folder = kind == "coco" and os.path.isdir(path)
     if split is not None and not folder:
         raise DataError(f"split {split!r} needs a folder with annotations/{split}.json", file=path)
     if kind == "coco":
-        return _read_coco(_find_annotations(path, split) if folder else path, images, unlabelled, strict)
+        return _read_coco(_find_annotations(path, split) if folder else path, images, unlabeled, strict)
     if kind == "store":
         return read_store(path, images, strict)
     return read_path_list(path) if kind == "list" else read_image_folder(path)

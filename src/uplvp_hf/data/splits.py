@@ -1,12 +1,12 @@
-"""Low-data splits: which pictures, or which instances, are labelled. Drawn by seed, named in a few letters.
+"""Low-data splits: which images, or which instances, are labeled. Drawn by seed, named in a few letters.
 
-    10%         10 % of the pictures                     1@10       the same, Soft-Teacher's naming: seed 1, 10 %
+    10%         10 % of the images                     1@10       the same, Soft-Teacher's naming: seed 1, 10 %
     10%strat    the same, classes as in the whole set    1@10strat
-    5pictures   every class in at least 5 pictures       3@5pictures (seed 3)
-    5instances  at least 5 instances of every class, all instances of the pictures taken are kept
-    5shot       exactly 5 instances of every class are kept, the others of these pictures are dropped
+    5images   every class in at least 5 images       3@5images (seed 3)
+    5instances  at least 5 instances of every class, all instances of the images taken are kept
+    5shot       exactly 5 instances of every class are kept, the others of these images are dropped
 
-A smaller split is part of every larger one of its kind and seed. Only the naming is Soft-Teacher's: the pictures are
+A smaller split is part of every larger one of its kind and seed. Only the naming is Soft-Teacher's: the images are
 drawn here, and are not those of the lists that its authors published.
 """
 
@@ -24,10 +24,10 @@ import numpy as np
 from .dataset import InstanceDataset, Row
 from .errors import DataError
 
-KINDS = ("percent", "pictures", "instances", "shot")
-_UNITS = {"": "percent", "%": "percent", "pictures": "pictures", "instances": "instances", "shot": "shot"}
-_NAME = re.compile(r"(?:(?P<seed>\d+)@)?(?P<amount>\d+(?:\.\d+)?)(?P<unit>%|pictures|instances|shot)?(?P<strat>strat)?")
-_CANDIDATES = 8  # pictures of the neediest class that a stratified draw compares
+KINDS = ("percent", "images", "instances", "shot")
+_UNITS = {"": "percent", "%": "percent", "images": "images", "instances": "instances", "shot": "shot"}
+_NAME = re.compile(r"(?:(?P<seed>\d+)@)?(?P<amount>\d+(?:\.\d+)?)(?P<unit>%|images|instances|shot)?(?P<strat>strat)?")
+_CANDIDATES = 8  # images of the neediest class that a stratified draw compares
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SplitSpec:
     """What to draw.
 
     Args:
-        kind: "percent" of the pictures, "pictures" a class, "instances" a class, or K-"shot".
+        kind: "percent" of the images, "images" a class, "instances" a class, or K-"shot".
         amount: percent in (0, 100], else a whole number >= 1.
         seed: >= 0.
         stratified: of "percent": the shares of the classes among the instances stay as they are.
@@ -56,7 +56,7 @@ class SplitSpec:
         if self.seed < 0:
             raise DataError(f"the seed of a split must be >= 0, got {self.seed}")
         if self.kind == "percent" and not 0 < self.amount <= 100:
-            raise DataError(f"a percentage of pictures lies above 0 and up to 100, got {self.amount:g}")
+            raise DataError(f"a percentage of images lies above 0 and up to 100, got {self.amount:g}")
         if self.kind != "percent" and (self.amount < 1 or self.amount != int(self.amount)):
             raise DataError(f"{self.kind} a class must be a whole number >= 1, got {self.amount:g}")
         if self.stratified and self.kind != "percent":
@@ -75,7 +75,7 @@ def parse_split(name: str, seed: int = 0) -> SplitSpec:
     if found is None or (found["unit"] is None and found["seed"] is None):
         raise DataError(
             f"{name!r} is no name of a split",
-            remedy="Write 1@10 (seed 1, 10 % of the pictures), 10%, 10%strat, 5pictures, 5instances, 5shot or 1@5shot; "
+            remedy="Write 1@10 (seed 1, 10 % of the images), 10%, 10%strat, 5images, 5instances, 5shot or 1@5shot; "
             "a manifest ends in .json.",
         )
     own = seed if found["seed"] is None else int(found["seed"])
@@ -84,7 +84,7 @@ def parse_split(name: str, seed: int = 0) -> SplitSpec:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a draw needs to know of each picture, in the order of the rows: the class of each object, None
+    """What a draw needs to know of each image, in the order of the rows: the class of each object, None
     for crowds (`classes_of`); and of the set {category id: name}."""
 
     classes: list[list[int | None]]
@@ -109,10 +109,10 @@ def draw(contents: Contents, spec: SplitSpec) -> dict[int, list[int] | None]:
     Raises DataError when there is nothing to draw from, and when a class has too little and `allow_fewer` is off.
     """
     if not contents.classes:
-        raise DataError("holds no pictures to draw from", file=contents.source or None)
+        raise DataError("holds no images to draw from", file=contents.source or None)
     order = np.random.default_rng(spec.seed).permutation(len(contents.classes)).tolist()
     if spec.kind == "percent":
-        # At least one picture; the exact share is rounded down, as 10 % of COCO's 118287 are 11828.
+        # At least one image; the exact share is rounded down, as 10 % of COCO's 118287 are 11828.
         count = max(1, math.floor(Fraction(str(spec.amount)) * len(order) / 100))
         chosen = _stratified(contents, order, count) if spec.stratified else order[:count]
         return dict.fromkeys(sorted(chosen))
@@ -144,7 +144,7 @@ def _by_class(contents: Contents, order: list[int], spec: SplitSpec) -> set[int]
 
 
 def _weights(classes: list[int | None], by_instance: bool) -> dict[int, int]:
-    """How much a picture counts for each class that it holds."""
+    """How much an image counts for each class that it holds."""
     present = [k for k in classes if k is not None]
     return {k: present.count(k) if by_instance else 1 for k in dict.fromkeys(present)}
 
@@ -153,7 +153,7 @@ def _check_enough(contents: Contents, available: dict[int, int], spec: SplitSpec
     for category_id, name in contents.names.items():
         if available[category_id] < spec.amount and not spec.allow_fewer:
             number = available[category_id]
-            there = f"is in {number} pictures" if spec.kind == "pictures" else f"has {number} instances"
+            there = f"is in {number} images" if spec.kind == "images" else f"has {number} instances"
             other = f"Ask for at most {number}" if number else "Remove the class from the categories"
             raise DataError(
                 f"class {name!r} {there}, {spec.amount:g} were asked for",
@@ -181,11 +181,11 @@ def _shots(contents: Contents, spec: SplitSpec) -> dict[int, list[int] | None]:
 
 
 def _stratified(contents: Contents, order: list[int], count: int) -> list[int]:
-    """`count` pictures whose instances are spread over the classes as in the whole set.
+    """`count` images whose instances are spread over the classes as in the whole set.
 
-    The next picture always is for the class of which the smallest share was taken so far (pictures without instances
-    are one more class): of its next few pictures in random order, the one after which all shares are closest to the
-    share of the pictures taken.
+    The next image always is for the class of which the smallest share was taken so far (images without instances
+    are one more class): of its next few images in random order, the one after which all shares are closest to the
+    share of the images taken.
     """
     index_of = {category_id: k for k, category_id in enumerate(contents.names)}
     empty = len(index_of)
@@ -224,7 +224,7 @@ def _class_counts(classes: list[int | None], index_of: dict[int, int], empty: in
 
 
 def _refill(ahead: list[int], waiting: Iterator[int], chosen: dict[int, None]) -> bool:
-    """Whether a class has pictures left: the next few of its queue, less those that were chosen for another class."""
+    """Whether a class has images left: the next few of its queue, less those that were chosen for another class."""
     ahead[:] = [i for i in ahead if i not in chosen]
     unchosen = (i for i in waiting if i not in chosen)
     ahead += itertools.islice(unchosen, _CANDIDATES - len(ahead))
@@ -234,22 +234,22 @@ def _refill(ahead: list[int], waiting: Iterator[int], chosen: dict[int, None]) -
 def sample_labels_per_class(
     dataset: InstanceDataset, per_class: int, seed: int, allow_fewer: bool = False
 ) -> list[int]:
-    """Draw pictures so that every class is in at least `per_class` of them.
+    """Draw images so that every class is in at least `per_class` of them.
 
-    A picture counts for every class that it holds (crowds aside) and is drawn once: exactly `per_class` times the
-    number of classes when every picture holds one class, fewer when pictures are shared. Classes take turns, the rarest
+    An image counts for every class that it holds (crowds aside) and is drawn once: exactly `per_class` times the
+    number of classes when every image holds one class, fewer when images are shared. Classes take turns, the rarest
     first, so that with one seed a smaller split is part of every larger one.
 
     Args:
-        dataset: labelled rows.
-        per_class: pictures a class, >= 1.
-        seed: >= 0; the same seed gives the same pictures.
-        allow_fewer: take all pictures of a class that has fewer, instead of raising; a class may then have none.
+        dataset: labeled rows.
+        per_class: images a class, >= 1.
+        seed: >= 0; the same seed gives the same images.
+        allow_fewer: take all images of a class that has fewer, instead of raising; a class may then have none.
 
     Returns: sorted indices into `dataset`.
-    Raises DataError when a class has fewer than `per_class` pictures and `allow_fewer` is off; ValueError when
+    Raises DataError when a class has fewer than `per_class` images and `allow_fewer` is off; ValueError when
     `per_class` is below 1.
     """
     if per_class < 1:
         raise ValueError(f"per_class must be at least 1, got {per_class}")
-    return list(draw(Contents.of(dataset), SplitSpec("pictures", per_class, seed, allow_fewer=allow_fewer)))
+    return list(draw(Contents.of(dataset), SplitSpec("images", per_class, seed, allow_fewer=allow_fewer)))

@@ -28,7 +28,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DataError(
             f"schema version {header['schema_version']!r}, this release reads {SCHEMA_VERSION}",
             file=file,
-            remedy="Label the pictures again, or read it with the release that wrote it.",
+            remedy="Label the images again, or read it with the release that wrote it.",
         )
     return header
 
@@ -40,7 +40,7 @@ def shard_files(path: str | os.PathLike[str]) -> list[str]:
 
 
 def read_failures(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The pictures that could not be labelled, of all the processes that write or wrote into the store in `path`."""
+    """The images that could not be labeled, of all the processes that write or wrote into the store in `path`."""
     path = os.path.abspath(os.fspath(path))
     entries: dict[str, dict[str, Any]] = {}
     # Last those of processes that still write or were killed: they are newer than what was merged into failures.jsonl.
@@ -64,7 +64,7 @@ def _lines(file: str) -> list[tuple[str, Any]]:
             f"is not valid JSON ({error})",
             file=file,
             row=f"line {len(entries) + 1}",
-            remedy="Delete this shard; labelling again makes its rows.",
+            remedy="Delete this shard; labeling again makes its rows.",
         ) from error
     return entries
 
@@ -81,7 +81,7 @@ def _check_objects(objects: Any, known: set[int], size: list[int], file: str, wh
     for segmentation in objects["segmentation"]:
         if isinstance(segmentation, dict) and segmentation.get("size") != size:
             raise DataError(
-                f"an RLE has size {segmentation.get('size')}, its picture (height, width) {size}", file=file, row=where
+                f"an RLE has size {segmentation.get('size')}, its image (height, width) {size}", file=file, row=where
             )
     for score in objects["score"]:
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
@@ -96,7 +96,7 @@ def _read_row(entry: Any, image_root: str | None, known: set[int], file: str, wh
     if not isinstance(image, str) or not os.path.isabs(image):
         if image_root is None:
             raise DataError(
-                f"the picture {image!r} is a relative path, and the header has no 'image_root'", file=file, row=where
+                f"the image {image!r} is a relative path, and the header has no 'image_root'", file=file, row=where
             )
         image = inside(image_root, image, file, where)
     width = whole_number(entry, "width", file, where, minimum=1)
@@ -115,20 +115,20 @@ def read_store(
 
     Args:
         path: a folder with `header.json` and shards `rows-00000-00000.jsonl`; other files are left alone.
-        images: the folder that relative picture paths start from; None: the header's `image_root`, which, if it is
+        images: the folder that relative image paths start from; None: the header's `image_root`, which, if it is
             relative itself, starts from `path`.
         strict: False lists rows that are faulty in `failures` and goes on, where otherwise the first raises; a line
             that is not JSON raises all the same.
 
-    The data set has the categories of the header, and what the files `failures*.jsonl` list as `failures`.
+    The dataset has the categories of the header, and what the files `failures*.jsonl` list as `failures`.
     Raises DataError, naming file and line, for a bad header, no rows, lines that are not JSON, missing keys, lists of
-    unequal length, unknown categories, RLEs of another size than the picture, and an image id in two rows.
+    unequal length, unknown categories, RLEs of another size than the image, and an image id in two rows.
     """
     stream = stream_store(path, images, strict)
     rows = list(stream)
-    # A run that was killed has had no time to strike out the pictures that it labelled at its second attempt.
-    labelled = {row["image"] for row in rows} | {row["file_name"] for row in rows}
-    failures = [entry for entry in stream.failures if entry["file"] not in labelled]
+    # A run that was killed has had no time to strike out the images that it labeled at its second attempt.
+    labeled = {row["image"] for row in rows} | {row["file_name"] for row in rows}
+    failures = [entry for entry in stream.failures if entry["file"] not in labeled]
     return InstanceDataset(rows, stream.categories, stream.name, failures)
 
 
@@ -169,4 +169,4 @@ def _rows(path: str, image_root: str | None, known: set[int], faults: list[dict[
             seen[row["image_id"]] = f"{os.path.basename(file)}, {where}"
             yield row
     if not seen:
-        raise DataError("holds no finished rows", file=path, remedy="Let the labelling run to its end.")
+        raise DataError("holds no finished rows", file=path, remedy="Let the labeling run to its end.")

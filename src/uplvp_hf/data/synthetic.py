@@ -1,11 +1,11 @@
-"""Synthetic scenes with exact instance masks: coloured, plain or striped shapes on textured backgrounds.
+"""Synthetic scenes with exact instance masks: colored, plain or striped shapes on textured backgrounds.
 
 They let every stage of the library run in seconds without a download. A class is told apart by its look (its hue, plain
 or striped) and by its shape, because a small contrastive model learns shape alone slowly; of two classes that share a
 hue it mixes up the patches, which cuts dense pseudo masks apart.
 
     scene = make_scene(seed=0)                      # {"image", "masks", "labels", "caption"}
-    write_scenes("runs/scenes", count=200, seed=0)  # a COCO folder; its images/ is a folder of unlabelled pictures
+    write_scenes("runs/scenes", count=200, seed=0)  # a COCO folder; its images/ is a folder of unlabeled images
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from uplvp_hf.data import drawing
 from uplvp_hf.files import write_json
 
 BACKGROUND = "background"
-"""Caption of a picture without an object."""
+"""Caption of an image without an object."""
 
 MIN_VISIBLE_AREA = 40
 """px. An instance never shows fewer pixels."""
 
 MIN_VISIBLE_FRACTION = 0.25
-"""Least visible share of the area an instance would have without occlusion and without the picture's border."""
+"""Least visible share of the area an instance would have without occlusion and without the image's border."""
 
-_HUES = {  # degrees: centre, largest jitter
+_HUES = {  # degrees: center, largest jitter
     "red": (0, 8),
     "orange": (30, 6),
     "yellow": (56, 6),
@@ -86,12 +86,12 @@ class ObjectCrop(TypedDict):
 
 
 def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: int = 5) -> Scene:
-    """One picture of `min_objects` to `max_objects` objects that may hide one another, with unlabelled clutter.
+    """One image of `min_objects` to `max_objects` objects that may hide one another, with unlabeled clutter.
 
     Args:
         seed: non-negative; equal arguments give equal pixels.
-        size: side of the picture in px, at least 48.
-        min_objects, max_objects: range of the number of objects. A crowded picture gets fewer than the number drawn
+        size: side of the image in px, at least 48.
+        min_objects, max_objects: range of the number of objects. A crowded image gets fewer than the number drawn
             from it (an object that would hide another one too much is not painted), never fewer than `min_objects`.
 
     Returns:
@@ -102,7 +102,7 @@ def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: in
 
     Raises:
         ValueError: for a size below 48, or numbers of objects that are not 0 <= min_objects <= max_objects <= 12.
-        RuntimeError: if `min_objects` objects do not fit, which takes many objects on a small picture.
+        RuntimeError: if `min_objects` objects do not fit, which takes many objects on a small image.
     """
     _check_size(size, least=48)
     if not 0 <= min_objects <= max_objects <= 12:
@@ -136,9 +136,9 @@ def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: in
 def make_object_crop(seed: int, size: int = 64) -> ObjectCrop:
     """One object with its caption, framed as a sliding window or a cropped box would frame it, or pure background.
 
-    One crop in five is background (texture and clutter only); the others show one object whole, off-centre, or zoomed
+    One crop in five is background (texture and clutter only); the others show one object whole, off-center, or zoomed
     in so that the border cuts it, one in four of them with a smaller part of another object beside it. One in ten
-    backgrounds is a flat colour, as in a crop whose background was blanked.
+    backgrounds is a flat color, as in a crop whose background was blanked.
 
     Args:
         seed: non-negative; equal arguments give equal pixels. Crops and scenes of equal seed are unrelated.
@@ -158,16 +158,16 @@ def make_object_crop(seed: int, size: int = 64) -> ObjectCrop:
     if rng.random() < 0.2:
         return {"image": canvas.render(), "mask": np.zeros((size, size), bool), "label": -1, "caption": BACKGROUND}
     label = int(rng.integers(len(CLASSES)))
-    neighbour = int(rng.integers(len(CLASSES))) if rng.random() < 0.25 else None
-    if neighbour is not None:
+    neighbor = int(rng.integers(len(CLASSES))) if rng.random() < 0.25 else None
+    if neighbor is not None:
         angle = rng.uniform(0, 2 * math.pi)
-        centre = size * (0.5 + 0.55 * np.array([math.cos(angle), math.sin(angle)]))
-        canvas.add_object(neighbour, centre, rng.uniform(0.12, 0.25) * size)
+        center = size * (0.5 + 0.55 * np.array([math.cos(angle), math.sin(angle)]))
+        canvas.add_object(neighbor, center, rng.uniform(0.12, 0.25) * size)
     beside = canvas.as_clutter()
-    centre, radius = _framing(rng, size)
-    # A zoomed or shifted object may show a ring's hole, or less than its neighbour: then it is put in the middle.
+    center, radius = _framing(rng, size)
+    # A zoomed or shifted object may show a ring's hole, or less than its neighbor: then it is put in the middle.
     if not canvas.add_object(
-        label, centre, radius, accept=lambda mask: mask.sum() >= max(0.06 * size**2, 2 * (beside & ~mask).sum())
+        label, center, radius, accept=lambda mask: mask.sum() >= max(0.06 * size**2, 2 * (beside & ~mask).sum())
     ):
         canvas.add_object(label, np.full(2, size / 2), 0.45 * size)
     mask = canvas.owner > 0
@@ -175,22 +175,22 @@ def make_object_crop(seed: int, size: int = 64) -> ObjectCrop:
 
 
 def write_scenes(folder: str | os.PathLike, count: int, seed: int, size: int = 128) -> Path:
-    """Write `count` scenes as a COCO data set and return its folder.
+    """Write `count` scenes as a COCO dataset and return its folder.
 
     `folder/images/000001.png` ... and `folder/annotations/instances.json` (ids from 1, compressed RLE masks). The
-    folder is a labelled data set, `folder/images` the same pictures without labels. Pictures of different seeds differ.
+    folder is a labeled dataset, `folder/images` the same images without labels. Images of different seeds differ.
     The annotations are written last, in one step, so a folder that has them is complete.
 
     Raises:
         ValueError: for a count below 1, and as `make_scene`.
-        FileExistsError: when the folder already holds pictures or annotations.
+        FileExistsError: when the folder already holds images or annotations.
     """
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
     folder = Path(folder)
     images_dir, target = folder / "images", folder / "annotations" / "instances.json"
     if target.exists() or (images_dir.is_dir() and any(images_dir.iterdir())):
-        raise FileExistsError(f"{folder} already holds pictures or annotations; choose another folder or empty it")
+        raise FileExistsError(f"{folder} already holds images or annotations; choose another folder or empty it")
     images_dir.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(exist_ok=True)
     images: list[dict] = []
@@ -214,7 +214,7 @@ def write_scenes(folder: str | os.PathLike, count: int, seed: int, size: int = 1
 
 
 class _Canvas:
-    """A picture under construction: float RGB pixels and, for each pixel, which object is on top (0: none)."""
+    """An image under construction: float RGB pixels and, for each pixel, which object is on top (0: none)."""
 
     def __init__(self, rng: np.random.Generator, size: int, flat: bool = False) -> None:
         self.rng, self.size = rng, size
@@ -232,11 +232,11 @@ class _Canvas:
     def masks(self) -> np.ndarray:
         return self.owner[None] == np.arange(1, len(self.labels) + 1, dtype=np.int16)[:, None, None]
 
-    def add_object(self, label: int, centre: np.ndarray, radius: float, accept=lambda mask: True) -> bool:
+    def add_object(self, label: int, center: np.ndarray, radius: float, accept=lambda mask: True) -> bool:
         """Paint an object unless it, or one under it, would then show too little. `accept` sees its visible mask."""
         look, rng = _LOOKS[label], self.rng
         aspect, angle = math.exp(rng.uniform(-0.22, 0.22)), rng.uniform(0, 2 * math.pi)
-        outlines = [drawing.placed(part, centre, radius, aspect, angle) for part in drawing.outlines(look.shape, rng)]
+        outlines = [drawing.placed(part, center, radius, aspect, angle) for part in drawing.outlines(look.shape, rng)]
         alpha = drawing.coverage(self.size, outlines)
         mask = alpha >= 0.5
         owner = np.where(mask, np.int16(len(self.labels) + 1), self.owner)
@@ -252,7 +252,7 @@ class _Canvas:
         return True
 
     def add_clutter(self, front: bool = False) -> None:
-        """Paint an unlabelled piece: a bar, an ellipse or a random polygon. In front it may hide parts of objects."""
+        """Paint an unlabeled piece: a bar, an ellipse or a random polygon. In front it may hide parts of objects."""
         rng, size = self.rng, self.size
         kind = "bar" if front else rng.choice(["bar", "ellipse", "polygon"])
         if kind == "bar":
@@ -269,16 +269,16 @@ class _Canvas:
         if front and not self._all_visible(owner, self.full_areas):
             return
         if not front and rng.random() < 0.12:
-            colour = drawing.rgb(
+            color = drawing.rgb(
                 rng.choice(_OFF_HUES) + rng.uniform(-10, 10), rng.uniform(0.4, 0.8), rng.uniform(0.4, 0.9)
             )
         else:
-            colour = drawing.muted(rng)
-        self._blend(alpha, colour * (0.85 + 0.3 * drawing.smooth_noise(rng, size, 10.0)[..., None]))
+            color = drawing.muted(rng)
+        self._blend(alpha, color * (0.85 + 0.3 * drawing.smooth_noise(rng, size, 10.0)[..., None]))
         self.owner = owner
 
     def render(self) -> Image.Image:
-        """The picture under uneven light, with sensor-like grain."""
+        """The image under uneven light, with sensor-like grain."""
         rng, size = self.rng, self.size
         light = rng.uniform(0.85, 1.0) + rng.uniform(0.0, 0.25) * drawing.smooth_noise(rng, size, 0.6 * size)
         grain = rng.standard_normal((size, size, 1), dtype=np.float32) * np.float32(rng.uniform(0.005, 0.04))
@@ -295,19 +295,19 @@ class _Canvas:
     def _object_texture(self, look: _Look, radius: float) -> np.ndarray:
         rng, (hue, jitter) = self.rng, _HUES[look.hue]
         hue, saturation, value = (hue + rng.uniform(-jitter, jitter), rng.uniform(0.55, 0.95), rng.uniform(0.6, 0.95))
-        colour = drawing.rgb(hue, saturation, value)
+        color = drawing.rgb(hue, saturation, value)
         shade = 1 + rng.uniform(0.05, 0.3) * (drawing.gradient(rng, self.size) - 0.5)
         if look.striped:
             pale = rng.random() < 0.6
             other = drawing.rgb(hue, 0.15 * saturation, 0.95) if pale else drawing.rgb(hue, saturation, 0.3 * value)
             period = max(5.0, rng.uniform(0.4, 0.65) * radius)
             wave = 0.5 + 1.5 * np.sin(2 * np.pi * drawing.ramp(rng, self.size) / period + rng.uniform(0, 2 * np.pi))
-            colour = colour + wave.clip(0, 1)[..., None] * (other - colour)
-        return colour * shade[..., None]
+            color = color + wave.clip(0, 1)[..., None] * (other - color)
+        return color * shade[..., None]
 
 
 def _framing(rng: np.random.Generator, size: int) -> tuple[np.ndarray, float]:
-    """Centre and radius in px of the object of a crop: whole (50 %), off-centre (30 %) or zoomed in (20 %)."""
+    """Center and radius in px of the object of a crop: whole (50 %), off-center (30 %) or zoomed in (20 %)."""
     kind = rng.random()
     if kind < 0.5:
         return rng.uniform(0.4, 0.6, 2) * size, rng.uniform(0.22, 0.55) * size

@@ -1,4 +1,4 @@
-"""Rows in, training samples out: one augmented picture with its masks, the same for a given (seed, epoch, index)."""
+"""Rows in, training samples out: one augmented image with its masks, the same for a given (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MAX_CONSECUTIVE_FAILURES = 10
 
 
 class TrainingSet(torch.utils.data.Dataset):
-    """Map-style data set of augmented samples.
+    """Map-style dataset of augmented samples.
 
     Args:
         dataset: the rows.
@@ -32,7 +32,7 @@ class TrainingSet(torch.utils.data.Dataset):
         seed: >= 0. A sample depends on (seed, epoch, index) only, never on the worker that makes it.
         max_instances: the best by score are kept, ties in the order of the row. Pasted ones fill up what is left.
         skip_crowd: leave out instances with iscrowd = 1, whose masks cover several objects.
-        copy_paste: probability, 0 to 1, that a random half of the instances of another picture, drawn from all and
+        copy_paste: probability, 0 to 1, that a random half of the instances of another image, drawn from all and
             augmented in the same way, is pasted over this one (see `paste`).
 
     Raises DataError when there are no rows, or when a category in use is not in `label_map`.
@@ -51,7 +51,7 @@ class TrainingSet(torch.utils.data.Dataset):
         copy_paste: float = 0.0,
     ) -> None:
         if len(dataset) == 0:
-            raise DataError("there are no pictures to train on", file=dataset.name or None)
+            raise DataError("there are no images to train on", file=dataset.name or None)
         if seed < 0:
             raise ValueError(f"seed must be >= 0, got {seed}")
         if max_instances < 1:
@@ -101,7 +101,7 @@ class TrainingSet(torch.utils.data.Dataset):
 
     @property
     def failures(self) -> list[dict[str, str]]:
-        """[{"file", "row", "reason"}, ...] of the pictures met so far, in any worker, that could not be opened."""
+        """[{"file", "row", "reason"}, ...] of the images met so far, in any worker, that could not be opened."""
         failures = []
         for index in torch.nonzero(self._failed).flatten().tolist():
             if index not in self._reasons:  # it failed in a worker, which kept the reason; ask again
@@ -121,7 +121,7 @@ class TrainingSet(torch.utils.data.Dataset):
         return torch.Generator().manual_seed(int(state[0]) >> 1)
 
     def _open(self, index: int) -> tuple[int, Image.Image]:
-        """The picture at `index`, or the next one that can be opened."""
+        """The image at `index`, or the next one that can be opened."""
         for step in range(min(_MAX_CONSECUTIVE_FAILURES + 1, len(self))):
             position = (index + step) % len(self)
             try:
@@ -133,7 +133,7 @@ class TrainingSet(torch.utils.data.Dataset):
                 self._reasons[position] = error.reason
                 last = error
         raise DataError(
-            f"no picture of rows {index} to {position} can be opened; the last: {last}",
+            f"no image of rows {index} to {position} can be opened; the last: {last}",
             file=self.dataset.name or None,
             remedy="Check the image folder.",
         ) from last
@@ -151,18 +151,18 @@ class TrainingSet(torch.utils.data.Dataset):
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """One sample as augmented in `epoch`, with h and w as the transform says:
 
-        pixel_values (3, h, w) float32 normalised; mask_labels, `InstanceMasks` of N masks of h x w, `.dense()` is
+        pixel_values (3, h, w) float32 normalized; mask_labels, `InstanceMasks` of N masks of h x w, `.dense()` is
         (N, h, w) bool; class_labels (N,) int64; scores (N,) float32, 0 to 1; image_id; index of the row used, which is
-        a later one than asked for when pictures cannot be opened. Raises DataError when more than 10 pictures in a row
+        a later one than asked for when images cannot be opened. Raises DataError when more than 10 images in a row
         cannot, IndexError beyond the end.
         """
         if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of {len(self)} pictures")
+            raise IndexError(f"index {index} of {len(self)} images")
         generator = self._generator(index % len(self), epoch)
         position, pixels, masks, objects = self._augmented(index % len(self), generator)
         if self.copy_paste and uniform(generator, 0, 1) < self.copy_paste:
             pixels, masks, objects = self._pasted(pixels, masks, objects, generator)
-        # In place, because a float picture takes four times the memory of its bytes.
+        # In place, because a float image takes four times the memory of its bytes.
         values = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
         return {
             "pixel_values": values,
@@ -193,7 +193,7 @@ class TrainingSet(torch.utils.data.Dataset):
     def _pasted(
         self, pixels: torch.Tensor, masks: InstanceMasks, objects: list[tuple[int, float]], generator: torch.Generator
     ) -> tuple[torch.Tensor, InstanceMasks, list[tuple[int, float]]]:
-        """A picture with instances of another one over it; the two may be the same by chance."""
+        """An image with instances of another one over it; the two may be the same by chance."""
         partner = int(uniform(generator, 0, len(self)))
         _, other_pixels, other_masks, other_objects = self._augmented(partner, generator)
         chosen = choose(len(other_masks), self.max_instances - len(masks), generator)

@@ -1,5 +1,5 @@
-"""Training augmentation of one picture: large-scale jitter or multi-scale resizing, small rotation, flip and mild
-colour jitter, all drawn from one passed generator. Copy-paste of two pictures: `copy_paste.py`."""
+"""Training augmentation of one image: large-scale jitter or multi-scale resizing, small rotation, flip and mild
+color jitter, all drawn from one passed generator. Copy-paste of two images: `copy_paste.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def uniform(generator: torch.Generator, low: float, high: float) -> float:
 
 
 class TrainTransform:
-    """One picture with its masks, resized, turned, cropped, mirrored and jittered in colour.
+    """One image with its masks, resized, turned, cropped, mirrored and jittered in color.
 
     Resizing is large-scale jitter (Ghiasi et al. 2021, "Simple Copy-Paste", section 3): by f ~ U(scale_range) times the
     factor that fits the longer side to `size`, then a random crop of at most `size` x `size`. With `short_edges` it is
@@ -41,11 +41,11 @@ class TrainTransform:
             fixes it. None: large-scale jitter.
         longest_edge: the longer side is at most this many pixels, for which the shorter one shrinks too. None: no
             limit.
-        keep_ratio: False makes every picture `longest_edge` wide and the drawn edge high, portraits too.
-        rotate: largest angle in degrees, 0 to 45: the resized picture is turned by U(-rotate, rotate) about its centre,
+        keep_ratio: False makes every image `longest_edge` wide and the drawn edge high, portraits too.
+        rotate: largest angle in degrees, 0 to 45: the resized image is turned by U(-rotate, rotate) about its center,
             on its own canvas.
         rotate_probability: of turning at all, 0 to 1.
-        fill: RGB, 0 to 255, of what a turned picture leaves empty.
+        fill: RGB, 0 to 255, of what a turned image leaves empty.
 
     Raises ValueError for an argument out of its range.
     """
@@ -93,7 +93,7 @@ class TrainTransform:
     def __call__(
         self, image: Image.Image, segmentations: Sequence[Any], height: int, width: int, generator: torch.Generator
     ) -> tuple[torch.Tensor, InstanceMasks, list[int]]:
-        """Augment one picture.
+        """Augment one image.
 
         Args:
             image: RGB, of `width` x `height` pixels.
@@ -103,12 +103,12 @@ class TrainTransform:
         Returns:
             pixels (3, h, w) uint8, with h, w <= size unless `short_edges` are given; M masks of h x w; indices of the
             M instances kept, ascending. If every instance leaves the crop, up to 3 crops are tried and then the
-            picture stays, without instances.
+            image stays, without instances.
 
         Raises ValueError when `image` has another size, DataError for a malformed segmentation.
         """
         if image.size != (width, height):
-            raise ValueError(f"the picture is {image.size[0]}x{image.size[1]}, the row says {width}x{height}")
+            raise ValueError(f"the image is {image.size[0]}x{image.size[1]}, the row says {width}x{height}")
         rles = [segmentation_to_rle(segmentation, height, width) for segmentation in segmentations]
         for _ in range(_ATTEMPTS):
             window = self._draw_window(height, width, generator)
@@ -118,7 +118,7 @@ class TrainTransform:
         return self._jitter(window.pixels(image, self.fill), generator), masks, kept
 
     def _draw_window(self, height: int, width: int, generator: torch.Generator) -> Window:
-        # Draws come in a fixed number, so that the same seed gives the same geometry with and without colour jitter.
+        # Draws come in a fixed number, so that the same seed gives the same geometry with and without color jitter.
         resized_width, resized_height = self._draw_size(height, width, generator)
         most = self.size if self.short_edges is None else max(resized_width, resized_height)
         crop_width, crop_height = min(most, resized_width), min(most, resized_height)
@@ -132,7 +132,7 @@ class TrainTransform:
         return Window(resized_width, resized_height, left, top, crop_width, crop_height, flip, angle)
 
     def _draw_size(self, height: int, width: int, generator: torch.Generator) -> tuple[int, int]:
-        """(width, height) that the picture is resized to, from one random number."""
+        """(width, height) that the image is resized to, from one random number."""
         if self.short_edges is None:
             scale = uniform(generator, *self.scale_range) * self.size / max(height, width)
         else:
@@ -164,6 +164,6 @@ def _check_edges(short_edges: Sequence[int] | None, longest_edge: int | None, ke
         raise ValueError(f"short_edges must be one or two positive numbers, the lower first, got {short_edges}")
     if longest_edge is None:
         if not keep_ratio:
-            raise ValueError("keep_ratio=False needs longest_edge, the width of every picture")
+            raise ValueError("keep_ratio=False needs longest_edge, the width of every image")
     elif longest_edge < 1 or (keep_ratio and longest_edge < short_edges[-1]):
         raise ValueError(f"longest_edge must be at least as long as short_edges {short_edges}, got {longest_edge}")

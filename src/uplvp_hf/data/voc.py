@@ -1,6 +1,6 @@
 """Pascal VOC 2007 and 2012 (http://host.robots.ox.ac.uk/pascal/VOC/): the instance masks of the segmentation sets.
 
-ImageSets/Segmentation/<split>.txt     one picture name a line
+ImageSets/Segmentation/<split>.txt     one image name a line
 JPEGImages/<name>.jpg
 SegmentationObject/<name>.png          palette index = number of the object, 0 background, 255 contour
 SegmentationClass/<name>.png           palette index = class 1 to 20, 0 background, 255 contour
@@ -25,10 +25,10 @@ from .layouts import (
     Pair,
     PairReader,
     choose_split,
+    image_files,
     lazy_dataset,
     missing,
     objects_of,
-    pictures,
     present_ids,
     read_id_map,
     stems,
@@ -57,18 +57,18 @@ def voc_root(folder: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def read_voc(folder: str | os.PathLike[str], split: str | None = None, unlabelled: bool = False) -> InstanceDataset:
-    """Rows of a split of VOC's segmentation sets; no picture or mask is opened before its row is asked for.
+def read_voc(folder: str | os.PathLike[str], split: str | None = None, unlabeled: bool = False) -> InstanceDataset:
+    """Rows of a split of VOC's segmentation sets; no image or mask is opened before its row is asked for.
 
     Args:
         folder: VOC2012 or VOC2007, or VOCdevkit with one of them.
         split: a file of ImageSets/Segmentation without .txt; None: the only one there is.
-        unlabelled: the pictures alone; so is `test` where none of its pictures has masks (those of 2012 are withheld).
+        unlabeled: the images alone; so is `test` where none of its images has masks (those of 2012 are withheld).
 
     Masks are those of SegmentationObject; the contour (255) belongs to no instance. The class of an object is that of
     most of its pixels in SegmentationClass. An object that the XML calls difficult (same class, boxes that overlap by
     at least half) becomes a crowd: neither trained on nor counted in evaluation, as in VOC's own evaluation of
-    detection. Names without a picture or masks are left out and listed in `failures`.
+    detection. Names without an image or masks are left out and listed in `failures`.
     Raises DataError for a missing split, names that lead out of the folder, and when a row is asked for whose masks are
     broken.
     """
@@ -83,35 +83,38 @@ def read_voc(folder: str | os.PathLike[str], split: str | None = None, unlabelle
     lists = stems(os.path.join(folder, _LISTS), [".txt"])
     split = choose_split(list(lists), split, folder)
     year = _YEAR.search(os.path.basename(folder))
-    pairs, failures = _pairs(folder, lists[split], unlabelled)
+    pairs, failures = _pairs(folder, lists[split], unlabeled)
     categories = [{"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)]
     return lazy_dataset(
         PairReader(pairs, _labels), categories, folder, failures, f"voc{year[1] if year else ''} {split}"
     )
 
 
-def _pairs(folder: str, listing: str, unlabelled: bool) -> tuple[list[Pair], list[dict[str, Any]]]:
+def _pairs(folder: str, listing: str, unlabeled: bool) -> tuple[list[Pair], list[dict[str, Any]]]:
     try:
         with open(listing, encoding="utf-8") as stream:
             names = {f"line {number}": line.strip() for number, line in enumerate(stream, start=1) if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read ({error})", file=listing) from error
-    images, boxes = pictures(os.path.join(folder, "JPEGImages")), stems(os.path.join(folder, "Annotations"), [".xml"])
+    images, boxes = (
+        image_files(os.path.join(folder, "JPEGImages")),
+        stems(os.path.join(folder, "Annotations"), [".xml"]),
+    )
     masks = {tree: stems(os.path.join(folder, tree), [".png"]) for tree in ("SegmentationObject", "SegmentationClass")}
     if os.path.basename(listing) == "test.txt" and not masks["SegmentationObject"].keys() & set(names.values()):
-        unlabelled = True
+        unlabeled = True
     pairs, failures, seen = [], [], set()
     for where, name in names.items():
         inside(folder, name, listing, where)
         if name in seen:
             raise DataError(f"the name {name!r} occurs twice", file=listing, row=where)
         seen.add(name)
-        lacking = [tree for tree in masks if name not in masks[tree]] if not unlabelled else []
+        lacking = [tree for tree in masks if name not in masks[tree]] if not unlabeled else []
         if name not in images or lacking:
             trees = " and ".join(lacking if name in images else ["JPEGImages", *lacking])
             failures.append({**missing(listing, f"{name!r} has no file in {trees}"), "row": where})
             continue
-        annotations = () if unlabelled else (*(masks[tree][name] for tree in masks), *filter(None, [boxes.get(name)]))
+        annotations = () if unlabeled else (*(masks[tree][name] for tree in masks), *filter(None, [boxes.get(name)]))
         file_name = os.path.relpath(images[name], folder).replace(os.sep, "/")
         pairs.append(Pair(name, file_name, images[name], annotations))
     return pairs, failures

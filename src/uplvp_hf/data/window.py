@@ -1,4 +1,4 @@
-"""What a training sample shows of its picture: a crop of the resized, slightly turned, perhaps mirrored picture."""
+"""What a training sample shows of its image: a crop of the resized, slightly turned, perhaps mirrored image."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _Box = tuple[int, int, int, int]  # x1, y1, x2, y2, ends exclusive
 
 
 class Window(NamedTuple):
-    """The picture is resized, turned about its centre within its own frame, cropped, and mirrored, in this order.
+    """The image is resized, turned about its center within its own frame, cropped, and mirrored, in this order.
 
-    resized_width, resized_height, left, top, width, height: size of the resized picture, corner and size of the crop
+    resized_width, resized_height, left, top, width, height: size of the resized image, corner and size of the crop
     (pixels). flip: mirrored left to right. angle: degrees, counter-clockwise; corners that nothing is turned into are
     filled, what is turned out of the frame is lost.
 
-    Only what the crop shows is ever resized or turned. Pixels are interpolated (with antialiasing where the picture
+    Only what the crop shows is ever resized or turned. Pixels are interpolated (with antialiasing where the image
     shrinks), masks take the nearest source pixel of the same point.
     """
 
@@ -37,7 +37,7 @@ class Window(NamedTuple):
     angle: float = 0.0
 
     def pixels(self, image: Image.Image, fill: tuple[int, int, int]) -> torch.Tensor:
-        """(3, height, width) uint8 of an RGB picture; `fill` (0..255) is the colour of empty corners."""
+        """(3, height, width) uint8 of an RGB image; `fill` (0..255) is the color of empty corners."""
         if self.angle:
             crop = self._turned_crop(image, fill)
         else:
@@ -49,7 +49,7 @@ class Window(NamedTuple):
     def masks(
         self, rles: Sequence[dict[str, Any]], height: int, width: int, min_area: int
     ) -> tuple[InstanceMasks, list[int]]:
-        """Masks in the window of RLEs of a `width` x `height` picture, and the indices, ascending, of those kept: with
+        """Masks in the window of RLEs of a `width` x `height` image, and the indices, ascending, of those kept: with
         at least `min_area` pixels. One source mask is decoded at a time."""
         columns = ((self.left + np.arange(self.width) + 0.5) * (width / self.resized_width)).astype(np.int64)
         rows = ((self.top + np.arange(self.height) + 0.5) * (height / self.resized_height)).astype(np.int64)
@@ -60,7 +60,7 @@ class Window(NamedTuple):
                 continue
             if self.angle:
                 box = self._turned_box((x, y, x + w, y + h), height, width)
-            else:  # pixel centres of the window that lie in the source box
+            else:  # pixel centers of the window that lie in the source box
                 x1, x2 = np.searchsorted(columns, (x, x + w)).tolist()
                 y1, y2 = np.searchsorted(rows, (y, y + h)).tolist()
                 box = x1, y1, x2, y2
@@ -78,7 +78,7 @@ class Window(NamedTuple):
         return InstanceMasks(self.height, self.width, tuple(patches)), kept
 
     def _resized(self, image: Image.Image, box: _Box) -> Image.Image:
-        """The pixels of `box` (in the resized picture), without resizing the rest."""
+        """The pixels of `box` (in the resized image), without resizing the rest."""
         step_x, step_y = image.width / self.resized_width, image.height / self.resized_height
         source = (
             box[0] * step_x,
@@ -89,17 +89,17 @@ class Window(NamedTuple):
         return image.resize((box[2] - box[0], box[3] - box[1]), Image.Resampling.BILINEAR, box=source)
 
     def _turn(self) -> np.ndarray:
-        """(2, 3) affine map from points of the resized picture as shown to those before it was turned."""
+        """(2, 3) affine map from points of the resized image as shown to those before it was turned."""
         cosine, sine = math.cos(math.radians(self.angle)), math.sin(math.radians(self.angle))
         matrix = np.array([[cosine, -sine], [sine, cosine]])
-        centre = np.array([self.resized_width / 2, self.resized_height / 2])
-        return np.column_stack([matrix, centre - matrix @ centre])
+        center = np.array([self.resized_width / 2, self.resized_height / 2])
+        return np.column_stack([matrix, center - matrix @ center])
 
     def _turned_crop(self, image: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
         turn = self._turn()
         turn[:, 2] += turn[:, :2] @ (self.left, self.top)  # from the corner of the window on
         x1, y1, x2, y2 = _bounds(turn, (0, 0, self.width, self.height))
-        # Two pixels more, for interpolation; not beyond the picture.
+        # Two pixels more, for interpolation; not beyond the image.
         region = max(x1 - 2, 0), max(y1 - 2, 0), min(x2 + 2, self.resized_width), min(y2 + 2, self.resized_height)
         if region[0] >= region[2] or region[1] >= region[3]:
             return Image.new("RGB", (self.width, self.height), fill)
@@ -109,7 +109,7 @@ class Window(NamedTuple):
         )
 
     def _turned_box(self, source: tuple[float, float, float, float], height: int, width: int) -> _Box:
-        """The part of the window (before mirroring) that a box of the source picture may reach."""
+        """The part of the window (before mirroring) that a box of the source image may reach."""
         turn = self._turn()
         scale = np.array([self.resized_width / width, self.resized_height / height])
         inverse = turn[:, :2].T  # of a rotation
@@ -120,7 +120,7 @@ class Window(NamedTuple):
     def _turned_mask(self, source: np.ndarray, corner: tuple[int, int], size: tuple[int, int], box: _Box) -> np.ndarray:
         """(y2 - y1, x2 - x1) bool: the part `box` of the window, each pixel from the source pixel it came from.
 
-        source: the part of a mask at `corner` (x, y) of a picture of `size` (width, height); the rest is empty.
+        source: the part of a mask at `corner` (x, y) of an image of `size` (width, height); the rest is empty.
         """
         turn = self._turn()
         turn[:, 2] += turn[:, :2] @ (self.left + box[0], self.top + box[1])

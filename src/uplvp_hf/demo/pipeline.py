@@ -1,9 +1,9 @@
-"""`uplvp demo`: label unlabelled scenes with the small CLIP, pre-train, fine-tune on 20 labels, compare four arms.
+"""`uplvp demo`: label unlabeled scenes with the small CLIP, pre-train, fine-tune on 20 labels, compare four arms.
 
 scratch              fine-tuning steps only, from random weights
 scratch_equal_total  from random weights, as many steps as pre-training and fine-tuning together
 pseudo_only          pre-trained on pseudo labels, no human label at all
-pretrained           pre-trained, then fine-tuned on the 20 labelled pictures
+pretrained           pre-trained, then fine-tuned on the 20 labeled images
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ ARMS = {
 
 @dataclass
 class DemoSizes:
-    """How much the demo does. Pictures and optimiser steps; `scaled` shrinks them for a quick look."""
+    """How much the demo does. Images and optimizer steps; `scaled` shrinks them for a quick look."""
 
-    unlabelled: int = 500
-    labelled: int = 20
+    unlabeled: int = 500
+    labeled: int = 20
     test: int = 100
     pretrain_steps: int = 700
     finetune_steps: int = 300
@@ -62,27 +62,27 @@ def synthetic_clip_path() -> str:
 
 
 def write_demo_scenes(folder: Path, sizes: DemoSizes, seed: int) -> dict[str, str]:
-    """Three disjoint sets of scenes: unlabelled (truth kept aside, to measure the proposals), labelled, test."""
-    counts = {"unlabelled": sizes.unlabelled, "labelled": sizes.labelled, "test": sizes.test}
+    """Three disjoint sets of scenes: unlabeled (truth kept aside, to measure the proposals), labeled, test."""
+    counts = {"unlabeled": sizes.unlabeled, "labeled": sizes.labeled, "test": sizes.test}
     return {
         name: str(write_scenes(folder / name, count, seed=10 * seed + index))
         for index, (name, count) in enumerate(counts.items())
     }
 
 
-def label_scenes(pictures: str, output: Path) -> dict[str, Any]:
+def label_scenes(images: str, output: Path) -> dict[str, Any]:
     """Pseudo labels for a folder of scenes, by the small CLIP; returns counts and their quality (None: undefined)."""
     clip = load_clip(synthetic_clip_path())
     # The defaults, and what suits this CLIP, which is in its folder. Their quality is measured in every run, against
     # the hidden truth.
     labeler = DenseClipLabeler(clip, CLASSES)
     namer = ClipZeroShotNamer(clip, CLASSES, background=[BACKGROUND])
-    truth = load_dataset_rows(pictures)
-    summary = label_images(truth.unlabelled(), labeler, namer, output, min_confidence=0.7)
+    truth = load_dataset_rows(images)
+    summary = label_images(truth.unlabeled(), labeler, namer, output, min_confidence=0.7)
     measured = proposal_quality(load_dataset_rows(output), truth)
     # Without any mask there is no precision: nan, which JSON cannot hold.
     quality = {key: None if math.isnan(value) else round(value, 4) for key, value in measured.items()}
-    return {"masks": summary.instances, "pictures": summary.done, "seconds": round(summary.seconds, 1), **quality}
+    return {"masks": summary.instances, "images": summary.done, "seconds": round(summary.seconds, 1), **quality}
 
 
 def claim_folder(folder: Path) -> None:
@@ -107,18 +107,18 @@ def run_demo(output: str = "runs/demo", seed: int = 0, scale: float = 1.0) -> di
     started = time.perf_counter()
     folder, sizes = Path(output), DemoSizes().scaled(scale)
     claim_folder(folder)
-    print(f"Scenes: {sizes.unlabelled} unlabelled, {sizes.labelled} labelled, {sizes.test} to test on.", flush=True)
+    print(f"Scenes: {sizes.unlabeled} unlabeled, {sizes.labeled} labeled, {sizes.test} to test on.", flush=True)
     scenes = write_demo_scenes(folder / "scenes", sizes, seed)
-    proposals = label_scenes(scenes["unlabelled"], folder / "labels")
+    proposals = label_scenes(scenes["unlabeled"], folder / "labels")
     print(
-        f"Pseudo labels: {proposals['masks']} masks on {proposals['pictures']} pictures, recall@.5 "
+        f"Pseudo labels: {proposals['masks']} masks on {proposals['images']} images, recall@.5 "
         f"{share(proposals['recall'])}, precision@.5 {share(proposals['precision'])} (against the hidden truth).",
         flush=True,
     )
     test = load_dataset_rows(scenes["test"])
     results = _run_arms(folder, scenes, sizes, seed, test)
     seconds = time.perf_counter() - started
-    names = {**ARMS, "pretrained": f"pre-trained + {sizes.labelled} labels"}
+    names = {**ARMS, "pretrained": f"pre-trained + {sizes.labeled} labels"}
     arms = {name: {key: results[name][key] for key in ("AP", "AP50", "seconds")} for name in ARMS}
     summary = {"arms": arms, "seconds": round(seconds, 1), "seed": seed, "sizes": vars(sizes), "proposals": proposals}
     write_json(folder / "results.json", summary)
@@ -137,11 +137,11 @@ def _run_arms(
     The arms from scratch run in a second process beside the others, each on one core.
     """
     before, after = sizes.pretrain_steps, sizes.finetune_steps
-    finetune = {"data.train": scenes["labelled"], "data.val": scenes["test"]}
+    finetune = {"data.train": scenes["labeled"], "data.val": scenes["test"]}
     jobs = [("scratch", after), ("scratch_equal_total", before + after)]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         beside = [pool.submit(_from_scratch, folder / name, steps, seed, finetune) for name, steps in jobs]
-        print(f"Beside, from scratch: {after} and {before + after} steps on {sizes.labelled} labelled pictures.")
+        print(f"Beside, from scratch: {after} and {before + after} steps on {sizes.labeled} labeled images.")
         print("Pre-training on the pseudo labels ...", flush=True)
         pretrained = train(
             _settings("scenes_pretrain", folder / "pretrain", before, seed, {"data.train": folder / "labels"})
@@ -151,7 +151,7 @@ def _run_arms(
         first = {before: metrics["AP"]}
         outcomes = {"pseudo_only": _outcome(metrics, pretrained.seconds, first)}
 
-        print(f"Fine-tuning on {sizes.labelled} labelled pictures, from the pre-trained model ...", flush=True)
+        print(f"Fine-tuning on {sizes.labeled} labeled images, from the pre-trained model ...", flush=True)
         start = {"model.init": folder / "pretrain"}
         result = train(_settings("scenes_finetune", folder / "model", after, seed, {**finetune, **start}))
         curve = first | {before + step: value["AP"] for step, value in result.evaluations.items()}
@@ -184,9 +184,9 @@ def _settings(recipe: str, output: Path, steps: int, seed: int, values: dict[str
 
 
 def _samples(folder: Path, scenes: dict[str, str], test: InstanceDataset, arm: dict) -> dict[str, Any]:
-    """Rows for the report: pseudo-labelled pictures with their truth, test pictures with predictions and truth."""
+    """Rows for the report: pseudo-labeled images with their truth, test images with predictions and truth."""
     count = 8
-    pseudo, truth = load_dataset_rows(folder / "labels"), load_dataset_rows(scenes["unlabelled"])
+    pseudo, truth = load_dataset_rows(folder / "labels"), load_dataset_rows(scenes["unlabeled"])
     shown = test.subset(range(min(count, len(test))))
     predictions = predict_dataset(arm["model"], arm["processor"], shown, threshold=0.5, progress=False)
     return {
@@ -224,10 +224,10 @@ def pretrain_default(output: str = "runs/pretrain_default", sizes: DemoSizes | N
 
     state, folder, sizes = PartialState(cpu=several_on_cpu()), Path(output), sizes or DemoSizes()
     if state.is_main_process:
-        print("No settings given: running the embedded default, pre-training on generated scenes labelled by the small")
-        print(f"CLIP of the package. Output: {folder}. For your own pictures see `uplvp pretrain --help`.", flush=True)
+        print("No settings given: running the embedded default, pre-training on generated scenes labeled by the small")
+        print(f"CLIP of the package. Output: {folder}. For your own images see `uplvp pretrain --help`.", flush=True)
         claim_folder(folder)
-        scenes = str(write_scenes(folder / "scenes", sizes.unlabelled, seed=0))
+        scenes = str(write_scenes(folder / "scenes", sizes.unlabeled, seed=0))
         label_scenes(scenes, folder / "labels")
     state.wait_for_everyone()
     settings = _settings(

@@ -15,13 +15,13 @@ from ..data import InstanceDataset, decode_segmentation
 from ..evaluation.visualize import draw_instances
 from ..files import write_text
 
-CELL = 288  # px, displayed width of a picture
+CELL = 288  # px, displayed width of an image
 
 
 def write_report(
     path: Path, summary: dict, names: dict[str, str], curves: dict[str, dict[int, float]], samples: dict
 ) -> None:
-    """Writes the page atomically. `curves`: AP (0..1) by optimiser steps, for every arm; `samples`: see `_samples`."""
+    """Writes the page atomically. `curves`: AP (0..1) by optimizer steps, for every arm; `samples`: see `_samples`."""
     template = (resources.files("uplvp_hf.demo") / "report.html.j2").read_text()
     environment = jinja2.Environment(autoescape=True)
     environment.filters["share"] = share
@@ -42,7 +42,7 @@ def share(value: float | None) -> str:
 
 
 def _curves(curves: dict[str, dict[int, float]], names: dict[str, str]) -> str:
-    """AP against optimiser steps of all arms, as inline SVG."""
+    """AP against optimizer steps of all arms, as inline SVG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -53,7 +53,7 @@ def _curves(curves: dict[str, dict[int, float]], names: dict[str, str]) -> str:
         steps = sorted(curve)
         marker = {"marker": "*", "markersize": 14} if len(steps) == 1 else {"marker": "o", "markersize": 4}
         axes.plot(steps, [100 * curve[step] for step in steps], label=names[name], color=f"C{index}", **marker)
-    axes.set_xlabel("optimiser steps in all (pre-training included)")
+    axes.set_xlabel("optimizer steps in all (pre-training included)")
     axes.set_ylabel("mask AP on the test scenes")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -66,7 +66,7 @@ def _curves(curves: dict[str, dict[int, float]], names: dict[str, str]) -> str:
 
 
 def _truth(samples: dict) -> InstanceDataset:
-    """The hidden truth of the pseudo-labelled pictures, in their order."""
+    """The hidden truth of the pseudo-labeled images, in their order."""
     pseudo = samples["pseudo"]
     rows = [samples["pseudo_truth"][row["file_name"].split("/")[-1]] for row in pseudo.rows]
     return InstanceDataset(rows=rows, categories=pseudo.categories)
@@ -84,7 +84,7 @@ def _overlay(image: Image.Image, dataset: InstanceDataset, index: int) -> str:
     order = {category: place for place, category in enumerate(dataset.category_ids)}
     labels = [order[category] for category in objects["category_id"]]
     masks = [dataset.mask(index, k) for k in range(len(labels))]
-    return _picture(draw_instances(_enlarged(image), _enlarged_masks(masks, image), labels, None, dataset.id2label))
+    return _image(draw_instances(_enlarged(image), _enlarged_masks(masks, image), labels, None, dataset.id2label))
 
 
 def _predictions(samples: dict[str, Any]) -> list[tuple[str, str]]:
@@ -99,12 +99,12 @@ def _predictions(samples: dict[str, Any]) -> list[tuple[str, str]]:
             prediction["scores"].tolist(),
             samples["id2label"],
         )
-        pairs.append((_picture(drawn), _overlay(image, samples["test"], index)))
+        pairs.append((_image(drawn), _overlay(image, samples["test"], index)))
     return pairs
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """Small pictures are drawn larger, so that the captions can be read."""
+    """Small images are drawn larger, so that the captions can be read."""
     factor = max(1, round(2 * CELL / image.width))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
 
@@ -114,7 +114,7 @@ def _enlarged_masks(masks: list, image: Image.Image) -> list:
     return [mask.repeat(factor, 0).repeat(factor, 1) for mask in masks]
 
 
-def _picture(image: Image.Image) -> str:
+def _image(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=88)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()

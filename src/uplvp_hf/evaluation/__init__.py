@@ -1,4 +1,4 @@
-"""Evaluation: COCO and Cityscapes mask AP, prediction over data sets, pictures and pages of results."""
+"""Evaluation: COCO and Cityscapes mask AP, prediction over datasets, images and pages of results."""
 
 from . import _namesake  # noqa: F401 (must come before the import of `evaluate` in coco_map)
 from .backends import BACKENDS, make_evaluator

@@ -2,7 +2,7 @@
 
 streaming, pycocotools and hotcoco give the same numbers to the last bit; those of faster_coco_eval differ by at most
 5e-16, because it leaves out the tiny number that pycocotools adds to the divisor of a precision
-(tests/evaluation/test_backends.py). The libraries want the masks of the whole data set at once, as run lengths: some
+(tests/evaluation/test_backends.py). The libraries want the masks of the whole dataset at once, as run lengths: some
 100 bytes to a few kilobytes a mask. hotcoco (Rust) and faster_coco_eval (C++) come with
 `pip install uplvp_hf[fast_eval]`.
 """
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .coco_map import AREA_RANGES, NAMES, CocoMaskMap, Curves, Picture, check_picture, mask_areas
+from .coco_map import AREA_RANGES, NAMES, CocoMaskMap, Curves, Image, check_image, mask_areas
 
 BACKENDS = ("streaming", "pycocotools", "hotcoco", "faster_coco_eval")
 FASTEST = ("hotcoco", "streaming")
@@ -31,7 +31,7 @@ class Evaluator(Protocol):
     """What `make_evaluator` gives."""
 
     def add(self, *, prediction: dict, reference: dict) -> None:
-        """One picture, as `CocoMaskMap.add`."""
+        """One image, as `CocoMaskMap.add`."""
 
     def records(self) -> dict[Any, Any]:
         """What was added so far, by image id, to be sent to other processes."""
@@ -96,14 +96,14 @@ class LibraryMap:
 
     def __init__(self, backend: str) -> None:
         self.backend = backend
-        self._pictures: dict[Any, dict[str, list]] = {}
+        self._images: dict[Any, dict[str, list]] = {}
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def add(self, *, prediction: dict, reference: dict) -> None:
-        """Keeps the run lengths of one picture. Raises ValueError as `CocoMaskMap.add`."""
-        found, truth, crowd, areas = check_picture(prediction, reference)
+        """Keeps the run lengths of one image. Raises ValueError as `CocoMaskMap.add`."""
+        found, truth, crowd, areas = check_image(prediction, reference)
         record = {
             "found": found,
             "scores": [float(score) for score in prediction["scores"]],
@@ -116,24 +116,24 @@ class LibraryMap:
         self.extend({reference["image_id"]: record})
 
     def records(self) -> dict[Any, dict[str, list]]:
-        """The pictures added so far, by image id."""
-        return dict(self._pictures)
+        """The images added so far, by image id."""
+        return dict(self._images)
 
     def extend(self, records: dict[Any, dict[str, list]]) -> None:
-        """Adds the `records` of another process. Raises ValueError for a picture that was added before."""
+        """Adds the `records` of another process. Raises ValueError for an image that was added before."""
         for image_id, record in records.items():
-            if image_id in self._pictures:
-                raise ValueError(f"Picture {image_id!r} was added before. Call compute() between two runs.")
-            self._pictures[image_id] = record
+            if image_id in self._images:
+                raise ValueError(f"Image {image_id!r} was added before. Call compute() between two runs.")
+            self._images[image_id] = record
 
     def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
         """As `CocoMaskMap.compute`."""
-        if not self._pictures:
-            raise ValueError("No picture was added: nothing to compute.")
+        if not self._images:
+            raise ValueError("No image was added: nothing to compute.")
         # The libraries know whole numbers as image ids only. Their order decides between equal scores.
-        ordered = sorted(self._pictures.items(), key=lambda item: (isinstance(item[0], str), item[0]))
+        ordered = sorted(self._images.items(), key=lambda item: (isinstance(item[0], str), item[0]))
         records = [record for _, record in ordered]
-        self._pictures = {}
+        self._images = {}
         stats, curves = self._run(records, class_agnostic)
         result = {**stats, "per_class": {} if class_agnostic else curves.per_class()}
         if details:
@@ -210,8 +210,8 @@ def _curves(
     return Curves(names, by_area, {**recalls, 1: recall[:, :, 0, 0], 10: recall[:, :, 0, 1]})
 
 
-def _counts(record: dict[str, list]) -> Picture:
-    """A picture for `Curves.table`, which only counts."""
+def _counts(record: dict[str, list]) -> Image:
+    """An image for `Curves.table`, which only counts."""
     empty = np.zeros(0)
     labels, gt_labels = (np.asarray(record[name], dtype=np.int64) for name in ("labels", "gt_labels"))
-    return Picture(empty, labels, empty, gt_labels, empty, np.asarray(record["crowd"], dtype=bool), empty)
+    return Image(empty, labels, empty, gt_labels, empty, np.asarray(record["crowd"], dtype=bool), empty)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from .coco_map import check_picture, mask_areas
+from .coco_map import check_image, mask_areas
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)  # as the benchmark builds them, to the bit
 MIN_REGION = 100  # pixels
@@ -34,7 +34,7 @@ MIN_REGION = 100  # pixels
 
 @dataclass
 class Overlaps:
-    """What is left of a picture: D detections, empty ones dropped, by N annotations. Areas are pixels."""
+    """What is left of an image: D detections, empty ones dropped, by N annotations. Areas are pixels."""
 
     scores: np.ndarray  # (D,)
     labels: np.ndarray  # (D,)
@@ -50,13 +50,13 @@ class CityscapesAP:
     """Streaming AP of the Cityscapes benchmark, with the interface of `CocoMaskMap`."""
 
     def __init__(self) -> None:
-        self._pictures: dict[Any, Overlaps] = {}
+        self._images: dict[Any, Overlaps] = {}
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def add(self, *, prediction: dict, reference: dict) -> None:
-        """Adds one picture. Masks are compared at once and not kept.
+        """Adds one image. Masks are compared at once and not kept.
 
         Args:
             prediction: `image_id`, `scores` (N floats), `labels` (N category ids), `rle` (N COCO RLEs).
@@ -68,18 +68,18 @@ class CityscapesAP:
         self.extend({reference["image_id"]: _overlaps(prediction, reference)})
 
     def records(self) -> dict[Any, Overlaps]:
-        """The pictures added so far, by image id."""
-        return dict(self._pictures)
+        """The images added so far, by image id."""
+        return dict(self._images)
 
     def extend(self, records: dict[Any, Overlaps]) -> None:
-        """Adds the `records` of another process. Raises ValueError for a picture that was added before."""
-        for image_id, picture in records.items():
-            if image_id in self._pictures:
-                raise ValueError(f"Picture {image_id!r} was added before. Call compute() between two runs.")
-            self._pictures[image_id] = picture
+        """Adds the `records` of another process. Raises ValueError for an image that was added before."""
+        for image_id, image in records.items():
+            if image_id in self._images:
+                raise ValueError(f"Image {image_id!r} was added before. Call compute() between two runs.")
+            self._images[image_id] = image
 
     def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
-        """AP and AP50 over all pictures added so far, which are then forgotten.
+        """AP and AP50 over all images added so far, which are then forgotten.
 
         Args:
             class_agnostic: treat all as one class.
@@ -90,21 +90,21 @@ class CityscapesAP:
             agnostic; details: `classes` {category id: {AP, AP50, annotations, crowds, detections}}, `class_agnostic`
             {AP, AP50}, `curves` None. Annotations are those that count; small ones are in none of the counts.
         """
-        if not self._pictures:
-            raise ValueError("No picture was added: nothing to compute.")
-        pictures, self._pictures = list(self._pictures.values()), {}
-        table = _table([_one_class(picture) for picture in pictures] if class_agnostic else pictures)
+        if not self._images:
+            raise ValueError("No image was added: nothing to compute.")
+        images, self._images = list(self._images.values()), {}
+        table = _table([_one_class(image) for image in images] if class_agnostic else images)
         per_class = {category: row["AP"] for category, row in table.items() if row["AP"] is not None}
         result = {**_means(table), "per_class": {} if class_agnostic else per_class}
         if details:
-            agnostic = _means(table if class_agnostic else _table([_one_class(picture) for picture in pictures]))
+            agnostic = _means(table if class_agnostic else _table([_one_class(image) for image in images]))
             classes = {} if class_agnostic else table
             result["details"] = {"classes": classes, "class_agnostic": agnostic, "curves": None}
         return result
 
 
 def _overlaps(prediction: dict, reference: dict) -> Overlaps:
-    found, truth, group, _ = check_picture(prediction, reference)
+    found, truth, group, _ = check_image(prediction, reference)
     areas = mask_areas(found)
     kept = np.flatnonzero(areas)
     found, areas = [found[k] for k in kept], areas[kept]
@@ -130,51 +130,51 @@ def _common(found: list[dict], areas: np.ndarray, others: list[dict]) -> np.ndar
     return np.rint(shares * areas[:, None])
 
 
-def _one_class(picture: Overlaps) -> Overlaps:
-    zeros = {"labels": np.zeros_like(picture.labels), "gt_labels": np.zeros_like(picture.gt_labels)}
-    return Overlaps(**{**vars(picture), **zeros})
+def _one_class(image: Overlaps) -> Overlaps:
+    zeros = {"labels": np.zeros_like(image.labels), "gt_labels": np.zeros_like(image.gt_labels)}
+    return Overlaps(**{**vars(image), **zeros})
 
 
-def _table(pictures: list[Overlaps]) -> dict[Any, dict[str, Any]]:
-    labels = {label for picture in pictures for label in (*picture.labels.tolist(), *picture.gt_labels.tolist())}
-    return {category: _row([_select(picture, category) for picture in pictures]) for category in sorted(labels)}
+def _table(images: list[Overlaps]) -> dict[Any, dict[str, Any]]:
+    labels = {label for image in images for label in (*image.labels.tolist(), *image.gt_labels.tolist())}
+    return {category: _row([_select(image, category) for image in images]) for category in sorted(labels)}
 
 
-def _select(picture: Overlaps, category: int) -> Overlaps:
-    rows, columns = picture.labels == category, picture.gt_labels == category
+def _select(image: Overlaps, category: int) -> Overlaps:
+    rows, columns = image.labels == category, image.gt_labels == category
     return Overlaps(
-        *(values[rows] for values in (picture.scores, picture.labels, picture.areas, picture.void)),
-        *(values[columns] for values in (picture.gt_labels, picture.gt_areas, picture.gt_group)),
-        picture.common[np.ix_(rows, columns)],
+        *(values[rows] for values in (image.scores, image.labels, image.areas, image.void)),
+        *(values[columns] for values in (image.gt_labels, image.gt_areas, image.gt_group)),
+        image.common[np.ix_(rows, columns)],
     )
 
 
-def _row(pictures: list[Overlaps]) -> dict[str, Any]:
+def _row(images: list[Overlaps]) -> dict[str, Any]:
     """AP, AP50 and counts of one class."""
-    counted = sum(int((~p.gt_group & (p.gt_areas >= MIN_REGION)).sum()) for p in pictures)
-    values = [_average_precision([_judge(p, threshold) for p in pictures], counted) for threshold in OVERLAPS]
+    counted = sum(int((~p.gt_group & (p.gt_areas >= MIN_REGION)).sum()) for p in images)
+    values = [_average_precision([_judge(p, threshold) for p in images], counted) for threshold in OVERLAPS]
     return {
         "AP": float(np.mean(values)) if counted else None,
         "AP50": values[0] if counted else None,
         "annotations": counted,
-        "crowds": sum(int(p.gt_group.sum()) for p in pictures),
-        "detections": sum(len(p.scores) for p in pictures),
+        "crowds": sum(int(p.gt_group.sum()) for p in images),
+        "detections": sum(len(p.scores) for p in images),
     }
 
 
-def _judge(picture: Overlaps, threshold: float) -> tuple[np.ndarray, np.ndarray]:
-    """Confidences of the true and of the false positives of one class in one picture."""
-    union = picture.areas[:, None] + picture.gt_areas - picture.common
-    matches = picture.common / union > threshold  # (D, N)
-    small = picture.gt_areas < MIN_REGION
+def _judge(image: Overlaps, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Confidences of the true and of the false positives of one class in one image."""
+    union = image.areas[:, None] + image.gt_areas - image.common
+    matches = image.common / union > threshold  # (D, N)
+    small = image.gt_areas < MIN_REGION
     true, false = [], []
-    for column in np.flatnonzero(~picture.gt_group & ~small & matches.any(0)):
-        confidences = np.sort(picture.scores[matches[:, column]])
+    for column in np.flatnonzero(~image.gt_group & ~small & matches.any(0)):
+        confidences = np.sort(image.scores[matches[:, column]])
         true.append(confidences[-1:])
         false.append(confidences[:-1])
     # A small group counts twice, as in the benchmark's script.
-    unjudged = picture.void + picture.common @ (picture.gt_group.astype(float) + small)
-    false.append(picture.scores[~matches.any(1) & (unjudged / picture.areas <= threshold)])
+    unjudged = image.void + image.common @ (image.gt_group.astype(float) + small)
+    false.append(image.scores[~matches.any(1) & (unjudged / image.areas <= threshold)])
     return np.concatenate([np.zeros(0), *true]), np.concatenate(false)
 
 

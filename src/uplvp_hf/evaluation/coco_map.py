@@ -1,9 +1,9 @@
 """COCO mask average precision as an `evaluate` metric that forgets the masks as soon as it has seen them.
 
-Pictures are added one at a time, masks as COCO run lengths. What is kept of a picture is the matrix of mask IoUs of
-its detections and annotations (a few kilobytes), so that a data set never has to fit into memory, and the processes of
+Images are added one at a time, masks as COCO run lengths. What is kept of an image is the matrix of mask IoUs of
+its detections and annotations (a few kilobytes), so that a dataset never has to fit into memory, and the processes of
 a distributed evaluation exchange numbers, not masks. That is why the accumulation is done here and not by a library:
-`COCOeval` and its faster replacements want all masks of the data set at once (`backends.py` runs them). Run lengths and
+`COCOeval` and its faster replacements want all masks of the dataset at once (`backends.py` runs them). Run lengths and
 their IoUs are pycocotools'. The numbers are those of pycocotools' `COCOeval`, to the last digit.
 
 Self-contained: `evaluate.load("path/to/coco_map.py")` works offline and without the rest of this library.
@@ -29,8 +29,8 @@ _CITATION = """\
 
 _INPUTS = """
 Args:
-    predictions: one dict a picture: `image_id`, `scores` (N floats), `labels` (N category ids), `rle` (N COCO RLEs).
-    references: one dict a picture: `image_id`, `category_id` (M category ids), `segmentation` (M COCO RLEs), and
+    predictions: one dict an image: `image_id`, `scores` (N floats), `labels` (N category ids), `rle` (N COCO RLEs).
+    references: one dict an image: `image_id`, `category_id` (M category ids), `segmentation` (M COCO RLEs), and
         optionally `iscrowd` (M of 0 or 1) and `area` (M square pixels; the area of the mask if missing).
     class_agnostic: ignore the classes, as for proposals (`useCats=0` of pycocotools).
     details: add `details`, see below.
@@ -59,8 +59,8 @@ NAMES = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR1", "AR10", "AR100", "
 
 
 @dataclass
-class Picture:
-    """What is left of a picture: D detections by N annotations. Scores are finite."""
+class Image:
+    """What is left of an image: D detections by N annotations. Scores are finite."""
 
     scores: np.ndarray  # (D,)
     labels: np.ndarray  # (D,)
@@ -73,11 +73,11 @@ class Picture:
 
 @dataclass
 class _Matches:
-    """Detections of any number of pictures, best first in each, against A ranges of areas and T thresholds."""
+    """Detections of any number of images, best first in each, against A ranges of areas and T thresholds."""
 
     scores: np.ndarray  # (D,)
     groups: np.ndarray  # (D,) category ids, or zeros if class agnostic
-    ranks: np.ndarray  # (D,) place among the detections of the same group in the picture
+    ranks: np.ndarray  # (D,) place among the detections of the same group in the image
     hits: np.ndarray  # (D, A, T) bool: true positives
     misses: np.ndarray  # (D, A, T) bool: false positives; what is neither is ignored
     gt_groups: np.ndarray  # (N,)
@@ -87,7 +87,7 @@ class _Matches:
 class CocoMaskMap(evaluate.Metric):
     """Streaming COCO mask AP. See `inputs_description` for what it takes and gives.
 
-    across_classes: set to False before the first picture, masks of different classes are not compared, which saves most
+    across_classes: set to False before the first image, masks of different classes are not compared, which saves most
     of the time where masks are ragged; then there are no class-agnostic numbers and no details.
     """
 
@@ -108,40 +108,40 @@ class CocoMaskMap(evaluate.Metric):
         )
 
     def __len__(self) -> int:
-        """Pictures added since the last `compute`."""
+        """Images added since the last `compute`."""
         return len(self._added())
 
-    def _added(self) -> dict[Any, Picture]:
+    def _added(self) -> dict[Any, Image]:
         if self.num_process != 1:
             raise ValueError(f"num_process={self.num_process}: gather the results and add them all in one process.")
-        return self.__dict__.setdefault("_pictures", {})
+        return self.__dict__.setdefault("_images", {})
 
     def add(self, *, prediction: dict, reference: dict, **kwargs) -> None:
-        """Adds one picture. Masks are compared at once and not kept."""
+        """Adds one image. Masks are compared at once and not kept."""
         if kwargs:
-            raise ValueError(f"Unknown inputs {sorted(kwargs)}; a picture is a prediction and a reference.")
+            raise ValueError(f"Unknown inputs {sorted(kwargs)}; an image is a prediction and a reference.")
         self._keep(reference["image_id"], compare(prediction, reference, self.across_classes))
 
-    def _keep(self, image_id: Any, picture: "Picture") -> None:
+    def _keep(self, image_id: Any, image: "Image") -> None:
         if image_id in self._added():
-            raise ValueError(f"Picture {image_id!r} was added before. Call compute() between two runs.")
-        self._added()[image_id] = picture
+            raise ValueError(f"Image {image_id!r} was added before. Call compute() between two runs.")
+        self._added()[image_id] = image
 
     def add_batch(self, *, predictions: list[dict], references: list[dict], **kwargs) -> None:
-        """Adds several pictures."""
+        """Adds several images."""
         if len(predictions) != len(references):
             raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
         for prediction, reference in zip(predictions, references):
             self.add(prediction=prediction, reference=reference, **kwargs)
 
-    def records(self) -> dict[Any, Picture]:
+    def records(self) -> dict[Any, Image]:
         """What was added so far, by image id: what one process of several sends to the others."""
         return dict(self._added())
 
-    def extend(self, records: dict[Any, Picture]) -> None:
-        """Adds the `records` of another process. Raises ValueError for a picture that was added before."""
-        for image_id, picture in records.items():
-            self._keep(image_id, picture)
+    def extend(self, records: dict[Any, Image]) -> None:
+        """Adds the `records` of another process. Raises ValueError for an image that was added before."""
+        for image_id, image in records.items():
+            self._keep(image_id, image)
 
     def compute(
         self,
@@ -151,17 +151,17 @@ class CocoMaskMap(evaluate.Metric):
         class_agnostic: bool = False,
         details: bool = False,
     ) -> dict[str, Any]:
-        """The numbers over all pictures added so far, which are then forgotten."""
+        """The numbers over all images added so far, which are then forgotten."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions or [], references=references or [])
-        pictures = self._added()
-        if not pictures:
-            raise ValueError("No picture was added: nothing to compute.")
+        images = self._added()
+        if not images:
+            raise ValueError("No image was added: nothing to compute.")
         if not self.across_classes and (class_agnostic or details):
             raise ValueError("Masks of different classes were not compared: leave `across_classes` True.")
-        self._pictures = {}
+        self._images = {}
         # The order decides between equal scores. Ids are whole numbers or texts.
-        ordered = [pictures[image_id] for image_id in sorted(pictures, key=lambda i: (isinstance(i, str), i))]
+        ordered = [images[image_id] for image_id in sorted(images, key=lambda i: (isinstance(i, str), i))]
         curves = _curves(ordered, class_agnostic)
         result = {**curves.summary(), "per_class": {} if class_agnostic else curves.per_class()}
         if details:
@@ -199,11 +199,11 @@ class Curves:
         """AP of every category."""
         return {category: _mean(self.precision["all"][:, :, k]) for k, category in enumerate(self.categories)}
 
-    def table(self, pictures: list[Picture]) -> dict[Any, dict[str, Any]]:
-        """Numbers and counts of every category that is annotated or detected in the pictures."""
-        labels = np.concatenate([picture.labels for picture in pictures])
-        gt_labels = np.concatenate([picture.gt_labels for picture in pictures])
-        crowd = np.concatenate([picture.gt_crowd for picture in pictures])
+    def table(self, images: list[Image]) -> dict[Any, dict[str, Any]]:
+        """Numbers and counts of every category that is annotated or detected in the images."""
+        labels = np.concatenate([image.labels for image in images])
+        gt_labels = np.concatenate([image.gt_labels for image in images])
+        crowd = np.concatenate([image.gt_crowd for image in images])
         rows = {}
         for category in sorted({*labels.tolist(), *gt_labels.tolist()}):
             place = [k for k, known in enumerate(self.categories) if known == category]
@@ -229,15 +229,15 @@ class Curves:
         return {"recall": RECALL_POINTS.tolist(), "precision": precision}
 
 
-def check_picture(prediction: dict, reference: dict) -> tuple[list[dict], list[dict], np.ndarray, np.ndarray]:
+def check_image(prediction: dict, reference: dict) -> tuple[list[dict], list[dict], np.ndarray, np.ndarray]:
     """Detected masks, true masks (compressed RLEs), crowd flags and areas of the latter, after checks.
 
-    Raises ValueError, naming the picture, for unequal lengths, masks that are no RLE, whose text is malformed or that
+    Raises ValueError, naming the image, for unequal lengths, masks that are no RLE, whose text is malformed or that
     differ in size, and scores that are not finite.
     """
     image_id, found, truth = reference["image_id"], prediction["rle"], reference["segmentation"]
     if prediction["image_id"] != image_id:
-        raise ValueError(f"A prediction for picture {prediction['image_id']!r}, but a reference for {image_id!r}.")
+        raise ValueError(f"A prediction for image {prediction['image_id']!r}, but a reference for {image_id!r}.")
     crowd, areas = reference.get("iscrowd"), reference.get("area")
     lengths = {
         "scores": (prediction["scores"], found),
@@ -248,25 +248,25 @@ def check_picture(prediction: dict, reference: dict) -> tuple[list[dict], list[d
     }
     for name, (values, masks) in lengths.items():
         if len(values) != len(masks):
-            raise ValueError(f"Picture {image_id!r}: {len(values)} {name} for {len(masks)} masks.")
+            raise ValueError(f"Image {image_id!r}: {len(values)} {name} for {len(masks)} masks.")
     if not np.isfinite(np.asarray(prediction["scores"], dtype=np.float64)).all():
-        raise ValueError(f"Picture {image_id!r}: scores that are not finite.")
+        raise ValueError(f"Image {image_id!r}: scores that are not finite.")
     found, truth = [_compressed(rle, image_id) for rle in found], [_compressed(rle, image_id) for rle in truth]
     sizes = {tuple(int(side) for side in rle["size"]) for rle in (*found, *truth)}
     if len(sizes) > 1:
-        raise ValueError(f"Picture {image_id!r}: masks of different sizes {sorted(sizes)} (height, width).")
+        raise ValueError(f"Image {image_id!r}: masks of different sizes {sorted(sizes)} (height, width).")
     crowd = np.zeros(len(truth), dtype=bool) if crowd is None else np.asarray(crowd, dtype=bool)
     return found, truth, crowd, mask_areas(truth) if areas is None else np.asarray(areas, dtype=np.float64)
 
 
 def _compressed(rle: Any, image_id: Any) -> dict:
     if not isinstance(rle, dict) or "counts" not in rle or "size" not in rle:
-        raise ValueError(f"Picture {image_id!r}: masks must be COCO RLE with 'size' and 'counts', not {type(rle)}.")
+        raise ValueError(f"Image {image_id!r}: masks must be COCO RLE with 'size' and 'counts', not {type(rle)}.")
     if isinstance(rle["counts"], (str, bytes)):
         codes = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
         # pycocotools reads past the end of such text. That runs fill their mask would take longer to check.
         if not codes or codes.translate(None, _CODES) or codes[-1] >= 80:
-            raise ValueError(f"Picture {image_id!r}: the counts of an RLE are malformed or cut off.")
+            raise ValueError(f"Image {image_id!r}: the counts of an RLE are malformed or cut off.")
         return rle
     return coco_mask.frPyObjects({"size": list(rle["size"]), "counts": list(rle["counts"])}, *rle["size"])
 
@@ -278,12 +278,12 @@ def mask_areas(rles: list[dict]) -> np.ndarray:
     return np.concatenate([np.zeros(0), *parts]).astype(np.float64)
 
 
-def compare(prediction: dict, reference: dict, across_classes: bool = True) -> Picture:
-    """What the numbers need to know of a picture; without `across_classes`, IoUs between classes are left at 0.
+def compare(prediction: dict, reference: dict, across_classes: bool = True) -> Image:
+    """What the numbers need to know of an image; without `across_classes`, IoUs between classes are left at 0.
 
-    Raises ValueError as `check_picture`.
+    Raises ValueError as `check_image`.
     """
-    found, truth, crowd, gt_areas = check_picture(prediction, reference)
+    found, truth, crowd, gt_areas = check_image(prediction, reference)
     labels = np.asarray(prediction["labels"], dtype=np.int64)
     gt_labels = np.asarray(reference["category_id"], dtype=np.int64)
     ious = np.zeros((len(found), len(truth)))
@@ -293,17 +293,17 @@ def compare(prediction: dict, reference: dict, across_classes: bool = True) -> P
             pairs = [found[k] for k in rows], [truth[k] for k in columns]
             ious[np.ix_(rows, columns)] = coco_mask.iou(*pairs, crowd[columns].astype(np.uint8).tolist())
     scores = np.asarray(prediction["scores"], dtype=np.float64)
-    return Picture(scores, labels, mask_areas(found), gt_labels, gt_areas, crowd, ious)
+    return Image(scores, labels, mask_areas(found), gt_labels, gt_areas, crowd, ious)
 
 
-def _ranked(picture: Picture, class_agnostic: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _ranked(image: Image, class_agnostic: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Order of the detections, best first, at most 100 a category (or in all), with their groups and ranks."""
     if class_agnostic:  # by category, as pycocotools concatenates them: decides between equal scores
-        order = np.argsort(picture.labels, kind="mergesort")
-        order = order[np.argsort(-picture.scores[order], kind="mergesort")][:MAX_DETECTIONS]
+        order = np.argsort(image.labels, kind="mergesort")
+        order = order[np.argsort(-image.scores[order], kind="mergesort")][:MAX_DETECTIONS]
         return order, np.zeros_like(order), np.arange(len(order))
-    order = np.argsort(-picture.scores, kind="mergesort")
-    groups = picture.labels[order]
+    order = np.argsort(-image.scores, kind="mergesort")
+    groups = image.labels[order]
     by_group = np.argsort(groups, kind="mergesort")
     starts = np.searchsorted(groups[by_group], groups[by_group], side="left")
     ranks = np.empty(len(order), dtype=np.int64)
@@ -312,17 +312,17 @@ def _ranked(picture: Picture, class_agnostic: bool) -> tuple[np.ndarray, np.ndar
     return order[kept], groups[kept], ranks[kept]
 
 
-def _match(picture: Picture, class_agnostic: bool) -> _Matches:
+def _match(image: Image, class_agnostic: bool) -> _Matches:
     """Greedy matching for every range of areas and IoU threshold: best detection first, to its best free annotation.
 
     Annotations outside the range of areas and crowds are ignored: they are matched only if no other fits, and a crowd
     any number of times. Of equal IoUs the last annotation wins.
     """
-    order, groups, ranks = _ranked(picture, class_agnostic)
+    order, groups, ranks = _ranked(image, class_agnostic)
     # Without classes pycocotools looks at the annotations by category, which decides between equal IoUs.
-    columns = np.argsort(picture.gt_labels, kind="mergesort") if class_agnostic else np.arange(len(picture.gt_labels))
-    gt_labels, gt_areas, crowd = picture.gt_labels[columns], picture.gt_areas[columns], picture.gt_crowd[columns]
-    ious, areas = picture.ious[np.ix_(order, columns)], picture.areas[order]
+    columns = np.argsort(image.gt_labels, kind="mergesort") if class_agnostic else np.arange(len(image.gt_labels))
+    gt_labels, gt_areas, crowd = image.gt_labels[columns], image.gt_areas[columns], image.gt_crowd[columns]
+    ious, areas = image.ious[np.ix_(order, columns)], image.areas[order]
     gt_groups = np.zeros_like(gt_labels) if class_agnostic else gt_labels
     ious = np.where(groups[:, None] == gt_groups, ious, -1.0)
     low, high = np.array(list(AREA_RANGES.values()), dtype=np.float64).T[:, :, None]  # (A, 1) each
@@ -348,17 +348,17 @@ def _match(picture: Picture, class_agnostic: bool) -> _Matches:
         taken[area, threshold, near[best[hit]]] = True
     ignored |= ~matched & outside.T[:, :, None]
     hits, misses = matched & ~ignored, ~matched & ~ignored
-    return _Matches(picture.scores[order], groups, ranks, hits, misses, gt_groups, ~gt_ignored.T)
+    return _Matches(image.scores[order], groups, ranks, hits, misses, gt_groups, ~gt_ignored.T)
 
 
-def _curves(pictures: list[Picture], class_agnostic: bool) -> Curves:
-    parts = [_match(picture, class_agnostic) for picture in pictures]
+def _curves(images: list[Image], class_agnostic: bool) -> Curves:
+    parts = [_match(image, class_agnostic) for image in images]
     every = _Matches(*(np.concatenate([getattr(part, name) for part in parts]) for name in _Matches.__annotations__))
     categories = np.unique(every.gt_groups).tolist()
     shape = (len(IOU_THRESHOLDS), len(RECALL_POINTS), len(categories) or 1)
     precision = {name: np.full(shape, -1.0) for name in AREA_RANGES}
     recall = {name: np.full(shape[::2], -1.0) for name in (*AREA_RANGES, 1, 10)}
-    # One stable sort by category, so that a category is a slice and keeps the order of the pictures.
+    # One stable sort by category, so that a category is a slice and keeps the order of the images.
     by_group = np.argsort(every.groups, kind="mergesort")
     first = np.searchsorted(every.groups[by_group], categories, side="left")
     last = np.searchsorted(every.groups[by_group], categories, side="right")

@@ -21,7 +21,7 @@ _BOOKKEEPING = {
     "checkpoint.every", "checkpoint.keep", "evaluation.at", "evaluation.every", "evaluation.every_epochs",
     "evaluation.batch_size", "evaluation.backend", "data.val", "data.val_split", "data.val_images", "data.val_format",
 }  # fmt: skip
-# Settings that say which labelled pictures were trained on.
+# Settings that say which labeled images were trained on.
 _TRAINED_ON = ("data.train", "data.train_split", "data.subset", "data.labels_per_class")
 
 
@@ -273,7 +273,7 @@ def _evaluated_on(run: Run) -> dict[str, Any]:
         "data": os.path.abspath(str(get("data.val"))) if get("data.val") is not None else None,
         "split": get("data.val_split"),
         "classes ignored": bool(get("evaluation.class_agnostic") or get("model.class_agnostic")),
-        "pictures": last.get("num_images"),
+        "images": last.get("num_images"),
         "instances": last.get("num_instances"),
     }
 
@@ -296,7 +296,7 @@ def _replicate_text(replicate: tuple) -> str:
 
 
 def _split_notes(arms: Sequence[Arm]) -> list[str]:
-    """Arms that were trained on different labelled pictures."""
+    """Arms that were trained on different labeled images."""
     notes = []
     for key in _TRAINED_ON:
         values = {short(_identity(arm.runs[0]).get(key)): arm.name for arm in arms}
@@ -305,12 +305,12 @@ def _split_notes(arms: Sequence[Arm]) -> list[str]:
     drawn: dict[tuple, dict[str, str]] = defaultdict(dict)
     for arm in arms:
         for run in arm.runs:
-            if run.split or run.pictures:
-                drawn[run.replicate][f"split {run.split[:8]}" if run.split else f"{run.pictures} pictures"] = arm.name
+            if run.split or run.images:
+                drawn[run.replicate][f"split {run.split[:8]}" if run.split else f"{run.images} images"] = arm.name
     for replicate, splits in drawn.items():
         if len(splits) > 1 and not notes:
             seeds = _replicate_text(replicate)
-            notes.append(f"The arms were trained on different labelled pictures at {seeds}: {_listed(splits)}.")
+            notes.append(f"The arms were trained on different labeled images at {seeds}: {_listed(splits)}.")
     return notes
 
 

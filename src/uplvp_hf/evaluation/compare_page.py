@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; markers differ too.
+# Okabe and Ito's colors, which people with any color vision can tell apart; markers differ too.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#F0E442")
 _MARKERS = "os^Dv<>P"
 MOST_COLUMNS = 6  # evaluations in the table of the page; the CSV has all

@@ -1,4 +1,4 @@
-"""How good a model is on each picture, and the best and worst of them."""
+"""How good a model is on each image, and the best and worst of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from .coco_map import Picture, compare
+from .coco_map import Image, compare
 
 MATCH = 0.5  # least IoU of a match
 
 
 @dataclass(frozen=True)
 class Quality:
-    """value: 0 to 1, or None for a picture with neither annotations nor detections. matched, detections, annotations:
+    """value: 0 to 1, or None for an image with neither annotations nor detections. matched, detections, annotations:
     how many; crowds, and detections on them, are left out."""
 
     value: float | None
@@ -24,23 +24,23 @@ class Quality:
     annotations: int
 
 
-def picture_quality(picture: Picture, threshold: float, class_agnostic: bool = False) -> Quality:
-    """Panoptic quality of one picture: 2 x sum of the IoUs of the matches / (detections + annotations).
+def image_quality(image: Image, threshold: float, class_agnostic: bool = False) -> Quality:
+    """Panoptic quality of one image: 2 x sum of the IoUs of the matches / (detections + annotations).
 
     That is the F-score of the matches times their mean IoU. A match has an IoU of at least .5 and, unless
     `class_agnostic`, one class; matches are chosen for the largest sum of IoUs. A detection that matches nothing and
     lies by half on a crowd of its class is left out.
 
     Args:
-        picture: as `coco_map.compare` gives it.
+        image: as `coco_map.compare` gives it.
         threshold: detections of a lower score are left out, 0 to 1.
     """
-    kept = picture.scores >= threshold
-    ious = picture.ious[kept]
+    kept = image.scores >= threshold
+    ious = image.ious[kept]
     if not class_agnostic:
-        ious = np.where(picture.labels[kept, None] == picture.gt_labels, ious, 0.0)
-    on_crowd = (ious[:, picture.gt_crowd] >= MATCH).any(1)
-    ious = ious[:, ~picture.gt_crowd]
+        ious = np.where(image.labels[kept, None] == image.gt_labels, ious, 0.0)
+    on_crowd = (ious[:, image.gt_crowd] >= MATCH).any(1)
+    ious = ious[:, ~image.gt_crowd]
     ious = np.where(ious >= MATCH, ious, 0.0)
     rows, columns = linear_sum_assignment(ious, maximize=True)
     chosen = ious[rows, columns]
@@ -52,23 +52,23 @@ def picture_quality(picture: Picture, threshold: float, class_agnostic: bool = F
 
 
 class Examples:
-    """The pictures of best and of worst quality, a bounded number of each.
+    """The images of best and of worst quality, a bounded number of each.
 
     Args:
-        count: most pictures of each kind.
+        count: most images of each kind.
         threshold: detections of a lower score are neither counted nor kept.
-        class_agnostic: as for `picture_quality`.
+        class_agnostic: as for `image_quality`.
     """
 
     def __init__(self, count: int = 6, threshold: float = 0.5, class_agnostic: bool = False) -> None:
         self.count, self.threshold, self.class_agnostic = count, threshold, class_agnostic
-        self.rated = 0  # pictures with a quality
+        self.rated = 0  # images with a quality
         self._best: list[dict[str, Any]] = []
         self._worst: list[dict[str, Any]] = []
 
     def add(self, prediction: dict[str, Any], reference: dict[str, Any]) -> None:
-        """One picture, as `CocoMaskMap.add` takes it."""
-        quality = picture_quality(compare(prediction, reference), self.threshold, self.class_agnostic)
+        """One image, as `CocoMaskMap.add` takes it."""
+        quality = image_quality(compare(prediction, reference), self.threshold, self.class_agnostic)
         if quality.value is None:
             return
         self.rated += 1
@@ -85,7 +85,7 @@ class Examples:
         self._worst = self._ordered([*self._worst, *other._worst])[::-1][: self.count]
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
-        """{"best", "worst"}: entries of `image_id`, `quality`, `scores`, `labels`, `rle`; no picture is in both."""
+        """{"best", "worst"}: entries of `image_id`, `quality`, `scores`, `labels`, `rle`; no image is in both."""
         best = self._best[: max(1, self.rated // 2)]
         taken = {entry["image_id"] for entry in best}
         return {"best": best, "worst": [entry for entry in self._worst if entry["image_id"] not in taken]}

@@ -1,4 +1,4 @@
-"""A model over a whole data set: results picture by picture as run lengths, and their mask AP."""
+"""A model over a whole dataset: results image by image as run lengths, and their mask AP."""
 
 from __future__ import annotations
 
@@ -86,21 +86,21 @@ def predict_dataset(
     mask_threshold: float = 0.5,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """Instances of every picture, in the order of the data set, with overlaps, masks as run lengths.
+    """Instances of every image, in the order of the dataset, with overlaps, masks as run lengths.
 
-    Pictures are decoded ahead in a thread. The masks of a picture are encoded before those of the next are upsampled.
+    Images are decoded ahead in a thread. The masks of an image are encoded before those of the next are upsampled.
     The model is put into evaluation mode, and back when the iterator ends.
 
     Args:
         model: any model whose outputs have `class_queries_logits` and `masks_queries_logits`.
         processor: its `UplvpImageProcessor`.
         dataset: labels are not needed.
-        batch_size: most pictures per forward pass; only pictures of equal padded size go together.
+        batch_size: most images per forward pass; only images of equal padded size go together.
         threshold: least score, 0 to 1. Mask AP wants 0.
-        top_k: most instances a picture; COCO looks at 100.
+        top_k: most instances an image; COCO looks at 100.
         device: the model is moved there; default: where it is.
         progress: whether to show a progress bar.
-        failures: pictures that cannot be decoded are left out and appended here as {"file", "row", "reason"}.
+        failures: images that cannot be decoded are left out and appended here as {"file", "row", "reason"}.
         mask_threshold: a pixel belongs to a mask when its probability is above this (0.3 in the released K-Net recipes
             for small shares of COCO).
         share: (number of this process, number of processes) that share the rows, each row in one of them. Windows of
@@ -108,7 +108,7 @@ def predict_dataset(
 
     Yields:
         (row, {"scores": (N,) float32, "labels": (N,) int64 class indices, "boxes": (N, 4) float32 x1, y1, x2, y2 in
-        pixels of the original picture, "rle": N COCO run lengths}), best first, on the CPU.
+        pixels of the original image, "rle": N COCO run lengths}), best first, on the CPU.
     """
     if device is not None:
         model.to(device)
@@ -153,7 +153,7 @@ _Group = tuple[list[int], list[tuple[int, int]], dict[str, torch.Tensor]]
 def _own_windows(count: int, batch_size: int, share: tuple[int, int]) -> list[range]:
     """Row indices of every window of this process."""
     rank, processes = share
-    window = 2 * batch_size  # wide enough to fill batches with pictures of both orientations
+    window = 2 * batch_size  # wide enough to fill batches with images of both orientations
     return [range(start, min(start + window, count)) for start in range(0, count, window)][rank::processes]
 
 
@@ -164,10 +164,10 @@ def _windows(
     failures: list[dict[str, Any]],
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[list[_Group], int]]:
-    """Batches (row indices, (height, width) of the pictures, model inputs), and how many rows they came from.
+    """Batches (row indices, (height, width) of the images, model inputs), and how many rows they came from.
 
-    Every picture is padded by itself, and only pictures of equal padded size share a batch. So a result does not depend
-    on the other pictures, whatever the backbone: window attention sees padding.
+    Every image is padded by itself, and only images of equal padded size share a batch. So a result does not depend
+    on the other images, whatever the backbone: window attention sees padding.
     """
     for indices in _own_windows(len(dataset), batch_size, share):
         alike: dict[tuple[int, ...], list[tuple[int, tuple[int, int], Any]]] = {}
@@ -191,8 +191,8 @@ def _windows(
         )
 
 
-def _merge(pictures: list[tuple[int, tuple[int, int], Any]]) -> _Group:
-    indices, sizes, inputs = zip(*pictures)
+def _merge(images: list[tuple[int, tuple[int, int], Any]]) -> _Group:
+    indices, sizes, inputs = zip(*images)
     return list(indices), list(sizes), {key: torch.cat([one[key] for one in inputs]) for key in inputs[0]}
 
 
@@ -206,19 +206,19 @@ def _ahead(iterator: Iterator) -> Iterator:
 
 
 def match_category_ids(config: Any, dataset: InstanceDataset) -> list[int]:
-    """The data set's category id of every class of the model, matched by name (case does not matter).
+    """The dataset's category id of every class of the model, matched by name (case does not matter).
 
     Raises:
-        DataError: if the model and the data set do not have the same class names; both are listed.
+        DataError: if the model and the dataset do not have the same class names; both are listed.
     """
     model_names = [config.id2label[index] for index in range(len(config.id2label))]
     data_names = [category["name"] for category in dataset.categories]
     keys, data_keys = ([name.strip().lower() for name in names] for names in (model_names, data_names))
     if sorted(keys) != sorted(data_keys):
         raise DataError(
-            f"the model has {len(model_names)} classes {_some(model_names)}, the data set {len(data_names)} "
+            f"the model has {len(model_names)} classes {_some(model_names)}, the dataset {len(data_names)} "
             f"{_some(data_names)}",
-            file=dataset.name or "data set",
+            file=dataset.name or "dataset",
             remedy="Fine-tune on these classes, rename the categories of the annotations, or evaluate class-agnostic.",
         )
     if keys == data_keys:
@@ -239,8 +239,8 @@ def evaluated_classes(config: Any, dataset: InstanceDataset, class_agnostic: boo
     """
     if not any(len(row["objects"]["category_id"]) for row in dataset.rows):
         raise DataError(
-            f"none of the {len(dataset)} pictures is annotated, so there is nothing to compare with",
-            file=dataset.name or "data set",
+            f"none of the {len(dataset)} images is annotated, so there is nothing to compare with",
+            file=dataset.name or "dataset",
             remedy="Pass annotations, or use predict.",
         )
     return list(config.category_ids) if class_agnostic else match_category_ids(config, dataset)
@@ -261,7 +261,7 @@ def evaluate_model(
     metric: str = "coco",
     details: bool = False,
 ) -> dict[str, Any]:
-    """Mask AP of a model on a labelled data set.
+    """Mask AP of a model on a labeled dataset.
 
     Args:
         model, processor, dataset, batch_size, progress, device, mask_threshold: as for `predict_dataset`.
@@ -269,7 +269,7 @@ def evaluate_model(
         on_result: called with every (row, result), for example to keep them; with `distributed`, with the own ones.
         backend: who computes the COCO numbers, see `backends`.
         distributed: every process of the torch.distributed group calls this and holds the whole model. Each predicts
-            its own share of the pictures, none twice, and all return the numbers that one process would. Without a
+            its own share of the images, none twice, and all return the numbers that one process would. Without a
             group it is one process. Not for sharded models (FSDP): the processes run unequal numbers of forward passes.
         metric: "coco", or "cityscapes" for the AP of that benchmark (`cityscapes_ap`), which also reads the optional
             `void` of a row, COCO segmentations of regions that are not judged.
@@ -277,11 +277,11 @@ def evaluate_model(
 
     Returns:
         The 12 COCO numbers (0 to 1, None where nothing counts), or AP and AP50 of Cityscapes, `per_class` {name: AP or
-        None}, `num_images`, `num_instances` (annotations), `seconds`, and `failures`, the pictures that could not be
+        None}, `num_images`, `num_instances` (annotations), `seconds`, and `failures`, the images that could not be
         decoded and are not part of the numbers.
 
     Raises:
-        DataError: if the classes disagree, nothing is annotated, or no picture can be decoded.
+        DataError: if the classes disagree, nothing is annotated, or no image can be decoded.
         ValueError: for an unknown or missing backend, or an unknown metric.
         RuntimeError: if another process failed.
     """
@@ -302,7 +302,7 @@ def evaluate_model(
     if processes > 1:
         failures, counts = _collect(evaluator, failures, counts, rank)
     if len(failures) == len(dataset):
-        raise DataError(f"none of the {len(dataset)} pictures can be decoded; the first: {failures[0]['reason']}")
+        raise DataError(f"none of the {len(dataset)} images can be decoded; the first: {failures[0]['reason']}")
     if metric == "cityscapes" and not counts["void"] and rank == 0:
         warnings.warn("No row has a `void`: detections on regions without labels count as false.", stacklevel=2)
     metrics = evaluator.compute(class_agnostic=class_agnostic, details=details)
@@ -328,7 +328,7 @@ def _collect(
 
 
 def _named(metrics: dict[str, Any], categories: list[dict[str, Any]]) -> dict[str, Any]:
-    """Category ids replaced by names, one entry a category of the data set."""
+    """Category ids replaced by names, one entry a category of the dataset."""
     by_id = metrics["per_class"]
     metrics["per_class"] = {category["name"]: by_id.get(category["id"]) for category in categories}
     if "details" in metrics:
@@ -342,7 +342,7 @@ def _named(metrics: dict[str, Any], categories: list[dict[str, Any]]) -> dict[st
 
 
 def as_prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> dict[str, Any]:
-    """One picture's result as evaluators take it, with the category id of every class index as label."""
+    """One image's result as evaluators take it, with the category id of every class index as label."""
     return {
         "image_id": row["image_id"],
         "scores": result["scores"].tolist(),
@@ -352,7 +352,7 @@ def as_prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> 
 
 
 def as_reference(row: Row) -> dict[str, Any]:
-    """The annotations of one picture as evaluators take them. Raises DataError for a malformed segmentation."""
+    """The annotations of one image as evaluators take them. Raises DataError for a malformed segmentation."""
     objects, size = row["objects"], (row["height"], row["width"])
     return {
         "image_id": row["image_id"],
@@ -365,10 +365,10 @@ def as_reference(row: Row) -> dict[str, Any]:
 
 
 def to_coco_results(row: Row, result: dict[str, Any], category_ids: list[int]) -> list[dict[str, Any]]:
-    """One picture's result as entries of a COCO results file, best first.
+    """One image's result as entries of a COCO results file, best first.
 
     Args:
-        row: the picture.
+        row: the image.
         result: as `predict_dataset` yields it.
         category_ids: original category id of every class index.
     """

@@ -44,7 +44,7 @@ def write_evaluation_page(
         path: of the page.
         metrics: of `evaluate_model(details=True)`.
         examples: filled with the same predictions and references.
-        dataset: the evaluated pictures.
+        dataset: the evaluated images.
         names: of the labels of the predictions.
         source: shown as settings; `model`, `data`, `split` and `metric` also in the text.
 
@@ -55,7 +55,7 @@ def write_evaluation_page(
     for index in range(len(dataset)):
         if dataset.image_id(index) in wanted:
             places[dataset.image_id(index)] = index
-    titles = {"best": "Best pictures", "worst": "Worst pictures"}
+    titles = {"best": "Best images", "worst": "Worst images"}
     template = (resources.files("uplvp_hf.evaluation") / "templates" / "evaluation.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": _number, "percent": _percent}
@@ -80,7 +80,7 @@ def write_evaluation_page(
 
 
 def _drawn(entry: Mapping[str, Any], index: int, dataset: InstanceDataset, names: Mapping[int, str]) -> dict[str, Any]:
-    """Prediction and truth over the picture, with a caption."""
+    """Prediction and truth over the image, with a caption."""
     row, quality = dataset[index], entry["quality"]
     counts = f"{quality.annotations} annotated, {quality.detections} detected, {quality.matched} matched"
     text = f"quality {quality.value:.2f}: {counts}"

@@ -1,4 +1,4 @@
-"""The COCO results of a data set, kept on the disk until all are there: 5000 pictures with 100 detections each would
+"""The COCO results of a dataset, kept on the disk until all are there: 5000 images with 100 detections each would
 take hundreds of megabytes as Python objects."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from uplvp_hf.files import replacing, writing
 
 
 class ResultsFile:
-    """Results picture by picture, in a nameless temporary file beside the one they will be written to.
+    """Results image by image, in a nameless temporary file beside the one they will be written to.
 
     path: of the COCO results file; its folder exists. Raises OSError naming it when the disk is full.
     """
@@ -27,7 +27,7 @@ class ResultsFile:
         return TemporaryFile("w+", encoding="utf-8", dir=os.path.dirname(os.path.abspath(self.path)))
 
     def add(self, image_id: int | str, entries: Iterable[Mapping[str, Any]]) -> None:
-        """The entries of one picture, which may be none."""
+        """The entries of one image, which may be none."""
         text = ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries)
         if text:
             self._append(image_id, text)
@@ -37,15 +37,15 @@ class ResultsFile:
         with writing(self.path):
             self._lines.write(json.dumps(text) + "\n")
 
-    def pictures(self) -> Iterator[tuple[int | str, str]]:
+    def images(self) -> Iterator[tuple[int | str, str]]:
         """(image id, its entries as text) in the order they were added; what one process sends to another."""
         with writing(self.path):
             self._lines.seek(0)
         yield from zip(self._image_ids, map(json.loads, self._lines))
 
     def merge(self, others: Iterable[tuple[int | str, str]], order: Mapping[int | str, int]) -> None:
-        """Adds the `pictures` of other processes, and sorts all by their place in `order`."""
-        every = sorted([*self.pictures(), *others], key=lambda picture: order[picture[0]])
+        """Adds the `images` of other processes, and sorts all by their place in `order`."""
+        every = sorted([*self.images(), *others], key=lambda image: order[image[0]])
         self._image_ids, self._lines = [], self._draft()
         for image_id, text in every:
             self._append(image_id, text)
@@ -54,6 +54,6 @@ class ResultsFile:
         """Writes the file, in one step."""
         with replacing(self.path) as stream:
             stream.write("[")
-            for number, (_, text) in enumerate(self.pictures()):
+            for number, (_, text) in enumerate(self.images()):
                 stream.write(",\n" * bool(number) + text)
             stream.write("]\n")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-X_AXES = {"epochs": "passes over the training pictures", "steps": "optimiser steps", "seconds": "seconds of training"}
+X_AXES = {"epochs": "passes over the training images", "steps": "optimizer steps", "seconds": "seconds of training"}
 
 
 class CompareError(ValueError):
@@ -22,8 +22,8 @@ class Run:
     """A training run, or what `uplvp evaluate` wrote about one.
 
     evaluations: step -> numbers of `evaluate_model` (0 to 1). end: the numbers of the model that the run left, None
-    for an unfinished run. settings: by full key (`optim.lr`). epochs_a_step: passes over the training pictures that a
-    step is, seconds: of all training steps; both None where they are not recorded. split: hash of the labelled pictures
+    for an unfinished run. settings: by full key (`optim.lr`). epochs_a_step: passes over the training images that a
+    step is, seconds: of all training steps; both None where they are not recorded. split: hash of the labeled images
     that were drawn (`split.json`), None where all were taken.
     """
 
@@ -33,7 +33,7 @@ class Run:
     end: dict[str, Any] | None
     epochs_a_step: float | None = None
     seconds: float | None = None
-    pictures: int | None = None
+    images: int | None = None
     split: str | None = None
 
     @property
@@ -89,11 +89,11 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
 def _finished(folder: Path) -> Run:
     summary = _json(folder / "training_summary.json")
     evaluations = {int(step): numbers for step, numbers in summary.get("evaluations", {}).items()}
-    settings, pictures = _flat(summary["settings"]), summary["pictures"]
+    settings, images = _flat(summary["settings"]), summary["images"]
     processes = int(summary["hardware"].split(" x ")[0])
     a_step = settings["optim.batch_size"] * settings["optim.accumulation"] * processes
     end = summary.get("metrics") or evaluations.get(max(evaluations, default=0))
-    return Run(folder, settings, evaluations, end, a_step / pictures, summary["seconds"], pictures, _split(folder))
+    return Run(folder, settings, evaluations, end, a_step / images, summary["seconds"], images, _split(folder))
 
 
 def _unfinished(folder: Path) -> Run:

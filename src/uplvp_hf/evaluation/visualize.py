@@ -1,4 +1,4 @@
-"""Pictures of results: instances drawn over a picture, and sheets of pictures to look through."""
+"""Images of results: instances drawn over an image, and sheets of images to look through."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 FILL = 0.42  # opacity of an instance: the texture below stays visible
-MIN_SIDE = 480  # pixels; smaller pictures are enlarged, so that captions are legible and leave room
+MIN_SIDE = 480  # pixels; smaller images are enlarged, so that captions are legible and leave room
 
 
-def instance_colour(index: int) -> tuple[int, int, int]:
-    """RGB of the `index`-th instance: neighbours in the list are far apart on the colour circle (golden angle)."""
+def instance_color(index: int) -> tuple[int, int, int]:
+    """RGB of the `index`-th instance: neighbors in the list are far apart on the color circle (golden angle)."""
     saturation, value = ((0.85, 1.0), (0.65, 0.95), (1.0, 0.8))[index // 8 % 3]
     red, green, blue = colorsys.hsv_to_rgb((0.58 + index * 0.618034) % 1, saturation, value)
     return round(red * 255), round(green * 255), round(blue * 255)
@@ -30,20 +30,20 @@ def draw_instances(
     scores: Sequence[float] | None = None,
     id2label: Mapping[int, str] | None = None,
 ) -> Image.Image:
-    """The picture with every instance tinted, outlined and named.
+    """The image with every instance tinted, outlined and named.
 
     Args:
-        image: the original picture.
+        image: the original image.
         masks: N masks of its size: (N, H, W) bool array or tensor, or a list of COCO segmentations (RLE, polygons).
         labels: N class indices.
         scores: N scores 0 to 1, shown behind the name; None: names only.
         id2label: class index to name; None: the index is shown.
 
     Returns:
-        A new RGB picture. Its longer side is at least 480 pixels: smaller ones are enlarged by a whole factor.
+        A new RGB image. Its longer side is at least 480 pixels: smaller ones are enlarged by a whole factor.
 
     Raises:
-        ValueError: if there are not as many labels or scores as masks, or a mask has another size than the picture.
+        ValueError: if there are not as many labels or scores as masks, or a mask has another size than the image.
     """
     count = len(masks)
     for name, values in (("labels", labels), ("scores", scores)):
@@ -52,11 +52,11 @@ def draw_instances(
     factor = math.ceil(MIN_SIDE / max(image.size))
     size = (image.width * factor, image.height * factor)
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    shapes = [_mask_picture(mask, image.size, size) for mask in masks]
+    shapes = [_mask_image(mask, image.size, size) for mask in masks]
     areas = [np.count_nonzero(np.asarray(shape)) for shape in shapes]
     line = max(2, round(max(size) / 260))
     for index in sorted(range(count), key=lambda k: -areas[k]):  # small ones on top
-        _paint(canvas, shapes[index], instance_colour(index), line)
+        _paint(canvas, shapes[index], instance_color(index), line)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(max(13, round(max(size) / 44)))
     placed: list[tuple[float, float, float, float]] = []
     for index in range(count):
@@ -66,19 +66,19 @@ def draw_instances(
         label = int(labels[index])
         text = str(label) if id2label is None else str(id2label[label])
         text = text if scores is None else f"{text} {float(scores[index]):.2f}"
-        placed.append(_caption(draw, font, text, box, instance_colour(index), size, placed))
+        placed.append(_caption(draw, font, text, box, instance_color(index), size, placed))
     return canvas
 
 
-def _mask_picture(mask: Any, size: tuple[int, int], enlarged: tuple[int, int]) -> Image.Image:
-    """Any mask as a PIL picture of 0 and 255, enlarged with smooth borders."""
+def _mask_image(mask: Any, size: tuple[int, int], enlarged: tuple[int, int]) -> Image.Image:
+    """Any mask as a PIL image of 0 and 255, enlarged with smooth borders."""
     if isinstance(mask, (dict, list, tuple)):
         mask = _decoded(mask, size[1], size[0])
     mask = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask).astype(bool)
     if mask.shape != (size[1], size[0]):
-        raise ValueError(f"A mask of {mask.shape} for a picture of {(size[1], size[0])} (height, width).")
-    picture = Image.fromarray(mask.astype(np.uint8) * 255).resize(enlarged, Image.Resampling.BILINEAR)
-    return picture.point(lambda value: 255 * (value > 127))
+        raise ValueError(f"A mask of {mask.shape} for an image of {(size[1], size[0])} (height, width).")
+    image = Image.fromarray(mask.astype(np.uint8) * 255).resize(enlarged, Image.Resampling.BILINEAR)
+    return image.point(lambda value: 255 * (value > 127))
 
 
 def _decoded(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -88,13 +88,13 @@ def _decoded(segmentation: Any, height: int, width: int) -> np.ndarray:
     return decode_segmentation(segmentation, height, width)
 
 
-def _paint(canvas: Image.Image, shape: Image.Image, colour: tuple[int, int, int], line: int) -> None:
-    """Tints the mask and draws its outline: inside in colour, and a thin dark rim outside against bright grounds."""
+def _paint(canvas: Image.Image, shape: Image.Image, color: tuple[int, int, int], line: int) -> None:
+    """Tints the mask and draws its outline: inside in color, and a thin dark rim outside against bright grounds."""
     box = shape.getbbox()
     if box is None:
         return
-    canvas.paste(colour, box, shape.crop(box).point(lambda value: round(value * FILL)))
-    # Only around the instance, or large pictures take seconds for each. What a crop takes from beyond the picture is
+    canvas.paste(color, box, shape.crop(box).point(lambda value: round(value * FILL)))
+    # Only around the instance, or large images take seconds for each. What a crop takes from beyond the image is
     # zero, so that an instance that touches the border gets its outline there too.
     area = (box[0] - line, box[1] - line, box[2] + line, box[3] + line)
     inner = framed = shape.crop(area)
@@ -104,7 +104,7 @@ def _paint(canvas: Image.Image, shape: Image.Image, colour: tuple[int, int, int]
     mask = np.asarray(framed) > 0
     rim, edge = (np.asarray(outer) > 0) & ~mask, mask & ~(np.asarray(inner) > 0)
     canvas.paste((20, 20, 20), area, Image.fromarray(rim.astype(np.uint8) * 150))
-    canvas.paste(colour, area, Image.fromarray(edge.astype(np.uint8) * 255))
+    canvas.paste(color, area, Image.fromarray(edge.astype(np.uint8) * 255))
 
 
 def _caption(
@@ -112,7 +112,7 @@ def _caption(
     font: ImageFont.FreeTypeFont,
     text: str,
     box: tuple[int, int, int, int],
-    colour: tuple[int, int, int],
+    color: tuple[int, int, int],
     size: tuple[int, int],
     placed: list[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float]:
@@ -125,8 +125,8 @@ def _caption(
     free = [y for y in tried if 0 <= y <= size[1] - height and not any(_meets(x, y, width, height, p) for p in placed)]
     y = free[0] if free else wanted
     plate = (x, y, x + width, y + height)
-    draw.rounded_rectangle(plate, radius=3, fill=colour, outline=(20, 20, 20))
-    bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 140
+    draw.rounded_rectangle(plate, radius=3, fill=color, outline=(20, 20, 20))
+    bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] > 140
     draw.text((x + 4, y + 1), text, font=font, fill=(0, 0, 0) if bright else (255, 255, 255))
     return plate
 
@@ -143,7 +143,7 @@ def overlay_uri(
     id2label: Mapping[int, str],
     side: int,
 ) -> str:
-    """A picture with its instances, at most `side` pixels long, as a JPEG data URI for a page.
+    """An image with its instances, at most `side` pixels long, as a JPEG data URI for a page.
 
     segmentations: N COCO segmentations; their masks are decoded one at a time. The rest is as for `draw_instances`.
     """
@@ -153,24 +153,24 @@ def overlay_uri(
     for segmentation in segmentations:
         mask = Image.fromarray(_decoded(segmentation, image.height, image.width))
         masks.append(np.asarray(mask if scale == 1 else mask.resize(small, Image.Resampling.NEAREST)))
-    picture = image if scale == 1 else image.resize(small, Image.Resampling.BILINEAR)
+    resized = image if scale == 1 else image.resize(small, Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
-    draw_instances(picture, masks, labels, scores, id2label).save(buffer, format="JPEG", quality=85)
+    draw_instances(resized, masks, labels, scores, id2label).save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def contact_sheet(
     images: Sequence[Image.Image], columns: int = 4, captions: Sequence[str] | None = None, cell: int = 256
 ) -> Image.Image:
-    """Pictures side by side on white, each scaled to fit a square of `cell` pixels, captions underneath.
+    """Images side by side on white, each scaled to fit a square of `cell` pixels, captions underneath.
 
     Raises:
-        ValueError: without pictures, with fewer than one column, or with another number of captions than pictures.
+        ValueError: without images, with fewer than one column, or with another number of captions than images.
     """
     if not images or columns < 1:
-        raise ValueError(f"{len(images)} pictures in {columns} columns make no sheet.")
+        raise ValueError(f"{len(images)} images in {columns} columns make no sheet.")
     if captions is not None and len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} pictures.")
+        raise ValueError(f"{len(captions)} captions for {len(images)} images.")
     columns = min(columns, len(images))
     gap, font = max(6, cell // 32), ImageFont.load_default(max(11, cell // 21))
     line = 0 if captions is None else sum(font.getmetrics()) + 4

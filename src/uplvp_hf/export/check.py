@@ -11,7 +11,7 @@ from .program import TensorModel
 
 
 def check_batch(count: int, canvas: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Smooth random pictures (count, 3, H, W) and their masks (count, H, W) int64: the first fills the canvas, the
+    """Smooth random images (count, 3, H, W) and their masks (count, H, W) int64: the first fills the canvas, the
     others end before it, at the bottom and on the right, and are zero beyond, as an image processor leaves them."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 8, 8, generator=generator)
@@ -34,7 +34,7 @@ def largest_differences(
 ) -> dict[str, float]:
     """Largest |a - b| / max(1, |a|) of every output, a of `model` and b of `run`, over batches of `check_batch`.
 
-    So small numbers are compared absolutely. For a box, |a| is its largest coordinate: two ends are found from a centre
+    So small numbers are compared absolutely. For a box, |a| is its largest coordinate: two ends are found from a center
     and a side, with the rounding of these. Mask logits beside
     `roi_mask_logits` are compared as probabilities: QueryInst makes them from probabilities that are exactly zero
     outside the boxes, where logits are an arbitrary bound.
@@ -55,7 +55,7 @@ def largest_differences(
 
 
 def own_rounding(model: nn.Module, canvas: tuple[int, int]) -> dict[str, float]:
-    """`largest_differences` of the model from itself on pictures whose values are the next larger float32.
+    """`largest_differences` of the model from itself on images whose values are the next larger float32.
 
     What no export can be expected to undercut: untrained or unstable weights amplify rounding from stage to stage.
     """

@@ -38,15 +38,15 @@ def export_model(
     """Writes `model` and its image processor to a folder, for a runtime.
 
     onnx: `model.onnx`, for onnxruntime; also `uplvp predict` and `inference.load` read the folder. torch: `model.pt2`,
-    for `torch.export.load`. Both take any number of pictures on a fixed canvas; the image processor that is written
-    pads every picture to it. mask2former: a plain directory of transformers.
+    for `torch.export.load`. Both take any number of images on a fixed canvas; the image processor that is written
+    pads every image to it. mask2former: a plain directory of transformers.
 
     Args:
         model: a `UplvpForInstanceSegmentation`; it is put into evaluation mode, float32, on the CPU.
         processor: its `UplvpImageProcessor`.
         directory: made if needed. A folder with a model that was not exported is refused.
         form: one of `FORMATS`.
-        longest_edge: pixels; pictures are scaled so that their longer side has them, in place of the processor's size.
+        longest_edge: pixels; images are scaled so that their longer side has them, in place of the processor's size.
         opset: of ONNX.
         check: also compare the file that was written, opened anew, with the model (`largest_differences`), and that
             with itself (`own_rounding`).
@@ -57,7 +57,7 @@ def export_model(
     directory = Path(directory)
     if form not in FILES:
         raise ValueError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
-    if (kind := model.config.model_type) != "uplvp":  # Mask R-CNN: the number of its boxes depends on the picture
+    if (kind := model.config.model_type) != "uplvp":  # Mask R-CNN: the number of its boxes depends on the image
         raise ValueError(f"a `{kind}` model cannot be exported, only a `uplvp` one: Mask2Former, K-Net, QueryInst.")
     if opset < MIN_OPSET:
         raise ValueError(f"opset {opset} is too old: torch writes {MIN_OPSET} and later.")
@@ -146,7 +146,7 @@ def _runner(file: Path):
 def _write_mask2former(
     model: nn.Module, processor: Any, directory: Path, longest_edge: int | None, check: bool
 ) -> dict[str, Any]:
-    """transformers' own class and image processor; on pictures without padding it gives the same outputs."""
+    """transformers' own class and image processor; on images without padding it gives the same outputs."""
     if longest_edge is not None:
         processor = type(processor).from_dict({**processor.to_dict(), "size": {"longest_edge": longest_edge}})
     with tempfile.TemporaryDirectory() as draft:  # refused models leave nothing behind
@@ -169,7 +169,7 @@ def _write_mask2former(
 
 
 def _compare_with_transformers(model: nn.Module, processor: Any, directory: Path) -> dict[str, float]:
-    """`largest_differences` on a picture without padding; transformers' class lets padding take part."""
+    """`largest_differences` on an image without padding; transformers' class lets padding take part."""
     from transformers import Mask2FormerForUniversalSegmentation
 
     plain = Mask2FormerForUniversalSegmentation.from_pretrained(directory).eval()

@@ -1,8 +1,8 @@
-"""A model as one graph: tensors in, tensors out, on a fixed canvas, for any number of pictures.
+"""A model as one graph: tensors in, tensors out, on a fixed canvas, for any number of images.
 
 Tracing is `torch.export` in its non-strict mode: padding is masked by hooks on the layers, which strict mode (Dynamo)
-does not follow. While a model is traced every picture counts as padded, so the graph is right for padded and for full
-pictures.
+does not follow. While a model is traced every image counts as padded, so the graph is right for padded and for full
+images.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class TensorModel(nn.Module):
         self.model = model
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> dict[str, Tensor]:
-        """pixel_values (B, 3, H, W) float32, pixel_mask (B, H, W) int64, 1 on the picture and 0 on padding, which is at
+        """pixel_values (B, 3, H, W) float32, pixel_mask (B, H, W) int64, 1 on the image and 0 on padding, which is at
         the bottom and on the right -> `OUTPUTS` by name, as `UplvpOutput` describes them."""
         output = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return {name: output[name] for name in OUTPUTS if output.get(name) is not None}
 
 
 def canvas_of(processor: Any, longest_edge: int | None = None) -> tuple[int, int]:
-    """(height, width) that holds every picture which `processor` resizes, a multiple of its `size_divisor`.
+    """(height, width) that holds every image which `processor` resizes, a multiple of its `size_divisor`.
 
     longest_edge: in place of the processor's own size, which has to be given where it is not bounded (a shortest edge
     alone). Raises ValueError without such a bound.
@@ -47,20 +47,20 @@ def canvas_of(processor: Any, longest_edge: int | None = None) -> tuple[int, int
     elif size.get("longest_edge"):
         height = width = size["longest_edge"]
     else:
-        raise ValueError(f"size={size} does not bound the longer side of a picture: give --size, such as --size 1024.")
+        raise ValueError(f"size={size} does not bound the longer side of an image: give --size, such as --size 1024.")
     step = processor.size_divisor
     return math.ceil(height / step) * step, math.ceil(width / step) * step
 
 
 def trace(model: nn.Module, canvas: tuple[int, int]) -> torch.export.ExportedProgram:
-    """The graph of `TensorModel(model)` for any number of pictures on `canvas` (height, width).
+    """The graph of `TensorModel(model)` for any number of images on `canvas` (height, width).
 
     The model is to be in evaluation mode, in float32, on the CPU. Raises ValueError where it is not.
     """
     parameter = next(model.parameters())
     if model.training or parameter.dtype != torch.float32 or parameter.device.type != "cpu":
         raise ValueError(f"export needs model.eval().float().cpu(); this is {parameter.dtype} on {parameter.device}.")
-    # Two pictures, because torch.export takes a size of 1 for a constant.
+    # Two images, because torch.export takes a size of 1 for a constant.
     pixel_values, pixel_mask = torch.zeros(2, 3, *canvas), torch.ones(2, *canvas, dtype=torch.int64)
     batch = torch.export.Dim("batch", min=1)
     with warnings.catch_warnings(), torch.no_grad():

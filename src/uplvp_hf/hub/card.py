@@ -14,7 +14,7 @@ from ..models.remote_code import OWN_MODELS
 from .run_record import base_model, earlier_stages, plain, public, read_json, settings_yaml, training_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
-EXAMPLE_THRESHOLD = 0.3  # least score of what the pictures with masks show; as the endpoint's default
+EXAMPLE_THRESHOLD = 0.3  # least score of what the images with masks show; as the endpoint's default
 HEADLINE = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
 
 
@@ -31,13 +31,13 @@ def build_card(
     Args:
         model_dir: its folder. `config.json` and `preprocessor_config.json` are needed; `training_summary.json`, which
             the training loop writes, gives data, settings, seconds and the metrics of the weights that were kept;
-            `split.json` the labelled subset. Where the folders that the run started from still exist, their records are
+            `split.json` the labeled subset. Where the folders that the run started from still exist, their records are
             shown too.
         repo_id: USER/NAME, as the snippets and results name it.
         license: of the weights, an identifier of the Hub.
         metrics_file: `metrics.json` of `uplvp evaluate`, to be shown in the place of the training's own numbers.
             Default: the one in `model_dir`, if any.
-        examples: (picture, picture with masks) paths inside the repository, for the widget.
+        examples: (image, image with masks) paths inside the repository, for the widget.
         remote_code: whether the repository carries the code, so that snippets must say `trust_remote_code=True`.
 
     Returns:
@@ -104,8 +104,7 @@ def _metadata(
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(results),
         widget=[
-            {"src": picture, "example_title": Path(picture).stem, "output": {"url": masks}}
-            for picture, masks in examples
+            {"src": image, "example_title": Path(image).stem, "output": {"url": masks}} for image, masks in examples
         ]
         or None,
     )

@@ -37,9 +37,9 @@ def prepare_folder(
         model_dir: folder with `config.json`, `preprocessor_config.json` and safetensors.
         output: folder to write; must not exist or be empty. It appears complete or not at all.
         repo_id: USER/NAME.
-        license, metrics_file: see `build_card`. The text of the licence is added where it is known: `LICENSE` of the
+        license, metrics_file: see `build_card`. The text of the license is added where it is known: `LICENSE` of the
             model folder, or ours for "apache-2.0".
-        examples: pictures for the widget; the model is run on them.
+        examples: images for the widget; the model is run on them.
         remote_code: add the model's source files, so that the repository loads with `trust_remote_code=True` where
             this library is not installed, and `handler.py` with `requirements.txt` for Inference Endpoints. A model
             that transformers has itself needs none and gets none.
@@ -74,7 +74,7 @@ def prepare_folder(
         if remote_code and "UplvpForPreTraining" not in (config.get("architectures") or []):
             for name in ("handler.py", "requirements.txt"):
                 shutil.copyfile(TEMPLATES / name, folder / name)
-        _add_licence(model_dir, folder, license)
+        _add_license(model_dir, folder, license)
         shown = _add_examples(model_dir, folder, examples)
         card = build_card(model_dir, repo_id, license, metrics_file, shown, remote_code)
         card.save(folder / "README.md")
@@ -176,7 +176,7 @@ def _weights(model_dir: Path) -> list[Path]:
     return files
 
 
-def _add_licence(model_dir: Path, folder: Path, license: str) -> None:
+def _add_license(model_dir: Path, folder: Path, license: str) -> None:
     source = model_dir / "LICENSE"
     if source.is_file():
         check_inside(source, model_dir)
@@ -187,7 +187,7 @@ def _add_licence(model_dir: Path, folder: Path, license: str) -> None:
 
 
 def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.PathLike]) -> list[tuple[str, str]]:
-    """Example pictures of at most 1024 pixels and what the model finds in them, for the widget."""
+    """Example images of at most 1024 pixels and what the model finds in them, for the widget."""
     if not examples:
         return []
     from uplvp_hf.data import InstanceDataset, Row, empty_objects, open_image

@@ -64,9 +64,9 @@ def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
         ("Stage", summary.get("stage")),
         ("Data", None if data.get("train") is None else public(data["train"])),
         ("Split", data.get("train_split")),
-        ("Labelled subset", _split(split) or (None if data.get("subset") is None else public(data["subset"]))),
+        ("Labeled subset", _split(split) or (None if data.get("subset") is None else public(data["subset"]))),
         ("Labels per class", None if labels is None else f"{labels} (seed {data.get('split_seed', 0)})"),
-        ("Pictures", summary.get("pictures")),
+        ("Images", summary.get("images")),
         ("Started from", None if model.get("init") is None else public(model["init"])),
         ("Backbone weights", None if model.get("backbone_weights") is None else public(model["backbone_weights"])),
         ("Prompts", f"{model['prompt_matching']} matching" if model.get("prompt_matching") else None),
@@ -148,13 +148,13 @@ def earlier_stages(summary: dict[str, Any]) -> list[tuple[str, Rows]]:
 
 
 def _label_rows(header: dict[str, Any]) -> Rows:
-    """Labeler, encoder with the licence of its weights, and vocabulary of a store of pseudo labels."""
+    """Labeler, encoder with the license of its weights, and vocabulary of a store of pseudo labels."""
     names = header.get("vocabulary") or []
     shown = ", ".join(map(plain, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     rows = [
         ("Labeler", header.get("labeler")),
         ("Encoder", None if header.get("encoder") is None else public(header["encoder"])),
-        ("Licence of the encoder", header.get("licence") or "not known: look it up before commercial use"),
+        ("License of the encoder", header.get("license") or "not known: look it up before commercial use"),
         ("Vocabulary", shown or None),
         ("Settings", f"hash `{header['settings_hash']}`" if header.get("settings_hash") else None),
     ]

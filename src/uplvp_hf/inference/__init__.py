@@ -1,9 +1,9 @@
-"""Predicting: a model called on pictures, files, folders, addresses; large pictures in tiles; exported models."""
+"""Predicting: a model called on images, files, folders, addresses; large images in tiles; exported models."""
 
 from .instances import Instances
 from .onnx_runtime import OnnxSegmenter
 from .predictor import Predictor, load, load_model, predict_rows
-from .sources import find_pictures
+from .sources import find_images
 from .tiles import Tiles
 
 __all__ = [
@@ -11,7 +11,7 @@ __all__ = [
     "OnnxSegmenter",
     "Predictor",
     "Tiles",
-    "find_pictures",
+    "find_images",
     "load",
     "load_model",
     "predict_rows",

@@ -1,4 +1,4 @@
-"""Pictures from http and https addresses: bounded in time, bytes and redirects, and refused when they are none."""
+"""Images from http and https addresses: bounded in time, bytes and redirects, and refused when they are none."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def is_url(text: str) -> bool:
     return text.lower().startswith(SCHEMES)
 
 
-def fetch_picture(url: str, limits: Limits = LIMITS) -> bytes:
-    """The content of a picture file.
+def fetch_image(url: str, limits: Limits = LIMITS) -> bytes:
+    """The content of an image file.
 
     Raises ImageError, naming the address, for another scheme than http or https, also after a redirect; when the server
     cannot be reached, is too slow, redirects too often or answers with an error; for more bytes than the limit; and
-    when what came is no picture (its head is looked at; it is not decoded here).
+    when what came is no image (its head is looked at; it is not decoded here).
     """
     if not is_url(url):
         raise ImageError("is not an address of http or https", file=url, remedy="Name files by their path.")
@@ -49,7 +49,7 @@ def fetch_picture(url: str, limits: Limits = LIMITS) -> bytes:
     try:
         bytes_size(content, url)
     except ImageError as error:
-        raise ImageError(f"is not a picture: the server sent {len(content)} bytes of {kind}", file=url) from error
+        raise ImageError(f"is not an image: the server sent {len(content)} bytes of {kind}", file=url) from error
     return content
 
 
@@ -84,4 +84,4 @@ def _reason(error: Exception, limits: Limits) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-__all__ = ["LIMITS", "Limits", "fetch_picture", "is_url"]
+__all__ = ["LIMITS", "Limits", "fetch_image", "is_url"]

@@ -1,4 +1,4 @@
-"""The instances of one picture, and the forms that they are wanted in."""
+"""The instances of one image, and the forms that they are wanted in."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Instances:
-    """N instances of one picture, best first; they may overlap.
+    """N instances of one image, best first; they may overlap.
 
     scores (N,) float32, 0 to 1; labels (N,) int64, class indices; names: N class names; boxes (N, 4) float32 x1, y1,
-    x2, y2 in pixels of the picture, ends exclusive (those of QueryInst are the model's own and may leave the picture);
-    rle: N COCO run lengths of the picture's size; size: its (height, width); category_ids: N original ids of the
+    x2, y2 in pixels of the image, ends exclusive (those of QueryInst are the model's own and may leave the image);
+    rle: N COCO run lengths of the image's size; size: its (height, width); category_ids: N original ids of the
     classes; source: file name or address, where there is one.
     """
 
@@ -68,7 +68,7 @@ class Instances:
         return (self.mask(index) for index in range(len(self)))
 
     def masks(self) -> np.ndarray:
-        """(N, height, width) bool: N pictures in memory; `iter_masks` needs one."""
+        """(N, height, width) bool: N images in memory; `iter_masks` needs one."""
         stack = np.zeros((len(self), *self.size), dtype=bool)
         for index, mask in enumerate(self.iter_masks()):
             stack[index] = mask
@@ -124,15 +124,15 @@ class Instances:
         )
 
     def draw(self, image: Image.Image, longest_edge: int = 2560) -> Image.Image:
-        """The picture with every instance tinted, outlined and named.
+        """The image with every instance tinted, outlined and named.
 
         Larger ones are drawn scaled down to `longest_edge` pixels: every mask drawn takes a byte a pixel. Raises
-        ValueError if the picture has another size than the instances.
+        ValueError if the image has another size than the instances.
         """
         from uplvp_hf.evaluation.visualize import draw_instances
 
         if (image.height, image.width) != tuple(self.size):
-            raise ValueError(f"instances of a picture of {self.size}, drawn on {(image.height, image.width)}.")
+            raise ValueError(f"instances of an image of {self.size}, drawn on {(image.height, image.width)}.")
         names = dict(zip(self.labels.tolist(), self.names, strict=True))
         rles, scale = self.rle, longest_edge / max(image.size)
         if scale < 1:
@@ -149,7 +149,7 @@ def _scaled(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def instances_of(
     result: dict[str, Any], size: tuple[int, int], id2label: dict[int, str], category_ids: Sequence[int], source=None
 ) -> Instances:
-    """`Instances` from what `predict_dataset` yields for a picture of `size` (height, width)."""
+    """`Instances` from what `predict_dataset` yields for an image of `size` (height, width)."""
     labels = result["labels"].tolist()
     return Instances(
         scores=result["scores"],

@@ -1,4 +1,4 @@
-"""Results of a long run as they come: a line a picture, kept when the run is killed and used by the next one."""
+"""Results of a long run as they come: a line an image, kept when the run is killed and used by the next one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Journal:
 
     Args:
         folder: made if needed.
-        settings: what the results depend on beside the pictures, as JSON takes it; the first line.
+        settings: what the results depend on beside the images, as JSON takes it; the first line.
         overwrite: begin anew, whatever the folder holds.
 
     Raises DataError when the folder has finished results, or unfinished ones of other settings.
@@ -81,7 +81,7 @@ class Journal:
         return set(self.places)
 
     def add(self, row: Row, annotations: list[dict[str, Any]]) -> None:
-        """Notes a picture as done. In the hands of the system when this returns: a killed process loses nothing."""
+        """Notes an image as done. In the hands of the system when this returns: a killed process loses nothing."""
         image = {"id": row["image_id"], **{key: row[key] for key in ("file_name", "width", "height")}}
         line = json.dumps({"source": fingerprint(row), "image": image, "annotations": annotations}, allow_nan=False)
         with writing(self.file), open(self.file, "ab") as stream:
@@ -107,7 +107,7 @@ class Journal:
 
 
 def fingerprint(row: Row) -> list[Any]:
-    """What tells that a picture is the same as at the run before: path, bytes and time of change, or the address."""
+    """What tells that an image is the same as at the run before: path, bytes and time of change, or the address."""
     name = row["file_name"]
     if name.startswith(("http://", "https://")):
         return [name]

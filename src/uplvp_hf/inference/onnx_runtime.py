@@ -45,7 +45,7 @@ def run_session(session: Any, pixel_values: Tensor, pixel_mask: Tensor) -> dict[
 class OnnxSegmenter(nn.Module):
     """A `model.onnx` of `uplvp export` in place of the model: same call, same output fields, no gradients.
 
-    config: the model's `UplvpConfig`. canvas: (height, width) that pictures have to be padded to; the image processor
+    config: the model's `UplvpConfig`. canvas: (height, width) that images have to be padded to; the image processor
     in the folder does so. `to(device)` has no effect: the device is chosen where the model is opened.
     """
 
@@ -71,7 +71,7 @@ class OnnxSegmenter(nn.Module):
         """pixel_values (B, 3, H, W) with H, W = `canvas`; pixel_mask (B, H, W), default: no padding."""
         if tuple(pixel_values.shape[-2:]) != self.canvas:
             raise ValueError(
-                f"pictures of {tuple(pixel_values.shape[-2:])} for a model exported at {self.canvas} (height, width): "
+                f"images of {tuple(pixel_values.shape[-2:])} for a model exported at {self.canvas} (height, width): "
                 "use the image processor in its folder, or export with another --size."
             )
         if pixel_mask is None:

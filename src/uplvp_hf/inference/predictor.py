@@ -1,4 +1,4 @@
-"""A trained model as something to call on pictures: `load(...)`, then `predict(...)`."""
+"""A trained model as something to call on images: `load(...)`, then `predict(...)`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from uplvp_hf.evaluation import load_segmenter, predict_dataset
 
 from .download import LIMITS, Limits, is_url
 from .instances import Instances, instances_of
-from .sources import MAX_PIXELS, check_pixels, find_pictures, pixels_unbounded
+from .sources import MAX_PIXELS, check_pixels, find_images, pixels_unbounded
 from .tiles import Tiles, Window, merge_windows
 
-_PICTURES = (str, os.PathLike, Image.Image, np.ndarray)
-Picture = str | os.PathLike[str] | Image.Image | np.ndarray
+_IMAGES = (str, os.PathLike, Image.Image, np.ndarray)
+ImageInput = str | os.PathLike[str] | Image.Image | np.ndarray
 
 
 def load(name_or_dir: str | os.PathLike[str], device: str | torch.device | None = None, **settings: Any) -> Predictor:
@@ -68,10 +68,10 @@ def predict_rows(
     failures: list[dict[str, Any]] | None = None,
     **settings: Any,
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """As `predict_dataset`, whose `settings` these are, with pictures larger than `tiles` cut into windows.
+    """As `predict_dataset`, whose `settings` these are, with images larger than `tiles` cut into windows.
 
-    With tiles a picture and the windows of one batch are in memory, and run lengths; pictures that fit into one window
-    are predicted whole, with the same result as without tiles and a batch size of 1. Pictures that Pillow refuses for
+    With tiles an image and the windows of one batch are in memory, and run lengths; images that fit into one window
+    are predicted whole, with the same result as without tiles and a batch size of 1. Images that Pillow refuses for
     their size can be decoded inside `pixels_unbounded` alone.
     """
     failures = failures if failures is not None else []
@@ -105,19 +105,19 @@ def _predict_tiled(
     return found[0][1] if len(windows) == 1 else merge_windows(found, *image.size, tiles)
 
 
-def _memory_row(image: Image.Image, number: int, name: str = "picture in memory") -> Row:
+def _memory_row(image: Image.Image, number: int, name: str = "image in memory") -> Row:
     return Row(
         image=image, image_id=number, file_name=name, width=image.width, height=image.height, objects=empty_objects()
     )
 
 
 class Predictor:
-    """A model and its image processor, called on pictures.
+    """A model and its image processor, called on images.
 
     Args:
         model, processor: as `load_model` gives them, or any pair that `predict_dataset` takes.
-        batch_size: most pictures, or windows of one, per forward pass.
-        max_pixels: a picture with more is refused before it is decoded.
+        batch_size: most images, or windows of one, per forward pass.
+        max_pixels: an image with more is refused before it is decoded.
         limits: of downloads.
 
     ```python
@@ -147,32 +147,32 @@ class Predictor:
 
     def predict(
         self,
-        images: Picture | Sequence[Picture],
+        images: ImageInput | Sequence[ImageInput],
         threshold: float = 0.5,
         tiles: Tiles | int | None = None,
         mask_threshold: float = 0.5,
         top_k: int = 100,
         progress: bool = False,
     ) -> Instances | list[Instances]:
-        """Instances of a picture, or of each in a list.
+        """Instances of an image, or of each in a list.
 
         Args:
-            images: path of a file, address of http or https, PIL picture, or (H, W, 3) uint8 RGB array; or a list.
+            images: path of a file, address of http or https, PIL image, or (H, W, 3) uint8 RGB array; or a list.
             threshold: least score, 0 to 1.
-            tiles: cut pictures larger than this many pixels into windows; `Tiles` has more to choose.
+            tiles: cut images larger than this many pixels into windows; `Tiles` has more to choose.
             mask_threshold: a pixel belongs to a mask when its probability is above this.
-            top_k: most instances a picture, with tiles a window.
+            top_k: most instances an image, with tiles a window.
             progress: whether to show a progress bar.
 
-        Raises ImageError for a picture that cannot be read or is too large, ValueError for values out of range.
+        Raises ImageError for an image that cannot be read or is too large, ValueError for values out of range.
         """
         if not 0 <= threshold <= 1 or not 0 < mask_threshold < 1 or top_k < 1:
             raise ValueError(f"out of range: threshold {threshold}, mask_threshold {mask_threshold} or top_k {top_k}.")
-        single = isinstance(images, _PICTURES)
-        pictures = [images] if single else list(images)
+        single = isinstance(images, _IMAGES)
+        inputs = [images] if single else list(images)
         tiles = Tiles(tiles) if isinstance(tiles, int) else tiles
         with tempfile.TemporaryDirectory(prefix="uplvp-") as folder, pixels_unbounded():
-            rows = [self._row(picture, number, folder) for number, picture in enumerate(pictures)]
+            rows = [self._row(image, number, folder) for number, image in enumerate(inputs)]
             failures: list[dict[str, Any]] = []
             results = predict_rows(
                 self.model, self.processor, InstanceDataset(rows, []), tiles, progress, failures,
@@ -189,20 +189,20 @@ class Predictor:
             raise ImageError(failures[0]["reason"], file=failures[0]["file"])
         return found[0] if single else found
 
-    def _row(self, picture: Picture, number: int, folder: str) -> Row:
-        if isinstance(picture, np.ndarray):
-            if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-                raise ValueError(f"an array must be (H, W, 3) uint8 RGB, got {picture.shape} {picture.dtype}.")
-            picture = Image.fromarray(picture)
-        if isinstance(picture, Image.Image):
-            check_pixels(picture.size, self.max_pixels, f"images[{number}]")
-            picture = to_rgb(picture).copy()
-            picture.info = {}  # taken as it stands: EXIF is not applied, so that results are in its pixels
-            return _memory_row(picture, number, f"images[{number}]")
-        path = os.fspath(picture)
+    def _row(self, image: ImageInput, number: int, folder: str) -> Row:
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"an array must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}.")
+            image = Image.fromarray(image)
+        if isinstance(image, Image.Image):
+            check_pixels(image.size, self.max_pixels, f"images[{number}]")
+            image = to_rgb(image).copy()
+            image.info = {}  # taken as it stands: EXIF is not applied, so that results are in its pixels
+            return _memory_row(image, number, f"images[{number}]")
+        path = os.fspath(image)
         if not is_url(path) and not Path(path).is_file():
-            raise ImageError("no such picture", file=path)
-        found = find_pictures([path], folder, self.max_pixels, self.limits)
+            raise ImageError("no such image", file=path)
+        found = find_images([path], folder, self.max_pixels, self.limits)
         return Row(**{**found[0], "image_id": number, "file_name": path})
 
 

@@ -1,4 +1,4 @@
-"""What to predict: files, folders, patterns and addresses as rows of a data set, with a bound on pixels."""
+"""What to predict: files, folders, patterns and addresses as rows of a dataset, with a bound on pixels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, empty_objects, image_size, read_image_folder
 from uplvp_hf.files import replacing
 
-from .download import LIMITS, Limits, fetch_picture, is_url
+from .download import LIMITS, Limits, fetch_image, is_url
 
 # 100 million: 300 MB as RGB. A small file can claim billions.
 MAX_PIXELS = 100_000_000
@@ -48,7 +48,7 @@ def pixels_unbounded() -> Iterator[None]:
 
 
 def check_pixels(size: tuple[int, int], max_pixels: int, file: object) -> None:
-    """Raises ImageError for a picture of `size` (width, height) with more pixels than allowed."""
+    """Raises ImageError for an image of `size` (width, height) with more pixels than allowed."""
     width, height = size
     if width * height > max_pixels:
         raise ImageError(
@@ -59,25 +59,25 @@ def check_pixels(size: tuple[int, int], max_pixels: int, file: object) -> None:
         )
 
 
-def find_pictures(
+def find_images(
     paths: Sequence[str],
     downloads: str | os.PathLike[str] | None = None,
     max_pixels: int = MAX_PIXELS,
     limits: Limits = LIMITS,
     leave_out: str | os.PathLike[str] | None = None,
 ) -> InstanceDataset:
-    """Unlabelled rows of all pictures in `paths`, numbered from 1, in that order.
+    """Unlabeled rows of all images in `paths`, numbered from 1, in that order.
 
     Args:
         paths: files; folders, searched recursively; patterns such as `shots/**/*.jpg`, where no file has that name;
             addresses of http and https.
-        downloads: folder that downloaded pictures are kept in and looked up in; needed for addresses.
-        max_pixels: pictures with more are left out; only their heads are read for that.
+        downloads: folder that downloaded images are kept in and looked up in; needed for addresses.
+        max_pixels: images with more are left out; only their heads are read for that.
         limits: of every download.
-        leave_out: a folder whose pictures do not count, such as the overlays of an earlier run among the pictures.
+        leave_out: a folder whose images do not count, such as the overlays of an earlier run among the images.
 
     What cannot be read is in `failures`. Raises DataError for a path that does not exist, a pattern without matches, a
-    folder without pictures, an address of another kind, and when nothing is left (ImageError: of a single picture).
+    folder without images, an address of another kind, and when nothing is left (ImageError: of a single image).
     """
     rows: list[Row] = []
     failures: list[dict[str, Any]] = []
@@ -97,13 +97,13 @@ def find_pictures(
                 rows.append(row)
     numbered = [Row(**{**row, "image_id": number}) for number, row in enumerate(rows, start=1)]
     if not numbered and not failures:
-        raise DataError("holds overlays of an earlier run only", file=leave_out, remedy="Name the pictures.")
+        raise DataError("holds overlays of an earlier run only", file=leave_out, remedy="Name the images.")
     if not numbered:
         first = failures[0]
         if len(failures) == 1:
             raise ImageError(first["reason"], file=first["file"])
         raise DataError(
-            f"none of the {len(failures)} pictures can be read; the first: {first['file']}: {first['reason']}"
+            f"none of the {len(failures)} images can be read; the first: {first['file']}: {first['reason']}"
         )
     return InstanceDataset(numbered, [], "", failures)
 
@@ -157,7 +157,7 @@ def _fetch_all(urls: Sequence[str], folder: str | os.PathLike[str] | None, limit
         if file.is_file():
             return file
         try:
-            content = fetch_picture(url, limits)
+            content = fetch_image(url, limits)
         except ImageError as error:
             return error
         with replacing(file, "wb") as stream:
@@ -176,7 +176,7 @@ def plain_stem(name: str) -> str:
     letters, digits, `_`, `-` and dots inside, at most 80 characters."""
     path = unquote(urlsplit(name).path) if is_url(name) else name
     stem = Path(path.replace("\\", "/")).stem
-    return re.sub(r"[^\w.-]+", "_", stem).strip("._")[:80] or "picture"
+    return re.sub(r"[^\w.-]+", "_", stem).strip("._")[:80] or "image"
 
 
-__all__ = ["MAX_PIXELS", "check_pixels", "find_pictures", "pixels_unbounded", "plain_stem"]
+__all__ = ["MAX_PIXELS", "check_pixels", "find_images", "pixels_unbounded", "plain_stem"]

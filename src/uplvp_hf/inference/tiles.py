@@ -1,7 +1,7 @@
-"""Large pictures in overlapping windows: where the windows are, and which pieces in them are one instance.
+"""Large images in overlapping windows: where the windows are, and which pieces in them are one instance.
 
-All masks are run lengths: no mask of the picture's size is ever decoded, whatever the number of instances. As SAHI
-(arXiv 2202.06934) cuts pictures; the merging is our own, because masks say more than boxes: two windows saw the same
+All masks are run lengths: no mask of the image's size is ever decoded, whatever the number of instances. As SAHI
+(arXiv 2202.06934) cuts images; the merging is our own, because masks say more than boxes: two windows saw the same
 instance when their masks agree where both of them looked.
 """
 
@@ -24,11 +24,11 @@ Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels, ends exclusive
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a picture is cut, and what counts as one instance.
+    """How an image is cut, and what counts as one instance.
 
-    size: side of the square windows in pixels of the picture; one that fits into it is not cut. overlap: least share
-    of the side that neighbours have in common; objects up to that size are seen whole by one window at least. full:
-    the whole picture, scaled down as usual, is one more window, for objects larger than a few windows. agreement:
+    size: side of the square windows in pixels of the image; one that fits into it is not cut. overlap: least share
+    of the side that neighbors have in common; objects up to that size are seen whole by one window at least. full:
+    the whole image, scaled down as usual, is one more window, for objects larger than a few windows. agreement:
     least intersection over union of two masks of one class, within both windows, that makes them one instance.
     contained: a piece that its window cut off is left out when this share of it lies in another instance of its class.
 
@@ -50,7 +50,7 @@ class Tiles:
             raise ValueError(f"agreement {self.agreement} and contained {self.contained} must be above 0, at most 1.")
 
     def windows(self, width: int, height: int) -> list[Window]:
-        """Windows that cover the picture, row by row; the whole picture alone where it fits into one, and last where
+        """Windows that cover the image, row by row; the whole image alone where it fits into one, and last where
         `full` says so."""
         columns, rows = self._starts(width), self._starts(height)
         whole = (0, 0, width, height)
@@ -71,7 +71,7 @@ class Tiles:
 @dataclass
 class _Piece:
     """What one window found. box: x1, y1, x2, y2 around the mask; own: the box to report (the model's own box, moved);
-    cut: whether the mask reaches an end of the window that is none of the picture."""
+    cut: whether the mask reaches an end of the window that is none of the image."""
 
     window: Window
     label: int
@@ -83,14 +83,14 @@ class _Piece:
     areas: dict[Window, int] = field(default_factory=dict)
 
     def area_in(self, window: Window, width: int, height: int) -> int:
-        """Pixels of the mask inside another window of the picture."""
+        """Pixels of the mask inside another window of the image."""
         if window not in self.areas:
             self.areas[window] = _area(_intersection(self.rle, _window_rle(window, width, height)))
         return self.areas[window]
 
 
 def place_rle(rle: dict[str, Any], window: Window, width: int, height: int) -> dict[str, Any]:
-    """Run lengths of a window (its own size) -> those of the picture that it was cut from (width, height)."""
+    """Run lengths of a window (its own size) -> those of the image that it was cut from (width, height)."""
     x1, y1, x2, y2 = window
     if (x2 - x1, y2 - y1) == (width, height):
         return rle
@@ -113,7 +113,7 @@ def place_rle(rle: dict[str, Any], window: Window, width: int, height: int) -> d
 def merge_windows(
     found: Sequence[tuple[Window, dict[str, Any]]], width: int, height: int, tiles: Tiles
 ) -> dict[str, Any]:
-    """Results of the windows of one picture, each in the pixels of its window, as one result of the picture.
+    """Results of the windows of one image, each in the pixels of its window, as one result of the image.
 
     found: (window, {"scores", "labels", "boxes", "rle"}) as `predict_dataset` yields them. Masks of one instance are
     united, and it gets their best score and the box around them; an instance of one piece keeps its box, moved.
@@ -163,7 +163,7 @@ def _grouped(pieces: list[_Piece], width: int, height: int, agreement: float) ->
             index = leader[index]
         return index
 
-    for first, second in _neighbours(pieces):
+    for first, second in _neighbors(pieces):
         if find(first) != find(second) and _agree(pieces[first], pieces[second], width, height, agreement):
             leader[find(second)] = find(first)
     groups: dict[int, list[int]] = {}
@@ -172,7 +172,7 @@ def _grouped(pieces: list[_Piece], width: int, height: int, agreement: float) ->
     return list(groups.values())
 
 
-def _neighbours(pieces: list[_Piece]) -> list[tuple[int, int]]:
+def _neighbors(pieces: list[_Piece]) -> list[tuple[int, int]]:
     """Pairs of one class in two windows whose boxes meet."""
     if not pieces:
         return []
@@ -216,7 +216,7 @@ def _without_contained(pieces: list[_Piece], share: float) -> list[_Piece]:
     """Leaves out pieces that a window cut off and that lie in a larger instance of their class."""
     areas = rle_areas([piece.rle for piece in pieces])
     left_out: set[int] = set()
-    for first, second in _neighbours(pieces):
+    for first, second in _neighbors(pieces):
         small, large = (first, second) if areas[first] <= areas[second] else (second, first)
         if pieces[small].cut and small not in left_out and large not in left_out:
             inside = _area(_intersection(pieces[small].rle, pieces[large].rle))

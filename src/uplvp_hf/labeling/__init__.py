@@ -1,7 +1,7 @@
 """Labeling: which pixels become pseudo instances, and what they are called."""
 
 from .attention import ATTENTIONS, Recipe
-from .baselines import CentreBoxLabeler, WholePictureLabeler
+from .baselines import CenterBoxLabeler, WholeImageLabeler
 from .class_map import read_class_map, resolve_class_map
 from .clip import Clip, load_clip
 from .cutting import Cutting
@@ -27,7 +27,7 @@ from .text import TextEmbeddings, embed_classes, load_text_embeddings, read_voca
 __all__ = [
     "ATTENTIONS",
     "AgnosticNamer",
-    "CentreBoxLabeler",
+    "CenterBoxLabeler",
     "ClassifierNamer",
     "Clip",
     "ClipZeroShotNamer",
@@ -49,7 +49,7 @@ __all__ = [
     "StoreWriter",
     "TextEmbeddings",
     "View",
-    "WholePictureLabeler",
+    "WholeImageLabeler",
     "dense_features",
     "embed_classes",
     "export_coco",

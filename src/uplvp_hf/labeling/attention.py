@@ -12,16 +12,16 @@ output projection. Every recipe ends in patch tokens that `Clip.project` takes i
     gem        over the last `gem_depth` blocks, beside the unchanged path: y <- y + O(mean of three self-self
                attentions), for z in (q, k, v): repeat `gem_iterations` times z <- softmax(t z' z'^T) z' with
                z' = z / |z|, then softmax(t z' z'^T) v. t = `gem_temperature`, or s times the mean norm of h over the
-               picture's tokens. h always comes from the unchanged path; no FFN beside it
+               image's tokens. h always comes from the unchanged path; no FFN beside it
     proxy      O(softmax(gamma (A - beta mean A)) v), A = cosines of another backbone's patches, negative arguments left
                out, v of the patches resized bilinearly to that backbone's grid; no residual, no FFN. The result lies on
-               that grid. The mean is over the picture's (or window's) own A; a patch always attends to itself, so that
-               a uniform picture keeps its values
+               that grid. The mean is over the image's (or window's) own A; a patch always attends to itself, so that
+               a uniform image keeps its values
     identity   O(v), no residual, no FFN
 
 Sources: MaskCLIP (arXiv 2112.01071), SCLIP (2312.01597), ClearCLIP (2407.12442), NACLIP (2404.08181), GEM (2312.00878;
 depth 7 and 1 iteration are its settings for ViT-B/16), ProxyCLIP (2408.04883; beta 1.2, gamma 3).
-Mean mIoU over five data sets with OpenAI's ViT-B/16, as the ClearCLIP paper (table 2) reports: vanilla 12.6, maskclip
+Mean mIoU over five datasets with OpenAI's ViT-B/16, as the ClearCLIP paper (table 2) reports: vanilla 12.6, maskclip
 28.0, identity 29.5, sclip 35.2, gem 37.2, clearclip 37.5. No CLIP of that size has been measured with this code.
 """
 
@@ -172,7 +172,7 @@ def clearclip(blocks: Sequence[nn.Module], x: torch.Tensor, layout: Layout, reci
 
 
 def naclip(blocks: Sequence[nn.Module], x: torch.Tensor, layout: Layout, recipe: Recipe):
-    """k-k attention that favours near patches."""
+    """k-k attention that favors near patches."""
     layer, h = blocks[-1].self_attn, blocks[-1].layer_norm1(x)
     key, value = _heads(layer.k_proj(h), layer), _heads(layer.v_proj(h), layer)
     bias = _cached_bias(layout.grid, recipe.sigma, recipe.scale, layout.prefix, x.device, x.dtype)

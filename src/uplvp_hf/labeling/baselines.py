@@ -1,4 +1,4 @@
-"""Labelers that do not look at the picture: what any mask source has to beat."""
+"""Labelers that do not look at the image: what any mask source has to beat."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .instances import Proposals
 from .protocol import LabelerBase
 
 
-class CentreBoxLabeler(LabelerBase):
-    """One box in the middle of every picture. Class-agnostic.
+class CenterBoxLabeler(LabelerBase):
+    """One box in the middle of every image. Class-agnostic.
 
-    side: of the box, as a share of the picture's sides. Raises ValueError for a share outside of (0, 1].
+    side: of the box, as a share of the image's sides. Raises ValueError for a share outside of (0, 1].
     """
 
-    name = "centre_box"
+    name = "center_box"
     encoder_name = "none"
 
     def __init__(self, side: float = 0.5**0.5) -> None:
         if not 0 < side <= 1:
-            raise ValueError(f"centre box: a side of {side} is no share of the picture; use more than 0, at most 1")
+            raise ValueError(f"center box: a side of {side} is no share of the image; use more than 0, at most 1")
         self.side = side
 
     @property
@@ -33,7 +33,7 @@ class CentreBoxLabeler(LabelerBase):
         return {"side": self.side}
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One mask a picture, of score 1."""
+        """One mask an image, of score 1."""
         results = []
         for image in images:
             mask = np.zeros((1, image.height, image.width), dtype=bool)
@@ -44,10 +44,10 @@ class CentreBoxLabeler(LabelerBase):
         return results
 
 
-class WholePictureLabeler(CentreBoxLabeler):
-    """One mask over every picture. Class-agnostic."""
+class WholeImageLabeler(CenterBoxLabeler):
+    """One mask over every image. Class-agnostic."""
 
-    name = "whole_picture"
+    name = "whole_image"
 
     def __init__(self) -> None:
         super().__init__(side=1.0)

@@ -1,6 +1,6 @@
-"""The unit of labelling work: a block of consecutive pictures of the data set, dealt to processes and decoded ahead.
+"""The unit of labeling work: a block of consecutive images of the dataset, dealt to processes and decoded ahead.
 
-Which pictures share a batch depends on the order of the data set and on the batch size alone. So every float, hence
+Which images share a batch depends on the order of the dataset and on the batch size alone. So every float, hence
 every row, is the same in one process, in several, and in a run that was killed and resumed.
 """
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from ..data.dataset import InstanceDataset, Row, RowStream, load_picture
+from ..data.dataset import InstanceDataset, Row, RowStream, load_row_image
 from ..data.errors import ImageError
 
 
 @dataclass(frozen=True)
 class Block:
-    """number: 0, 1, ... first: running number of its first picture in the data set."""
+    """number: 0, 1, ... first: running number of its first image in the dataset."""
 
     number: int
     first: int
@@ -30,24 +30,24 @@ class Block:
 
 @dataclass(frozen=True)
 class LoadedBlock:
-    """A block with what became of its pictures: a picture, the reason why there is none, or None if not looked at.
+    """A block with what became of its images: an image, the reason why there is none, or None if not looked at.
 
-    todo: positions in the block that need a row. A block that was labelled in part is decoded whole, so that its
-    pictures have the batch mates that they would have had in an undisturbed run.
+    todo: positions in the block that need a row. A block that was labeled in part is decoded whole, so that its
+    images have the batch mates that they would have had in an undisturbed run.
     """
 
     block: Block
-    pictures: Sequence[Image.Image | ImageError | None]
+    images: Sequence[Image.Image | ImageError | None]
     todo: Collection[int]
 
     def positions(self) -> list[int]:
-        """Of the pictures that were decoded."""
-        return [k for k, picture in enumerate(self.pictures) if isinstance(picture, Image.Image)]
+        """Of the images that were decoded."""
+        return [k for k, image in enumerate(self.images) if isinstance(image, Image.Image)]
 
     def readable(self) -> tuple[list[Image.Image], list[Row]]:
-        """The pictures that were decoded, and their rows."""
+        """The images that were decoded, and their rows."""
         kept = self.positions()
-        return [self.pictures[k] for k in kept], [self.block.rows[k] for k in kept]
+        return [self.images[k] for k in kept], [self.block.rows[k] for k in kept]
 
 
 @dataclass(frozen=True)
@@ -68,20 +68,20 @@ class Deal:
         return (before if measured else number - before) % self.size == self.rank
 
 
-def block_count(pictures: int, size: int) -> int:
-    """Blocks of `size` that hold so many pictures."""
-    return -(-pictures // size)
+def block_count(images: int, size: int) -> int:
+    """Blocks of `size` that hold so many images."""
+    return -(-images // size)
 
 
-def calibration_blocks(pictures: int | None, size: int, wanted: int) -> list[int]:
-    """Numbers of the blocks to calibrate on: about `wanted` pictures spread evenly over the set.
+def calibration_blocks(images: int | None, size: int, wanted: int) -> list[int]:
+    """Numbers of the blocks to calibrate on: about `wanted` images spread evenly over the set.
 
-    pictures: of the whole set; None, for a stream of unknown length, takes its first blocks.
+    images: of the whole set; None, for a stream of unknown length, takes its first blocks.
     """
     needed = block_count(wanted, size)
-    if pictures is None:
+    if images is None:
         return list(range(needed))
-    count = block_count(pictures, size)
+    count = block_count(images, size)
     needed = min(needed, count)
     return [k * count // needed for k in range(needed)]
 
@@ -91,10 +91,10 @@ def iterate_blocks(
 ) -> Iterator[Block]:
     """The blocks whose number is `wanted`, in order. Of a stream every row is read, one block held at a time."""
     if not isinstance(dataset, RowStream):
-        pictures = len(range(len(dataset))[:limit])
-        for number in filter(wanted, range(block_count(pictures, size))):
+        images = len(range(len(dataset))[:limit])
+        for number in filter(wanted, range(block_count(images, size))):
             first = number * size
-            yield Block(number, first, [dataset[k] for k in range(first, min(first + size, pictures))])
+            yield Block(number, first, [dataset[k] for k in range(first, min(first + size, images))])
         return
     rows = itertools.islice(dataset, limit)
     for number in itertools.count():
@@ -110,7 +110,7 @@ def load_blocks(
 ) -> Iterator[LoadedBlock]:
     """Decode blocks in `workers` threads, at most `ahead` of them beyond the one that is handed out, in order.
 
-    Pictures whose image id is in `finished` need no row (see `LoadedBlock`). Threads do: decoders of pictures work
+    Images whose image id is in `finished` need no row (see `LoadedBlock`). Threads do: decoders of images work
     outside of Python's lock.
     """
     with ThreadPoolExecutor(workers, "decode") as pool:
@@ -126,17 +126,17 @@ def load_blocks(
 
 def _load(row: Row) -> Image.Image | ImageError:
     try:
-        return load_picture(row)
+        return load_row_image(row)
     except ImageError as error:
         return error
 
 
 def _collect(block: Block, futures: dict[int, Future], pool: ThreadPoolExecutor) -> LoadedBlock:
-    pictures: list[Image.Image | ImageError | None] = [None] * len(block.rows)
+    images: list[Image.Image | ImageError | None] = [None] * len(block.rows)
     for k, future in futures.items():
-        pictures[k] = future.result()
-    if any(isinstance(picture, Image.Image) for picture in pictures):
-        others = [k for k in range(len(pictures)) if k not in futures]
-        for k, picture in zip(others, pool.map(_load, [block.rows[k] for k in others])):
-            pictures[k] = picture
-    return LoadedBlock(block, pictures, futures.keys())
+        images[k] = future.result()
+    if any(isinstance(image, Image.Image) for image in images):
+        others = [k for k in range(len(images)) if k not in futures]
+        for k, image in zip(others, pool.map(_load, [block.rows[k] for k in others])):
+            images[k] = image
+    return LoadedBlock(block, images, futures.keys())

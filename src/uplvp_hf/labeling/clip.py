@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from .licence import weights_licence
-from .pixels import pictures_to_pixels
+from .license import weights_license
+from .pixels import images_to_pixels
 from .text import encode_texts
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -47,10 +47,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Clip:
-    """A frozen image-text model with its tokenizer and what its pictures look like.
+    """A frozen image-text model with its tokenizer and what its images look like.
 
     model: CLIPModel, SiglipModel, Siglip2Model, or their image tower alone (then `tokenizer` is None).
-    licence: of the weights, as their model card names it; None: not known.
+    license: of the weights, as their model card names it; None: not known.
     recommended: settings of the labeler that suit this encoder, from `labeling.json` beside it; see `load_clip`.
     """
 
@@ -59,7 +59,7 @@ class Clip:
     name: str
     image_mean: tuple[float, ...] = OPENAI_MEAN
     image_std: tuple[float, ...] = OPENAI_STD
-    licence: str | None = None
+    license: str | None = None
     recommended: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -69,7 +69,7 @@ class Clip:
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the square pictures that the position table was trained for."""
+        """Side in pixels of the square images that the position table was trained for."""
         config = self.vision.config
         if hasattr(config, "image_size"):
             return config.image_size
@@ -100,12 +100,12 @@ class Clip:
         return self.vision.config.hidden_size if projection is None else projection.out_features
 
     def pixels(self, images: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-        """Stretch pictures to `size` (height, width) and normalise: (B, 3, H, W) float32 on the model's device."""
-        return pictures_to_pixels(images, size, self.image_mean, self.image_std, self.device)
+        """Stretch images to `size` (height, width) and normalize: (B, 3, H, W) float32 on the model's device."""
+        return images_to_pixels(images, size, self.image_mean, self.image_std, self.device)
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Whole-picture embeddings, not normalised: (B, 3, S, S) of `image_size` -> (B, D) float32."""
+        """Whole-image embeddings, not normalized: (B, 3, S, S) of `image_size` -> (B, D) float32."""
         if self._packed:
             patches, mask, shapes = self._pack(pixels)
             output = self.vision(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
@@ -117,7 +117,7 @@ class Clip:
 
     @torch.inference_mode()
     def encode_texts(self, prompts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """Embeddings of prompts, not normalised: (N, D) float32. Raises ValueError without a text tower."""
+        """Embeddings of prompts, not normalized: (N, D) float32. Raises ValueError without a text tower."""
         if self.tokenizer is None or not hasattr(self.model, "text_model"):
             raise ValueError(f"{self.name} was loaded without its text tower; give precomputed text embeddings")
         return encode_texts(self.model, self.tokenizer, prompts, batch_size)
@@ -214,7 +214,7 @@ def load_clip(
         str(name_or_path),
         tuple(image_mean or family_mean),
         tuple(image_std or family_std),
-        weights_licence(name_or_path),
+        weights_license(name_or_path),
         _read_recommended(name_or_path),
     )
     if kind != "clip" and not hasattr(clip.vision, "head"):

@@ -1,4 +1,4 @@
-"""From class evidence on a grid to one picture's instances: refinement, class map, components, splitting, filters,
+"""From class evidence on a grid to one image's instances: refinement, class map, components, splitting, filters,
 NMS."""
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Cutting:
     fill_holes: holes in a component belong to it.
     split: "components" (4-connected), or "ncut", which also splits components where the encoder's own features fall
         apart (`ncut.split_by_ncut`): at most `max_parts` parts, cells joined above a cosine of `split_tau` after
-        subtracting the picture's mean feature, no cut that costs more than `max_ncut`.
+        subtracting the image's mean feature, no cut that costs more than `max_ncut`.
     refine: "pamr", NACLIP's pixel-adaptive refinement of the evidence before the class map, or None. 10 steps at
         `refine_size` pixels on the shorter side, with dilations of 8 and 16 pixels in 336 (NACLIP's), scaled to that
-        size. 128 pixels give masks as good as 336 at a tenth of the time (docs/labelling.md).
-    min_area, max_area: shares of the picture. max_border: share of its outermost pixels. max_aspect: longer over
+        size. 128 pixels give masks as good as 336 at a tenth of the time (docs/labeling.md).
+    min_area, max_area: shares of the image. max_border: share of its outermost pixels. max_aspect: longer over
         shorter side of the box, None for any. min_side: pixels of the shorter side.
     nms_kind: "mask" (IoU above `nms` loses), "matrix" (decay with `nms_sigma`, then `min_score`) or "none"; per class,
         over all when class-agnostic. Exclusive areas never overlap: it matters for `exclusive=False` and `fill_holes`.
-    class_agnostic: forget the classes after cutting. top: most instances a picture (20: the papers' number).
+    class_agnostic: forget the classes after cutting. top: most instances an image (20: the papers' number).
 
     Raises ValueError for an unknown choice, or a top, max_parts or refine_size below 1.
     """
@@ -86,7 +86,7 @@ def cut_instances(
     image: Image.Image | None = None,
     features: torch.Tensor | None = None,
 ) -> Proposals:
-    """One picture's proposals of `size` (H, W), best first.
+    """One image's proposals of `size` (H, W), best first.
 
     evidence: (K, h, w). score: from an instance's mean evidence to [0, 1]. image: read by refine. features: (C, h, w)
     on the evidence's grid, read by split "ncut". `cutting.threshold`, `peak` and `min_score` must be numbers.
@@ -114,7 +114,7 @@ def cut_instances(
 
 def _refine(maps: torch.Tensor, image: Image.Image | None, shorter: int) -> torch.Tensor:
     if image is None:
-        raise ValueError("refine='pamr' needs the picture")
+        raise ValueError("refine='pamr' needs the image")
     scale = shorter / min(image.size)
     size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
     resized = np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
@@ -150,7 +150,7 @@ def _split(
 ) -> list[Segment]:
     """Every segment's parts; a pixel goes to the part whose enlarged mask is strongest there."""
     if features is None:
-        raise ValueError("split='ncut' needs the features of the picture")
+        raise ValueError("split='ncut' needs the features of the image")
     h, w = features.shape[-2:]
     rows = ((np.arange(h) + 0.5) * size[0] / h).astype(int)
     columns = ((np.arange(w) + 0.5) * size[1] / w).astype(int)
@@ -161,7 +161,7 @@ def _split(
         cutting.max_parts,
         cutting.split_tau,
         max_ncut=cutting.max_ncut,
-        centre=True,
+        center=True,
     )
     result = []
     for segment, parts in zip(segments, parts_of):

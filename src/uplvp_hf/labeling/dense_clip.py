@@ -1,8 +1,8 @@
-"""Dense CLIP: similarity of every place in a picture with class names, by sliding windows over any picture size.
+"""Dense CLIP: similarity of every place in an image with class names, by sliding windows over any image size.
 
-`attention` says what the last block does, `clip` how patches get into the text space. Pictures are resized so that one
+`attention` says what the last block does, `clip` how patches get into the text space. Images are resized so that one
 side is near `image_size`, cut into overlapping windows, and the maps of the windows averaged where they overlap.
-Windows of all pictures of a call share batches, whatever the pictures' sizes.
+Windows of all images of a call share batches, whatever the images' sizes.
 
 Published settings (shorter side, window, stride in pixels; OpenAI's ViT-B/16): SCLIP 336, 224, 112; ClearCLIP 448, 448,
 224; ProxyCLIP 336, 336, 112.
@@ -27,9 +27,9 @@ __all__ = ["ATTENTIONS", "Clip", "Recipe", "View", "dense_features", "dense_grid
 
 @dataclass(frozen=True)
 class View:
-    """How a picture is looked at.
+    """How an image is looked at.
 
-    image_size: pixels of its `side` ("shorter" or "longer"). window, stride: pixels; window None: the whole picture at
+    image_size: pixels of its `side` ("shorter" or "longer"). window, stride: pixels; window None: the whole image at
     once; stride None: half a window. Raises ValueError for an unknown side or sizes below 1.
     """
 
@@ -54,7 +54,7 @@ def dense_features(
     """Unit-length patch features in the text space.
 
     Args:
-        pixels: (B, 3, H, W) normalised for `clip`, sides multiples of the patch size; position embeddings are resized.
+        pixels: (B, 3, H, W) normalized for `clip`, sides multiples of the patch size; position embeddings are resized.
         recipe: the last block, default naclip. guide: the other backbone of "proxy" (its last map is used).
 
     Returns (B, D, H / patch, W / patch) float32, for proxy on the guide's grid. Raises ValueError for sides that do not
@@ -74,15 +74,13 @@ def dense_features(
 
 
 def guide_features(guide: Encoder, clip: Clip, pixels: torch.Tensor) -> torch.Tensor:
-    """The last map of another backbone for pictures normalised for `clip`: (B, 3, H, W) -> (B, C, h, w) float32.
+    """The last map of another backbone for images normalized for `clip`: (B, 3, H, W) -> (B, C, h, w) float32.
 
     Sides are rounded to what the backbone takes: its patch size, 32 pixels when it has none.
     Raises ValueError for a backbone whose cells do not lie on the grid (`Encoder.shift`).
     """
     if guide.shift:
-        raise ValueError(
-            f"{guide.name}: cells are shifted against the picture; the proxy guide needs a ViT such as DINO"
-        )
+        raise ValueError(f"{guide.name}: cells are shifted against the image; the proxy guide needs a ViT such as DINO")
     to_clip = torch.tensor([clip.image_mean, clip.image_std], device=pixels.device).view(2, 1, 3, 1, 1)
     to_guide = torch.tensor([guide.image_mean, guide.image_std], device=pixels.device).view(2, 1, 3, 1, 1)
     pixels = (pixels.float() * to_clip[1] + to_clip[0] - to_guide[0]) / to_guide[1]
@@ -110,7 +108,7 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def working_size(width: int, height: int, image_size: int, side: str, patch: int) -> tuple[int, int]:
-    """(height, width) of the resized picture: `side` ("shorter" or "longer") near `image_size`, whole patches."""
+    """(height, width) of the resized image: `side` ("shorter" or "longer") near `image_size`, whole patches."""
     reference = min(width, height) if side == "shorter" else max(width, height)
     scale = image_size / reference
     return tuple(max(patch, round(length * scale / patch) * patch) for length in (height, width))
@@ -118,7 +116,7 @@ def working_size(width: int, height: int, image_size: int, side: str, patch: int
 
 @dataclass
 class _Group:
-    """Pictures of one working size. members: their places in the batch. places: (top, left) of the windows, pixels.
+    """Images of one working size. members: their places in the batch. places: (top, left) of the windows, pixels.
     total: (B, C, h, w) sum of the windows' maps, `cell` pixels a cell; made by the first window."""
 
     members: list[int]
@@ -139,13 +137,13 @@ def dense_grids(
     guide: Encoder | None = None,
     window_batch: int = 32,
 ) -> list[torch.Tensor]:
-    """Windowed maps of pictures of any size.
+    """Windowed maps of images of any size.
 
     vectors: (T, D) unit text vectors: cosine similarity of every place with each. None: the features themselves, the
     mean of the windows' unit vectors, whose product with a text vector equals its averaged similarity.
-    window_batch: windows a forward pass; memory grows with it, whatever the number of pictures.
+    window_batch: windows a forward pass; memory grows with it, whatever the number of images.
 
-    Returns one (T or D, h, w) float32 map a picture. Cells are gcd(stride, patch) pixels wide, so that a stride finer
+    Returns one (T or D, h, w) float32 map an image. Cells are gcd(stride, patch) pixels wide, so that a stride finer
     than a patch gives a finer map; for proxy the largest part of that which is no wider than the guide's cells.
     """
     patch = clip.patch_size
@@ -189,11 +187,11 @@ def _group_by_size(
     return groups
 
 
-_Run = tuple[_Group, tuple[int, int], int, int]  # pictures first..last of a group at one place
+_Run = tuple[_Group, tuple[int, int], int, int]  # images first..last of a group at one place
 
 
 def _batches(groups: Sequence[_Group], size: int) -> Iterator[list[_Run]]:
-    """At most `size` windows of one shape at a time, as runs of neighbouring pictures at the same place."""
+    """At most `size` windows of one shape at a time, as runs of neighboring images at the same place."""
     shapes: dict[tuple[int, int], list[_Group]] = {}
     for group in groups:
         shapes.setdefault(group.window, []).append(group)

@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .folding import fold_batch_norms
-from .licence import weights_licence
-from .pixels import fit_longest, pictures_to_pixels
+from .license import weights_license
+from .pixels import fit_longest, images_to_pixels
 
 # timm modules behind the last feature map: a weights file without them is a headless backbone, not a broken one.
 HEAD_MODULES = ("conv_head", "bn2", "norm_head", "classifier", "head", "head_fc", "head_drop", "fc", "fc_norm")
@@ -33,7 +33,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Encoded:
-    """maps: feature maps (B, C_l, h_l, w_l), finest first. logits: (B, K) of the whole picture, or None."""
+    """maps: feature maps (B, C_l, h_l, w_l), finest first. logits: (B, K) of the whole image, or None."""
 
     maps: tuple[torch.Tensor, ...]
     logits: torch.Tensor | None = None
@@ -53,7 +53,7 @@ class Encoder:
         size_multiple: what the input's sides have to be multiples of: 32 for most convolutional networks, the patch
             size for plain vision transformers.
         fixed_size: (height, width) of a network that takes no other.
-        licence: of the weights, where known.
+        license: of the weights, where known.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Encoder:
         size_multiple: int = 32,
         fixed_size: tuple[int, int] | None = None,
         id2label: Mapping[int, str] | None = None,
-        licence: str | None = None,
+        license: str | None = None,
         maps: bool = True,
     ) -> None:
         # Channels last, as the pixels are: a third less time for MobileNetV2 on a CPU.
@@ -81,7 +81,7 @@ class Encoder:
         self.dtype = next((p.dtype for p in model.parameters()), torch.float32)
         self.size_multiple, self.fixed_size = size_multiple, fixed_size
         self.id2label = None if id2label is None else dict(id2label)
-        self.licence = licence
+        self.license = license
         self.maps = maps
 
     @property
@@ -94,11 +94,11 @@ class Encoder:
         return self.shift * (stride - 1) / stride
 
     def fit(self, width: int, height: int, longest: int) -> tuple[int, int]:
-        """(height, width) that a picture is stretched to: longer side about `longest`, multiples of what it needs."""
+        """(height, width) that an image is stretched to: longer side about `longest`, multiples of what it needs."""
         return self.fixed_size or fit_longest(width, height, longest, self.size_multiple)
 
     def passes(self, indices: Sequence[int], size: tuple[int, int]) -> Iterator[list[int]]:
-        """`indices` of pictures of one (height, width) in chunks for one forward pass each: about a megapixel at a time
+        """`indices` of images of one (height, width) in chunks for one forward pass each: about a megapixel at a time
         on a CPU, where that is fastest, 16 on an accelerator."""
         budget = 1 << (20 if self.device.type == "cpu" else 24)
         step = max(1, budget // (size[0] * size[1]))
@@ -106,16 +106,16 @@ class Encoder:
             yield list(indices[start : start + step])
 
     def pixels(self, images: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-        """Stretch PIL pictures to `size` (height, width) and normalise: (B, 3, H, W) on the device, in its dtype."""
-        pixels = pictures_to_pixels(images, size, self.image_mean, self.image_std, self.device)
+        """Stretch PIL images to `size` (height, width) and normalize: (B, 3, H, W) on the device, in its dtype."""
+        pixels = images_to_pixels(images, size, self.image_mean, self.image_std, self.device)
         return pixels.to(self.dtype)
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor, stages: Sequence[int] | None = None, with_logits: bool = False) -> Encoded:
-        """pixels: (B, 3, H, W), normalised, sides multiples of `size_multiple`.
+        """pixels: (B, 3, H, W), normalized, sides multiples of `size_multiple`.
 
         stages: which maps, in ascending order, counted from the finest (0) or from the last (-1); None: all.
-        with_logits: of the whole picture too, from the same pass; it costs the classifier's own layers.
+        with_logits: of the whole image too, from the same pass; it costs the classifier's own layers.
         Raises ValueError for a network without maps, without that stage, or without a classifier.
         """
         if not self.maps:
@@ -142,7 +142,7 @@ class Encoder:
 
     @torch.inference_mode()
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of whole pictures. Raises ValueError for a network without a classifier."""
+        """Logits (B, K) of whole images. Raises ValueError for a network without a classifier."""
         self._check_classifier()
         output = self.model(pixels)
         return output if isinstance(output, torch.Tensor) else output.logits
@@ -215,7 +215,7 @@ def load_classifier(
     labels = {int(index): str(label) for index, label in config.id2label.items()}
     if all(label == f"LABEL_{index}" for index, label in labels.items()):  # transformers' own placeholders
         labels = None
-    options = {"id2label": labels, "licence": weights_licence(name_or_path), "maps": False, "size_multiple": multiple}
+    options = {"id2label": labels, "license": weights_license(name_or_path), "maps": False, "size_multiple": multiple}
     if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
         model = _AnySize(model)
     return Encoder(model, str(name_or_path), mean, std, num_classes=config.num_labels, device=device, **options)
@@ -254,7 +254,7 @@ def _mean_and_std(name_or_path: str) -> tuple[Sequence[float], Sequence[float]]:
 
 
 class _AnySize(nn.Module):
-    """A vision transformer whose position embeddings are interpolated to the picture's size."""
+    """A vision transformer whose position embeddings are interpolated to the image's size."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, dev
     if pad_type == "same":  # the TensorFlow family: RGB in [-1, 1]
         mean = std = (0.5, 0.5, 0.5)
     options: dict[str, Any] = {"id2label": _timm_labels(model, num_classes)}
-    options["licence"] = weights_licence(name) if hub and weights is None else None
+    options["license"] = weights_license(name) if hub and weights is None else None
     options["size_multiple"] = max([level["reduction"] for level in getattr(model, "feature_info", [])] or [32])
     embed = getattr(model, "patch_embed", None)
     if embed is not None and getattr(embed, "strict_img_size", False):
@@ -314,7 +314,7 @@ def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, dev
 
 
 def _create_timm(name: str, pretrained: bool, extra: dict[str, Any]) -> nn.Module:
-    """The model; vision transformers that can take pictures of any size do."""
+    """The model; vision transformers that can take images of any size do."""
     import timm
 
     try:
@@ -390,5 +390,5 @@ def _load_backbone(path: str, allow_random: bool, device, dtype) -> Encoder:
     if not allow_random:
         _refuse_missing(path, missing)
     mean, std = _mean_and_std(path)
-    options = {"size_multiple": _size_multiple(config, default=32), "licence": weights_licence(path)}
+    options = {"size_multiple": _size_multiple(config, default=32), "license": weights_license(path)}
     return Encoder(wrap(model) if wrap else model, path, mean, std, device=device, **options)

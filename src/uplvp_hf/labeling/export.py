@@ -22,7 +22,7 @@ def export_coco(store: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
     """Write the store in folder `store` as a COCO instance file, every annotation with its `score`, in one step.
 
     Memory holds one shard at a time, and the image ids. `file_name` is what the store's rows call it: the path in the
-    folder that was labelled. Raises DataError as `read_store` does, OSError when the file cannot be written.
+    folder that was labeled. Raises DataError as `read_store` does, OSError when the file cannot be written.
     """
     write_coco(stream_store(store), path)
 
@@ -30,11 +30,11 @@ def export_coco(store: str | os.PathLike[str], path: str | os.PathLike[str]) -> 
 def export_parquet(store: str | os.PathLike[str], path: str | os.PathLike[str], embed_images: bool = False) -> None:
     """Write the store in folder `store` as one Parquet file, in one step.
 
-    `datasets.load_dataset("parquet", data_files=path)` reads it, with pictures, RLEs and class names, and so does
+    `datasets.load_dataset("parquet", data_files=path)` reads it, with images, RLEs and class names, and so does
     `load_dataset_rows`, with the original category ids. The header is kept in the file's metadata (`uplvp_header`).
     Memory holds some hundred rows at a time.
 
-    embed_images: with the pictures themselves, for another machine or the Hub, instead of their absolute paths.
+    embed_images: with the images themselves, for another machine or the Hub, instead of their absolute paths.
     Raises DataError as `read_store` does, OSError when a file cannot be read or written.
     """
     import pyarrow.parquet
@@ -50,7 +50,7 @@ def export_parquet(store: str | os.PathLike[str], path: str | os.PathLike[str], 
 
 
 def store_to_dataset(store: str | os.PathLike[str]) -> datasets.Dataset:
-    """The store in folder `store` as a `datasets.Dataset`: pictures are opened when they are read, masks stay RLEs.
+    """The store in folder `store` as a `datasets.Dataset`: images are opened when they are read, masks stay RLEs.
 
     The RLEs are held in memory; for a store beyond that, stream what `export_parquet` writes. Raises DataError as
     `read_store` does.

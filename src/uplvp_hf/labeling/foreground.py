@@ -1,7 +1,7 @@
-"""Foreground of natural pictures from a classifier's features: strong and unusual cells of the last map, sharpened.
+"""Foreground of natural images from a classifier's features: strong and unusual cells of the last map, sharpened.
 
-Coarse map: the norm of the last map's features plus their first principal component, averaged over several picture
-sizes (small ones see the object whole, large ones place its outline). Sharpening: a ridge regression per picture
+Coarse map: the norm of the last map's features plus their first principal component, averaged over several image
+sizes (small ones see the object whole, large ones place its outline). Sharpening: a ridge regression per image
 predicts the coarse map from the finer maps and the position; what finer features cannot explain is noise, what they can
 is outlined at their resolution. Otsu's threshold and connected components then give the instances. Class-agnostic.
 
@@ -25,7 +25,7 @@ from .pixels import group_by_size
 from .protocol import Finish, LabelerBase
 
 
-def standardise(values: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+def standardize(values: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """Zero mean, unit standard deviation over the last two dimensions."""
     spread, mean = torch.std_mean(values, dim=(-2, -1), keepdim=True)
     return (values - mean) / (spread + eps)
@@ -50,20 +50,20 @@ def principal_map(features: torch.Tensor, iterations: int = 12, width: int = 4) 
 
 
 def foreground_maps(features: torch.Tensor, component: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Standardised norm, and norm plus `component` times the first principal component, signed like the norm.
+    """Standardized norm, and norm plus `component` times the first principal component, signed like the norm.
 
     (B, C, h, w) -> two (B, h, w).
     """
-    norm = standardise(features.norm(dim=1))
+    norm = standardize(features.norm(dim=1))
     if component == 0:
         return norm, norm
-    principal = standardise(principal_map(features))
+    principal = standardize(principal_map(features))
     sign = torch.where((principal * norm).mean(dim=(1, 2), keepdim=True) >= 0, 1.0, -1.0)
     return norm, norm + component * sign * principal
 
 
 def regression_inputs(maps: Sequence[torch.Tensor], size: tuple[int, int], offsets: Sequence[float]) -> torch.Tensor:
-    """Predictors of every cell of `size` (H, W): the standardised maps (B, C_l, h_l, w_l), the position to second
+    """Predictors of every cell of `size` (H, W): the standardized maps (B, C_l, h_l, w_l), the position to second
     order, and 1 -> (B, D, H*W)."""
     columns = []
     for level, offset in zip(maps, offsets):
@@ -79,7 +79,7 @@ def regression_inputs(maps: Sequence[torch.Tensor], size: tuple[int, int], offse
 
 
 class Ridge:
-    """Closed-form ridge regressions, one a picture, with one factorisation for several targets. inputs: (B, D, P)."""
+    """Closed-form ridge regressions, one an image, with one factorisation for several targets. inputs: (B, D, P)."""
 
     def __init__(self, inputs: torch.Tensor, strength: float) -> None:
         self.inputs = inputs
@@ -87,9 +87,9 @@ class Ridge:
         self.factor = torch.linalg.cholesky(inputs @ inputs.transpose(1, 2) + penalty)
 
     def fit_predict(self, target: torch.Tensor) -> torch.Tensor:
-        """target: (B, h, w) with h*w = P -> fitted values (B, h, w), standardised."""
+        """target: (B, h, w) with h*w = P -> fitted values (B, h, w), standardized."""
         weights = torch.cholesky_solve(self.inputs @ target.flatten(1)[..., None], self.factor)  # (B, D, 1)
-        return standardise((weights.transpose(1, 2) @ self.inputs).view(target.shape))
+        return standardize((weights.transpose(1, 2) @ self.inputs).view(target.shape))
 
 
 class ForegroundLabeler(LabelerBase):
@@ -103,7 +103,7 @@ class ForegroundLabeler(LabelerBase):
         refine: sharpen by regression on the maps of `fine_stages` at the largest size.
         strength: ridge penalty per pixel. blend: weight of the coarse map in the result.
         grid: longer side in cells of the map that is thresholded; 160 gives the same masks of large animals, slower.
-        min_area, max_area: shares of the picture's area. top: most instances a picture.
+        min_area, max_area: shares of the image's area. top: most instances an image.
         cell_offset: in cells of `stage`; None takes the encoder's.
 
     Raises ValueError when there is no size, or nothing to refine with.
@@ -134,7 +134,7 @@ class ForegroundLabeler(LabelerBase):
             )
         if refine and not fine_stages:
             raise ValueError("foreground labeler: refine needs fine_stages; give some, or refine=False")
-        self.encoder, self.encoder_name, self.licence = encoder, encoder.name, encoder.licence
+        self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
         self.norm_sizes, self.component_sizes, self.component = tuple(norm_sizes), tuple(component_sizes), component
         self.refine, self.strength, self.blend, self.grid = refine, strength, blend, grid
         self.min_area, self.max_area, self.top, self.cell_offset = min_area, max_area, top, cell_offset
@@ -150,16 +150,16 @@ class ForegroundLabeler(LabelerBase):
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
-        """The soft maps; what it returns cuts them into components: one `Proposals` a picture, masks at its size."""
+        """The soft maps; what it returns cuts them into components: one `Proposals` an image, masks at its size."""
         if not images:
             return lambda: iter(())
         sizes = sorted({*self.norm_sizes, *self.component_sizes})
-        groups = {  # (height, width) at the largest size -> pictures, and the grid that they share
+        groups = {  # (height, width) at the largest size -> images, and the grid that they share
             size: (indices, tuple(max(1, round(side * self.grid / max(size))) for side in size))
             for size, indices in group_by_size(images, sizes[-1], self.encoder.fit).items()
         }
         grids = {index: grid for indices, grid in groups.values() for index in indices}
-        # Sums over the sizes of the norm, and of norm + component, on each picture's grid.
+        # Sums over the sizes of the norm, and of norm + component, on each image's grid.
         sums = {index: torch.zeros(2, *grid, device=self.encoder.device) for index, grid in grids.items()}
         for longest in sizes[:-1]:
             for size, indices in group_by_size(images, longest, self.encoder.fit).items():
@@ -168,9 +168,9 @@ class ForegroundLabeler(LabelerBase):
         found: list[Any] = [None] * len(images)
         for size, (indices, grid) in groups.items():
             for chunk in self.encoder.passes(indices, size):
-                pictures, totals = [images[k] for k in chunk], [sums[k] for k in chunk]
+                chunk_images, totals = [images[k] for k in chunk], [sums[k] for k in chunk]
                 fine = self.fine_stages if self.refine else ()
-                maps = self._add_coarse(pictures, size, sizes[-1], totals, fine)
+                maps = self._add_coarse(chunk_images, size, sizes[-1], totals, fine)
                 soft = self._sharpen(torch.stack(totals), maps, [self._offset(level, size[0]) for level in maps], grid)
                 for index, values in zip(chunk, soft):
                     found[index] = values
@@ -187,14 +187,14 @@ class ForegroundLabeler(LabelerBase):
         totals: Sequence[torch.Tensor],
         fine_stages: Sequence[int],
     ) -> tuple[torch.Tensor, ...]:
-        """Encode pictures of one size, add their coarse maps to `totals`, and return the maps of `fine_stages`."""
+        """Encode images of one size, add their coarse maps to `totals`, and return the maps of `fine_stages`."""
         encoded = self.encoder(self.encoder.pixels(images, size), stages=(*fine_stages, self.stage)).maps
         *fine, last = (level.float() for level in encoded)
         offset = self._offset(last, size[0]) if self.cell_offset is None else self.cell_offset
         wanted = longest in self.norm_sizes, longest in self.component_sizes
         maps = torch.stack(foreground_maps(last, self.component if wanted[1] else 0.0), dim=1)  # (B, 2, h, w)
         for total, soft in zip(totals, maps):
-            large = standardise(upsample_grid(soft, total.shape[1:], offset))
+            large = standardize(upsample_grid(soft, total.shape[1:], offset))
             total += large * torch.tensor(wanted, device=large.device)[:, None, None]
         return tuple(fine)
 
@@ -202,7 +202,7 @@ class ForegroundLabeler(LabelerBase):
         self, sums: torch.Tensor, maps: Sequence[torch.Tensor], offsets: Sequence[float], grid: tuple[int, int]
     ) -> torch.Tensor:
         """(B, 2, *grid) sums of coarse maps, finer maps (B, C_l, h_l, w_l) -> soft foreground (B, *grid)."""
-        coarse = standardise(standardise(sums).sum(dim=1))
+        coarse = standardize(standardize(sums).sum(dim=1))
         if not self.refine:
             return coarse
         ridge = Ridge(regression_inputs(maps, grid, offsets), self.strength)
@@ -210,7 +210,7 @@ class ForegroundLabeler(LabelerBase):
         # A second fit, to the saturated first one: the outline counts, not how strongly the parts respond.
         thresholds = [otsu_threshold(values) for values in first.cpu().numpy()]
         second = ridge.fit_predict(torch.tanh(first - first.new_tensor(thresholds)[:, None, None]))
-        return standardise(second + self.blend * coarse)
+        return standardize(second + self.blend * coarse)
 
     def _components(self, soft: torch.Tensor, size: tuple[int, int]) -> Proposals:
         large = upsample_grid(soft[None], size)[0]
@@ -218,7 +218,7 @@ class ForegroundLabeler(LabelerBase):
         spread = float(soft.max()) - threshold
         values = large.cpu().numpy()
         masks = connected_components(values > threshold, int(self.min_area * values.size), fill_holes=True)
-        # Height above the threshold, of what is possible in this picture: 0.5 at the threshold, 1 at the summit.
+        # Height above the threshold, of what is possible in this image: 0.5 at the threshold, 1 at the summit.
         scores = [
             0.5 + 0.5 * float(np.clip((values[mask].mean() - threshold) / max(spread, 1e-6), 0, 1)) for mask in masks
         ]

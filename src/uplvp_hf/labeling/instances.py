@@ -1,6 +1,6 @@
 """From soft maps to instances: thresholds, connected components, filters and non-maximum suppression.
 
-Masks are numpy bool arrays (N, H, W) in picture pixels unless a function says that it works on a feature grid.
+Masks are numpy bool arrays (N, H, W) in image pixels unless a function says that it works on a feature grid.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ NMS_KINDS = ("mask", "matrix", "none")
 
 @dataclass(frozen=True)
 class Proposals:
-    """Instances proposed for one picture.
+    """Instances proposed for one image.
 
-    masks: (N, H, W) bool at the picture's size. scores: (N,) float32, higher is better.
+    masks: (N, H, W) bool at the image's size. scores: (N,) float32, higher is better.
     labels: (N,) int64 index into the vocabulary, or None while class-agnostic.
     confidences: (N,) float32 in [0, 1], how sure the namer was of `labels`, or None.
     """
@@ -51,7 +51,7 @@ class Proposals:
 
 
 def _interpolation(length: int, cells: int, offset: float, device: torch.device) -> torch.Tensor:
-    """(length, cells) float32: row i holds the linear weights of the cells at the centre of pixel i."""
+    """(length, cells) float32: row i holds the linear weights of the cells at the center of pixel i."""
     place = (torch.arange(length, device=device, dtype=torch.float64) + 0.5) * (cells / length) - 0.5 - offset
     place = place.clamp(0, cells - 1)
     return (1 - (place[:, None] - torch.arange(cells, device=device)).abs()).clamp_min(0).float()
@@ -60,10 +60,10 @@ def _interpolation(length: int, cells: int, offset: float, device: torch.device)
 def upsample_grid(
     grid: torch.Tensor, size: tuple[int, int], cell_offset: tuple[float, float] | float = 0.0
 ) -> torch.Tensor:
-    """Bilinear resize of maps that respects where the cells of the grid lie in the picture.
+    """Bilinear resize of maps that respects where the cells of the grid lie in the image.
 
-    grid: (..., h, w) float; size: (H, W). Cell (i, j) is taken to be centred at (i + .5 + dy, j + .5 + dx) cells from
-    the picture's top-left corner, with `cell_offset` = (dy, dx). With offset 0 this equals `F.interpolate(
+    grid: (..., h, w) float; size: (H, W). Cell (i, j) is taken to be centered at (i + .5 + dy, j + .5 + dx) cells from
+    the image's top-left corner, with `cell_offset` = (dy, dx). With offset 0 this equals `F.interpolate(
     mode="bilinear", align_corners=False)` when enlarging; strided convolutions with one-sided padding shift the grid by
     up to half a cell. Two matrix products, several times as fast as `F.grid_sample`.
     Returns (..., H, W) float32.
@@ -75,13 +75,13 @@ def upsample_grid(
 
 
 def otsu_threshold(values: np.ndarray, bins: int = 64) -> float:
-    """Otsu's threshold: the histogram edge that maximises the variance between the two sides. values: any shape."""
+    """Otsu's threshold: the histogram edge that maximizes the variance between the two sides. values: any shape."""
     if float(values.max()) == float(values.min()):
         return float(values.max())
     counts, edges = np.histogram(values, bins)
-    centres = (edges[1:] + edges[:-1]) / 2
+    centers = (edges[1:] + edges[:-1]) / 2
     weight = np.cumsum(counts) / counts.sum()  # share of the values at or below each bin
-    mean = np.cumsum(counts * centres) / counts.sum()
+    mean = np.cumsum(counts * centers) / counts.sum()
     between = np.zeros(bins)
     inner = (weight > 0) & (weight < 1)
     between[inner] = (mean[-1] * weight[inner] - mean[inner]) ** 2 / (weight[inner] * (1 - weight[inner]))
@@ -92,14 +92,14 @@ def connected_components(mask: np.ndarray, min_area: int = 1, fill_holes: bool =
     """The 4-connected components of a (H, W) bool mask with at least `min_area` pixels, largest first."""
     if fill_holes:
         mask = ndimage.binary_fill_holes(mask)
-    labelled, count = ndimage.label(mask)
-    areas = np.bincount(labelled.ravel(), minlength=count + 1)[1:]
+    labeled, count = ndimage.label(mask)
+    areas = np.bincount(labeled.ravel(), minlength=count + 1)[1:]
     order = np.argsort(-areas, kind="stable")
-    return [labelled == k + 1 for k in order if areas[k] >= min_area]
+    return [labeled == k + 1 for k in order if areas[k] >= min_area]
 
 
 def border_fraction(masks: np.ndarray) -> np.ndarray:
-    """Share of the picture's outermost pixels that each mask covers: (N, H, W) bool -> (N,) in [0, 1]."""
+    """Share of the image's outermost pixels that each mask covers: (N, H, W) bool -> (N,) in [0, 1]."""
     height, width = masks.shape[1:]
     covered = masks[:, [0, -1][: min(height, 2)]].sum(axis=(1, 2))
     covered += masks[:, 1:-1, [0, -1][: min(width, 2)]].sum(axis=(1, 2))
@@ -126,7 +126,7 @@ def filter_proposals(
     max_aspect: float = np.inf,
     min_side: int = 0,
 ) -> Proposals:
-    """Drop proposals outside the given shares of the picture's area, of its border, or below a score.
+    """Drop proposals outside the given shares of the image's area, of its border, or below a score.
 
     max_aspect: longer over shorter side of the tight box. min_side: pixels of the shorter side.
     """
@@ -145,7 +145,7 @@ def filter_proposals(
 def mask_iou_matrix(masks: torch.Tensor, chunk: int = 1 << 16) -> torch.Tensor:
     """Pairwise IoU of (..., N, H, W) bool masks -> (..., N, N) float32. Two empty masks have IoU 0.
 
-    Works through `chunk` pixels at a time: a float copy of all masks of a large picture is never made.
+    Works through `chunk` pixels at a time: a float copy of all masks of a large image is never made.
     """
     flat = masks.flatten(-2)
     inter = torch.zeros(*flat.shape[:-1], flat.shape[-2], device=masks.device)
@@ -233,5 +233,5 @@ def matrix_nms(
 
 
 def top_k(proposals: Proposals, k: int = 20) -> Proposals:
-    """The `k` best scores, best first (20 pseudo masks a picture is the papers' number)."""
+    """The `k` best scores, best first (20 pseudo masks an image is the papers' number)."""
     return proposals.take(np.argsort(-proposals.scores, kind="stable")[:k])

@@ -43,16 +43,16 @@ class DenseClipLabeler(LabelerBase):
         clip: see `clip.load_clip`; or `PrecomputedFeatures`, which take the place of an image tower and need `text`.
         entries: vocabulary entries, synonyms separated by commas (the best one counts).
         templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name; None: "openai7".
-        calibration: "zscore" measures each class's mean and deviation over some pictures (`measure`, `calibrate`) and
+        calibration: "zscore" measures each class's mean and deviation over some images (`measure`, `calibrate`) and
             takes the deviations above the mean as evidence; None uses `background` if given, else the plain cosine.
         background: names of what is no object, or the preset "stuff"; evidence is then the softmax probability among
             all names at `logit_scale`, of a class's best name (SCLIP's order).
-        denoise: drop classes whose best probability in the picture, among all names, stays below this (MaskCLIP: .5).
+        denoise: drop classes whose best probability in the image, among all names, stays below this (MaskCLIP: .5).
         text: precomputed embeddings of the entries, then the background names (`text.load_text_embeddings`).
         guide: the other backbone for attention "proxy".
         image_size, side, window, stride: see `dense_clip.View`; image_size None: twice the model's own size; side
-            None: "shorter"; window None: the model's own size, 0: whole pictures; stride None: half a window.
-        window_batch: windows a forward pass. cache_mb: most memory for maps of calibration pictures, which are then not
+            None: "shorter"; window None: the model's own size, 0: whole images; stride None: half a window.
+        window_batch: windows a forward pass. cache_mb: most memory for maps of calibration images, which are then not
             encoded again.
         options: fields of `attention.Recipe` (attention, sigma, scale, gem_depth, ...) and of `cutting.Cutting`
             (threshold, peak, min_score, split, refine, nms, top, ...). By evidence, threshold, peak and min_score
@@ -89,7 +89,7 @@ class DenseClipLabeler(LabelerBase):
     ) -> None:
         if not entries:
             raise ValueError("the vocabulary is empty: give at least one class name")
-        self.source, self.encoder_name, self.licence = clip, clip.name, clip.licence
+        self.source, self.encoder_name, self.license = clip, clip.name, clip.license
         views = {"templates": templates, "image_size": image_size, "side": side, "window": window, "stride": stride}
         given = {name: value for name, value in views.items() if value is not None} | options
         if not isinstance(clip, Clip):
@@ -165,17 +165,17 @@ class DenseClipLabeler(LabelerBase):
         return text.to(self.device)
 
     def similarities(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[torch.Tensor]:
-        """One (T, h, w) float32 cosine map a picture, T names: synonyms of the classes, then background."""
+        """One (T, h, w) float32 cosine map an image, T names: synonyms of the classes, then background."""
         return [maps for maps, _ in self._encode(images, rows)]
 
     def _encode(
         self, images: Sequence[Image.Image], rows: Sequence[Row] | None
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Similarities, and the features that splitting needs, of every picture."""
+        """Similarities, and the features that splitting needs, of every image."""
         with_features = self.cutting.split == "ncut"
         if self.view is None:
             if rows is None:
-                raise ValueError("precomputed features are found by the data set's rows: call with rows")
+                raise ValueError("precomputed features are found by the dataset's rows: call with rows")
             features = self.source(rows, self.text.vectors.shape[1])
         else:
             vectors = None if with_features else self.text.vectors
@@ -186,9 +186,9 @@ class DenseClipLabeler(LabelerBase):
         return [(torch.einsum("td,dhw->thw", vectors, grid), grid if with_features else None) for grid in features]
 
     def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[dict[str, Any]]:
-        """Number of cells of each picture, and every class's sum and sum of squares over them; [] uncalibrated.
+        """Number of cells of each image, and every class's sum and sum of squares over them; [] uncalibrated.
 
-        The maps are kept within `cache_mb`, for the call that labels exactly these pictures together.
+        The maps are kept within `cache_mb`, for the call that labels exactly these images together.
         """
         if self.calibration is None or not images:
             return []
@@ -202,14 +202,14 @@ class DenseClipLabeler(LabelerBase):
         return entries
 
     def calibrate(self, statistics: list[dict[str, Any]]) -> dict[str, Any]:
-        """Every class's mean and deviation over all places of the measured pictures; {} without calibration.
+        """Every class's mean and deviation over all places of the measured images; {} without calibration.
 
-        Raises ValueError when there is no picture to calibrate on.
+        Raises ValueError when there is no image to calibrate on.
         """
         if self.calibration is None:
             return {}
         if not statistics:
-            raise ValueError("no readable picture to calibrate the clip labeler on; use calibration=None")
+            raise ValueError("no readable image to calibrate the clip labeler on; use calibration=None")
         count = sum(entry["count"] for entry in statistics)
         total, squares = (
             torch.tensor([entry[name] for entry in statistics], dtype=torch.float64).sum(dim=0)
@@ -217,7 +217,7 @@ class DenseClipLabeler(LabelerBase):
         )
         mean = total / count
         std = (squares / count - mean**2).clamp_min(0).sqrt()
-        return {"calibration": {"mean": mean.tolist(), "std": std.tolist(), "pictures": len(statistics)}}
+        return {"calibration": {"mean": mean.tolist(), "std": std.tolist(), "images": len(statistics)}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `calibrate` returned, from this or an earlier run."""
@@ -232,7 +232,7 @@ class DenseClipLabeler(LabelerBase):
         classes = len(self.entries)
         if self.calibration is not None:
             if self.mean is None or self.std is None:
-                raise ValueError("the clip labeler is not calibrated: call restore(calibrate(measure(pictures))) first")
+                raise ValueError("the clip labeler is not calibrated: call restore(calibrate(measure(images))) first")
             values = (self.text.per_class(similarities, dim=0) - self.mean[:, None, None]) / self.std[:, None, None]
         elif self.background:
             values = self._probabilities(similarities)
@@ -248,8 +248,8 @@ class DenseClipLabeler(LabelerBase):
         return self.text.per_class((similarities * self.logit_scale).softmax(dim=0), dim=0)
 
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
-        """The forward passes; what it returns cuts the instances: one `Proposals` a picture, with labels unless
-        class-agnostic, masks at the picture's size."""
+        """The forward passes; what it returns cuts the instances: one `Proposals` an image, with labels unless
+        class-agnostic, masks at the image's size."""
         if not images:
             return list
         encoded = self.cache.pop(images, rows)
@@ -282,9 +282,9 @@ class DenseClipLabeler(LabelerBase):
 
 
 class MapCache:
-    """Maps of batches of pictures, oldest dropped first, at most `limit` bytes in main memory.
+    """Maps of batches of images, oldest dropped first, at most `limit` bytes in main memory.
 
-    A batch is found only as a whole, in its order: a picture's floats may depend in their last bits on its batch mates,
+    A batch is found only as a whole, in its order: an image's floats may depend in their last bits on its batch mates,
     and labels must not depend on what happens to be cached.
     """
 

@@ -27,7 +27,7 @@ SURROUNDINGS = ("none", "blur", "mean")
 
 
 def crop_box(box: Sequence[float], width: int, height: int, context: float) -> tuple[int, int, int, int]:
-    """A square around `box` (x1, y1, x2, y2), `context` times its longer side added all round, cut at the picture."""
+    """A square around `box` (x1, y1, x2, y2), `context` times its longer side added all round, cut at the image."""
     x1, y1, x2, y2 = box
     half = max(x2 - x1, y2 - y1) * (0.5 + context)
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
@@ -43,7 +43,7 @@ def mask_crops(
     fill: tuple[int, int, int] = (128, 128, 128),
 ) -> Iterator[Image.Image]:
     """One crop a mask, made when it is asked for. `surroundings`: what becomes of the pixels outside of the mask
-    ("none": they stay; "blur": gaussian, an eighth of the crop's longer side; "mean": the colour `fill`)."""
+    ("none": they stay; "blur": gaussian, an eighth of the crop's longer side; "mean": the color `fill`)."""
     for box, mask in zip(masks_to_boxes(proposals.masks).tolist(), proposals.masks):
         area = crop_box(box, image.width, image.height, context)
         crop = image.crop(area)
@@ -64,8 +64,8 @@ def _check_surroundings(surroundings: str) -> None:
         raise ValueError(f"surroundings {surroundings!r} is unknown; use one of {', '.join(SURROUNDINGS)}")
 
 
-def _fill_colour(mean: Sequence[float]) -> tuple[int, int, int]:
-    """The network's mean colour, which is zero after normalisation."""
+def _fill_color(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The network's mean color, which is zero after normalization."""
     return tuple(round(255 * value) for value in mean)
 
 
@@ -75,7 +75,7 @@ def _name_crops(
     probabilities: Callable[[Sequence[Image.Image]], torch.Tensor],
     batch_size: int,
 ) -> list[Proposals]:
-    """Name all masks of several pictures by `probabilities(crops) -> (N, K)`, `batch_size` crops at a time."""
+    """Name all masks of several images by `probabilities(crops) -> (N, K)`, `batch_size` crops at a time."""
     parts = [probabilities(batch).cpu() for batch in iter(lambda: list(itertools.islice(crops, batch_size)), [])]
     confidences, labels = torch.cat(parts).max(dim=1) if parts else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
     named, start = [], 0
@@ -109,7 +109,7 @@ class ClipZeroShotNamer:
             of background keeps its best class at a low confidence, for `min_confidence` to drop or to leave unnamed.
         context: share of the box's longer side added on every side of the crop.
         surroundings: pixels of the crop outside of the mask: "none" leaves them, "blur" blurs them, "mean" paints them
-            in CLIP's mean colour.
+            in CLIP's mean color.
         temperature: divides the logits, which CLIP's own logit scale multiplies; 1 gives CLIP's probabilities.
         batch_size: crops a forward pass.
         text: precomputed embeddings of the entries, then the background names (`load_text_embeddings`).
@@ -167,7 +167,7 @@ class ClipZeroShotNamer:
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
         """Name the masks; the labeler's own labels are replaced."""
-        fill = _fill_colour(self.clip.image_mean)
+        fill = _fill_color(self.clip.image_mean)
         crops = (
             crop for i, p in zip(images, proposals) for crop in mask_crops(i, p, self.context, self.surroundings, fill)
         )
@@ -180,14 +180,14 @@ class ClassifierNamer:
     Args:
         encoder: with a classifier head. class_map: {class name: [indices or names of the classifier's classes]}, see
             `resolve_class_map`.
-        mode: "picture" gives all masks of a picture its best class; "crop" classifies each mask's crop.
+        mode: "image" gives all masks of an image its best class; "crop" classifies each mask's crop.
         image_size: longer side in pixels of what the classifier sees; somewhat more than the side it was trained with
-            names more pictures rightly.
+            names more images rightly.
         context: of a crop, as in `ClipZeroShotNamer`. surroundings: of a crop, as in `ClipZeroShotNamer`.
         others: what the classes outside of the map do to the confidence. "ignore" shares all probability among the
             mapped ones; "count" leaves the others their share, so that what is none of the classes has a low
             confidence, for `min_confidence` to drop or to leave unnamed.
-        batch_size: pictures or crops a forward pass; only those of equal working size go together.
+        batch_size: images or crops a forward pass; only those of equal working size go together.
 
     Raises ValueError for an encoder without classifier, an unknown option, and as `resolve_class_map` does.
     """
@@ -198,7 +198,7 @@ class ClassifierNamer:
         self,
         encoder: Encoder,
         class_map: Mapping[str, Sequence[int | str]],
-        mode: str = "picture",
+        mode: str = "image",
         image_size: int = 320,
         context: float = 0.1,
         surroundings: str = "none",
@@ -207,8 +207,8 @@ class ClassifierNamer:
     ) -> None:
         if not encoder.num_classes:
             raise ValueError(f"{encoder.name} has no classifier head to name classes with; load classifier weights")
-        if mode not in ("picture", "crop"):
-            raise ValueError(f"classifier namer: mode {mode!r} is unknown; use 'picture' or 'crop'")
+        if mode not in ("image", "crop"):
+            raise ValueError(f"classifier namer: mode {mode!r} is unknown; use 'image' or 'crop'")
         if others not in ("ignore", "count"):
             raise ValueError(f"classifier namer: others {others!r} is unknown; use 'ignore' or 'count'")
         _check_surroundings(surroundings)
@@ -238,7 +238,7 @@ class ClassifierNamer:
         return logits.softmax(dim=-1) @ self._members
 
     def _logits(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """(N, classes), pictures of equal working size in one forward pass."""
+        """(N, classes), images of equal working size in one forward pass."""
         logits = torch.zeros(len(images), self.encoder.num_classes, device=self.encoder.device)
         for size, indices in group_by_size(images, self.image_size, self.encoder.fit).items():
             for start in range(0, len(indices), self.batch_size):
@@ -250,7 +250,7 @@ class ClassifierNamer:
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
         """Name the masks; the labeler's own labels are replaced."""
         if self.mode == "crop":
-            fill = _fill_colour(self.encoder.image_mean)
+            fill = _fill_color(self.encoder.image_mean)
             crops = (
                 crop
                 for image, p in zip(images, proposals)
@@ -258,7 +258,7 @@ class ClassifierNamer:
             )
             return _name_crops(crops, proposals, self.probabilities, self.batch_size)
         named = list(proposals)
-        # A picture without masks needs no name.
+        # An image without masks needs no name.
         todo = [index for index, p in enumerate(proposals) if len(p)]
         if todo:
             confidences, labels = self.probabilities([images[index] for index in todo]).cpu().max(dim=1)

@@ -1,7 +1,7 @@
-"""Normalised cuts of a picture's features (Shi and Malik 2000): splitting masks, and MaskCut-style proposals.
+"""Normalized cuts of an image's features (Shi and Malik 2000): splitting masks, and MaskCut-style proposals.
 
 Cells are the nodes of a graph; two cells are joined by 1 where the cosine of their features exceeds tau, else by a
-small eps that keeps the graph connected (TokenCut, arXiv 2202.11539: tau .2, eps 1e-5). The second smallest generalised
+small eps that keeps the graph connected (TokenCut, arXiv 2202.11539: tau .2, eps 1e-5). The second smallest generalized
 eigenvector of (D - A, D) orders the cells along the cheapest cut. All eigenproblems of a step are solved as batches of
 `torch.linalg.eigh`.
 """
@@ -21,7 +21,7 @@ from scipy import ndimage
 from ..data.rows import Row
 from .encoders import Encoder
 from .instances import Proposals, filter_proposals, upsample_grid
-from .pixels import group_by_size, pictures_to_pixels
+from .pixels import group_by_size, images_to_pixels
 from .protocol import Finish, LabelerBase
 from .refine import pamr
 
@@ -37,7 +37,7 @@ def affinity(features: torch.Tensor, tau: float, eps: float = EPS) -> torch.Tens
 
 
 def second_eigenvector(weights: torch.Tensor, valid: torch.Tensor | None = None) -> torch.Tensor:
-    """Second smallest generalised eigenvector of (D - A, D).
+    """Second smallest generalized eigenvector of (D - A, D).
 
     weights: (B, n, n) symmetric affinities above 0. valid: (B, n) bool, False for padding; None for no padding.
     Returns (B, n), scaled so that y^T D y = 1 and orthogonal to the constant vector under D; padding is 0. The sign is
@@ -59,7 +59,7 @@ def second_eigenvector(weights: torch.Tensor, valid: torch.Tensor | None = None)
 
 
 def best_cut(weights: torch.Tensor, order: torch.Tensor, valid: torch.Tensor, min_cells: int = 1):
-    """The threshold on `order` with the smallest normalised cut.
+    """The threshold on `order` with the smallest normalized cut.
 
     weights: (B, n, n); order: (B, n) values to threshold; valid: (B, n) bool. At least `min_cells` on each side.
     Returns the threshold (B,), to be used as `order > threshold`, and ncut = cut / vol(a) + cut / vol(b) (B,), inf
@@ -100,9 +100,9 @@ def split_by_ncut(
     min_cells: int = 2,
     max_ncut: float = 0.3,
     max_cells: int = 512,
-    centre: bool = False,
+    center: bool = False,
 ) -> list[list[torch.Tensor]]:
-    """Split masks where their own features fall apart: recursive two-way normalised cuts, cheapest first.
+    """Split masks where their own features fall apart: recursive two-way normalized cuts, cheapest first.
 
     Args:
         features: (C, h, w) on the grid. masks: (M, h, w) bool on the same grid.
@@ -110,7 +110,7 @@ def split_by_ncut(
         max_ncut: a cut that costs more is not made (0: no link is cut, 2: the most that is possible).
         max_cells: a larger piece is cut on so many evenly drawn cells; the others follow by the eigenvector's own
             equation, y_i = sum_j A_ij y_j / d_i (Nystrom).
-        centre: subtract the grid's mean feature first; for features that all point one way (CLIP's, ReLU outputs),
+        center: subtract the grid's mean feature first; for features that all point one way (CLIP's, ReLU outputs),
             whose cosines would otherwise all exceed tau.
 
     Returns for every mask its parts as (h, w) bool masks, largest first; they share no cell and together are the mask.
@@ -119,7 +119,7 @@ def split_by_ncut(
     if masks.shape[1:] != features.shape[1:]:
         raise ValueError(f"split_by_ncut: masks {tuple(masks.shape)} do not lie on features {tuple(features.shape)}")
     flat, cells = masks.flatten(1).bool(), features.flatten(1).T.float()
-    if centre:
+    if center:
         cells = cells - cells.mean(dim=0)
     pieces = [[_Piece(k, torch.nonzero(mask)[:, 0])] for k, mask in enumerate(flat)]
     for _ in range(max_parts - 1):
@@ -199,7 +199,7 @@ def _evaluate_batch(features, pieces: list[_Piece], size: int, tau: float, min_c
 
 
 def cut_cost(weights: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
-    """Normalised cut of given sides: (B, n, n), (B, n) bool -> cut / vol(a) + cut / vol(b) (B,), in 0 to 2."""
+    """Normalized cut of given sides: (B, n, n), (B, n) bool -> cut / vol(a) + cut / vol(b) (B,), in 0 to 2."""
     inside = sides.to(weights.dtype)
     degree = weights.sum(dim=-1)
     volume = (degree * inside).sum(dim=-1)
@@ -211,8 +211,8 @@ def _seed_components(sides: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     """The 4-connected component of (B, h, w) bool that holds cell `seeds` (B,). One transfer for the batch."""
     kept = []
     for side, seed in zip(sides.cpu().numpy(), seeds.cpu().tolist()):
-        labelled, _ = ndimage.label(side)
-        kept.append(labelled == labelled.flat[seed])
+        labeled, _ = ndimage.label(side)
+        kept.append(labeled == labeled.flat[seed])
     return torch.from_numpy(np.stack(kept)).to(sides.device)
 
 
@@ -253,23 +253,23 @@ def cut_out(
     tau: float = 0.2,
     min_area: float = 0.01,
     max_iou: float = 0.5,
-    centre: bool = False,
+    center: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """MaskCut (arXiv 2301.11320): cut out a foreground, remove its features, repeat.
 
     Args:
-        features: (B, C, h, w); an eigenproblem of h*w unknowns is solved for every picture and mask.
-        masks: most masks a picture. tau: see `affinity`. centre: subtract each picture's mean feature first.
-        min_area: share of the cells; max_iou: with any earlier mask. A mask beyond them is rejected, and its picture
+        features: (B, C, h, w); an eigenproblem of h*w unknowns is solved for every image and mask.
+        masks: most masks an image. tau: see `affinity`. center: subtract each image's mean feature first.
+        min_area: share of the cells; max_iou: with any earlier mask. A mask beyond them is rejected, and its image
             is finished, for the next cut would be the same one.
 
     Returns masks (B, masks, h, w) bool, disjoint, in the order they were cut out; soft maps (B, masks, h, w) that are
-    positive in the mask and negative elsewhere, for enlarging; scores (B, masks), 1 - normalised cut of the mask
+    positive in the mask and negative elsewhere, for enlarging; scores (B, masks), 1 - normalized cut of the mask
     against the rest, at least 0, and -1 where there is no mask.
     """
     count, _, height, width = features.shape
     cells = features.flatten(2).transpose(1, 2).float()  # (B, n, C)
-    if centre:
+    if center:
         cells = cells - cells.mean(dim=1, keepdim=True)
     found = torch.zeros(count, masks, height, width, dtype=torch.bool, device=features.device)
     soft = torch.full(found.shape, -1.0, device=features.device)
@@ -298,17 +298,17 @@ def cut_out(
 
 
 class NcutLabeler(LabelerBase):
-    """Class-agnostic proposals by normalised cuts of a backbone's features (MaskCut's recipe, on any backbone).
+    """Class-agnostic proposals by normalized cuts of a backbone's features (MaskCut's recipe, on any backbone).
 
     Args:
         encoder: a frozen backbone; MaskCut has DINO's ViT-B/8. stage: which of its maps, counted from the finest (0)
             or the last (-1).
-        image_size: longer side in pixels that pictures are stretched to (MaskCut: 480). The eigenproblem grows with
+        image_size: longer side in pixels that images are stretched to (MaskCut: 480). The eigenproblem grows with
             the third power of the number of cells: 900 (480 pixels at stride 16) take .2 s a mask on a CPU core.
-        masks, tau, min_area, max_iou, centre: see `cut_out` (MaskCut: 3 masks, tau .15, 1 %, IoU .5).
+        masks, tau, min_area, max_iou, center: see `cut_out` (MaskCut: 3 masks, tau .15, 1 %, IoU .5).
         refine: None, or "pamr": pixel-adaptive refinement at the working size. A mask whose IoU with itself before
             refinement is below `min_agreement` is dropped, as MaskCut does around its CRF.
-        max_area, max_border: shares of the picture. cell_offset: in cells; None takes the encoder's.
+        max_area, max_border: shares of the image. cell_offset: in cells; None takes the encoder's.
 
     Raises ValueError for an unknown refine.
     """
@@ -324,7 +324,7 @@ class NcutLabeler(LabelerBase):
         tau: float = 0.15,
         min_area: float = 0.01,
         max_iou: float = 0.5,
-        centre: bool = False,
+        center: bool = False,
         refine: str | None = None,
         min_agreement: float = 0.5,
         max_area: float = 1.0,
@@ -333,9 +333,9 @@ class NcutLabeler(LabelerBase):
     ) -> None:
         if refine not in (None, "pamr"):
             raise ValueError(f"ncut: refine {refine!r} is unknown; use 'pamr' or None")
-        self.encoder, self.encoder_name, self.licence = encoder, encoder.name, encoder.licence
+        self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
         self.image_size, self.stage, self.cell_offset = image_size, stage, cell_offset
-        self.search = {"masks": masks, "tau": tau, "min_area": min_area, "max_iou": max_iou, "centre": centre}
+        self.search = {"masks": masks, "tau": tau, "min_area": min_area, "max_iou": max_iou, "center": center}
         self.refine, self.min_agreement = refine, min_agreement
         self.filters = {"max_area": max_area, "max_border": max_border}
 
@@ -348,30 +348,30 @@ class NcutLabeler(LabelerBase):
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
-        """The cuts; what it returns enlarges the masks: one `Proposals` a picture, in the order they were cut out."""
+        """The cuts; what it returns enlarges the masks: one `Proposals` an image, in the order they were cut out."""
         found: list[Any] = [None] * len(images)
         for size, indices in group_by_size(images, self.image_size, self.encoder.fit).items():
             for chunk in self.encoder.passes(indices, size):
-                pictures = [images[index] for index in chunk]
-                (features,) = self.encoder(self.encoder.pixels(pictures, size), stages=(self.stage,)).maps
+                chunk_images = [images[index] for index in chunk]
+                (features,) = self.encoder(self.encoder.pixels(chunk_images, size), stages=(self.stage,)).maps
                 _, soft, scores = cut_out(features, **self.search)
                 stride = size[0] / features.shape[2]
                 offset = self.encoder.cell_offset(stride) if self.cell_offset is None else self.cell_offset
-                for index, *values in zip(chunk, pictures, soft, scores.cpu()):
+                for index, *values in zip(chunk, chunk_images, soft, scores.cpu()):
                     found[index] = (*values, size, offset)
         return lambda: (self._enlarge(*values) for values in found)
 
     def _enlarge(
-        self, picture: Image.Image, soft: torch.Tensor, scores: torch.Tensor, size: tuple[int, int], offset: float
+        self, image: Image.Image, soft: torch.Tensor, scores: torch.Tensor, size: tuple[int, int], offset: float
     ) -> Proposals:
         keep = scores >= 0
         soft, kept = soft[keep.to(soft.device)], scores[keep].numpy().astype(np.float32)
-        shape = picture.size[::-1]
+        shape = image.size[::-1]
         if self.refine is None or not len(soft):
             masks = upsample_grid(soft, shape, offset) > 0
         else:
             before = upsample_grid(soft, size, offset) > 0
-            pixels = pictures_to_pixels([picture], size, (0.0,) * 3, (1.0,) * 3, soft.device)
+            pixels = images_to_pixels([image], size, (0.0,) * 3, (1.0,) * 3, soft.device)
             after = pamr(pixels, before[None].float())[0]
             refined = after > 0.5
             agreement = (before & refined).sum(dim=(1, 2)) / (before | refined).sum(dim=(1, 2)).clamp_min(1)

@@ -1,4 +1,4 @@
-"""Pictures of any shape as batches of pixels."""
+"""Images of any shape as batches of pixels."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 
-def pictures_to_pixels(
+def images_to_pixels(
     images: Sequence[Image.Image],
     size: tuple[int, int],
     mean: Sequence[float],
     std: Sequence[float],
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """Bilinear (antialiased) resize to `size` (height, width), scale to [0, 1], normalise: (B, 3, H, W) float32.
+    """Bilinear (antialiased) resize to `size` (height, width), scale to [0, 1], normalize: (B, 3, H, W) float32.
 
     Bytes travel to the device; the arithmetic happens there. The memory format is channels last.
     """
@@ -28,7 +28,7 @@ def pictures_to_pixels(
 
 def fit_longest(width: int, height: int, longest: int, multiple: int = 32) -> tuple[int, int]:
     """(height, width) with the longer side about `longest`, each rounded to a multiple (at least one), so that the
-    grid of a strided network covers the picture exactly."""
+    grid of a strided network covers the image exactly."""
     scale = longest / max(width, height)
     return tuple(max(multiple, round(side * scale / multiple) * multiple) for side in (height, width))
 
@@ -36,7 +36,7 @@ def fit_longest(width: int, height: int, longest: int, multiple: int = 32) -> tu
 def group_by_size(
     images: Sequence[Image.Image], longest: int, fit: Callable[[int, int, int], tuple[int, int]] = fit_longest
 ) -> dict[tuple[int, int], list[int]]:
-    """Indices of the pictures by the (height, width) they are resized to, so that each group is one batch.
+    """Indices of the images by the (height, width) they are resized to, so that each group is one batch.
 
     fit: (width, height, longest) -> (height, width), such as `Encoder.fit`.
     """

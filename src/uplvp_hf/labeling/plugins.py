@@ -2,18 +2,18 @@
 
 The factory is called with the user's options and returns a source: any callable
 
-    source(images, rows) -> one result a picture
+    source(images, rows) -> one result an image
 
-`images` are PIL pictures (RGB), `rows` their rows in the data set (image_id, file_name, width, height). A result is a
+`images` are PIL images (RGB), `rows` their rows in the dataset (image_id, file_name, width, height). A result is a
 `Proposals`, or a dictionary:
 
-    masks   (N, H, W) bool, or a list of (H, W) bool, at the picture's size
+    masks   (N, H, W) bool, or a list of (H, W) bool, at the image's size
     scores  (N,) in [0, 1], higher is better; default 1
     labels  (N,) indices into the source's `vocabulary`; left out by a source without classes
 
 The source may have these attributes: `name` and `encoder_name` (for the store's header), `vocabulary` (class names),
-`settings` (a dictionary of JSON values that the labels depend on, beside the options), `licence` (of its weights). A
-source that must see pictures before it labels any can have the methods `measure`, `calibrate` and `restore` of
+`settings` (a dictionary of JSON values that the labels depend on, beside the options), `license` (of its weights). A
+source that must see images before it labels any can have the methods `measure`, `calibrate` and `restore` of
 `pipeline.Labeler`. Example:
 
     def bright_regions(level: int = 200):
@@ -100,7 +100,7 @@ class PluginSource(LabelerBase):
         if isinstance(vocabulary, str):
             raise ValueError(f"labeler {reference}: vocabulary must be a list of class names, got {vocabulary!r}")
         self.vocabulary = [str(name) for name in vocabulary]
-        self.licence = getattr(source, "licence", None)
+        self.license = getattr(source, "license", None)
         try:
             json.dumps(self.settings)
         except (TypeError, ValueError) as error:
@@ -141,14 +141,14 @@ class PluginSource(LabelerBase):
             self.source.restore(state)
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One checked `Proposals` a picture. Raises ValueError naming the source, the picture and what is wrong."""
+        """One checked `Proposals` an image. Raises ValueError naming the source, the image and what is wrong."""
         results = self.source(images, rows)
         if not isinstance(results, Iterable):
-            raise ValueError(f"labeler {self.reference}: must return one result a picture, got {results!r:.80}")
+            raise ValueError(f"labeler {self.reference}: must return one result an image, got {results!r:.80}")
         results = list(results)
         if len(results) != len(images):
-            raise ValueError(f"labeler {self.reference}: {len(results)} results for {len(images)} pictures")
-        names = [row["file_name"] for row in rows] if rows is not None else [f"picture {k}" for k in range(len(images))]
+            raise ValueError(f"labeler {self.reference}: {len(results)} results for {len(images)} images")
+        names = [row["file_name"] for row in rows] if rows is not None else [f"image {k}" for k in range(len(images))]
         return [self._checked(*item) for item in zip(results, images, names)]
 
     def _checked(self, result: Any, image: Image.Image, name: str) -> Proposals:

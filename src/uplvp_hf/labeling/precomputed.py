@@ -1,8 +1,8 @@
 """Dense features that another program computed, such as OpenSeg's, in place of an image tower.
 
-A folder with one file a picture, or one file with one array a picture; safetensors or npz (or npy in a folder).
-Pictures are found by their relative path, with or without suffix, else by the file name without suffix, else by their
-`image_id` (last: running numbers may look like another picture's name). The grid must cover exactly the picture: crop
+A folder with one file an image, or one file with one array an image; safetensors or npz (or npy in a folder).
+Images are found by their relative path, with or without suffix, else by the file name without suffix, else by their
+`image_id` (last: running numbers may look like another image's name). The grid must cover exactly the image: crop
 what an encoder padded (OpenSeg: the valid part of its square) before writing.
 """
 
@@ -26,14 +26,14 @@ LAYOUTS = ("dhw", "hwd")
 
 
 class PrecomputedFeatures:
-    """Features by row of the data set.
+    """Features by row of the dataset.
 
     Args:
         path: the folder or the file. layout: "dhw" for arrays (D, h, w), "hwd" for (h, w, D); a leading axis of one is
             dropped. name: of the encoder, for the store's header; None: the path's last part.
-        device: where the features go. licence: of the encoder's weights, if known.
+        device: where the features go. license: of the encoder's weights, if known.
 
-    Arrays are read when their picture's turn comes. Raises ValueError when the path is missing, holds nothing readable,
+    Arrays are read when their image's turn comes. Raises ValueError when the path is missing, holds nothing readable,
     or for an unknown layout.
     """
 
@@ -43,11 +43,11 @@ class PrecomputedFeatures:
         layout: str = "dhw",
         name: str | None = None,
         device: str | torch.device = "cpu",
-        licence: str | None = None,
+        license: str | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} of features is unknown; use one of {', '.join(LAYOUTS)}")
-        self.path, self.layout, self.device, self.licence = Path(path), layout, torch.device(device), licence
+        self.path, self.layout, self.device, self.license = Path(path), layout, torch.device(device), license
         self.name = name or self.path.name
         if self.path.is_dir():
             self._readers = self._index_folder()
@@ -62,9 +62,9 @@ class PrecomputedFeatures:
         return len(self._readers)
 
     def __call__(self, rows: Sequence[Row], dimension: int | None = None) -> list[torch.Tensor]:
-        """Unit-length features of pictures: one (D, h, w) float32 a row.
+        """Unit-length features of images: one (D, h, w) float32 a row.
 
-        Raises DataError, which concerns one picture: no array for it, a file that is cut off, values that are not
+        Raises DataError, which concerns one image: no array for it, a file that is cut off, values that are not
         finite. Raises ValueError, which concerns them all: a wrong number of axes, or `dimension` (of the text
         embeddings) not met.
         """
@@ -99,7 +99,7 @@ class PrecomputedFeatures:
         key = next((key for key in keys if key in self._readers), None)
         if key is None:
             raise DataError(
-                f"features {self.path}: nothing for picture {row['file_name']!r} (image id {row['image_id']!r}); "
+                f"features {self.path}: nothing for image {row['file_name']!r} (image id {row['image_id']!r}); "
                 f"looked for {', '.join(keys)}"
             )
         values = torch.as_tensor(self._readers[key]())

@@ -1,4 +1,4 @@
-"""The processes that share one labelling run: this one alone, or those of `accelerate launch` or torchrun."""
+"""The processes that share one labeling run: this one alone, or those of `accelerate launch` or torchrun."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ def _leave() -> None:
 
 
 def decode_workers(processes: Processes) -> int:
-    """Threads that a process decodes pictures with: its share of the cores that it may use, 1 to 8."""
+    """Threads that a process decodes images with: its share of the cores that it may use, 1 to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(8, cores // processes.local_size))

@@ -17,7 +17,7 @@ TEMPLATES = (
 )
 
 # The eighty templates for ImageNet, published with CLIP: https://github.com/openai/CLIP, notebook "Prompt Engineering
-# for ImageNet", Copyright (c) 2021 OpenAI, MIT licence.
+# for ImageNet", Copyright (c) 2021 OpenAI, MIT license.
 OPENAI80 = (
     "a bad photo of a {}.", "a photo of many {}.", "a sculpture of a {}.", "a photo of the hard to see {}.",
     "a low resolution photo of the {}.", "a rendering of a {}.", "graffiti of a {}.", "a bad photo of the {}.",
@@ -44,7 +44,7 @@ OPENAI80 = (
 TEMPLATE_PRESETS = {"bare": ("{}",), "openai7": TEMPLATES, "openai80": OPENAI80}
 
 BACKGROUND_PRESETS = {
-    # What fills pictures of everyday scenes without being countable.
+    # What fills images of everyday scenes without being countable.
     "stuff": (
         "sky", "clouds", "wall", "brick wall", "floor", "ceiling", "window", "curtain", "road", "pavement", "ground",
         "grass", "field", "tree", "bush", "leaves", "forest", "mountain", "hill", "rock", "sand", "snow", "water",

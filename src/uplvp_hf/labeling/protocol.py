@@ -11,31 +11,31 @@ from ..data.dataset import Row
 from .instances import Proposals
 
 AGNOSTIC_NAME = "object"
-Finish = Callable[[], Iterable[Proposals]]  # one `Proposals` a picture, made when it is asked for
+Finish = Callable[[], Iterable[Proposals]]  # one `Proposals` an image, made when it is asked for
 
 
 class Labeler(Protocol):
     """A mask source. `vocabulary` is empty for a class-agnostic one; `settings` must survive JSON and hold everything
-    that the labels depend on. `licence`: of the weights, where it is known. `LabelerBase` has the rest for a source
+    that the labels depend on. `license`: of the weights, where it is known. `LabelerBase` has the rest for a source
     that calibrates nothing.
 
-    `rows` are the data set's rows of the same pictures, for sources that look something up; None: there are none.
+    `rows` are the dataset's rows of the same images, for sources that look something up; None: there are none.
     """
 
     name: str
     encoder_name: str
     vocabulary: Sequence[str]
-    licence: str | None
+    license: str | None
 
     @property
     def settings(self) -> dict[str, Any]: ...
 
     def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
-        """One JSON value a picture, for `calibrate`; [] when there is nothing to calibrate."""
+        """One JSON value an image, for `calibrate`; [] when there is nothing to calibrate."""
         ...
 
     def calibrate(self, statistics: list[Any]) -> dict[str, Any]:
-        """From what `measure` gave for all calibration pictures, in the data set's order, to a state: JSON values."""
+        """From what `measure` gave for all calibration images, in the dataset's order, to a state: JSON values."""
         ...
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -46,15 +46,15 @@ class Labeler(Protocol):
 
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
         """The part of `__call__` that keeps the device busy; what it returns is called in another thread and does the
-        rest, while this one begins with the next pictures."""
+        rest, while this one begins with the next images."""
         ...
 
 
 class LabelerBase:
-    """A labeler without calibration, without classes and of unknown licence; subclasses replace what differs."""
+    """A labeler without calibration, without classes and of unknown license; subclasses replace what differs."""
 
     vocabulary: Sequence[str] = ()
-    licence: str | None = None
+    license: str | None = None
 
     def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
         """Nothing to measure."""
@@ -68,7 +68,7 @@ class LabelerBase:
         """Nothing to restore."""
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` a picture. A subclass defines this, or `begin`."""
+        """One `Proposals` an image. A subclass defines this, or `begin`."""
         return list(self.begin(images, rows)())
 
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:

@@ -13,7 +13,7 @@ from ..data.rle import mask_iou, segmentation_to_rle
 
 
 def row_keys(predicted: InstanceDataset, true: InstanceDataset) -> tuple[list, list]:
-    """What both sides call their pictures: the image ids, or the file names where no id is shared."""
+    """What both sides call their images: the image ids, or the file names where no id is shared."""
     ids = [row["image_id"] for row in predicted.rows], [row["image_id"] for row in true.rows]
     if set(ids[0]) & set(ids[1]):
         return ids
@@ -30,18 +30,18 @@ def _instances(row: Row, names: dict[int, str], crowd: bool) -> tuple[list[dict]
 def proposal_quality(
     predicted: InstanceDataset, true: InstanceDataset, threshold: float = 0.5, average_precision: bool = False
 ) -> dict[str, float]:
-    """Quality of pseudo masks over the pictures that both sets hold.
+    """Quality of pseudo masks over the images that both sets hold.
 
     Returns, class-agnostic and (keys ending in `_named`) counting only pairs of equal class name:
     `mean_best_iou` over the true instances, `recall` = share of true instances, `precision` = share of proposals, whose
     best IoU reaches `threshold` (several proposals may share an instance); `class_accuracy` = among the proposals that
-    reach it, the share that is named like the instance they cover best; also `pictures`, `instances`, `proposals`,
-    `proposals_per_picture`. With `average_precision` also `ap` and `ap50`, COCO's mask AP in 0 to 1 with the proposals'
+    reach it, the share that is named like the instance they cover best; also `images`, `instances`, `proposals`,
+    `proposals_per_image`. With `average_precision` also `ap` and `ap50`, COCO's mask AP in 0 to 1 with the proposals'
     scores (`_named`: the mean over the classes of `true`); crowd regions are ignored there as COCO does.
 
     Crowd regions of `true` are left out of everything else. What has nothing to be a share of is NaN: recall, IoU and
     AP without true instances, precision without proposals, accuracy without covered instances. Raises DataError when
-    the sets share no picture.
+    the sets share no image.
     """
     predicted_keys, true_keys = row_keys(predicted, true)
     by_key = dict(zip(predicted_keys, predicted.rows))
@@ -64,11 +64,11 @@ def proposal_quality(
             right.append(same[np.arange(len(rles)), overlap.argmax(axis=1)][covers])
     values = {key: np.concatenate(parts) for key, parts in best.items()}
     result: dict[str, float] = {
-        "pictures": len(pairs),
+        "images": len(pairs),
         "instances": len(values["true"]),
         "proposals": len(values["proposal"]),
     }
-    result["proposals_per_picture"] = result["proposals"] / len(pairs)
+    result["proposals_per_image"] = result["proposals"] / len(pairs)
     for suffix in ("", "_named"):
         result["mean_best_iou" + suffix] = _mean(values["true" + suffix])
         result["recall" + suffix] = _mean(values["true" + suffix] >= threshold)

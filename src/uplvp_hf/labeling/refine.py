@@ -1,6 +1,6 @@
-"""Pixel-adaptive mask refinement (PAMR, arXiv 2005.08104): soft maps follow the picture's own edges.
+"""Pixel-adaptive mask refinement (PAMR, arXiv 2005.08104): soft maps follow the image's own edges.
 
-Every step replaces a pixel's values by a weighted mean of its neighbours'; the weights are high where colours agree.
+Every step replaces a pixel's values by a weighted mean of its neighbors'; the weights are high where colors agree.
 NACLIP (arXiv 2404.08181) runs 10 steps with dilations 8 and 16 after its dense CLIP maps; those are the defaults.
 """
 
@@ -11,17 +11,17 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-NEIGHBOURS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
+NEIGHBORS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 CHUNK = 8  # channels at a time, so that they stay in a CPU's cache: measured at 128 x 171 pixels
 
 
 def _shifted(values: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Views of (B, C, H, W) moved to each of the 8 neighbours at each dilation; edge pixels are repeated outwards."""
+    """Views of (B, C, H, W) moved to each of the 8 neighbors at each dilation; edge pixels are repeated outwards."""
     height, width = values.shape[-2:]
     reach = max(dilations)
     padded = F.pad(values, (reach, reach, reach, reach), mode="replicate")
     for dilation in dilations:
-        for dy, dx in NEIGHBOURS:
+        for dy, dx in NEIGHBORS:
             top, left = reach + dy * dilation, reach + dx * dilation
             yield padded[..., top : top + height, left : left + width]
 
@@ -29,12 +29,12 @@ def _shifted(values: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.T
 def local_affinity(
     pixels: torch.Tensor, dilations: Sequence[int] = (8, 16), sharpness: float = 0.1, eps: float = 1e-8
 ) -> torch.Tensor:
-    """Weights of every pixel's neighbours, which sum to 1: (B, 3, H, W) -> (B, 8 * len(dilations), H, W).
+    """Weights of every pixel's neighbors, which sum to 1: (B, 3, H, W) -> (B, 8 * len(dilations), H, W).
 
     weight_pq = softmax_q( -mean over channels of |I_p - I_q| / (sharpness * std_p) ), std_p per channel over the pixel
-    repeated once a dilation and its neighbours.
+    repeated once a dilation and its neighbors.
     """
-    count = (len(NEIGHBOURS) + 1) * len(dilations)
+    count = (len(NEIGHBORS) + 1) * len(dilations)
     mean = (sum(_shifted(pixels, dilations)) + len(dilations) * pixels) / count
     squares = sum((part - mean) ** 2 for part in _shifted(pixels, dilations)) + len(dilations) * (pixels - mean) ** 2
     scale = sharpness * (squares / (count - 1)).sqrt() + eps
@@ -51,21 +51,21 @@ def pamr(
     Args:
         pixels: (B, 3, H', W') RGB in [0, 1]; resized bilinearly to the maps' size where that differs.
         maps: (B, K, H, W) soft values of any range; every result is a convex combination of a channel's values.
-        iterations: steps. dilations: distances in pixels of the eight neighbours.
+        iterations: steps. dilations: distances in pixels of the eight neighbors.
 
     Memory beyond inputs and result is 8 * len(dilations) maps of (H, W) and a few channels' maps, whatever B, K and the
-    iterations: pictures and channels are taken one after another. Returns (B, K, H, W) float32.
+    iterations: images and channels are taken one after another. Returns (B, K, H, W) float32.
     Raises ValueError for batch sizes that differ or dilations below 1.
     """
     if len(pixels) != len(maps):
-        raise ValueError(f"pamr: {len(pixels)} pictures but maps of {len(maps)}")
+        raise ValueError(f"pamr: {len(pixels)} images but maps of {len(maps)}")
     if not dilations or min(dilations) < 1:
         raise ValueError(f"pamr: dilations {tuple(dilations)} must be one or more distances of at least 1 pixel")
     results = torch.empty_like(maps, dtype=torch.float32)
-    for picture, soft, result in zip(pixels.float()[:, None], maps, results):
-        if picture.shape[-2:] != soft.shape[-2:]:
-            picture = F.interpolate(picture, soft.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
-        weights = local_affinity(picture, dilations)[0]
+    for image, soft, result in zip(pixels.float()[:, None], maps, results):
+        if image.shape[-2:] != soft.shape[-2:]:
+            image = F.interpolate(image, soft.shape[-2:], mode="bilinear", align_corners=False, antialias=True)
+        weights = local_affinity(image, dilations)[0]
         for start in range(0, len(soft), CHUNK):
             values = soft[None, start : start + CHUNK].float()
             for _ in range(iterations):

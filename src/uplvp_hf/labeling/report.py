@@ -21,7 +21,7 @@ from ..files import write_text
 from .quality import proposal_quality, row_keys
 
 SCORE_EDGES = np.linspace(0, 1, 21)
-AREA_EDGES = 10.0 ** np.linspace(-4, 0, 17)  # shares of the picture
+AREA_EDGES = 10.0 ** np.linspace(-4, 0, 17)  # shares of the image
 MOST_INSTANCES = 20  # last bar: so many or more
 SIDE = 560  # px, longer side of an example
 MOST_FAILURES = 100  # listed; the rest is counted
@@ -29,17 +29,17 @@ MOST_FAILURES = 100  # listed; the rest is counted
 
 @dataclass
 class Statistics:
-    """Of the rows of a store. Grows by two numbers a picture, so that a store of millions of pictures fits.
+    """Of the rows of a store. Grows by two numbers an image, so that a store of millions of images fits.
 
-    picture_scores: mean score of each picture's instances, NaN without any, in the order of the rows.
+    image_scores: mean score of each image's instances, NaN without any, in the order of the rows.
     """
 
-    pictures: int = 0
+    images: int = 0
     instances: int = 0
-    picture_scores: array = field(default_factory=lambda: array("f"))
-    per_picture: Counter[int] = field(default_factory=Counter)
+    image_scores: array = field(default_factory=lambda: array("f"))
+    per_image: Counter[int] = field(default_factory=Counter)
     per_class: Counter[int] = field(default_factory=Counter)
-    pictures_with_class: Counter[int] = field(default_factory=Counter)
+    images_with_class: Counter[int] = field(default_factory=Counter)
     class_score: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     class_area: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     scores: np.ndarray = field(default_factory=lambda: np.zeros(len(SCORE_EDGES) - 1, np.int64))
@@ -50,11 +50,11 @@ class Statistics:
         objects = row["objects"]
         scores = np.asarray(objects["score"], dtype=np.float64)
         shares = np.asarray(objects["area"], dtype=np.float64) / (row["width"] * row["height"])
-        self.pictures += 1
+        self.images += 1
         self.instances += len(scores)
-        self.picture_scores.append(float(scores.mean()) if len(scores) else math.nan)
-        self.per_picture[min(len(scores), MOST_INSTANCES)] += 1
-        self.pictures_with_class.update(set(objects["category_id"]))
+        self.image_scores.append(float(scores.mean()) if len(scores) else math.nan)
+        self.per_image[min(len(scores), MOST_INSTANCES)] += 1
+        self.images_with_class.update(set(objects["category_id"]))
         for category_id, score, share in zip(objects["category_id"], scores.tolist(), shares.tolist()):
             self.per_class[category_id] += 1
             self.class_score[category_id] += score
@@ -63,9 +63,9 @@ class Statistics:
         self.areas += np.histogram(shares.clip(AREA_EDGES[0], 1), AREA_EDGES)[0]
 
     def examples(self, count: int) -> dict[str, list[int]]:
-        """Numbers of the rows of best, median and worst mean score, `count` of each, no row twice; and of pictures
+        """Numbers of the rows of best, median and worst mean score, `count` of each, no row twice; and of images
         without instances, spread over the store."""
-        scores = np.frombuffer(self.picture_scores, dtype=np.float32) if self.pictures else np.zeros(0, np.float32)
+        scores = np.frombuffer(self.image_scores, dtype=np.float32) if self.images else np.zeros(0, np.float32)
         order = np.argsort(-scores, kind="stable")[: int((~np.isnan(scores)).sum())]  # NaN is sorted to the end
         taken = min(count, math.ceil(len(order) / 3))
         best, worst = order[:taken], order[taken:][::-1][:taken][::-1]
@@ -86,14 +86,14 @@ def write_report(
     """Writes the page in one step, and returns its numbers (plain values; what cannot be computed is None).
 
     Args:
-        store: folder of a store; it may be unfinished, or hold no picture at all.
+        store: folder of a store; it may be unfinished, or hold no image at all.
         path: of the page.
-        truth: true instances of the same pictures, anything that `load_dataset_rows` reads. Adds recall and precision
+        truth: true instances of the same images, anything that `load_dataset_rows` reads. Adds recall and precision
             at IoU .5, mean best IoU and AP, without and with classes, and draws the truth beside the examples.
-        examples: pictures of best, median and worst mean score to show, and of those without instances.
+        examples: images of best, median and worst mean score to show, and of those without instances.
 
-    Without `truth`, memory holds one shard and two numbers a picture; with it, the rows of both sides.
-    Raises DataError for a store or truth that cannot be read, or that share no picture; OSError for the page.
+    Without `truth`, memory holds one shard and two numbers an image; with it, the rows of both sides.
+    Raises DataError for a store or truth that cannot be read, or that share no image; OSError for the page.
     """
     header = read_header(store)
     if truth is not None and not isinstance(truth, InstanceDataset):
@@ -102,14 +102,14 @@ def write_report(
     failed = {str(entry["file"]): entry for entry in read_failures(store)}
     for row in _rows(store):
         statistics.add(row)
-        for name in (row["image"], row["file_name"]):  # a killed run did not strike out what it labelled in the end
+        for name in (row["image"], row["file_name"]):  # a killed run did not strike out what it labeled in the end
             failed.pop(name, None)
     failures = list(failed.values())
     numbers = _numbers(statistics, failures, header)
-    numbers["quality"] = None if truth is None else _quality(store, truth, statistics.pictures)
+    numbers["quality"] = None if truth is None else _quality(store, truth, statistics.images)
     chosen = statistics.examples(examples)
-    pictures = _draw_examples(store, header, chosen, truth)
-    write_text(path, _page(store, header, statistics, numbers, failures, chosen, pictures))
+    images = _draw_examples(store, header, chosen, truth)
+    write_text(path, _page(store, header, statistics, numbers, failures, chosen, images))
     return numbers
 
 
@@ -122,22 +122,22 @@ def _numbers(statistics: Statistics, failures: list[dict], header: Mapping[str, 
     for category in header["categories"]:
         key = category["id"]
         count = statistics.per_class[key]
-        entry = {"name": category["name"], "instances": count, "pictures": statistics.pictures_with_class[key]}
+        entry = {"name": category["name"], "instances": count, "images": statistics.images_with_class[key]}
         entry["mean_score"] = statistics.class_score[key] / count if count else None
         entry["mean_area"] = statistics.class_area[key] / count if count else None
         classes.append(entry)
     return {
-        "done": statistics.pictures,
+        "done": statistics.images,
         "failed": len(failures),
-        "empty": statistics.per_picture[0],
+        "empty": statistics.per_image[0],
         "instances": statistics.instances,
-        "instances_per_picture": statistics.instances / statistics.pictures if statistics.pictures else None,
+        "instances_per_image": statistics.instances / statistics.images if statistics.images else None,
         "classes": classes,
     }
 
 
-def _quality(store: str | os.PathLike[str], truth: InstanceDataset, pictures: int) -> dict[str, float | None] | None:
-    if not pictures:
+def _quality(store: str | os.PathLike[str], truth: InstanceDataset, images: int) -> dict[str, float | None] | None:
+    if not images:
         return None
     values = proposal_quality(read_store(store), truth, average_precision=True)
     return {name: None if math.isnan(value) else value for name, value in values.items()}
@@ -181,8 +181,8 @@ def _truth_of(store: str | os.PathLike[str], truth: InstanceDataset, wanted: set
 
 
 def overlay(image: Image.Image, row: Row, categories: Sequence[Mapping[str, Any]], scored: bool = True) -> str:
-    """The row's instances drawn over its picture, as a data URI; masks are decoded one at a time."""
-    # Loads its fonts and the metric; a report is the only part of labelling that draws.
+    """The row's instances drawn over its image, as a data URI; masks are decoded one at a time."""
+    # Loads its fonts and the metric; a report is the only part of labeling that draws.
     from ..evaluation.visualize import overlay_uri
 
     objects = row["objects"]
@@ -199,13 +199,13 @@ def _page(
     numbers: Mapping[str, Any],
     failures: Sequence[Mapping[str, Any]],
     chosen: Mapping[str, Sequence[int]],
-    pictures: Mapping[int, Mapping[str, Any]],
+    images: Mapping[int, Mapping[str, Any]],
 ) -> str:
-    counts = [statistics.per_picture[k] for k in range(MOST_INSTANCES + 1)]
+    counts = [statistics.per_image[k] for k in range(MOST_INSTANCES + 1)]
     charts = [
-        Chart("Instances a picture", "pictures", counts, [*map(str, range(MOST_INSTANCES)), f"{MOST_INSTANCES}+"], 5),
+        Chart("Instances an image", "images", counts, [*map(str, range(MOST_INSTANCES)), f"{MOST_INSTANCES}+"], 5),
         Chart("Score of an instance", "instances", statistics.scores, [f"{edge:.2f}" for edge in SCORE_EDGES], 5, True),
-        Chart("Area, share of the picture", "instances", statistics.areas, [_share(e) for e in AREA_EDGES], 4, True),
+        Chart("Area, share of the image", "instances", statistics.areas, [_share(e) for e in AREA_EDGES], 4, True),
     ]
     template = (resources.files("uplvp_hf.labeling") / "templates" / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -214,7 +214,7 @@ def _page(
         "best": "Best mean score",
         "median": "Median",
         "worst": "Worst mean score",
-        "empty": "Pictures without any mask",
+        "empty": "Images without any mask",
     }
     return environment.from_string(template).render(
         store=os.path.abspath(store),
@@ -224,7 +224,7 @@ def _page(
         charts=charts,
         reasons=Counter(str(failure["reason"]) for failure in failures).most_common(10),
         failures=failures[:MOST_FAILURES],
-        groups=[(titles[name], [pictures[n] for n in chosen[name]]) for name in titles if chosen[name]],
+        groups=[(titles[name], [images[n] for n in chosen[name]]) for name in titles if chosen[name]],
         side=SIDE,
     )
 

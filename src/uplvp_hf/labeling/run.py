@@ -1,4 +1,4 @@
-"""One process's part of a labelling run: calibration, the stages that blocks go through, what is kept of them."""
+"""One process's part of a labeling run: calibration, the stages that blocks go through, what is kept of them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ AHEAD = 2  # blocks whose instances are being cut, and whose rows are being made
 
 @dataclass
 class LabelSummary:
-    """done: pictures labelled now. skipped: had a row before. failed: in the store's failure list. instances: of done.
+    """done: images labeled now. skipped: had a row before. failed: in the store's failure list. instances: of done.
 
     processes: that shared the work; the counts are sums over all of them.
     """
@@ -60,9 +60,9 @@ class LabelSummary:
 
 @dataclass
 class _Finished:
-    """What became of a block: lines of the store, pictures without one, and how many it had one of before."""
+    """What became of a block: lines of the store, images without one, and how many it had one of before."""
 
-    pictures: int
+    images: int
     skipped: int
     rows: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -87,7 +87,7 @@ def apply_floor(proposals: Proposals, min_confidence: float, unnamed: int | None
 def proposals_to_row(
     row: Row, proposals: Proposals, category_ids: Sequence[int], image: str, size: tuple[int, int]
 ) -> dict:
-    """A store row: `row` with the proposals as objects. `size` is (width, height) of the loaded picture.
+    """A store row: `row` with the proposals as objects. `size` is (width, height) of the loaded image.
 
     The score is the mask's score times the namer's confidence; the latter is also kept as `confidence`.
     """
@@ -130,13 +130,13 @@ class Run:
     save_images: bool
     progress: bool
 
-    def label(self, calibration_pictures: int, max_failed: float) -> LabelSummary:
+    def label(self, calibration_images: int, max_failed: float) -> LabelSummary:
         """All of it; the sums over all processes. Raises as `label_images` does."""
         started = time.monotonic()
         count = None if isinstance(self.dataset, RowStream) else len(range(len(self.dataset))[: self.limit])
-        chosen = calibration_blocks(count, self.batch_size, min(calibration_pictures, self.limit or 10**9))
+        chosen = calibration_blocks(count, self.batch_size, min(calibration_images, self.limit or 10**9))
         deal = Deal(chosen, self.processes.rank, self.processes.size)
-        self._calibrate(deal, min(calibration_pictures, calibration_pictures if count is None else count))
+        self._calibrate(deal, min(calibration_images, calibration_images if count is None else count))
         self.summary = LabelSummary(output=os.fspath(self.store.folder), processes=self.processes.size)
         if self.processes.rank == 0:
             self._list_unread()
@@ -147,10 +147,10 @@ class Run:
         total = LabelSummary.total([summary for summary, _ in parts])
         if self.processes.rank == 0:
             self.store.merge_failures(set().union(*(repaired for _, repaired in parts)))
-            pictures = total.done + total.skipped + total.failed
-            if total.failed > max_failed * pictures:
+            images = total.done + total.skipped + total.failed
+            if total.failed > max_failed * images:
                 raise StoreError(
-                    f"{total.failed} of {pictures} pictures failed, more than the share {max_failed:g} that is allowed "
+                    f"{total.failed} of {images} images failed, more than the share {max_failed:g} that is allowed "
                     f"(max_failed); {self.store.failures_file} lists them"
                 )
         return total
@@ -178,28 +178,28 @@ class Run:
             except ValueError as error:  # a labeler that calibrates nothing takes an empty list
                 if parts or not faults:
                     raise
-                raise StoreError(f"no picture can be calibrated on; the first: {faults[0]}") from error
+                raise StoreError(f"no image can be calibrated on; the first: {faults[0]}") from error
             self.store.start(self.processes.share(state))
         self.processes.gather(None)
         self.store.check_header_is_there()
         self.labeler.restore(self.store.header.get("state", {}))
 
     def _check_calibration(self, possible: int) -> None:
-        """A store that was begun on a few pictures, with `limit`, keeps its calibration: say so."""
-        pictures = self.store.header.get("state", {}).get("calibration", {}).get("pictures", possible)
-        if 2 * pictures < possible and self.processes.rank == 0:
+        """A store that was begun on a few images, with `limit`, keeps its calibration: say so."""
+        images = self.store.header.get("state", {}).get("calibration", {}).get("images", possible)
+        if 2 * images < possible and self.processes.rank == 0:
             logger.warning(
-                "%s was calibrated on %d pictures, a new store would be on %d: labels get better in a new folder.",
+                "%s was calibrated on %d images, a new store would be on %d: labels get better in a new folder.",
                 self.store.folder,
-                pictures,
+                images,
                 possible,
             )
 
     def _measure(self, deal: Deal) -> tuple[list[tuple[int, int, str]], str | None]:
-        """(block, position, statistics as JSON) of each picture of the calibration blocks of this process, and why
+        """(block, position, statistics as JSON) of each image of the calibration blocks of this process, and why
         the first one that has none could not be measured.
 
-        Pictures that cannot be read are reported when their turn to be labelled comes.
+        Images that cannot be read are reported when their turn to be labeled comes.
         """
         measured: list[tuple[int, int, str]] = []
         faults: list[str] = []
@@ -207,18 +207,16 @@ class Run:
         limit = (mine[-1] + 1) * self.batch_size if mine else 0  # a stream is not read beyond it
         limit = limit if self.limit is None else min(limit, self.limit)
         blocks = iterate_blocks(self.dataset, self.batch_size, limit, set(mine).__contains__)
-        with Progress("calibrating", self._pictures_in(mine), self.progress, self.processes) as bar:
+        with Progress("calibrating", self._images_in(mine), self.progress, self.processes) as bar:
             for loaded in load_blocks(blocks, (), self.workers):
                 kept, (images, rows) = loaded.positions(), loaded.readable()
                 entries = self._measure_block(images, rows)
                 found = [(k, entry) for k, entry in zip(kept, entries) if not isinstance(entry, DataError)]
                 measured += [(loaded.block.number, k, json.dumps(entry)) for k, entry in found]
-                bar.update(len(loaded.pictures))
+                bar.update(len(loaded.images))
                 if images and not entries:
                     return [], None  # a labeler that calibrates nothing
-                faults = faults or [
-                    str(fault) for fault in (*loaded.pictures, *entries) if isinstance(fault, DataError)
-                ]
+                faults = faults or [str(fault) for fault in (*loaded.images, *entries) if isinstance(fault, DataError)]
         return measured, faults[0] if faults else None
 
     def _measure_block(self, images: Sequence[Image.Image], rows: Sequence[Row]) -> list[Any]:
@@ -229,34 +227,34 @@ class Run:
         except DataError:
             return one_by_one(self.labeler.measure, images, rows)
 
-    def _pictures_in(self, numbers: Sequence[int]) -> int | None:
+    def _images_in(self, numbers: Sequence[int]) -> int | None:
         if isinstance(self.dataset, RowStream):
             return None
-        return sum(len(self._pictures_of(number)) for number in numbers)
+        return sum(len(self._images_of(number)) for number in numbers)
 
-    def _pictures_of(self, number: int) -> range:
+    def _images_of(self, number: int) -> range:
         return range(len(self.dataset))[: self.limit][number * self.batch_size : (number + 1) * self.batch_size]
 
     def _unfinished(self, deal: Deal, count: int | None) -> tuple[Callable[[int], bool], int | None]:
-        """Which blocks are to be worked on, and how many pictures they hold; counts those that are skipped."""
+        """Which blocks are to be worked on, and how many images they hold; counts those that are skipped."""
         if count is None:
             return deal.mine, None
         numbers = set()
         for number in filter(deal.mine, range(block_count(count, self.batch_size))):
-            if all(self.dataset.image_id(k) in self.store.finished for k in self._pictures_of(number)):
-                self.summary.skipped += len(self._pictures_of(number))
+            if all(self.dataset.image_id(k) in self.store.finished for k in self._images_of(number)):
+                self.summary.skipped += len(self._images_of(number))
             else:
                 numbers.add(number)
-        return numbers.__contains__, self._pictures_in(sorted(numbers))
+        return numbers.__contains__, self._images_in(sorted(numbers))
 
     def _work(self, deal: Deal, count: int | None) -> None:
-        wanted, pictures = self._unfinished(deal, count)
+        wanted, images = self._unfinished(deal, count)
         blocks = iterate_blocks(self.dataset, self.batch_size, self.limit, wanted)
         self.cutting, self.writing = deque(), deque()
         threads = torch.get_num_threads()
         with (
             ThreadPoolExecutor(min(AHEAD, self.workers), "instances", torch.set_num_threads, (1,)) as pool,
-            Progress("labelling", pictures, self.progress, self.processes) as bar,
+            Progress("labeling", images, self.progress, self.processes) as bar,
         ):
             try:
                 for loaded in load_blocks(blocks, self.store.finished, self.workers):
@@ -276,7 +274,7 @@ class Run:
         images, rows = loaded.readable()
         try:
             finish = self.labeler.begin(images, rows) if images else list
-        except DataError:  # one picture's data are at fault: the others are labelled nonetheless
+        except DataError:  # one image's data are at fault: the others are labeled nonetheless
             finish = partial(iter, one_by_one(self.labeler, images, rows))
         if self.namer is None:
             self.writing.append((loaded, pool.submit(self._make_rows, loaded, finish)))
@@ -297,7 +295,7 @@ class Run:
             self._keep(outcome, bar)
 
     def _result(self, loaded: LoadedBlock, future: Future) -> Any:
-        """Of a task; picture by picture where a picture's data made it fail."""
+        """Of a task; image by image where an image's data made it fail."""
         try:
             return future.result()
         except DataError:
@@ -313,10 +311,10 @@ class Run:
         return results
 
     def _make_rows(self, loaded: LoadedBlock, propose: Callable[[], Iterable[Proposals | DataError]]) -> _Finished:
-        """Lines of a block. The masks of one picture at a time, where `propose` makes them so."""
+        """Lines of a block. The masks of one image at a time, where `propose` makes them so."""
         block, rows, todo = loaded.block, loaded.block.rows, set(loaded.todo)
         result = _Finished(len(rows), len(rows) - len(todo))
-        errors = {k: loaded.pictures[k] for k in todo if isinstance(loaded.pictures[k], DataError)}
+        errors = {k: loaded.images[k] for k in todo if isinstance(loaded.images[k], DataError)}
         for k, outcome in zip(loaded.positions(), propose(), strict=True):
             if k not in todo:
                 continue
@@ -324,10 +322,10 @@ class Run:
                 errors[k] = outcome
                 continue
             proposals = apply_floor(outcome, self.min_confidence, self.unnamed)
-            image = self.store.picture_reference(rows[k], block.first + k, self.image_root, self.save_images)
-            row = proposals_to_row(rows[k], proposals, self.category_ids, image, loaded.pictures[k].size)
+            image = self.store.image_reference(rows[k], block.first + k, self.image_root, self.save_images)
+            row = proposals_to_row(rows[k], proposals, self.category_ids, image, loaded.images[k].size)
             result.rows.append(json.dumps(row))
-            result.files.append(picture_file(rows[k]))
+            result.files.append(image_file(rows[k]))
             result.instances += len(proposals)
         result.failures = [(rows[k], block.first + k, errors[k]) for k in sorted(errors)]
         return result
@@ -335,23 +333,23 @@ class Run:
     def _keep(self, result: _Finished, bar: Progress) -> None:
         for row, number, error in result.failures:
             reason = error.reason if isinstance(error, ImageError) else str(error)
-            self.store.fail(picture_file(row), f"row {number} (image id {row['image_id']!r})", reason)
+            self.store.fail(image_file(row), f"row {number} (image id {row['image_id']!r})", reason)
         self.store.add_block(result.rows, result.files)
         summary = self.summary
         summary.done += len(result.rows)
         summary.skipped += result.skipped
         summary.failed += len(result.failures)
         summary.instances += result.instances
-        bar.update(result.pictures, instances=summary.instances, failed=summary.failed)
+        bar.update(result.images, instances=summary.instances, failed=summary.failed)
 
 
-def picture_file(row: Row) -> str:
-    """What failure lists call the picture of a row."""
+def image_file(row: Row) -> str:
+    """What failure lists call the image of a row."""
     return os.fspath(row["image"]) if isinstance(row["image"], (str, os.PathLike)) else row["file_name"]
 
 
 def one_by_one(function: Callable[..., list], images: Sequence[Image.Image], rows: Sequence[Row]) -> list:
-    """`function(images, rows)` picture by picture, with the DataError in place of what it raised one for."""
+    """`function(images, rows)` image by image, with the DataError in place of what it raised one for."""
     results: list[Any] = []
     for image, row in zip(images, rows):
         try:

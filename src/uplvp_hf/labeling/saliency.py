@@ -1,10 +1,10 @@
 """Saliency Prompt's mask proposals (arXiv 2302.01171): self-similarity of a backbone map, one function a step.
 
 Every function takes one map or a batch of maps (leading dimension B). Differences from the authors' script, all
-deliberate: an eps in the min-max division, masks enlarged to the picture according to where the cells lie, tight boxes
-in picture pixels downstream, and a trained backbone is insisted upon.
+deliberate: an eps in the min-max division, masks enlarged to the image according to where the cells lie, tight boxes
+in image pixels downstream, and a trained backbone is insisted upon.
 
-It proposes many masks a picture, few of them right; for ImageNet features of single large objects `foreground` is the
+It proposes many masks an image, few of them right; for ImageNet features of single large objects `foreground` is the
 better source.
 """
 
@@ -26,9 +26,9 @@ from .protocol import Finish, LabelerBase
 
 # The filters of the authors' three scripts: the offline generator, the one inside the detector, and the supervised one.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "offline": {"min_centre": 0.2, "max_width": 0.95, "max_extent": None, "min_score": 0.7, "when_empty": "skip"},
-    "online": {"min_centre": 0.1, "max_width": None, "max_extent": None, "min_score": 0.7, "when_empty": "best"},
-    "sup": {"min_centre": 0.1, "max_width": None, "max_extent": 0.8, "min_score": 0.7, "when_empty": "best"},
+    "offline": {"min_center": 0.2, "max_width": 0.95, "max_extent": None, "min_score": 0.7, "when_empty": "skip"},
+    "online": {"min_center": 0.1, "max_width": None, "max_extent": None, "min_score": 0.7, "when_empty": "best"},
+    "sup": {"min_center": 0.1, "max_width": None, "max_extent": 0.8, "min_score": 0.7, "when_empty": "best"},
 }
 
 
@@ -62,9 +62,9 @@ def maskness(soft: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
 
 
 def mass_geometry(soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Centre and extent of (..., h, w) masks from their row and column projections, in cells.
+    """Center and extent of (..., h, w) masks from their row and column projections, in cells.
 
-    Returns centre x, centre y (of mass, of the max-projections), width, height (sums of the projections), each (...,).
+    Returns center x, center y (of mass, of the max-projections), width, height (sums of the projections), each (...,).
     """
     columns, rows = soft.amax(dim=-2).float(), soft.amax(dim=-1).float()  # (..., w), (..., h)
     width, height = columns.sum(dim=-1), rows.sum(dim=-1)
@@ -74,7 +74,7 @@ def mass_geometry(soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
 
 
 def mass_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Boxes around the centre of mass, (N, h, w) -> (N, 4) xyxy in cells. Not the tight boxes; used by the filters."""
+    """Boxes around the center of mass, (N, h, w) -> (N, 4) xyxy in cells. Not the tight boxes; used by the filters."""
     x, y, width, height = mass_geometry(masks)
     return torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=1)
 
@@ -94,20 +94,20 @@ def tight_sides(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def keep_plausible(
     masks: torch.Tensor,
     scores: torch.Tensor,
-    min_centre: float = 0.2,
+    min_center: float = 0.2,
     max_width: float | None = 0.95,
     min_score: float = 0.7,
     max_extent: float | None = None,
 ) -> torch.Tensor:
-    """Drop what hugs the top, spans the picture, or has decayed: (..., h, w) masks, (...,) scores -> (...,) bool.
+    """Drop what hugs the top, spans the image, or has decayed: (..., h, w) masks, (...,) scores -> (...,) bool.
 
-    min_centre: the centre of mass lies lower than this share of the grid's height. max_width: the row of occupied
+    min_center: the center of mass lies lower than this share of the grid's height. max_width: the row of occupied
     columns is shorter than this share of the width. max_extent: the tight box does not exceed this share of both the
     height and the width. None leaves a filter out.
     """
     _, y, width, _ = mass_geometry(masks)
     height_cells, width_cells = masks.shape[-2:]
-    keep = (y > min_centre * height_cells) & (scores >= min_score)
+    keep = (y > min_center * height_cells) & (scores >= min_score)
     if max_width is not None:
         keep &= width < max_width * width_cells
     if max_extent is not None:
@@ -125,11 +125,11 @@ def propose_batch(
     sigma: float = 2.0,
     top: int = 20,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From maps to ranked soft masks, for all pictures of a batch at once (reference steps 1 to 7).
+    """From maps to ranked soft masks, for all images of a batch at once (reference steps 1 to 7).
 
     features: (B, C, h, w). scales: of the queries. threshold: of the soft masks. min_cells: smaller masks are dropped.
-    kernel, sigma: of Matrix NMS. top: most masks a picture.
-    Returns soft masks (B, K, h, w), decayed scores (B, K), best first, and (B, K) bool, False where a picture has fewer
+    kernel, sigma: of Matrix NMS. top: most masks an image.
+    Returns soft masks (B, K, h, w), decayed scores (B, K), best first, and (B, K) bool, False where an image has fewer
     than K masks. Memory: B * Q * (h * w + Q) floats for Q = sum over scales of the scaled map's cells.
     """
     soft = similarity_maps(features, make_queries(features, scales))
@@ -164,18 +164,18 @@ def median_filter(maps: torch.Tensor, size: int = 3) -> torch.Tensor:
 
 
 class SaliencyLabeler(LabelerBase):
-    """SP's proposals for pictures. Class-agnostic.
+    """SP's proposals for images. Class-agnostic.
 
     Args:
         encoder: a frozen backbone. stage: which of its maps, counted from the finest (0) or the last (-1).
-        image_size: longer side in pixels that pictures are stretched to, or (height, width) for all of them, which
-            lets pictures of different shapes share a batch. Sides become multiples of what the encoder needs. On
+        image_size: longer side in pixels that images are stretched to, or (height, width) for all of them, which
+            lets images of different shapes share a batch. Sides become multiples of what the encoder needs. On
             maps of stride 32, 256 finds large animals better (animals7) and balloons worse than 512.
         scales, threshold, min_cells, kernel, sigma, top: see `propose_batch`.
         variant: whose filters: "offline" (the authors' generator), "online" (inside their detector), "sup" (their
-            supervised copy). min_centre, max_width, max_extent, min_score (see `keep_plausible`; 0, or 1 for the
+            supervised copy). min_center, max_width, max_extent, min_score (see `keep_plausible`; 0, or 1 for the
             upper bounds, lets everything pass) and when_empty replace the variant's value where given.
-        when_empty: what a picture whose masks were all filtered out gets: "skip" nothing, "best" its best mask.
+        when_empty: what an image whose masks were all filtered out gets: "skip" nothing, "best" its best mask.
         median: side in cells of a median filter over the masks (the authors' script has 3 commented out); 0 for none.
         cell_offset: in cells; None takes the encoder's.
 
@@ -196,7 +196,7 @@ class SaliencyLabeler(LabelerBase):
         sigma: float = 2.0,
         top: int = 20,
         variant: str = "offline",
-        min_centre: float | None = None,
+        min_center: float | None = None,
         max_width: float | None = None,
         max_extent: float | None = None,
         min_score: float | None = None,
@@ -210,12 +210,12 @@ class SaliencyLabeler(LabelerBase):
             raise ValueError(f"saliency: Matrix NMS kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
         if median and (median < 3 or median % 2 == 0):
             raise ValueError(f"saliency: a median filter of {median} cells has no middle; use 0, 3, 5, ...")
-        self.encoder, self.encoder_name, self.licence = encoder, encoder.name, encoder.licence
+        self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
         self.image_size, self.stage, self.cell_offset, self.median = image_size, stage, cell_offset, median
         self.threshold = threshold
         self.search = {"scales": tuple(scales), "threshold": threshold, "min_cells": min_cells}
         self.search |= {"kernel": kernel, "sigma": sigma, "top": top}
-        given = {"min_centre": min_centre, "max_width": max_width, "max_extent": max_extent, "min_score": min_score}
+        given = {"min_center": min_center, "max_width": max_width, "max_extent": max_extent, "min_score": min_score}
         given["when_empty"] = when_empty
         chosen = VARIANTS[variant] | {name: value for name, value in given.items() if value is not None}
         self.when_empty = chosen.pop("when_empty")
@@ -239,8 +239,8 @@ class SaliencyLabeler(LabelerBase):
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
-        """Everything on the grid; what it returns enlarges the masks: one `Proposals` a picture, best first, at the
-        picture's size."""
+        """Everything on the grid; what it returns enlarges the masks: one `Proposals` an image, best first, at the
+        image's size."""
         found: list[Any] = [None] * len(images)
         for size, indices in group_by_size(images, self.image_size, self._fit).items():
             for chunk in self.encoder.passes(indices, size):
@@ -261,7 +261,7 @@ class SaliencyLabeler(LabelerBase):
 
     @torch.inference_mode()
     def propose_maps(self, features: torch.Tensor) -> list[tuple[torch.Tensor, np.ndarray]]:
-        """(B, C, h, w) -> for each picture the soft masks that pass the filters (N, h, w), scores (N,) best first."""
+        """(B, C, h, w) -> for each image the soft masks that pass the filters (N, h, w), scores (N,) best first."""
         soft, scores, valid = propose_batch(features, **self.search)
         if self.median:
             soft = median_filter(soft, self.median)

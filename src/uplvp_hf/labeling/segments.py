@@ -1,6 +1,6 @@
-"""From maps of class evidence on a grid to masks in picture pixels, without enlarging every class's map.
+"""From maps of class evidence on a grid to masks in image pixels, without enlarging every class's map.
 
-Enlarging is bilinear with the grid covering the picture, as `instances.upsample_grid` does it.
+Enlarging is bilinear with the grid covering the image, as `instances.upsample_grid` does it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOWHERE = -1e30
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a class's area. label: index of the class. box: slices of rows and columns in the picture.
+    """A piece of a class's area. label: index of the class. box: slices of rows and columns in the image.
     mask: (rows, columns) bool inside the box. mean, peak: of the evidence under the mask."""
 
     label: int
@@ -35,7 +35,7 @@ class Segment:
     peak: float
 
     def full(self, size: tuple[int, int]) -> np.ndarray:
-        """The mask in a picture of `size` (H, W)."""
+        """The mask in an image of `size` (H, W)."""
         mask = np.zeros(size, dtype=bool)
         mask[self.box] = self.mask
         return mask
@@ -55,7 +55,7 @@ def class_map(evidence: torch.Tensor, size: tuple[int, int], threshold: float) -
     evidence: (K, h, w); size: (H, W). Returns owners (H, W) int32, -1 where no class exceeds the threshold, and values
     (H, W) float32, the winner's enlarged evidence (-inf there).
 
-    Between four neighbouring cells a bilinear map stays between its smallest and largest corner, so a class can win
+    Between four neighboring cells a bilinear map stays between its smallest and largest corner, so a class can win
     there only if its largest corner exceeds the threshold and reaches the best of all classes' smallest corners. Mostly
     few classes are left: the work grows with those, not with K.
     """
@@ -135,7 +135,7 @@ def connected_segments(
 ) -> list[Segment]:
     """4-connected pieces of every class of a class map, of at least `min_area` pixels; by class, then in reading order.
 
-    owners: (H, W) int, -1 for none. labels: the classes to look at, None for all. All classes are labelled at once, by
+    owners: (H, W) int, -1 for none. labels: the classes to look at, None for all. All classes are labeled at once, by
     their runs along the rows.
     """
     if fill_holes:
@@ -181,7 +181,7 @@ class Runs:
 
 
 def label_runs(owners: np.ndarray) -> Runs:
-    """Runs of a (H, W) int map and the 4-connected pieces they form with equal neighbours above and below."""
+    """Runs of a (H, W) int map and the 4-connected pieces they form with equal neighbors above and below."""
     width = owners.shape[1]
     flat = owners.ravel()
     begins = np.empty(flat.size, dtype=bool)
@@ -190,7 +190,7 @@ def label_runs(owners: np.ndarray) -> Runs:
     starts = np.flatnonzero(begins)
     stops = np.append(starts[1:], flat.size)
     names = flat[starts]
-    # The runs of the next row that lie under each run are neighbours in the list: from `low` to `high`.
+    # The runs of the next row that lie under each run are neighbors in the list: from `low` to `high`.
     low = np.searchsorted(stops, starts + width, side="right")
     high = np.searchsorted(starts, np.minimum(stops + width, flat.size), side="left")
     count = np.maximum(high - low, 0)
@@ -212,15 +212,15 @@ def area_segments(
     """4-connected pieces of one class's area. area, values: inside `box`."""
     if fill_holes:
         area = ndimage.binary_fill_holes(area)
-    labelled, count = ndimage.label(area)
-    sizes = np.bincount(labelled.ravel(), minlength=count + 1)[1:]
+    labeled, count = ndimage.label(area)
+    sizes = np.bincount(labeled.ravel(), minlength=count + 1)[1:]
     if not (sizes >= min_area).any():
         return []
-    boxes = ndimage.find_objects(labelled)
+    boxes = ndimage.find_objects(labeled)
     pieces = []
     for k in np.flatnonzero(sizes >= max(1, min_area)):
         inner = boxes[k]
-        pieces.append(make_segment(label, labelled[inner] == k + 1, values[inner], _shift(inner, box)))
+        pieces.append(make_segment(label, labeled[inner] == k + 1, values[inner], _shift(inner, box)))
     return pieces
 
 

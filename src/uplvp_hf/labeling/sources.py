@@ -19,7 +19,7 @@ from PIL import Image
 from ..data import DataError, InstanceDataset, Row, decode_segmentation, empty_objects, load_dataset_rows, shard_files
 from ..data.rle import mask_area
 from .instances import Proposals, filter_proposals, mask_nms, top_k
-from .licence import weights_licence
+from .license import weights_license
 from .pipeline import LabelerBase
 
 
@@ -28,17 +28,17 @@ class MaskFileSource(LabelerBase):
 
     Args:
         dataset: the path of one of these, or an `InstanceDataset`.
-        match: what ties the file's pictures to those being labelled: "file_name" (the whole name, or the last part of
-            it where that is unambiguous), "image_id", or "auto": the file name, else the id of a picture of equal size.
+        match: what ties the file's images to those being labeled: "file_name" (the whole name, or the last part of
+            it where that is unambiguous), "image_id", or "auto": the file name, else the id of an image of equal size.
         categories: a COCO JSON that names the categories of a results list, which has ids only. None: the ids.
-        missing: what becomes of pictures that the file does not have: "fail" lists them among the failures, "empty"
-            gives them no masks and counts them in `notes`. None: "empty" for results lists, which leave out pictures
+        missing: what becomes of images that the file does not have: "fail" lists them among the failures, "empty"
+            gives them no masks and counts them in `notes`. None: "empty" for results lists, which leave out images
             without results, otherwise "fail".
         min_score: masks of a lower score are left out. min_area: masks of fewer pixels are left out.
-        top: most masks a picture, best scores first.
+        top: most masks an image, best scores first.
 
     Crowd regions are left out. Raises DataError for a file that cannot be read, and ValueError for an unknown option;
-    when called, DataError for a picture that is missing or has another size in the file.
+    when called, DataError for an image that is missing or has another size in the file.
     """
 
     name = "file"
@@ -80,13 +80,13 @@ class MaskFileSource(LabelerBase):
         """What the user should know after a run, one sentence each."""
         texts = []
         if self._absent:
-            texts.append(f"{len(self._absent)} pictures are not in {self.dataset.name}: they got no masks")
+            texts.append(f"{len(self._absent)} images are not in {self.dataset.name}: they got no masks")
         if self._malformed:
             texts.append(f"{len(self._malformed)} masks of {self.dataset.name} are malformed and were left out")
         return texts
 
     def find(self, row: Row) -> int | None:
-        """Index of the file's picture for a data set's row, or None."""
+        """Index of the file's image for a dataset's row, or None."""
         name, size = row["file_name"].replace(os.sep, "/"), (row["width"], row["height"])
         if self.match != "image_id":
             for table, key in ((self._by_name, name), (self._by_base, os.path.basename(name))):
@@ -99,9 +99,9 @@ class MaskFileSource(LabelerBase):
         return None
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` with labels a picture. Raises ValueError without rows."""
+        """One `Proposals` with labels an image. Raises ValueError without rows."""
         if rows is None:
-            raise ValueError("masks of a file are looked up by the rows of the pictures: pass rows")
+            raise ValueError("masks of a file are looked up by the rows of the images: pass rows")
         return [self._proposals(image, row) for image, row in zip(images, rows, strict=True)]
 
     def _proposals(self, image: Image.Image, row: Row) -> Proposals:
@@ -140,7 +140,7 @@ class MaskFileSource(LabelerBase):
 
 def read_masks(path: str | os.PathLike[str], categories: str | None = None) -> InstanceDataset:
     """What `MaskFileSource` reads: anything of `load_dataset_rows`, and COCO results lists ([{"image_id",
-    "category_id", "segmentation", "score"}, ...]), whose pictures have no names and no size.
+    "category_id", "segmentation", "score"}, ...]), whose images have no names and no size.
 
     Raises DataError as `load_dataset_rows` does, and for entries of a results list that lack a key.
     """
@@ -195,7 +195,7 @@ def _read_json(path: str) -> Any:
 
 
 def _size(row: Row) -> tuple[int, int] | None:
-    """(width, height), or None for a picture of a results list."""
+    """(width, height), or None for an image of a results list."""
     return (row["width"], row["height"]) if "width" in row else None
 
 
@@ -248,11 +248,11 @@ class MaskGeneratorSource(LabelerBase):
         points_batch: points a forward pass of the mask decoder.
         min_iou: least IoU that the model predicts for its own mask, 0 to 1; it becomes the score.
         min_stability: least IoU between the masks at a higher and a lower cut-off.
-        crop_layers: how many times finer crops of the picture are looked at too; costs 4^layers passes.
+        crop_layers: how many times finer crops of the image are looked at too; costs 4^layers passes.
         nms: box IoU above which the worse of two masks is dropped, by the model's own suppression.
-        min_area: share of the picture. max_area: share of the picture. max_border: share of the picture's border.
+        min_area: share of the image. max_area: share of the image. max_border: share of the image's border.
         mask_nms: mask IoU above which the worse of two masks is dropped.
-        top: most masks a picture.
+        top: most masks an image.
 
     Raises OSError when the model cannot be found, ValueError when it generates no masks.
     """
@@ -276,7 +276,7 @@ class MaskGeneratorSource(LabelerBase):
         mask_nms: float = 0.9,
         top: int = 100,
     ) -> None:
-        self.encoder_name, self.licence = str(model), weights_licence(model)
+        self.encoder_name, self.license = str(model), weights_license(model)
         self.generator = _load_generator(model, device, dtype)
         self.points_batch, self.mask_nms, self.top = points_batch, mask_nms, top
         self.options = {
@@ -294,7 +294,7 @@ class MaskGeneratorSource(LabelerBase):
         return {**self.options, **self.filters, "mask_nms": self.mask_nms, "top": self.top}
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One class-agnostic `Proposals` a picture, masks at the picture's size."""
+        """One class-agnostic `Proposals` an image, masks at the image's size."""
         return [self._proposals(image) for image in images]
 
     def _proposals(self, image: Image.Image) -> Proposals:
@@ -322,10 +322,10 @@ class SegmenterSource(LabelerBase):
 
     Args:
         model: folder or Hub id of a model of `uplvp pretrain` or `uplvp finetune`. device: where it runs.
-        min_score: least score, 0 to 1. min_area: pixels of the picture. Both as in the reference's own second round.
+        min_score: least score, 0 to 1. min_area: pixels of the image. Both as in the reference's own second round.
         nms: mask IoU above which the worse of two masks of a class is dropped; None keeps them all.
         class_agnostic: forget the classes.
-        top: most masks a picture.
+        top: most masks an image.
 
     Raises FileNotFoundError and DataError as `evaluation.load_segmenter` does.
     """
@@ -345,7 +345,7 @@ class SegmenterSource(LabelerBase):
         from ..evaluation.predictor import load_segmenter
 
         self.model, self.processor = load_segmenter(os.fspath(model), device)
-        self.encoder_name, self.licence = os.fspath(model), weights_licence(model)
+        self.encoder_name, self.license = os.fspath(model), weights_license(model)
         self.min_score, self.min_area, self.nms = min_score, min_area, nms
         self.class_agnostic, self.top = class_agnostic, top
         id2label = self.model.config.id2label
@@ -360,7 +360,7 @@ class SegmenterSource(LabelerBase):
         return {"weights": self.fingerprint} | {name: getattr(self, name) for name in own}
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` a picture. A prediction does not depend on the pictures beside it."""
+        """One `Proposals` an image. A prediction does not depend on the images beside it."""
         from ..evaluation.predictor import predict_dataset
 
         waiting = [

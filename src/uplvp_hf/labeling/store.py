@@ -2,8 +2,8 @@
 
     folder/header.json               schema version, labeler, settings and their hash, encoder, vocabulary, categories
     folder/rows-00000-00000.jsonl    rows of rank 0, finished shards only, each of whole batches
-    folder/failures.jsonl            pictures that could not be labelled; failures-00001.jsonl of rank 1 while it runs
-    folder/images/                   pictures that were in no file, such as those of a streamed data set
+    folder/failures.jsonl            images that could not be labeled; failures-00001.jsonl of rank 1 while it runs
+    folder/images/                   images that were in no file, such as those of a streamed dataset
 
 Every file is written under a temporary name, synced and renamed, so that a kill or a full disk leaves finished shards
 valid; at most the rows of one unfinished shard are made again. Reading is `uplvp_hf.data.read_store`.
@@ -57,12 +57,12 @@ def make_header(
     settings: Mapping[str, Any],
     categories: Sequence[Mapping[str, Any]],
     image_root: str | None = None,
-    licence: str | None = None,
+    license: str | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
     """A header; `settings` must survive JSON. `state` (calibration) is filled in by the pipeline, outside the hash.
 
-    licence: of the encoder's weights, where it is known. batch_size: pictures that were labelled together; like
+    license: of the encoder's weights, where it is known. batch_size: images that were labeled together; like
     `image_root` it is no setting of the labels.
     """
     settings = json.loads(json.dumps(settings))
@@ -70,7 +70,7 @@ def make_header(
         "schema_version": SCHEMA_VERSION,
         "labeler": labeler,
         "encoder": encoder,
-        "licence": licence,
+        "license": license,
         "vocabulary": list(vocabulary),
         "categories": [dict(category) for category in categories],
         "settings": settings,
@@ -113,7 +113,7 @@ class StoreWriter:
         shard_size: rows a shard, hence the rows lost by a kill at the worst moment.
 
     finished: image ids with a row already. header: the header in force (that of the store, when resuming). repaired:
-    files of pictures that failed in an earlier run and have a row now.
+    files of images that failed in an earlier run and have a row now.
     Raises StoreError for a folder with other contents, for other settings (listing them), for an unwanted resume; and
     on entering, when another run is writing into the folder.
     """
@@ -181,14 +181,14 @@ class StoreWriter:
         difference = header_difference(old, header)
         if old["settings_hash"] != header["settings_hash"] or difference:
             listed = "; ".join(difference) or "the header was edited by hand"
-            raise StoreError(f"{self.folder} was labelled with other settings ({listed}); choose another output folder")
+            raise StoreError(f"{self.folder} was labeled with other settings ({listed}); choose another output folder")
         if old.get("image_root") != header.get("image_root"):
             raise StoreError(
                 f"{self.folder} has image_root {old.get('image_root')!r}, not {header.get('image_root')!r}; keep one"
             )
         if old.get("batch_size") not in (None, header["batch_size"]):
             logger.warning(
-                "%s was begun with batches of %s pictures, now %s: rows may differ in their last digits.",
+                "%s was begun with batches of %s images, now %s: rows may differ in their last digits.",
                 self.folder,
                 old["batch_size"],
                 header["batch_size"],
@@ -207,7 +207,7 @@ class StoreWriter:
                             f"is not a row ({error})",
                             file=file,
                             row=f"line {number}",
-                            remedy="Delete this shard; labelling again makes its rows.",
+                            remedy="Delete this shard; labeling again makes its rows.",
                         ) from error
         return ids
 
@@ -233,11 +233,11 @@ class StoreWriter:
             )
 
     def add(self, row: Mapping[str, Any], file: str) -> None:
-        """Append a row (JSON values only) of the picture `file`."""
+        """Append a row (JSON values only) of the image `file`."""
         self.add_block([json.dumps(row)], [file])
 
     def add_block(self, lines: Sequence[str], files: Sequence[str]) -> None:
-        """Append rows, as JSON, of the pictures `files`, which stay together in one shard. Clears earlier failures."""
+        """Append rows, as JSON, of the images `files`, which stay together in one shard. Clears earlier failures."""
         self._rows += lines
         cleared = [file for file in files if self._failures.pop(file, None)]
         self._failures_changed |= bool(cleared)
@@ -246,12 +246,12 @@ class StoreWriter:
             self.flush()
 
     def fail(self, file: str, row: int | str, reason: str) -> None:
-        """Note a picture that could not be labelled."""
+        """Note an image that could not be labeled."""
         self._failures[file] = {"file": file, "row": row, "reason": reason}
         self._failures_changed = True
 
     def merge_failures(self, repaired: Collection[str] = ()) -> None:
-        """One `failures.jsonl`, without the `repaired` pictures. For rank 0, while no other process writes: when an
+        """One `failures.jsonl`, without the `repaired` images. For rank 0, while no other process writes: when an
         earlier run is taken up, and when all others have flushed."""
         self.flush()
         others = list(self.folder.glob("failures-*.jsonl"))
@@ -264,20 +264,20 @@ class StoreWriter:
         for file in others:
             file.unlink()
 
-    def picture_reference(self, row: Row, number: int, image_root: str | None, save: bool) -> str:
-        """What a row calls its picture: an absolute path, or one relative to `image_root`.
+    def image_reference(self, row: Row, number: int, image_root: str | None, save: bool) -> str:
+        """What a row calls its image: an absolute path, or one relative to `image_root`.
 
-        A picture in memory is saved, with `save`, as `images/{number}`: the content of a picture file as it is, any
+        An image in memory is saved, with `save`, as `images/{number}`: the content of an image file as it is, any
         other as PNG. Raises StoreError when it must not be saved, or the path lies outside of `image_root`.
         """
         image = row["image"]
         if isinstance(image, (bytes, Image.Image)):
             if not save:
                 raise StoreError(
-                    f"{row['file_name']}: the picture is in no file, and a store refers to picture files. "
-                    "Let the pictures be saved beside their labels, or save them first."
+                    f"{row['file_name']}: the image is in no file, and a store refers to image files. "
+                    "Let the images be saved beside their labels, or save them first."
                 )
-            image = self._save_picture(image, number)
+            image = self._save_image(image, number)
         path = os.path.abspath(os.fspath(image))
         if image_root is None:
             return path
@@ -286,7 +286,7 @@ class StoreWriter:
             raise StoreError(f"{path}: lies outside image_root {image_root}. Leave image_root out.")
         return relative.replace(os.sep, "/")
 
-    def _save_picture(self, image: bytes | Image.Image, number: int) -> Path:
+    def _save_image(self, image: bytes | Image.Image, number: int) -> Path:
         if isinstance(image, Image.Image):
             content = io.BytesIO()
             image.save(content, "PNG")

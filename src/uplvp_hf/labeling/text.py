@@ -64,7 +64,7 @@ def read_vocabulary(text: str | os.PathLike[str]) -> list[str]:
 
 @torch.inference_mode()
 def encode_texts(model: torch.nn.Module, tokenizer: Any, prompts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-    """Embeddings of prompts by the text tower of a CLIP or SigLIP model, not normalised: (N, D) float32.
+    """Embeddings of prompts by the text tower of a CLIP or SigLIP model, not normalized: (N, D) float32.
 
     SigLIP was trained on prompts padded to full length without a mask and reads its last token; CLIP's are padded to
     the longest of the batch and masked.
@@ -94,7 +94,7 @@ def embed_classes(
 ) -> TextEmbeddings:
     """Text embeddings of vocabulary entries, by the text tower of a CLIP or SigLIP model.
 
-    Each synonym: the normalised embeddings of all templates (`read_templates`), averaged, normalised (Radford et al.
+    Each synonym: the normalized embeddings of all templates (`read_templates`), averaged, normalized (Radford et al.
     2021, 3.1.4). Raises ValueError for no entries, a template without {}, or a model without text tower.
     """
     if not entries:
@@ -122,7 +122,7 @@ def load_text_embeddings(
     entries: Sequence[str] | None = None,
     names: Sequence[str] | str | os.PathLike[str] | None = None,
 ) -> TextEmbeddings:
-    """Text embeddings from a safetensors file, normalised, in the order of `entries`.
+    """Text embeddings from a safetensors file, normalized, in the order of `entries`.
 
     Args:
         path: a file with one matrix, (T, D) or (D, T), or one matrix called `text_embeds` among others.

@@ -6,7 +6,7 @@ from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel, TimmBa
 from transformers import initialization as init
 
 
-class InitialisedTimmBackbone(TimmBackbone):
+class InitializedTimmBackbone(TimmBackbone):
     """transformers' wrapper of timm, with weights even where a checkpoint has none.
 
     transformers builds models without storage, then fills them from the checkpoint; timm weights that are missing there
@@ -19,7 +19,7 @@ class InitialisedTimmBackbone(TimmBackbone):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: all our initialisation goes through `transformers.initialization`."""
+        """False: all our initialization goes through `transformers.initialization`."""
         return False
 
     @torch.no_grad()
@@ -50,7 +50,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     number of maps.
     """
     if config.model_type == "timm_backbone":
-        backbone = InitialisedTimmBackbone(config, **(getattr(config, "timm_kwargs", None) or {}))
+        backbone = InitializedTimmBackbone(config, **(getattr(config, "timm_kwargs", None) or {}))
     else:
         backbone = AutoBackbone.from_config(config)
     if len(backbone.channels) != 4:

@@ -1,4 +1,4 @@
-"""COCO annotations of one picture -> masks and classes on the padded canvas. Copied to the Hub beside the weights."""
+"""COCO annotations of one image -> masks and classes on the padded canvas. Copied to the Hub beside the weights."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .postprocessing_uplvp import coco_mask, require_pycocotools
 
-# How far a polygon may leave the picture, in pixels: what exporters round, not what is wrong.
+# How far a polygon may leave the image, in pixels: what exporters round, not what is wrong.
 _ROUNDING = 1.0
 
 
@@ -23,13 +23,13 @@ def annotation_targets(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Masks (N, H, W) bool on the padded canvas and classes (N,) int64 of one COCO record.
 
-    original, resized, canvas: (height, width) of the picture, after resizing, and padded. Crowds are left out, and so
-    are masks without a pixel after resizing. Raises ValueError, with the picture and the position of the annotation,
-    for a missing key, a category that is not in `label_map` and a segmentation that does not fit the picture.
+    original, resized, canvas: (height, width) of the image, after resizing, and padded. Crowds are left out, and so
+    are masks without a pixel after resizing. Raises ValueError, with the image and the position of the annotation,
+    for a missing key, a category that is not in `label_map` and a segmentation that does not fit the image.
     """
-    picture = f"Picture {record.get('image_id')!r}"
+    image = f"Image {record.get('image_id')!r}"
     if "annotations" not in record:
-        raise ValueError(f"{picture}: no `annotations`, only {sorted(record)}. Without any it is an empty list.")
+        raise ValueError(f"{image}: no `annotations`, only {sorted(record)}. Without any it is an empty list.")
     masks, classes = [], []
     for index, annotation in enumerate(record["annotations"]):
         if annotation.get("iscrowd", 0):
@@ -38,9 +38,9 @@ def annotation_targets(
             class_index = _class_index(annotation["category_id"], label_map)
             mask = torch.from_numpy(decode_segmentation(annotation["segmentation"], *original))
         except KeyError as error:
-            raise ValueError(f"{picture}, annotation {index}: no {error} in it.") from error
+            raise ValueError(f"{image}, annotation {index}: no {error} in it.") from error
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{picture}, annotation {index}: {error}") from error
+            raise ValueError(f"{image}, annotation {index}: {error}") from error
         mask = F.interpolate(mask[None, None], resized, mode="nearest-exact")[0, 0] > 0
         if mask.any():
             masks.append(F.pad(mask, [0, canvas[1] - resized[1], 0, canvas[0] - resized[0]]))
@@ -86,14 +86,14 @@ def _check_runs(rle: Mapping[str, Any], height: int, width: int) -> None:
     size, counts = [int(side) for side in rle["size"]], rle["counts"]
     if size != [height, width]:
         raise ValueError(
-            f"a run-length mask of {size[0]} x {size[1]} for a picture of {height} x {width} (height x width). "
+            f"a run-length mask of {size[0]} x {size[1]} for an image of {height} x {width} (height x width). "
             "Annotations refer to the original, un-rotated pixels."
         )
     runs = counts if isinstance(counts, (list, tuple)) else unpacked_runs(counts)
     if not all(isinstance(run, (int, np.integer)) for run in runs):
         raise ValueError(f"run lengths are whole numbers, got {runs!r:.60}. The mask is damaged.")
     if min(runs, default=0) < 0 or sum(runs) != height * width:
-        raise ValueError(f"run lengths of {sum(runs)} pixels for a picture of {height * width}. The mask is damaged.")
+        raise ValueError(f"run lengths of {sum(runs)} pixels for an image of {height * width}. The mask is damaged.")
 
 
 def unpacked_runs(counts: str | bytes) -> list[int]:
@@ -122,8 +122,8 @@ def _check_polygon(polygon: Sequence[float], height: int, width: int) -> None:
         limit = height if position % 2 else width
         if not math.isfinite(value) or not -_ROUNDING <= value <= limit + _ROUNDING:
             raise ValueError(
-                f"polygon coordinate {position} ({'xy'[position % 2]}) is {value}, outside the picture of "
-                f"{height} x {width} (height x width). Cut polygons off at the picture's border."
+                f"polygon coordinate {position} ({'xy'[position % 2]}) is {value}, outside the image of "
+                f"{height} x {width} (height x width). Cut polygons off at the image's border."
             )
 
 

@@ -42,7 +42,7 @@ class KNetConfig(StrictConfigMixin, PreTrainedConfig):
             Cells that class maps learn as theirs. `majority`: where a mask of the class covers at least half of the
             cell, several classes at once where masks overlap. `touched`: any cell that a mask touches; of several, the
             mask matched to the last kernel takes it. The original implementation has the latter.
-        prior_probability (`float`, *optional*, defaults to 0.01): Class probability at initialisation.
+        prior_probability (`float`, *optional*, defaults to 0.01): Class probability at initialization.
         object_pooling (`str`, *optional*, defaults to `"sum"`):
             What a kernel takes in of the map under its mask: `sum` (the paper) or `mean`. A sum grows with the area of
             the object, up to hundreds of times the kernel; a small K-Net that has a few hundred steps to train ranks

@@ -19,7 +19,7 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
             Any transformers backbone or `TimmBackboneConfig` that gives four maps with strides 4, 8, 16 and 32. A
             `timm_kwargs` dict on the latter is handed to timm.
         category_ids (`list[int]`, *optional*, defaults to `[1, 2, ..., num_labels]`):
-            Original category id of every class, so that results leave with the ids of the data set.
+            Original category id of every class, so that results leave with the ids of the dataset.
         hidden_size (`int`, *optional*, defaults to 256): Channels of the pyramid and of the mask head.
         intermediate_size (`int`, *optional*, defaults to 1024): Width of the two linear layers of the box head.
         num_mask_layers (`int`, *optional*, defaults to 4): 3 x 3 convolutions of the mask head.
@@ -32,15 +32,15 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
         anchor_ratios (`list[float]`, *optional*, defaults to `[0.5, 1.0, 2.0]`): Height over width of the anchors.
         proposals_before_nms (`list[int]`, *optional*, defaults to `[2000, 1000]`),
         proposals (`list[int]`, *optional*, defaults to `[2000, 1000]`):
-            Proposals a level before, and a picture after, their non-maximum suppression, in training and at inference.
+            Proposals a level before, and an image after, their non-maximum suppression, in training and at inference.
         proposal_nms_threshold (`float`, *optional*, defaults to 0.7): IoU above which a worse proposal is dropped.
-        sampled_anchors (`int`, *optional*, defaults to 256): Anchors a picture in the loss, at most half of them on
+        sampled_anchors (`int`, *optional*, defaults to 256): Anchors an image in the loss, at most half of them on
             objects.
-        sampled_proposals (`int`, *optional*, defaults to 512): Proposals a picture in the loss, at most a quarter of
+        sampled_proposals (`int`, *optional*, defaults to 512): Proposals an image in the loss, at most a quarter of
             them on objects.
         score_threshold (`float`, *optional*, defaults to 0.05): Detections of a lower score are left out.
         nms_threshold (`float`, *optional*, defaults to 0.5): IoU above which a worse detection of a class is dropped.
-        detections_per_picture (`int`, *optional*, defaults to 100): Most detections a picture.
+        detections_per_image (`int`, *optional*, defaults to 100): Most detections an image.
 
     Raises:
         ValueError: for a keyword that is not a setting (the nearest one is named), a number out of range, or
@@ -81,7 +81,7 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
     sampled_proposals: int = 512
     score_threshold: float | int = 0.05
     nms_threshold: float = 0.5
-    detections_per_picture: int = 100
+    detections_per_image: int = 100
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -107,7 +107,7 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
     def _check_settings(self) -> None:
         for name in (
             "hidden_size", "intermediate_size", "num_mask_layers", "box_pool_size", "mask_pool_size",
-            "pool_sampling_ratio", "sampled_anchors", "sampled_proposals", "detections_per_picture",
+            "pool_sampling_ratio", "sampled_anchors", "sampled_proposals", "detections_per_image",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")

@@ -48,7 +48,7 @@ class QueryInstConfig(StrictConfigMixin, PreTrainedConfig):
         dice_eps (`float`, *optional*, defaults to 1e-5): Added to both sums of the denominator of the dice loss.
         text_class_weight, text_class_cost (`float`, *optional*, defaults to 2 and 2):
             Weights of the loss and the matching cost of an optional text class head on the queries.
-        prior_probability (`float`, *optional*, defaults to 0.01): Class probability at initialisation.
+        prior_probability (`float`, *optional*, defaults to 0.01): Class probability at initialization.
 
     Raises:
         ValueError: for a keyword that is not a setting (the nearest one is named) or a number out of range.

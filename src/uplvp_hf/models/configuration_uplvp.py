@@ -27,22 +27,22 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             The query segmenter: a `mask2former`, `knet` or `queryinst`. Its `id2label` is always replaced by the one
             given here.
         category_ids (`list[int]`, *optional*, defaults to `[1, 2, ..., num_labels]`):
-            Original category id of every class, so that results leave with the ids of the data set.
+            Original category id of every class, so that results leave with the ids of the dataset.
         class_agnostic (`bool`, *optional*, defaults to `False`):
             Whether the single class stands for "any object" (labels are then collapsed to class 0).
         num_prompts (`int`, *optional*, defaults to 20):
-            Most prompts a picture; the best by score are kept (SP keeps 20 masks a picture).
+            Most prompts an image; the best by score are kept (SP keeps 20 masks an image).
         prompt_matching (`str`, *optional*, defaults to `"cosine"`):
             `cosine` (SP eq. 2: each query takes the prompt of largest cosine similarity), `sequential` (equal runs of
             queries take the prompts in order, as in the authors' released recipe), `random`, `hungarian` (sequential,
             and the class of a query's prompt guides the assignment of masks to queries, less and less: see
             `guidance_epochs`) or `none` (no prompts: pre-training on pseudo masks only).
         prompt_slots (`int`, *optional*):
-            Repeat the prompts of a picture to fill so many slots before matching. The released code does so with 20,
+            Repeat the prompts of an image to fill so many slots before matching. The released code does so with 20,
             which changes `sequential` runs where the number of prompts does not divide 20. Not done by default.
         prompt_slots_shared (`bool`, *optional*, defaults to `False`):
-            Reproduces a defect of the released code, for comparisons only: the slots of every picture are filled from
-            the prompts of the first pictures of its batch. Needs `prompt_slots`, and not with `hungarian`.
+            Reproduces a defect of the released code, for comparisons only: the slots of every image are filled from
+            the prompts of the first images of its batch. Needs `prompt_slots`, and not with `hungarian`.
         prompt_injection (`str`, *optional*, defaults to `"add"`):
             `add` (once, to the initial queries), `every_stage` (at the start of every stage, the same prompts kept;
             the "conv" variant of the released code) or `concat` (a linear layer on query and prompt, which starts as
@@ -51,7 +51,7 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             `mask` (average of the feature under the mask) or `box` (of the cells of its tight box, cut to whole cells
             as in the released code).
         prompt_drop (`float`, *optional*, defaults to 0.1 for K-Net and 0.05 for the other segmenters):
-            Probability that a query of a picture gets no prompt.
+            Probability that a query of an image gets no prompt.
         kernel_supervision_weight (`float`, *optional*, defaults to 1.0):
             Weight of the cosine loss between queries and prompts (SP eq. 3); 0 switches it off.
         guidance_start (`float`, *optional*, defaults to 0.1), guidance_epochs (`float`, *optional*, defaults to 6.0):
@@ -63,7 +63,7 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             are settings of the segmenter (`text_class_weight`, `text_class_cost`; Mask2Former: its `class_weight`).
         text_form (`str`, *optional*, defaults to `"cosine"`):
             `cosine` (both sides of unit length, temperature and bias) or `reference` (as released: the visual side
-            rectified, not normalised, no temperature or bias).
+            rectified, not normalized, no temperature or bias).
         text_temperature (`float`, *optional*, defaults to 0.07):
             Initial temperature of the cosine, learned from there (CLIP's own initial value).
         text_classes (`list[str]`, *optional*):

@@ -129,8 +129,8 @@ class _Corners:
         rims = [(height + 2) * (width + 2) for height, width in sizes]
         tokens = batch * sum(rims) * heads
         whole = torch.int32 if max(tokens, 4 * offsets.numel()) < 2**31 else torch.int64
-        picture = torch.arange(batch, dtype=whole)[:, None, None] * (sum(rims) * heads)
-        first = (picture + torch.arange(heads, dtype=whole)).expand(batch, count, heads).reshape(-1)
+        image = torch.arange(batch, dtype=whole)[:, None, None] * (sum(rims) * heads)
+        first = (image + torch.arange(heads, dtype=whole)).expand(batch, count, heads).reshape(-1)
         rows = torch.empty((4, *self.shape), dtype=whole)
         for level, (height, width) in enumerate(sizes):
             left, right = (((base[level, :, 0] + step).clamp_(0, width + 1)).to(whole).mul_(heads) for step in (1, 2))

@@ -21,8 +21,8 @@ class ConvNormAct(nn.Module):
 class FeaturePyramid(nn.Module):
     """Maps of a backbone, high to low resolution, -> as many maps of `channels` channels, without norms.
 
-    Each map gets a 1x1 convolution, the next lower resolution is added (nearest neighbour), then a 3x3 convolution.
-    Any canvas whose maps halve from level to level, rounded up, gives the same values on the picture.
+    Each map gets a 1x1 convolution, the next lower resolution is added (nearest neighbor), then a 3x3 convolution.
+    Any canvas whose maps halve from level to level, rounded up, gives the same values on the image.
     """
 
     def __init__(self, in_channels: list[int], channels: int):

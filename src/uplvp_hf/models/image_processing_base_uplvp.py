@@ -1,10 +1,10 @@
-"""What both image processors share: pictures in, tensors out, and back: query logits to instances in the pixels of
-the original picture.
+"""What both image processors share: images in, tensors out, and back: query logits to instances in the pixels of
+the original image.
 
 Copied to the Hub beside the weights: no other module of the library is imported but siblings. Needs no torchvision.
 
 Differences to transformers' Mask2Former processor, on purpose: masks are resized once, straight from the un-padded
-logits to the target size (no fixed 384 x 384 grid); `mask_threshold` and `overlap_mask_area_threshold` are honoured;
+logits to the target size (no fixed 384 x 384 grid); `mask_threshold` and `overlap_mask_area_threshold` are honored;
 overlapping instances all survive in `masks` / `rle`; there is no panoptic method, so that
 `pipeline("image-segmentation")` answers with instances.
 """
@@ -40,7 +40,7 @@ class UplvpImageProcessorKwargs(ImagesKwargs, total=False):
     size_divisor (`int`, *optional*, defaults to 32):
         Batches are padded at the bottom and right to multiples of this many pixels (the backbone's largest stride).
     max_pixels (`int`, *optional*, defaults to 134217728):
-        Larger pictures are refused.
+        Larger images are refused.
     """
 
     size_divisor: int
@@ -50,7 +50,7 @@ class UplvpImageProcessorKwargs(ImagesKwargs, total=False):
 class UplvpProcessing:
     r"""
     Mixed into a backend of transformers, which brings `process_image` and `pad` and for which the class says how
-    pictures are resized and normalised (`_resized`).
+    images are resized and normalized (`_resized`).
 
     Args:
         size (`dict`, *optional*, defaults to `{"longest_edge": 1024}`):
@@ -60,7 +60,7 @@ class UplvpProcessing:
         size_divisor (`int`, *optional*, defaults to 32):
             The padded height and width are multiples of it.
         max_pixels (`int`, *optional*, defaults to 2^27, 134 million):
-            Pictures of more pixels are refused, before they are decoded where Pillow has only opened them: one of that
+            Images of more pixels are refused, before they are decoded where Pillow has only opened them: one of that
             size takes 1.6 GB in float32.
         image_mean, image_std (`tuple[float]`, *optional*, defaults to ImageNet's):
             Of pixels scaled to 0..1.
@@ -110,10 +110,10 @@ class UplvpProcessing:
         r"""
         Args:
             images (`ImageInput`):
-                One picture or a list of B pictures: PIL, numpy or torch, grey, RGB or RGBA, of any sizes.
+                One image or a list of B images: PIL, numpy or torch, gray, RGB or RGBA, of any sizes.
             annotations (`dict` or `list[dict]`, *optional*):
-                One COCO record a picture: `{"image_id", "annotations": [{"segmentation", "category_id", "iscrowd"}]}`.
-                Segmentations are polygons or RLE in the pixels of the original picture. Crowds are left out, and so
+                One COCO record an image: `{"image_id", "annotations": [{"segmentation", "category_id", "iscrowd"}]}`.
+                Segmentations are polygons or RLE in the pixels of the original image. Crowds are left out, and so
                 are masks with no pixel left after resizing.
             label_map (`dict[int, int]`, *optional*):
                 Original category id to contiguous class index. Without it category ids are taken as class indices.
@@ -126,13 +126,13 @@ class UplvpProcessing:
             list of (N, H, W) bool tensors, and `class_labels`, a list of (N,) int64 tensors.
 
         Raises:
-            `ValueError`: if there are not as many annotation records as pictures, a category is not in `label_map`, a
-            segmentation does not fit its picture, or a picture has no pixel or more than `max_pixels`.
+            `ValueError`: if there are not as many annotation records as images, a category is not in `label_map`, a
+            segmentation does not fit its image, or an image has no pixel or more than `max_pixels`.
         """
         return super().preprocess(images, annotations, label_map, **kwargs)
 
     def process_image(self, image: Any, max_pixels: int | None = None, **kwargs) -> Any:
-        """One picture to the backend's (3, H, W). Raises ValueError if it has more than `max_pixels`."""
+        """One image to the backend's (3, H, W). Raises ValueError if it has more than `max_pixels`."""
         if isinstance(image, Image):
             _check_pixels(image.height, image.width, max_pixels)
         image = super().process_image(image, **kwargs)
@@ -146,14 +146,14 @@ class UplvpProcessing:
         if isinstance(annotations, Mapping):
             annotations = [annotations]
         if annotations is not None and len(annotations) != len(images):
-            raise ValueError(f"{len(annotations)} annotation records for {len(images)} pictures; pass one a picture.")
+            raise ValueError(f"{len(annotations)} annotation records for {len(images)} images; pass one an image.")
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         data, input_sizes = self._preprocess(images, **kwargs)
         features = BatchFeature(data=data, tensor_type=return_tensors)
         if annotations is not None:
             canvases = [tuple(image.shape[-2:]) for image in data["pixel_values"]]
             sizes = zip(annotations, original_sizes, input_sizes, canvases, strict=True)
-            targets = [annotation_targets(*picture, label_map) for picture in sizes]
+            targets = [annotation_targets(*entry, label_map) for entry in sizes]
             features["mask_labels"] = [masks for masks, _ in targets]
             features["class_labels"] = [classes for _, classes in targets]
         return features
@@ -167,7 +167,7 @@ class UplvpProcessing:
         disable_grouping: bool | None,
         **kwargs,
     ) -> tuple[dict[str, list[Any]], list[tuple[int, int]]]:
-        """`pixel_values` (3, H, W) and `pixel_mask` (H, W) of every picture, and the un-padded sizes."""
+        """`pixel_values` (3, H, W) and `pixel_mask` (H, W) of every image, and the un-padded sizes."""
         resized = self._resized(images, disable_grouping=disable_grouping, **kwargs)
         input_sizes = [tuple(image.shape[-2:]) for image in resized]
         if not do_pad:
@@ -186,7 +186,7 @@ class UplvpProcessing:
 
     @staticmethod
     def get_input_sizes(pixel_mask: torch.Tensor) -> list[tuple[int, int]]:
-        """Heights and widths of the un-padded pictures from `pixel_mask` (B, H, W), for post-processing."""
+        """Heights and widths of the un-padded images from `pixel_mask` (B, H, W), for post-processing."""
         heights, widths = pixel_mask[:, :, 0].sum(1).tolist(), pixel_mask[:, 0, :].sum(1).tolist()
         return [(int(height), int(width)) for height, width in zip(heights, widths)]
 
@@ -204,12 +204,12 @@ class UplvpProcessing:
         return_segmentation: bool = True,
     ) -> list[dict[str, Any]]:
         r"""
-        Instances of every picture, best first. The `top_k` best pairs of query and class are kept.
+        Instances of every image, best first. The `top_k` best pairs of query and class are kept.
 
         Mask2Former (softmax, the no-object class left out): score = class probability x mean mask probability inside
-        the mask, taken on the stride-4 grid of the un-padded picture. Outputs with `class_scores` (K-Net, QueryInst):
+        the mask, taken on the stride-4 grid of the un-padded image. Outputs with `class_scores` (K-Net, QueryInst):
         these are the scores. Outputs with `roi_mask_logits` (QueryInst): the mask of the very class, pasted into its
-        box; `boxes` are then those of the model, which may exceed the picture, otherwise those around the masks.
+        box; `boxes` are then those of the model, which may exceed the image, otherwise those around the masks.
 
         Args:
             outputs (`ModelOutput`):
@@ -225,21 +225,21 @@ class UplvpProcessing:
                 Only for the flat `segmentation`, where the better score takes a pixel: an instance is left out of the
                 map if less than this fraction of its mask would be seen. `masks` and `rle` keep it.
             target_sizes (`list[tuple[int, int]]`, *optional*):
-                (height, width) of the results, usually of the original pictures. Without it results have the size of
+                (height, width) of the results, usually of the original images. Without it results have the size of
                 the un-padded input, or of the padded input (4 h, 4 w) if `input_sizes` is missing as well.
             input_sizes (`list[tuple[int, int]]`, *optional*):
-                (height, width) of the resized pictures before padding, see [`~UplvpImageProcessor.get_input_sizes`].
+                (height, width) of the resized images before padding, see [`~UplvpImageProcessor.get_input_sizes`].
                 Without it they are computed from `target_sizes` by the processor's own resizing, which is right if
                 the targets are the original sizes and the processor was called with its own settings.
             top_k (`int`, *optional*, defaults to 100):
-                Most instances a picture (COCO evaluation looks at 100).
+                Most instances an image (COCO evaluation looks at 100).
             return_rle (`bool`, *optional*, defaults to `False`):
                 Return `rle`, COCO compressed run lengths, in place of `masks`, from the logits without dense masks.
             return_segmentation (`bool`, *optional*, defaults to `True`):
                 Also return `segmentation` and `segments_info`.
 
         Returns:
-            `list[dict]`: per picture `scores` (N,) float32, `labels` (N,) int64 class indices, `boxes` (N, 4) float32
+            `list[dict]`: per image `scores` (N,) float32, `labels` (N,) int64 class indices, `boxes` (N, 4) float32
             x1, y1, x2, y2 pixels with exclusive ends, `masks` (N, H, W) bool or `rle` (list of N dicts), and, if asked
             for, `segmentation` (H, W) int32 holding the position of the instance in `scores` or -1, and
             `segments_info`, a list of `{"id", "label_id", "score", "was_fused": False}` for what the map shows.
@@ -270,7 +270,7 @@ class UplvpProcessing:
         for index, (height, width) in enumerate(input_sizes):
             if height > canvas[0] or width > canvas[1]:
                 raise ValueError(
-                    f"Picture {index} of the batch: un-padded input of {height} x {width} is larger than "
+                    f"Image {index} of the batch: un-padded input of {height} x {width} is larger than "
                     f"the {canvas[0]} x {canvas[1]} that the masks cover. Pass "
                     "input_sizes=processor.get_input_sizes(pixel_mask)."
                 )
@@ -294,16 +294,16 @@ def _check_thresholds(top_k: int, **thresholds: float) -> None:
 
 def _check_pixels(height: int, width: int, max_pixels: int | None) -> None:
     if not height * width:
-        raise ValueError(f"A picture of {height} x {width} has no pixel. Leave it out.")
+        raise ValueError(f"An image of {height} x {width} has no pixel. Leave it out.")
     if max_pixels is not None and height * width > max_pixels:
         raise ValueError(
-            f"A picture of {height} x {width} has {height * width} pixels, more than max_pixels={max_pixels}. Cut it "
+            f"An image of {height} x {width} has {height * width} pixels, more than max_pixels={max_pixels}. Cut it "
             "into tiles, make it smaller, or pass a larger max_pixels if memory allows it."
         )
 
 
 def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]:
-    """(height, width) after resizing a picture of `image_size` = (height, width) by the rule of `size`."""
+    """(height, width) after resizing an image of `image_size` = (height, width) by the rule of `size`."""
     height, width = int(image_size[0]), int(image_size[1])
     if size.height and size.width:
         return size.height, size.width
@@ -319,7 +319,7 @@ def _check_sizes(name: str, sizes: Any, batch_size: int) -> list[tuple[int, int]
     if sizes is None:
         return None
     if len(sizes) != batch_size:
-        raise ValueError(f"{name} has {len(sizes)} entries for a batch of {batch_size} pictures; pass one a picture.")
+        raise ValueError(f"{name} has {len(sizes)} entries for a batch of {batch_size} images; pass one an image.")
     sizes = [(int(height), int(width)) for height, width in sizes]
     for index, size in enumerate(sizes):
         if min(size) < 1:

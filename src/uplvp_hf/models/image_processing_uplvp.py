@@ -1,4 +1,4 @@
-"""The image processor on torchvision: pictures of equal shape are resized together, on a GPU where asked for.
+"""The image processor on torchvision: images of equal shape are resized together, on a GPU where asked for.
 
 Copied to the Hub beside the weights. What it does is described in `UplvpProcessing`; without torchvision,
 `AutoImageProcessor` takes `UplvpImageProcessorPil`.
@@ -18,7 +18,7 @@ from .image_processing_base_uplvp import UplvpImageProcessorKwargs, UplvpProcess
 
 class UplvpImageProcessor(UplvpProcessing, TorchvisionBackend):
     __doc__ = f"""
-    Resizes, normalises and pads pictures; turns COCO annotations into `mask_labels` / `class_labels`; turns model
+    Resizes, normalizes and pads images; turns COCO annotations into `mask_labels` / `class_labels`; turns model
     outputs into instances.
     {UplvpProcessing.__doc__}"""
 

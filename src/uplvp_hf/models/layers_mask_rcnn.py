@@ -22,14 +22,14 @@ STRIDES = (4, 8, 16, 32, 64)
 POOLED = ["0", "1", "2", "3"]  # levels that regions are pooled from: all but the coarsest
 
 
-class PictureAnchors(AnchorGenerator):
-    """Anchors at fixed strides; those whose centre lies on padding have no area and match nothing.
+class ImageAnchors(AnchorGenerator):
+    """Anchors at fixed strides; those whose center lies on padding have no area and match nothing.
 
     torchvision infers the stride of the coarsest map from the sides of the batch, so that it changes with them.
     """
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """Per picture (A, 4) float32 x1, y1, x2, y2 in pixels of the padded input, level by level."""
+        """Per image (A, 4) float32 x1, y1, x2, y2 in pixels of the padded input, level by level."""
         device = feature_maps[0].device
         # Not kept from the constructor, which may have run without storage.
         shapes = zip(self.sizes, self.aspect_ratios, strict=True)
@@ -43,8 +43,8 @@ class PictureAnchors(AnchorGenerator):
         ]
 
 
-class PictureProposals(RegionProposalNetwork):
-    """Proposals and their loss from the anchors of `PictureAnchors` that have an area."""
+class ImageProposals(RegionProposalNetwork):
+    """Proposals and their loss from the anchors of `ImageAnchors` that have an area."""
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
         """As in torchvision. Anchors on padding take no place among the best of a level; without area they are then
@@ -63,7 +63,7 @@ class PictureProposals(RegionProposalNetwork):
 
 
 class CanvasRoIAlign(MultiScaleRoIAlign):
-    """RoIAlign in float32, with the scales of the levels from the padded input: pictures may be much smaller."""
+    """RoIAlign in float32, with the scales of the levels from the padded input: images may be much smaller."""
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         canvas = tuple(STRIDES[0] * side for side in x[POOLED[0]].shape[-2:])
@@ -71,12 +71,12 @@ class CanvasRoIAlign(MultiScaleRoIAlign):
         return pooled.to(x[POOLED[0]].dtype)
 
 
-def build_proposals(config: MaskRcnnConfig) -> PictureProposals:
+def build_proposals(config: MaskRcnnConfig) -> ImageProposals:
     """The region proposal network, with torchvision's thresholds where the configuration has none."""
-    anchors = PictureAnchors(tuple((size,) for size in config.anchor_sizes), (tuple(config.anchor_ratios),) * 5)
+    anchors = ImageAnchors(tuple((size,) for size in config.anchor_sizes), (tuple(config.anchor_ratios),) * 5)
     head = RPNHead(config.hidden_size, len(config.anchor_ratios))
     head.register_forward_hook(_in_float32)
-    return PictureProposals(
+    return ImageProposals(
         anchors,
         head,
         fg_iou_thresh=0.7,
@@ -107,7 +107,7 @@ def build_heads(config: MaskRcnnConfig) -> RoIHeads:
         bbox_reg_weights=None,
         score_thresh=config.score_threshold,
         nms_thresh=config.nms_threshold,
-        detections_per_img=config.detections_per_picture,
+        detections_per_img=config.detections_per_image,
         mask_roi_pool=CanvasRoIAlign(POOLED, config.mask_pool_size, config.pool_sampling_ratio),
         mask_head=MaskRCNNHeads(channels, (channels,) * config.num_mask_layers, 1),
         mask_predictor=mask_predictor,
@@ -147,8 +147,8 @@ __all__ = [
     "POOLED",
     "STRIDES",
     "CanvasRoIAlign",
-    "PictureAnchors",
-    "PictureProposals",
+    "ImageAnchors",
+    "ImageProposals",
     "build_heads",
     "build_proposals",
     "init_mask_rcnn_weights",

@@ -31,7 +31,7 @@ class DynamicConv(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over the queries of a picture, (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention over the queries of an image, (B, N, D) -> (B, N, D)."""
 
     def __init__(self, config: QueryInstConfig):
         super().__init__()
@@ -91,8 +91,8 @@ class QueryInstStage(GradientCheckpointingLayer):
         if self.pooling_gradient and boxes.requires_grad:
             regions = self.pooler.sample(list(maps), boxes, sizes)
         else:
-            picture = torch.arange(batch, device=boxes.device)[:, None].expand(batch, count).flatten()
-            regions = self.pooler(list(maps), boxes.flatten(0, 1), picture, sizes)
+            image = torch.arange(batch, device=boxes.device)[:, None].expand(batch, count).flatten()
+            regions = self.pooler(list(maps), boxes.flatten(0, 1), image, sizes)
         regions = regions.to(queries.dtype)
         mixed, attentions = self.attention(queries, output_attentions)
         attended = self.attention_norm(queries + mixed)

@@ -98,13 +98,13 @@ def box_l1_cost(boxes: Tensor, targets: Tensor) -> Tensor:
 
 @_full_precision
 def box_giou_cost(boxes: Tensor, targets: Tensor) -> Tensor:
-    """Minus the generalised IoU of x1, y1, x2, y2 boxes: (..., N, 4) and (G, 4) -> (..., N, G) in [-1, 1]."""
+    """Minus the generalized IoU of x1, y1, x2, y2 boxes: (..., N, 4) and (G, 4) -> (..., N, G) in [-1, 1]."""
     return -generalized_box_iou(boxes.reshape(-1, 4), targets).reshape(*boxes.shape[:-1], len(targets))
 
 
 @_full_precision
 def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
-    """One minus the generalised IoU of matched x1, y1, x2, y2 boxes: (M, 4) and (M, 4) -> (M,)."""
+    """One minus the generalized IoU of matched x1, y1, x2, y2 boxes: (M, 4) and (M, 4) -> (M,)."""
     return generalized_box_iou_loss(boxes, targets, reduction="none")
 
 
@@ -138,27 +138,27 @@ def _projected_dice(dice, probabilities, targets, project, eps: float = WEAK_DIC
 
 @_full_precision
 def pairwise_loss(logits: Tensor, kernel_size: int = 3, dilation: int = 2) -> Tensor:
-    """-log of the probability that a pixel and its neighbour are of one kind: (M, H, W) -> (M, k * k - 1, H, W).
+    """-log of the probability that a pixel and its neighbor are of one kind: (M, H, W) -> (M, k * k - 1, H, W).
 
-    The neighbours are those of a k x k window with spacing `dilation`, row by row without the centre. A neighbour
-    outside the picture agrees with anything, so it costs nothing.
+    The neighbors are those of a k x k window with spacing `dilation`, row by row without the center. A neighbor
+    outside the image agrees with anything, so it costs nothing.
     """
     inside, outside = F.logsigmoid(logits), F.logsigmoid(-logits)
     same = torch.logaddexp(
-        inside[:, None] + _neighbours(inside, kernel_size, dilation),
-        outside[:, None] + _neighbours(outside, kernel_size, dilation),
+        inside[:, None] + _neighbors(inside, kernel_size, dilation),
+        outside[:, None] + _neighbors(outside, kernel_size, dilation),
     )
-    beyond = _neighbours(torch.ones_like(logits), kernel_size, dilation) == 0
+    beyond = _neighbors(torch.ones_like(logits), kernel_size, dilation) == 0
     return -same.masked_fill(beyond, 0.0)
 
 
-def _neighbours(maps: Tensor, kernel_size: int, dilation: int) -> Tensor:
+def _neighbors(maps: Tensor, kernel_size: int, dilation: int) -> Tensor:
     """(M, H, W) -> (M, k * k - 1, H, W), zeros beyond the border."""
     reach = dilation * (kernel_size - 1) // 2
     windows = F.unfold(maps[:, None], kernel_size, dilation=dilation, padding=reach)
     windows = windows.view(len(maps), kernel_size**2, *maps.shape[-2:])
-    centre = kernel_size**2 // 2
-    return torch.cat([windows[:, :centre], windows[:, centre + 1 :]], dim=1)
+    center = kernel_size**2 // 2
+    return torch.cat([windows[:, :center], windows[:, center + 1 :]], dim=1)
 
 
 __all__ = [

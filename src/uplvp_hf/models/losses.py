@@ -1,4 +1,4 @@
-"""Losses of mask-classification segmenters and of kernel supervision, batched over layers and pictures.
+"""Losses of mask-classification segmenters and of kernel supervision, batched over layers and images.
 
 Everything is computed in float32 whatever the dtype of the predictions. Formulas: Mask2Former (arXiv 2112.01527),
 section 3.3; kernel supervision: Saliency Prompt (arXiv 2302.01171), eq. 3.
@@ -23,14 +23,14 @@ class Normalizers:
     processes), so that accumulated gradients equal those of one large batch.
     masks: number of true masks; class_weight: sum of the cross-entropy weights over all queries; pairs: number of
     supervised pairs (query, prompt) over all layers; cells: number of cells that hold an object (K-Net's class maps);
-    pictures: number of pictures (Mask R-CNN, whose terms are means over what it samples in a batch).
+    images: number of images (Mask R-CNN, whose terms are means over what it samples in a batch).
     """
 
     masks: Tensor | float | None = None
     class_weight: Tensor | float | None = None
     pairs: Tensor | float | None = None
     cells: Tensor | float | None = None
-    pictures: Tensor | float | None = None
+    images: Tensor | float | None = None
 
 
 @dataclass
@@ -83,8 +83,8 @@ class MaskClassificationLoss:
     ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Loss terms, weighted, by name (`class_0`, `mask_0`, `dice_0`, ... last layer last) and the assignments.
 
-        mask_labels: per picture (G_i, H, W) bool at the padded input size; class_labels: per picture (G_i,) int.
-        pixel_mask (B, H, W), 1 on the picture: points are drawn there only. label_guide changes the matching costs.
+        mask_labels: per image (G_i, H, W) bool at the padded input size; class_labels: per image (G_i,) int.
+        pixel_mask (B, H, W), 1 on the image: points are drawn there only. label_guide changes the matching costs.
         """
         with torch.autocast(layers[0].mask_logits.device.type, enabled=False):  # it would multiply in half precision
             return self._losses(layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide)
@@ -94,7 +94,7 @@ class MaskClassificationLoss:
         check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1] - 1)
         class_labels = [labels.to(device).long() for labels in class_labels]
         mask_labels = [masks.to(device).bool() for masks in mask_labels]
-        extent = None if pixel_mask is None else picture_extent(pixel_mask, len(mask_labels), device)
+        extent = None if pixel_mask is None else image_extent(pixel_mask, len(mask_labels), device)
         masks, offsets = stack_masks(mask_labels)
         normalizers = normalizers or Normalizers()
         num_masks = normalizers.masks or max(sum(len(labels) for labels in class_labels), 1)
@@ -115,7 +115,7 @@ class MaskClassificationLoss:
 
     @torch.no_grad()
     def _costs(self, layers, masks: BinaryMasks, class_labels, extent, draw) -> list[Tensor]:
-        """Per picture the (L, N, G_i) matching costs. All layers share one set of points unless `draw` differs."""
+        """Per image the (L, N, G_i) matching costs. All layers share one set of points unless `draw` differs."""
         costs, start = [], 0
         for i, labels in enumerate(class_labels):
             probability = torch.stack([layer.class_logits[i] for layer in layers]).float().softmax(-1)
@@ -140,11 +140,11 @@ class MaskClassificationLoss:
     def with_text_cost(self, text_logits: list[Tensor], class_labels: list[Tensor], then: LabelGuide | None):
         """A guide that adds the class cost of a further head, (B, N, K + 1) a layer, before another guide."""
 
-        def guide(cost: Tensor, picture: int) -> Tensor:
-            labels = class_labels[picture].to(cost.device).long()
-            probability = torch.stack([logits[picture] for logits in text_logits]).detach().float().softmax(-1)
+        def guide(cost: Tensor, image: int) -> Tensor:
+            labels = class_labels[image].to(cost.device).long()
+            probability = torch.stack([logits[image] for logits in text_logits]).detach().float().softmax(-1)
             cost = cost - self.class_weight * probability[..., labels]
-            return cost if then is None else then(cost, picture)
+            return cost if then is None else then(cost, image)
 
         return guide
 
@@ -162,8 +162,8 @@ class MaskClassificationLoss:
         target = torch.full(stacked.shape[:3], background, dtype=torch.int64, device=stacked.device)
         offsets = np.cumsum([0, *(len(labels) for labels in class_labels)]).tolist()
         pairs = torch.cat(_host_pairs(matches, offsets), 1).to(stacked.device)
-        layer, picture, query, label = pairs
-        target[layer, picture, query] = torch.cat(class_labels)[label]
+        layer, image, query, label = pairs
+        target[layer, image, query] = torch.cat(class_labels)[label]
         weight = stacked.new_ones(background + 1)
         weight[background] = self.no_object_weight
         total = F.cross_entropy(stacked.flatten(0, 2), target.flatten(), weight=weight, reduction="none")
@@ -172,25 +172,25 @@ class MaskClassificationLoss:
         return list((total.view(len(logits), -1).sum(1) / divisor).unbind())
 
     def class_weight_sum(self, num_queries: int, counts: list[int]) -> float:
-        """Sum of the cross-entropy weights of pictures with `counts` true masks each: known before matching."""
+        """Sum of the cross-entropy weights of images with `counts` true masks each: known before matching."""
         matched = sum(min(count, num_queries) for count in counts)
         return matched + self.no_object_weight * (num_queries * len(counts) - matched)
 
     def _mask_terms(self, index, logits, masks: BinaryMasks, pairs, extent, draw) -> tuple[Tensor, Tensor]:
         """Point-sampled cross-entropy and dice of the matched masks of one layer, summed."""
-        picture, query, ids = pairs
+        image, query, ids = pairs
         if len(query) == 0:
             nothing = logits.float().sum() * 0
             return nothing, nothing
         sampler = PointSampler(
             self.num_points, self.oversample_ratio, self.importance_ratio, index,
-            None if extent is None else extent[picture], draw,
+            None if extent is None else extent[image], draw,
         )  # fmt: skip
-        return point_terms(logits, picture, query, masks, ids, sampler)
+        return point_terms(logits, image, query, masks, ids, sampler)
 
 
 def _host_pairs(matches: list, offsets: list[int]) -> list[Tensor]:
-    """Per layer (4, M) int64 on the host: layer, picture, query, target counted over the batch."""
+    """Per layer (4, M) int64 on the host: layer, image, query, target counted over the batch."""
     return [
         torch.cat(
             [
@@ -204,14 +204,14 @@ def _host_pairs(matches: list, offsets: list[int]) -> list[Tensor]:
 
 
 def _pairs(matches: list, offsets: list[int], device: torch.device) -> list[tuple[Tensor, ...]]:
-    """Per layer: picture, query and mask of every matched pair, on the device, in one transfer."""
+    """Per layer: image, query and mask of every matched pair, on the device, in one transfer."""
     pairs = _host_pairs(matches, offsets)
     moved = torch.cat(pairs, 1).to(device).split([layer.shape[1] for layer in pairs], 1)
     return [tuple(layer[1:]) for layer in moved]
 
 
-def picture_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """Width and height of every picture as shares of the padded input: (B, 2), ones without a pixel mask."""
+def image_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """Width and height of every image as shares of the padded input: (B, 2), ones without a pixel mask."""
     if pixel_mask is None:
         return torch.ones((batch, 2), device=device)
     real = pixel_mask.to(device).bool()
@@ -220,7 +220,7 @@ def picture_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) 
 
 
 def stack_masks(mask_labels: list[Tensor]) -> tuple[BinaryMasks, list[int]]:
-    """All masks of a batch together, and where each picture's begin."""
+    """All masks of a batch together, and where each image's begin."""
     offsets = np.cumsum([0, *(len(masks) for masks in mask_labels)]).tolist()
     return BinaryMasks(torch.cat(mask_labels)), offsets
 
@@ -249,14 +249,14 @@ def kernel_supervision(
         for index, match in enumerate(matches)
         for i, (query, target) in enumerate(match)
     ]
-    layer, picture, query, target = torch.cat(pairs, dim=1).to(queries.device)
+    layer, image, query, target = torch.cat(pairs, dim=1).to(queries.device)
     if len(query) == 0 or vectors.shape[1] == 0:
         return total
-    prompt = prompt_of_mask[picture, target]
+    prompt = prompt_of_mask[image, target]
     known = prompt >= 0
-    goal = F.normalize(vectors.detach().float()[picture, prompt.clamp(min=0)], dim=-1)
+    goal = F.normalize(vectors.detach().float()[image, prompt.clamp(min=0)], dim=-1)
     with torch.autocast(queries.device.type, enabled=False):
-        distance = 1 - (F.normalize(queries[layer, picture, query], dim=-1) * goal).sum(-1)
+        distance = 1 - (F.normalize(queries[layer, image, query], dim=-1) * goal).sum(-1)
     total = total + torch.where(known, distance, 0.0).sum()
     return total / (num_pairs if num_pairs is not None else known.sum().clamp(min=1))
 
@@ -264,10 +264,10 @@ def kernel_supervision(
 def check_labels(class_labels: list[Tensor], mask_labels: list[Tensor], num_labels: int) -> None:
     for i, (labels, masks) in enumerate(zip(class_labels, mask_labels, strict=True)):
         if len(labels) != len(masks):
-            raise ValueError(f"Picture {i} of the batch has {len(masks)} masks but {len(labels)} class labels.")
-        # Labels that are already on an accelerator are not read back: that would cost a transfer a picture.
+            raise ValueError(f"Image {i} of the batch has {len(masks)} masks but {len(labels)} class labels.")
+        # Labels that are already on an accelerator are not read back: that would cost a transfer an image.
         if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
             raise ValueError(
-                f"Picture {i} of the batch has class labels {sorted(set(labels.tolist()))}, but the model has "
+                f"Image {i} of the batch has class labels {sorted(set(labels.tolist()))}, but the model has "
                 f"{num_labels} classes (0..{num_labels - 1}). Build it with the `id2label` of the data."
             )

@@ -1,4 +1,4 @@
-"""Set loss of K-Net (arXiv 2106.14855): all stages and pictures matched at once, everything in float32.
+"""Set loss of K-Net (arXiv 2106.14855): all stages and images matched at once, everything in float32.
 
 Every stage is supervised by the assignment of the predictions that it starts from: the first by that of the initial
 masks, the others by that of the stage before.
@@ -31,22 +31,22 @@ class KNetStageOutput(LayerOutput):
 
 @dataclass
 class Pairs:
-    """Matched pairs of the initial masks and of the S stages, M of each, in order of picture and query.
+    """Matched pairs of the initial masks and of the S stages, M of each, in order of image and query.
 
-    int64 on the device. picture (M,); query (1 + S, M); target (1 + S, M): the place among the masks of the batch.
+    int64 on the device. image (M,); query (1 + S, M); target (1 + S, M): the place among the masks of the batch.
     """
 
-    picture: Tensor
+    image: Tensor
     query: Tensor
     target: Tensor
 
     @classmethod
     def of(cls, matches: list[list[tuple[Tensor, Tensor]]], targets: list[Tensor], device: torch.device) -> "Pairs":
         first = [sum(len(target) for target in targets[:i]) for i in range(len(targets))]
-        picture = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(matches[0])])
+        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(matches[0])])
         query = [torch.cat([query for query, _ in match]) for match in matches]
         target = [torch.cat([target + first[i] for i, (_, target) in enumerate(match)]) for match in matches]
-        table = torch.stack([picture, *query, *target]).to(device)  # one transfer
+        table = torch.stack([image, *query, *target]).to(device)  # one transfer
         return cls(table[0], table[1 : 1 + len(matches)], table[1 + len(matches) :])
 
 
@@ -87,7 +87,7 @@ def semantic_targets(masks: Tensor, labels: Tensor, num_labels: int, rule: str) 
 
 
 def count_cells(masks: Tensor, rule: str) -> int:
-    """Cells of stride 4 with an object, of one picture's masks (G, H, W) bool. Rule as in `semantic_targets`."""
+    """Cells of stride 4 with an object, of one image's masks (G, H, W) bool. Rule as in `semantic_targets`."""
     soft = soft_targets(masks.bool(), (masks.shape[-2] // 4, masks.shape[-1] // 4))
     return int(((soft >= 0.5) if rule == "majority" else (soft > 0)).any(0).sum())
 
@@ -128,8 +128,8 @@ class KNetLoss:
         text logits, `text_class_0`, ...
 
         initial_masks (B, N, h, w) and semantic_logits (B, K, h, w): of the kernel head, on the grid of the layers'
-        mask_logits. mask_labels: per picture (G_i, H, W) bool at the padded input size; class_labels: per picture
-        (G_i,) int in 0..K-1. pixel_mask (B, H, W), 1 on the picture: cells outside take no part. text_logits: per
+        mask_logits. mask_labels: per image (G_i, H, W) bool at the padded input size; class_labels: per image
+        (G_i,) int in 0..K-1. pixel_mask (B, H, W), 1 on the image: cells outside take no part. text_logits: per
         stage (B, N, K) of a further class head. label_guide acts on the assignments of the stages only.
 
         Divisors: the number of matched pairs of a stage (`normalizers.masks`), for the class maps the number of cells
@@ -149,14 +149,14 @@ class KNetLoss:
                 "semantic": self._semantic(semantic_logits, targets, labels, matches[0], valid, normalizers.cells)
             }
             pairs = Pairs.of(matches, targets, device)
-            divisor = max(len(pairs.picture), 1) if normalizers.masks is None else normalizers.masks
+            divisor = max(len(pairs.image), 1) if normalizers.masks is None else normalizers.masks
             losses.update(self._mask_terms(masks, torch.cat(targets), pairs, valid, divisor))
             losses.update(self._class_terms(layers, torch.cat(labels), pairs, text_logits, divisor))
         return losses, matches[1:]
 
     @torch.no_grad()
     def costs(self, masks, layers, targets, labels, valid=None, text_logits=None) -> list[Tensor]:
-        """Per picture the (S, N, G_i) matching costs: of the initial masks, then of every stage but the last.
+        """Per image the (S, N, G_i) matching costs: of the initial masks, then of every stage but the last.
 
         The initial masks have no classes.
         """
@@ -212,16 +212,16 @@ class KNetLoss:
     def _mask_terms(self, masks, targets, pairs: Pairs, valid: Tensor | None, divisor) -> dict[str, Tensor]:
         """Cross-entropy and dice of the matched masks of the kernel head and of all stages in one go."""
         names = ["initial_mask", "initial_dice"], *([f"mask_{s}", f"dice_{s}"] for s in range(len(masks) - 1))
-        if len(pairs.picture) == 0:
+        if len(pairs.image) == 0:
             return {name: mask.float().sum() * 0 for pair, mask in zip(names, masks, strict=True) for name in pair}
-        logits = torch.stack([mask[pairs.picture, query] for mask, query in zip(masks, pairs.query, strict=True)])
+        logits = torch.stack([mask[pairs.image, query] for mask, query in zip(masks, pairs.query, strict=True)])
         logits, target = logits.float().flatten(2), targets.flatten(1)[pairs.target]  # (1 + S, M, cells)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         probability = logits.sigmoid()
         if valid is None:
             cross_entropy = cross_entropy.mean(-1)
         else:
-            inside = valid.flatten(1)[pairs.picture]
+            inside = valid.flatten(1)[pairs.image]
             cross_entropy = (cross_entropy * inside).sum(-1) / inside.sum(-1)
             probability = probability * inside
         cross_entropy = self.mask_weight * cross_entropy.sum(1) / divisor
@@ -237,7 +237,7 @@ class KNetLoss:
         logits = torch.stack([layer.class_logits for layer in layers])
         wanted = torch.full(logits.shape[:3], logits.shape[3], dtype=torch.int64, device=logits.device)
         stages = torch.arange(len(layers), device=logits.device)[:, None]
-        wanted[stages, pairs.picture[None], pairs.query[1:]] = labels[pairs.target[1:]]
+        wanted[stages, pairs.image[None], pairs.query[1:]] = labels[pairs.target[1:]]
         heads = [("class", self.class_weight, logits)]
         if text_logits is not None:
             heads.append(("text_class", self.text_class_weight, torch.stack(list(text_logits))))
@@ -249,5 +249,5 @@ class KNetLoss:
 
 
 def _valid(pixel_mask: Tensor | None, size: tuple[int, int], device: torch.device) -> Tensor | None:
-    """(B, h, w) bool, cells of the pictures; None without padding."""
+    """(B, h, w) bool, cells of the images; None without padding."""
     return valid_cells(pixel_mask, size).to(device) if is_padded(pixel_mask) else None

@@ -1,6 +1,6 @@
-"""Set loss of QueryInst (arXiv 2105.01928): all stages and pictures matched at once, everything in float32.
+"""Set loss of QueryInst (arXiv 2105.01928): all stages and images matched at once, everything in float32.
 
-Formulas as in mmdetection 2.28: focal class loss, L1 of boxes over picture sizes, GIoU, and squared dice of the masks
+Formulas as in mmdetection 2.28: focal class loss, L1 of boxes over image sizes, GIoU, and squared dice of the masks
 in the matched predicted boxes. Matching is on the predictions of the very stage that is supervised.
 """
 
@@ -21,7 +21,7 @@ from .roi import crop_masks
 class QueryInstStageOutput(LayerOutput):
     """Predictions of one stage.
 
-    class_logits (B, N, K) of sigmoids; mask_logits (B, N, H/4, W/4): the mask of the best class on the whole picture,
+    class_logits (B, N, K) of sigmoids; mask_logits (B, N, H/4, W/4): the mask of the best class on the whole image,
     of the last stage in evaluation mode only, otherwise None; queries (B, N, D) after the stage. Beside them: boxes
     (B, N, 4) x1, y1, x2, y2 in pixels of the padded input, float32; deltas (B, N, 4): the changes that led to them;
     attended (B, N, D): queries after self-attention, input of the mask head; attentions (B, heads, N, N) where asked
@@ -37,19 +37,19 @@ class QueryInstStageOutput(LayerOutput):
 
 @dataclass
 class Pairs:
-    """Matched pairs of all S stages, M of each stage, in order of picture and query: (S, M) int64 on the device.
+    """Matched pairs of all S stages, M of each stage, in order of image and query: (S, M) int64 on the device.
 
-    stage, picture, query; target: the place among the masks of the whole batch; label: its class.
+    stage, image, query; target: the place among the masks of the whole batch; label: its class.
     """
 
     stage: Tensor
-    picture: Tensor
+    image: Tensor
     query: Tensor
     target: Tensor
     label: Tensor
 
 
-# (stage among those supervised, picture (M,), query (M,)) -> mask logits (M, K, S, S) in the boxes of these queries.
+# (stage among those supervised, image (M,), query (M,)) -> mask logits (M, K, S, S) in the boxes of these queries.
 MaskPredictor = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -84,9 +84,9 @@ class QueryInstLoss:
     ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Loss terms, weighted, by name (`class_0`, `box_0`, `giou_0`, `mask_0`, ...) and the assignments.
 
-        sizes (B, 2): height and width of the pictures, which boxes are divided by; limits (B, 2): where boxes are cut
-        off for the mask targets. mask_labels: per picture (G_i, H, W) bool at the padded input size, class_labels: per
-        picture (G_i,) int in 0..K-1. text_logits: per stage (B, N, K) of a further class head, which adds a cost and
+        sizes (B, 2): height and width of the images, which boxes are divided by; limits (B, 2): where boxes are cut
+        off for the mask targets. mask_labels: per image (G_i, H, W) bool at the padded input size, class_labels: per
+        image (G_i,) int in 0..K-1. text_logits: per stage (B, N, K) of a further class head, which adds a cost and
         terms `text_class_0`, ... The divisor of all terms is the number of matched pairs of a stage, at least 1.
         Without objects box and mask terms are zeros that still touch boxes and mask heads.
         """
@@ -105,7 +105,7 @@ class QueryInstLoss:
         matches = hungarian(costs)
         pairs = pair_up(matches, class_labels, device)
         # Outside of the terms: the mask heads may run under autocast.
-        masks = [predict_masks(stage, pairs.picture[stage], pairs.query[stage]) for stage in range(len(layers))]
+        masks = [predict_masks(stage, pairs.image[stage], pairs.query[stage]) for stage in range(len(layers))]
         with torch.autocast(device.type, enabled=False):  # it would multiply in half precision
             terms = {"class": self.class_weight * self._class_term(logits, pairs)}
             if texts is not None:
@@ -129,7 +129,7 @@ class QueryInstLoss:
         factors: Tensor,
         text_logits: Tensor | None = None,
     ) -> list[Tensor]:
-        """Per picture the (S, N, G_i) matching costs; logits (S, B, N, K), boxes (S, B, N, 4), factors (B, 4)."""
+        """Per image the (S, N, G_i) matching costs; logits (S, B, N, K), boxes (S, B, N, 4), factors (B, 4)."""
         costs = []
         for i, (targets, labels) in enumerate(zip(target_boxes, class_labels, strict=True)):
             cost = self.class_cost * focal_cost(logits[:, i], labels, self.focal_alpha, self.focal_gamma)
@@ -141,18 +141,18 @@ class QueryInstLoss:
         return costs
 
     def _class_term(self, logits: Tensor, pairs: Pairs) -> Tensor:
-        """Focal loss summed over pictures, queries and classes: (S, B, N, K) -> (S,)."""
+        """Focal loss summed over images, queries and classes: (S, B, N, K) -> (S,)."""
         labels = torch.full(logits.shape[:3], logits.shape[-1], dtype=torch.int64, device=logits.device)
-        labels[pairs.stage, pairs.picture, pairs.query] = pairs.label
+        labels[pairs.stage, pairs.image, pairs.query] = pairs.label
         return sigmoid_focal_loss(logits, labels, self.focal_alpha, self.focal_gamma).sum((1, 2, 3))
 
     def _box_terms(self, boxes: Tensor, target_boxes: Tensor, factors: Tensor, pairs: Pairs) -> dict[str, Tensor]:
-        """L1 over picture sizes and GIoU of matched boxes, summed over pairs: (S,) each."""
+        """L1 over image sizes and GIoU of matched boxes, summed over pairs: (S,) each."""
         if pairs.query.shape[1] == 0:
             nothing = boxes.sum((1, 2, 3)) * 0
             return {"box": nothing, "giou": nothing}
-        predicted, target = boxes[pairs.stage, pairs.picture, pairs.query], target_boxes[pairs.target]  # (S, M, 4)
-        factor = factors[pairs.picture]
+        predicted, target = boxes[pairs.stage, pairs.image, pairs.query], target_boxes[pairs.target]  # (S, M, 4)
+        factor = factors[pairs.image]
         difference = (predicted / factor - target / factor).abs().sum((1, 2))
         overlap = giou_loss(predicted.flatten(0, 1), target.flatten(0, 1)).view(predicted.shape[:2]).sum(1)
         return {"box": self.box_weight * difference, "giou": self.giou_weight * overlap}
@@ -174,18 +174,18 @@ def pair_up(matches: list[list[tuple[Tensor, Tensor]]], class_labels: list[Tenso
     rows = []
     for stage, match in enumerate(matches):
         query = torch.cat([query for query, _ in match])
-        picture = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(match)])
+        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(match)])
         target = torch.cat([target + offsets[i] for i, (_, target) in enumerate(match)])
-        rows.append(torch.stack([torch.full_like(query, stage), picture, query, target]))
-    stage, picture, query, target = torch.stack(rows, dim=1).to(device)
-    return Pairs(stage, picture, query, target, torch.cat(class_labels)[target])
+        rows.append(torch.stack([torch.full_like(query, stage), image, query, target]))
+    stage, image, query, target = torch.stack(rows, dim=1).to(device)
+    return Pairs(stage, image, query, target, torch.cat(class_labels)[target])
 
 
 @torch.no_grad()
 def mask_targets(mask_labels: list[Tensor], boxes: Tensor, limits: Tensor, pairs: Pairs, side: int) -> Tensor:
     """The matched masks within the matched predicted boxes, cut off at `limits` (B, 2): (S, M, side, side).
 
-    Picture by picture, so that the masks of only one are held in float.
+    Image by image, so that the masks of only one are held in float.
     """
     stages, targets, done, first = len(boxes), [], 0, 0
     for i, masks in enumerate(mask_labels):

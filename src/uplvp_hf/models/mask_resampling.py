@@ -5,7 +5,7 @@ Shared by the image processors. Copied to the Hub beside the weights: no other m
 What is inside is decided by sign: values above zero belong to the mask. `resized_mask` is the plain way: it computes
 every pixel. `mask_flips` gives the same bits and computes few of them: run lengths go down the columns, and between two
 rows of cells an interpolated column is a straight line, so the mask can begin or end at most once in between. Columns
-are therefore interpolated on the rows of cells only (a seventh of the pixels for a mask of 144 rows on a picture of
+are therefore interpolated on the rows of cells only (a seventh of the pixels for a mask of 144 rows on an image of
 1080), and pixels only where the sign changes. Both sum `a * (1 - t) + b * t`, whose sign is that of `a` and `b` where
 they agree, and which moves monotonously with t where they do not, in floating point too; and both look only at the
 window of a mask.
@@ -47,10 +47,10 @@ class Window(NamedTuple):
 
 
 def resampling_axis(cells: int, source: float, target: int, stride: float) -> Axis:
-    """Pixel centres of a side of `target` pixels among the centres of `cells` cells.
+    """Pixel centers of a side of `target` pixels among the centers of `cells` cells.
 
-    The cells are `stride` source pixels wide each and start where the picture starts; the picture is `source` pixels
-    long, which need not be the end of a cell. Beyond the outermost centres the outermost cells go on (as in
+    The cells are `stride` source pixels wide each and start where the image starts; the image is `source` pixels
+    long, which need not be the end of a cell. Beyond the outermost centers the outermost cells go on (as in
     `torch.nn.functional.interpolate` without `align_corners`).
     """
     place = (np.arange(target) + 0.5) * (source / target / stride) - 0.5
@@ -80,7 +80,7 @@ def mask_windows(values: Tensor, rows: Axis, columns: Axis) -> list[Window | Non
 
 
 def _reach(axis: Axis, first: int, last: int) -> tuple[int, int]:
-    """Pixels with a neighbour among the cells first..last: from the first, to one after the last."""
+    """Pixels with a neighbor among the cells first..last: from the first, to one after the last."""
     start = np.searchsorted(axis.low, first - 1, "left")
     return int(start), int(np.searchsorted(axis.low, last, "right"))
 
@@ -158,7 +158,7 @@ def _crossings(across: np.ndarray, column: np.ndarray, knot: np.ndarray, top: in
 
 
 def _odd(position: np.ndarray) -> np.ndarray:
-    """Of equal neighbours an odd number leaves one, an even number none: a run without a pixel is no run."""
+    """Of equal neighbors an odd number leaves one, an even number none: a run without a pixel is no run."""
     if not (position[1:] == position[:-1]).any():
         return position
     unique, count = np.unique(position, return_counts=True)
@@ -166,7 +166,7 @@ def _odd(position: np.ndarray) -> np.ndarray:
 
 
 def window_flips(mask: np.ndarray, top: int, left: int, size: tuple[int, int]) -> np.ndarray:
-    """As `mask_flips`, of a bool mask (h, w) that lies at (top, left) of a picture of `size` (height, width)."""
+    """As `mask_flips`, of a bool mask (h, w) that lies at (top, left) of an image of `size` (height, width)."""
     height, width = size
     inside = np.zeros((mask.shape[1], height), dtype=bool)
     inside[:, top : top + mask.shape[0]] = mask.T

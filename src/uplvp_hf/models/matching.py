@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# (cost (L, N, G) float32 of one picture, its place in the batch) -> cost of the same shape.
+# (cost (L, N, G) float32 of one image, its place in the batch) -> cost of the same shape.
 LabelGuide = Callable[[Tensor, int], Tensor]
 
 
@@ -15,7 +15,7 @@ LabelGuide = Callable[[Tensor, int], Tensor]
 def match_prompts(queries: Tensor, vectors: Tensor, valid: Tensor, how: str = "cosine") -> Tensor:
     """Chooses a prompt for every query. Many queries may share one.
 
-    queries (B, N, D), vectors (B, P, D), valid (B, P) bool. Returns (B, N) int64, -1 in pictures without prompts.
+    queries (B, N, D), vectors (B, P, D), valid (B, P) bool. Returns (B, N) int64, -1 in images without prompts.
     cosine: the valid prompt of largest cosine similarity, ties to the lowest index (SP eq. 2).
     sequential: query n takes valid prompt floor(n * P_i / N). hungarian: the same; the classes of the prompts then
     guide the assignment of masks, see `label_guide`. random: a uniform draw.
@@ -50,15 +50,15 @@ def label_guide(match: Tensor, source: Tensor, class_labels: list[Tensor], theta
 
     C1 is the matching cost, C2 its smallest value where the class of the query's prompt is that of the target, its
     largest value elsewhere. match (B, N): the prompt of every query or -1; source (B, P): the pseudo mask of every
-    prompt; class_labels: per picture (G,). Source: the released "hun" variant, which could not run.
+    prompt; class_labels: per image (G,). Source: the released "hun" variant, which could not run.
     """
 
-    def guide(cost: Tensor, picture: int) -> Tensor:
+    def guide(cost: Tensor, image: int) -> Tensor:
         if theta >= 1 or cost.shape[-1] == 0 or source.shape[1] == 0:
             return cost
-        labels = class_labels[picture].to(cost.device)
-        prompt = match[picture].to(cost.device)
-        mask = source[picture].to(cost.device)[prompt.clamp(min=0)].clamp(min=0)  # (N,)
+        labels = class_labels[image].to(cost.device)
+        prompt = match[image].to(cost.device)
+        mask = source[image].to(cost.device)[prompt.clamp(min=0)].clamp(min=0)  # (N,)
         same = (labels[mask][:, None] == labels[None]) & (prompt >= 0)[:, None]  # (N, G)
         least, most = cost.amin((-2, -1), keepdim=True), cost.amax((-2, -1), keepdim=True)
         return theta * cost + (1 - theta) * torch.where(same, least, most)
@@ -85,9 +85,9 @@ class CostWatch:
 
 @torch.no_grad()
 def hungarian(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
-    """Least-cost one-to-one assignments of all layers and pictures, with a single device-to-host transfer.
+    """Least-cost one-to-one assignments of all layers and images, with a single device-to-host transfer.
 
-    costs: per picture (L, N, G_i) float32. Returns, per layer and picture, (query ids, target ids): int64 on the
+    costs: per image (L, N, G_i) float32. Returns, per layer and image, (query ids, target ids): int64 on the
     host, queries ascending, min(N, G_i) pairs. Non-finite costs are replaced by a value above all others and reported,
     by a warning and to every `CostWatch`.
     """

@@ -37,7 +37,7 @@ class UplvpOutput(ModelOutput):
     class_queries_logits (B, N, K + 1), the last class being "no object" (Mask2Former), or (B, N, K) for a sigmoid
     (K-Net, QueryInst); class_scores (B, N, K): that sigmoid, which says to post-processing that scores are final;
     masks_queries_logits (B, N, H/4, W/4) on the padded input; boxes (B, N, 4) x1, y1, x2, y2 in its pixels and
-    roi_mask_logits (B, N, K, 28, 28) in these boxes (QueryInst, in place of masks on the picture).
+    roi_mask_logits (B, N, K, 28, 28) in these boxes (QueryInst, in place of masks on the image).
     auxiliary_logits: classes, masks and boxes of the earlier layers. queries (B, N, D): updated queries, last layer.
     hidden_states: queries that enter the first stage and after each stage, (B, N, D). attentions: self-attention
     weights of every stage, (B, heads, N, N).
@@ -130,7 +130,7 @@ class UplvpPreTrainedModel(SavesItsCode, PreTrainedModel):
         """Loads a checkpoint, of either model or of a segmenter as transformers has it, for other classes in one call.
 
         Tensors of equal shape are kept. Class-sized tensors get the row of the class of the same name where the
-        checkpoint knows it (`class_head="remap"`) and are re-initialised otherwise, or always (`"new"`); `"spread"` is
+        checkpoint knows it (`class_head="remap"`) and are re-initialized otherwise, or always (`"new"`); `"spread"` is
         "remap", with the mean of the checkpoint's rows for classes that it does not know. What happened is in
         `model.transfer_report`; print it. `kwargs` that are settings of `UplvpConfig` replace those of the checkpoint,
         the others go to `from_pretrained`.

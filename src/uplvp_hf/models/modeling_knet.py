@@ -34,7 +34,7 @@ class KNetFeatures:
 
     maps (B, D, h, w) at stride 8; masks (B, N, h, w): initial mask logits; class_maps (B, K, h, w): class logits of
     every cell; kernels (B, N, D), with the features of their objects added; valid (B, h, w) bool, cells of the
-    pictures, or None; pyramid: P2 to P5; prompt_map (B, D, H/32, W/32): P5, which prompts are pooled from; pixel_mask
+    images, or None; pyramid: P2 to P5; prompt_map (B, D, H/32, W/32): P5, which prompts are pooled from; pixel_mask
     as given.
     """
 
@@ -90,7 +90,7 @@ class KNetForInstanceSegmentationOutput(ModelOutput):
 
 
 class KNetPreTrainedModel(SavesItsCode, PreTrainedModel):
-    """Initialisation and loading, common to both models."""
+    """Initialization and loading, common to both models."""
 
     config: KNetConfig
     base_model_prefix = "model"
@@ -108,9 +108,9 @@ class KNetPreTrainedModel(SavesItsCode, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: all our initialisation goes through `transformers.initialization`.
+        """False: all our initialization goes through `transformers.initialization`.
 
-        For custom code, transformers leaves out the initialisation that a module without weights of its own does for
+        For custom code, transformers leaves out the initialization that a module without weights of its own does for
         its children, when they are missing from a checkpoint.
         """
         return False
@@ -129,7 +129,7 @@ class KNetModel(KNetPreTrainedModel):
         self.post_init()
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> KNetFeatures:
-        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W) with 1 on the picture."""
+        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W) with 1 on the image."""
         pixel_values = pixel_values.to(self.kernel_head.kernels.weight.dtype)
         with padding_masked(self, pixel_mask):
             pyramid = self.pyramid(self.backbone(pixel_values).feature_maps)
@@ -171,7 +171,7 @@ class KNetModel(KNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs,
     ) -> KNetModelOutput | tuple:
-        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the picture, 0 on padding."""
+        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding."""
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         features = self.encode(pixel_values, pixel_mask)
@@ -229,9 +229,9 @@ class KNetForInstanceSegmentation(KNetPreTrainedModel):
         return self.model.decode(features, queries, inject, output_attentions)
 
     def normalizers(self, counts: list[int], num_prompts: int, mask_labels: list[Tensor] | None = None) -> Normalizers:
-        """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass.
+        """Divisors of the loss terms for images with `counts` masks each, before any forward pass.
 
-        That of the class maps needs the masks too, per picture (G, H, W) bool: without them it is that of each batch.
+        That of the class maps needs the masks too, per image (G, H, W) bool: without them it is that of each batch.
         Plain counts, which may be 0: the training loop averages them over processes before it keeps them at least 1.
         """
         queries = self.config.num_queries
@@ -283,8 +283,8 @@ class KNetForInstanceSegmentation(KNetPreTrainedModel):
         **kwargs,
     ) -> KNetForInstanceSegmentationOutput | tuple:
         """
-        pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the picture, 0 on padding;
-        mask_labels: per picture (G, H, W) bool at the padded input size; class_labels: per picture (G,) int in 0..K-1.
+        pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding;
+        mask_labels: per image (G, H, W) bool at the padded input size; class_labels: per image (G,) int in 0..K-1.
         """
         attentions = self.config.output_attentions if output_attentions is None else output_attentions
         hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states

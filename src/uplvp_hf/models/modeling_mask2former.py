@@ -27,7 +27,7 @@ class SegmenterFeatures:
     """Everything before the queries.
 
     mask_features (B, C, H/4, W/4); levels: low to high resolution (B, C, h, w); padding: per level (B, h, w) bool,
-    True outside the picture, or None; prompt_map (B, Cp, H/32, W/32): the map that prompts are pooled from (C5);
+    True outside the image, or None; prompt_map (B, Cp, H/32, W/32): the map that prompts are pooled from (C5);
     pixel_mask as given.
     """
 
@@ -89,9 +89,9 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: all our initialisation goes through `transformers.initialization`.
+        """False: all our initialization goes through `transformers.initialization`.
 
-        For custom code, transformers leaves out the initialisation that a module without weights of its own does for
+        For custom code, transformers leaves out the initialization that a module without weights of its own does for
         its children, when they are missing from a checkpoint.
         """
         return False
@@ -128,9 +128,9 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         )
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> SegmenterFeatures:
-        """pixel_values (B, 3, H, W), pixel_mask (B, H, W) with 1 on the picture.
+        """pixel_values (B, 3, H, W), pixel_mask (B, H, W) with 1 on the image.
 
-        With a convolutional backbone in eval mode (or with fixed batch norms) the features of a picture depend neither
+        With a convolutional backbone in eval mode (or with fixed batch norms) the features of an image depend neither
         on the canvas nor on its batch mates.
         """
         pixel_values = pixel_values.to(self.class_predictor.weight.dtype)
@@ -139,7 +139,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         decoder = self.model.pixel_level_module.decoder
         with padding_masked(decoder, pixel_mask):
             mask_features, levels, padding = _pixel_decode(decoder, maps, pixel_mask)
-        # Repeated outwards, so that resizing mask logits gives at the border of a picture what it gives at the end of
+        # Repeated outwards, so that resizing mask logits gives at the border of an image what it gives at the end of
         # a map.
         return SegmenterFeatures(extend_edges(mask_features, pixel_mask), levels, padding, maps[-1], pixel_mask)
 
@@ -223,7 +223,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
 
     def _blocked(self, blocked: Tensor, features: SegmenterFeatures, level: int) -> Tensor:
         """Attention mask (B, N, hw), True where a query may not look. A query with nowhere to look, looks everywhere
-        on the picture."""
+        on the image."""
         if features.padding is None:
             return blocked & ~blocked.all(-1, keepdim=True)
         outside = features.padding[level].flatten(1)[:, None]
@@ -232,7 +232,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         return blocked & (outside | ~blocked.all(-1, keepdim=True))
 
     def normalizers(self, counts: list[int], num_prompts: int, mask_labels: list[Tensor] | None = None) -> Normalizers:
-        """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass. The masks
+        """Divisors of the loss terms for images with `counts` masks each, before any forward pass. The masks
         themselves do not matter here."""
         queries, layers = self.config.num_queries, self.config.decoder_layers
         supervised = layers - 1 if self.config.use_auxiliary_loss else min(layers - 1, 1)

@@ -1,12 +1,12 @@
 """Mask R-CNN (arXiv 1703.06870) from torchvision's parts, on the backbones of the query segmenters: the baseline.
 
-    maps      = pyramid(backbone(picture))                  five levels, strides 4 to 64
+    maps      = pyramid(backbone(image))                  five levels, strides 4 to 64
     proposals = region proposal network(maps)
     classes, boxes = box head(RoIAlign(maps, proposals))
     masks     = mask head(RoIAlign(maps, boxes))
 
 It has no queries, so there is nothing to prompt: it is fine-tuned from a pre-trained backbone, and evaluated, as the
-segmenters of UPLVP are. Exact to torchvision's own model on pictures whose sides are multiples of 64.
+segmenters of UPLVP are. Exact to torchvision's own model on images whose sides are multiples of 64.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from .remote_code import SavesItsCode
 from .roi_masks import paste_masks
 from .transfer import TransferReport, transfer_weights
 
-# Masks on the whole picture are given at a quarter of its resolution, as by the other segmenters.
+# Masks on the whole image are given at a quarter of its resolution, as by the other segmenters.
 MASK_STRIDE = 4
 # Mask probabilities become logits of at most this size, 13.8.
 PROBABILITY_EPS = 1e-6
@@ -42,8 +42,8 @@ NO_DETECTION = -1.0
 class MaskRcnnFeatures:
     """Pyramid levels by name, "0" to "3" with strides 4 to 32.
 
-    maps: with "4", stride 64, for the proposals; pooled: edges of the pictures repeated over the padding, for the
-    heads; images: the padded input with the (height, width) of every picture; pixel_mask as given.
+    maps: with "4", stride 64, for the proposals; pooled: edges of the images repeated over the padding, for the
+    heads; images: the padded input with the (height, width) of every image; pixel_mask as given.
     """
 
     maps: dict[str, Tensor]
@@ -54,12 +54,12 @@ class MaskRcnnFeatures:
 
 @dataclass
 class MaskRcnnForInstanceSegmentationOutput(ModelOutput):
-    """Output of [`MaskRcnnForInstanceSegmentation`]: B pictures, N = `detections_per_picture`, K classes, float32.
+    """Output of [`MaskRcnnForInstanceSegmentation`]: B images, N = `detections_per_image`, K classes, float32.
 
     loss: scalar, the sum of `losses`, with labels only; losses: terms by name. The others are None in training with
     labels. Detections stand best first; the rest of the N places is empty. class_scores (B, N, K): the final score in
     the column of the detection's class, -1 in the others and in empty places. boxes (B, N, 4) x1, y1, x2, y2 in pixels
-    of the padded input, within the picture; zeros in empty places. roi_mask_logits (B, N, K, 28, 28): the mask of the
+    of the padded input, within the image; zeros in empty places. roi_mask_logits (B, N, K, 28, 28): the mask of the
     detection's class within the box, the same in all columns (a view, to be pasted with `paste_masks`).
     masks_queries_logits (B, N, H/4, W/4): these pasted on the padded input, -13.8 outside the box.
     """
@@ -91,7 +91,7 @@ class MaskRcnnPreTrainedModel(SavesItsCode, PreTrainedModel):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: all our initialisation goes through `transformers.initialization`."""
+        """False: all our initialization goes through `transformers.initialization`."""
         return False
 
 
@@ -145,11 +145,11 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         """Tells how many epochs are done, before a step. Nothing depends on it."""
 
     def normalizers(self, counts: list[int], num_prompts: int = 0, mask_labels=None) -> Normalizers:
-        """The number of pictures: the terms are means over a batch, whose share in a step is its share of pictures."""
-        return Normalizers(pictures=len(counts))
+        """The number of images: the terms are means over a batch, whose share in a step is its share of images."""
+        return Normalizers(images=len(counts))
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> MaskRcnnFeatures:
-        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W) with 1 on the picture."""
+        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W) with 1 on the image."""
         batch, _, *canvas = pixel_values.shape
         with padding_masked(self.backbone, pixel_mask):
             maps = self.backbone(pixel_values.to(self.dtype)).feature_maps
@@ -178,10 +178,10 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         **kwargs,
     ) -> MaskRcnnForInstanceSegmentationOutput | tuple:
         """
-        pixel_values (B, 3, H, W), H and W multiples of 32, normalised by the image processor; pixel_mask (B, H, W), 1
-        on the picture, 0 on padding; mask_labels: per picture (G, H, W) bool at the padded input size, masks without a
-        pixel are left out; class_labels: per picture (G,) int in 0..K-1. `normalizers` is for the training loop: the
-        pictures of the whole step. Raises ValueError for labels that do not fit the masks or the classes.
+        pixel_values (B, 3, H, W), H and W multiples of 32, normalized by the image processor; pixel_mask (B, H, W), 1
+        on the image, 0 on padding; mask_labels: per image (G, H, W) bool at the padded input size, masks without a
+        pixel are left out; class_labels: per image (G,) int in 0..K-1. `normalizers` is for the training loop: the
+        images of the whole step. Raises ValueError for labels that do not fit the masks or the classes.
 
         With labels there is a loss, for which anchors and proposals are sampled from torch's global generator; without
         labels, or in evaluation mode, there are detections.
@@ -221,8 +221,8 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         with self._heads(True, features.pixel_mask):
             proposals, losses = self.rpn(features.images, features.maps, targets)
             _, more = self.roi_heads(features.pooled, proposals, features.images.image_sizes, targets)
-        pictures = None if normalizers is None else normalizers.pictures
-        share = 1.0 if pictures is None else len(targets) / pictures
+        count = None if normalizers is None else normalizers.images
+        share = 1.0 if count is None else len(targets) / count
         return {name.removeprefix("loss_"): share * value.float() for name, value in {**losses, **more}.items()}
 
     def _targets(
@@ -243,7 +243,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         with self._heads(False, features.pixel_mask):
             proposals, _ = self.rpn(features.images, features.maps)
             found, _ = self.roi_heads(features.pooled, proposals, features.images.image_sizes)
-        pixels, places, classes = features.images.tensors, self.config.detections_per_picture, self.config.num_labels
+        pixels, places, classes = features.images.tensors, self.config.detections_per_image, self.config.num_labels
         side = 2 * self.config.mask_pool_size
         size = [-(-length // MASK_STRIDE) for length in pixels.shape[-2:]]
         values = pixels.new_zeros((), dtype=torch.float32)

@@ -1,6 +1,6 @@
 """QueryInst (arXiv 2105.01928): instances as queries, with dynamic box and mask heads, in pure PyTorch.
 
-    maps    = pyramid(backbone(picture))                                  encode
+    maps    = pyramid(backbone(image))                                  encode
     queries, boxes = learned proposals                                    initial_queries
     every stage:  attended = norm(queries + self-attention(queries))      decode
                   queries  = feed-forward(norm(attended + dynamic convolution(attended, RoIAlign(maps, boxes))))
@@ -30,12 +30,12 @@ from .losses_queryinst import QueryInstLoss, QueryInstStageOutput
 from .matching import LabelGuide
 from .padding import extend_edges, is_padded, padding_masked
 from .remote_code import SavesItsCode
-from .roi import centre_to_corners
+from .roi import center_to_corners
 from .roi_masks import paste_masks
 
 # (queries (B, N, D), stage) -> queries, before the stage.
 Inject = Callable[[Tensor, int], Tensor]
-# Masks on the whole picture are given at a quarter of its resolution, as by the other segmenters.
+# Masks on the whole image are given at a quarter of its resolution, as by the other segmenters.
 MASK_STRIDE = 4
 # Pasted probabilities become logits of at most this size, 13.8.
 PROBABILITY_EPS = 1e-6
@@ -45,8 +45,8 @@ PROBABILITY_EPS = 1e-6
 class QueryInstFeatures:
     """Everything before the queries.
 
-    maps: pyramid levels, strides 4 to 32, (B, C, h, w) float32, edges of the pictures repeated over the padding;
-    sizes (B, 2): height and width of every picture in pixels; canvas: those of the padded input; padded: whether
+    maps: pyramid levels, strides 4 to 32, (B, C, h, w) float32, edges of the images repeated over the padding;
+    sizes (B, 2): height and width of every image in pixels; canvas: those of the padded input; padded: whether
     padding is to be masked; prompt_map (B, C, H/32, W/32): the map that prompts are pooled from (P5); pixel_mask as
     given.
     """
@@ -61,7 +61,7 @@ class QueryInstFeatures:
 
 @dataclass
 class QueryInstModelOutput(ModelOutput):
-    """Output of [`QueryInstModel`]: B pictures, N queries, S stages, K classes.
+    """Output of [`QueryInstModel`]: B images, N queries, S stages, K classes.
 
     last_hidden_state (B, N, D): queries after the last stage; class_logits (S, B, N, K) of sigmoids; boxes
     (S, B, N, 4) x1, y1, x2, y2 in pixels of the padded input; roi_mask_logits (B, N, K, s, s) within the boxes of the
@@ -79,7 +79,7 @@ class QueryInstModelOutput(ModelOutput):
 
 @dataclass
 class QueryInstForInstanceSegmentationOutput(ModelOutput):
-    """Output of [`QueryInstForInstanceSegmentation`]: B pictures, N queries, K classes, last stage unless said.
+    """Output of [`QueryInstForInstanceSegmentation`]: B images, N queries, K classes, last stage unless said.
 
     loss: scalar, the sum of `losses`, with labels only; losses: weighted terms by name. class_queries_logits (B, N, K)
     of sigmoids, there is no "no object"; class_scores (B, N, K): their sigmoid, the final scores. boxes (B, N, 4) x1,
@@ -121,14 +121,14 @@ class QueryInstPreTrainedModel(SavesItsCode, PreTrainedModel):
         if isinstance(module, FeaturePyramid):
             module.init_weights()
         elif isinstance(module, QueryInstModel):
-            # Every proposal starts as the whole picture: centre 0.5, 0.5 and sides 1, 1.
+            # Every proposal starts as the whole image: center 0.5, 0.5 and sides 1, 1.
             start = torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(self.config.num_queries, 4)
             init.copy_(module.proposal_boxes.weight, start)
             init.normal_(module.proposal_features.weight)
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: all our initialisation goes through `transformers.initialization`, so transformers may initialise
+        """False: all our initialization goes through `transformers.initialization`, so transformers may initialize
         what is missing from a checkpoint module by module."""
         return False
 
@@ -140,14 +140,14 @@ class QueryInstModel(QueryInstPreTrainedModel):
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config)
         self.neck = FeaturePyramid(self.backbone.channels, config.hidden_size)
-        self.proposal_boxes = nn.Embedding(config.num_queries, 4)  # centre and sides, as shares of the picture
+        self.proposal_boxes = nn.Embedding(config.num_queries, 4)  # center and sides, as shares of the image
         self.proposal_features = nn.Embedding(config.num_queries, config.hidden_size)
         self.stages = nn.ModuleList(QueryInstStage(config) for _ in range(config.num_stages))
         self.mask_heads = nn.ModuleList(DynamicMaskHead(config) for _ in range(config.num_stages))
         self.post_init()
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> QueryInstFeatures:
-        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W) with 1 on the picture."""
+        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W) with 1 on the image."""
         batch, _, *canvas = pixel_values.shape
         masked = pixel_mask if self.config.mask_padding else None
         with padding_masked(self.backbone, masked):
@@ -168,9 +168,9 @@ class QueryInstModel(QueryInstPreTrainedModel):
         return self.proposal_features.weight[None].expand(features.sizes.shape[0], -1, -1)
 
     def initial_boxes(self, features: QueryInstFeatures) -> Tensor:
-        """The learned proposal boxes on every picture, (B, N, 4) x1, y1, x2, y2 in pixels, float32."""
+        """The learned proposal boxes on every image, (B, N, 4) x1, y1, x2, y2 in pixels, float32."""
         factors = features.sizes.flip(1).repeat(1, 2)[:, None]  # width, height, width, height
-        return centre_to_corners(self.proposal_boxes.weight.float()) * factors
+        return center_to_corners(self.proposal_boxes.weight.float()) * factors
 
     def decode(
         self,
@@ -198,7 +198,7 @@ class QueryInstModel(QueryInstPreTrainedModel):
         return layers
 
     def predict_masks(
-        self, stage: int, layer: QueryInstStageOutput, features: QueryInstFeatures, picture: Tensor, query: Tensor
+        self, stage: int, layer: QueryInstStageOutput, features: QueryInstFeatures, image: Tensor, query: Tensor
     ) -> Tensor:
         """Mask logits (M, K, S, S) of chosen queries, (M,) each, within their detached boxes."""
         head = self.mask_heads[stage]
@@ -207,16 +207,16 @@ class QueryInstModel(QueryInstPreTrainedModel):
             classes, side = head.class_masks.out_channels, 2 * self.config.mask_pool_size
             return layer.boxes.new_zeros((0, classes, side, side)) + sum(p.sum() for p in head.parameters()) * 0
         sizes = features.sizes if features.padded else None
-        pooled = head.pooler(features.maps, layer.boxes[picture, query], picture, sizes)
-        return head(pooled, layer.attended[picture, query])
+        pooled = head.pooler(features.maps, layer.boxes[image, query], image, sizes)
+        return head(pooled, layer.attended[image, query])
 
     def _add_masks(self, layer: QueryInstStageOutput, features: QueryInstFeatures) -> None:
-        """Masks of every class and query, and those of the best class on the whole picture."""
+        """Masks of every class and query, and those of the best class on the whole image."""
         batch, count, classes = layer.class_logits.shape
         device = layer.boxes.device
-        picture = torch.arange(batch, device=device)[:, None].expand(batch, count).flatten()
+        image = torch.arange(batch, device=device)[:, None].expand(batch, count).flatten()
         query = torch.arange(count, device=device).expand(batch, count).flatten()
-        logits = self.predict_masks(len(self.stages) - 1, layer, features, picture, query)
+        logits = self.predict_masks(len(self.stages) - 1, layer, features, image, query)
         layer.roi_mask_logits = logits.view(batch, count, classes, *logits.shape[-2:])
         best = layer.class_logits.flatten(0, 1).argmax(-1)
         chosen = logits.gather(1, best[:, None, None, None].expand(-1, 1, *logits.shape[-2:]))[:, 0]
@@ -233,7 +233,7 @@ class QueryInstModel(QueryInstPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs,
     ) -> QueryInstModelOutput | tuple:
-        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the picture."""
+        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image."""
         features = self.encode(pixel_values, pixel_mask)
         queries = self.initial_queries(features)
         layers = self.decode(features, queries, output_attentions=_asked(self, "output_attentions", output_attentions))
@@ -296,7 +296,7 @@ class QueryInstForInstanceSegmentation(QueryInstPreTrainedModel):
         return self.model.decode(features, queries, inject, output_attentions)
 
     def normalizers(self, counts: list[int], num_prompts: int, mask_labels: list[Tensor] | None = None) -> Normalizers:
-        """Divisors of the loss terms for pictures with `counts` masks each, before any forward pass.
+        """Divisors of the loss terms for images with `counts` masks each, before any forward pass.
 
         `mask_labels` is not used: the numbers suffice.
         """
@@ -322,8 +322,8 @@ class QueryInstForInstanceSegmentation(QueryInstPreTrainedModel):
         first = 0 if self.config.use_auxiliary_loss else len(layers) - 1
         supervised = layers[first:]
 
-        def predict_masks(stage: int, picture: Tensor, query: Tensor) -> Tensor:
-            return self.model.predict_masks(first + stage, supervised[stage], features, picture, query)
+        def predict_masks(stage: int, image: Tensor, query: Tensor) -> Tensor:
+            return self.model.predict_masks(first + stage, supervised[stage], features, image, query)
 
         canvas = features.sizes.new_tensor(features.canvas).expand_as(features.sizes)
         return self.loss_function(
@@ -351,8 +351,8 @@ class QueryInstForInstanceSegmentation(QueryInstPreTrainedModel):
         **kwargs,
     ) -> QueryInstForInstanceSegmentationOutput | tuple:
         """
-        pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the picture, 0 on padding;
-        mask_labels: per picture (G, H, W) bool at the padded input size; class_labels: per picture (G,) int in 0..K-1.
+        pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding;
+        mask_labels: per image (G, H, W) bool at the padded input size; class_labels: per image (G,) int in 0..K-1.
         `normalizers` is for the training loop. Raises ValueError for labels that do not fit the masks or the classes.
         """
         features = self.encode(pixel_values, pixel_mask)

@@ -2,7 +2,7 @@
 
 Papers: UPLVP (arXiv 2405.13388) and its predecessor Saliency Prompt (arXiv 2302.01171). The whole method is this file:
 
-    features = encode(picture)                       a query segmenter, step 1
+    features = encode(image)                       a query segmenter, step 1
     queries  = initial_queries(features)             step 2
     prompts  = pool(features, pseudo masks)          pre-training only, from here ...
     queries  = queries + keep * prompts[match]       ... to here
@@ -50,8 +50,8 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         **kwargs,
     ) -> UplvpOutput | tuple:
         """
-        pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the picture, 0 on padding;
-        mask_labels: per picture (G, H, W) bool; class_labels: per picture (G,) int in 0..K-1. `normalizers` and
+        pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding;
+        mask_labels: per image (G, H, W) bool; class_labels: per image (G,) int in 0..K-1. `normalizers` and
         `draw` are for the training loop and for tests: see `Normalizers` and `Draw`.
         """
         features = self.segmenter.encode(pixel_values, pixel_mask)
@@ -68,7 +68,7 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         """Writes a plain `Mask2FormerForUniversalSegmentation` directory: no custom code is needed to load it.
 
         With our image `processor` a `Mask2FormerImageProcessor` of the same size, mean and deviation is written beside
-        it. On pictures without padding the plain model gives the same results; on padded ones it does not, because
+        it. On images without padding the plain model gives the same results; on padded ones it does not, because
         transformers' class lets the padding take part. Raises ValueError when the backbone has `timm_kwargs`, which
         that class does not pass on.
         """
@@ -131,7 +131,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
     def set_text_features(self, features: Tensor, class_names: list[str]) -> None:
         """Gives the additional class head its text embeddings: (any number, text_dim), one row a name.
 
-        Every class of the model needs a row (case does not matter); they are normalised and saved with the weights.
+        Every class of the model needs a row (case does not matter); they are normalized and saved with the weights.
         """
         if self.text_heads is None:
             raise ValueError("The model has no text class head: set `text_dim` in its configuration.")

@@ -1,6 +1,6 @@
 """Parts of K-Net (arXiv 2106.14855): localisation and semantic maps, kernel head, and the stages that update kernels.
 
-Letters: B pictures, N kernels, D channels, K classes, (h, w) the grid of stride 8.
+Letters: B images, N kernels, D channels, K classes, (h, w) the grid of stride 8.
 """
 
 import math
@@ -39,7 +39,7 @@ class SemanticPyramid(nn.Module):
         """Four maps (B, D, H / 4, W / 4) to (B, D, H / 32, W / 32) -> two maps (B, D, h, w)."""
         top = pyramid[-1]
         valid = valid_cells(pixel_mask, top.shape[-2:]).to(top.device) if is_padded(pixel_mask) else None
-        shape = top.shape if valid is not None else (1, *top.shape[1:])  # one encoding for all pictures
+        shape = top.shape if valid is not None else (1, *top.shape[1:])  # one encoding for all images
         position = self.position(shape, top.device, torch.float32, valid)
         maps = [*pyramid[:-1], top + position.to(top.dtype)]
         total = None
@@ -104,7 +104,7 @@ def gather_objects(x: Tensor, mask_logits: Tensor, valid: Tensor | None = None, 
     -> (B, N, D); zeros for a mask without cells.
 
     Inside is a probability above one half, a hard choice: no gradient reaches the masks. valid (B, h, w): cells of
-    the pictures, None for all.
+    the images, None for all.
     """
     inside = mask_logits > 0
     if valid is not None:

@@ -1,8 +1,8 @@
 """Padding of a batch, kept out of convolutions, pooling, norms and resizing.
 
-Pictures of different sizes share one canvas: each stands in its upper left corner, the rest is padding. A convolution
-alone cannot tell padding from picture after its first layer, because biases and norms fill the padding with values.
-With the functions here a picture alone (on a canvas of its size rounded up to the backbone's largest stride) has the
+Images of different sizes share one canvas: each stands in its upper left corner, the rest is padding. A convolution
+alone cannot tell padding from image after its first layer, because biases and norms fill the padding with values.
+With the functions here an image alone (on a canvas of its size rounded up to the backbone's largest stride) has the
 same features as inside a larger padded batch.
 """
 
@@ -19,7 +19,7 @@ _SQUEEZES = ("conv_reduce", "fc1")  # first layer of timm's squeeze-and-excite b
 
 
 def valid_cells(pixel_mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """(B, H, W) mask with 1 on the picture -> (B, h, w) bool, True on cells that hold any part of the picture."""
+    """(B, H, W) mask with 1 on the image -> (B, h, w) bool, True on cells that hold any part of the image."""
     return F.adaptive_max_pool2d(pixel_mask[:, None].float(), tuple(size))[:, 0] > 0
 
 
@@ -32,7 +32,7 @@ def is_padded(pixel_mask: Tensor | None) -> bool:
 
 
 def extend_edges(x: Tensor, pixel_mask: Tensor | None) -> Tensor:
-    """Repeats the last row and column of every picture outwards over its padding: (B, C, h, w) -> the same shape.
+    """Repeats the last row and column of every image outwards over its padding: (B, C, h, w) -> the same shape.
 
     As bilinear interpolation does beyond the end of a map. `pixel_mask` (B, H, W); None leaves `x` as it is.
     """
@@ -49,7 +49,7 @@ def extend_edges(x: Tensor, pixel_mask: Tensor | None) -> Tensor:
 
 
 def upsample(x: Tensor, size: tuple[int, int], pixel_mask: Tensor | None = None) -> Tensor:
-    """Bilinear resizing (`align_corners=False`) whose values on a picture do not depend on the canvas around it.
+    """Bilinear resizing (`align_corners=False`) whose values on an image do not depend on the canvas around it.
 
     x (B, C, h, w), pixel_mask (B, H, W) or None -> (B, C, *size).
     """
@@ -58,11 +58,11 @@ def upsample(x: Tensor, size: tuple[int, int], pixel_mask: Tensor | None = None)
 
 @contextmanager
 def padding_masked(module: nn.Module, pixel_mask: Tensor | None) -> Iterator[None]:
-    """While active, the layers inside `module` treat each picture as if it ended where its mask ends.
+    """While active, the layers inside `module` treat each image as if it ended where its mask ends.
 
-    pixel_mask (B, H, W), 1 on the picture, H and W multiples of the largest stride; a map of (h, w) cells has
-    ceil(size * h / H) cells of a picture. Inputs of `Conv2d` and `ConvTranspose2d` (kernels larger than 1) and of
-    pooling are zeroed outside (lowest for maxima), averages that do not count padding count the picture's cells,
+    pixel_mask (B, H, W), 1 on the image, H and W multiples of the largest stride; a map of (h, w) cells has
+    ceil(size * h / H) cells of an image. Inputs of `Conv2d` and `ConvTranspose2d` (kernels larger than 1) and of
+    pooling are zeroed outside (lowest for maxima), averages that do not count padding count the image's cells,
     `GroupNorm` takes its statistics over them, and so do adaptive average pooling to one cell and timm's
     squeeze-and-excite. What stands on the padding afterwards has no meaning. Without padding nothing changes, bit for
     bit.
@@ -70,7 +70,7 @@ def padding_masked(module: nn.Module, pixel_mask: Tensor | None) -> Iterator[Non
     Not covered: `BatchNorm` in training mode (its statistics are over the whole canvas; backbones here are trained
     with them fixed or accept it), windows and global attention, and functional calls that mix cells. Layers
     checkpointed through transformers are recomputed under the same masks. May be nested; other threads that use the
-    module meanwhile are left alone. ValueError when a layer gets a map with another number of pictures.
+    module meanwhile are left alone. ValueError when a layer gets a map with another number of images.
     """
     if not is_padded(pixel_mask):
         yield
@@ -116,7 +116,7 @@ class _Masking:
         return []
 
     def attach_squeeze(self, block: nn.Module, first: nn.Module) -> list:
-        """Turns the mean over the canvas that enters `first` into one over the picture."""
+        """Turns the mean over the canvas that enters `first` into one over the image."""
         share = []
 
         def clear(block, inputs):
@@ -138,7 +138,7 @@ class _Masking:
         size = tuple(x.shape[-2:])
         if x.shape[0] != self.pixel_mask.shape[0]:
             raise ValueError(
-                f"A layer got {x.shape[0]} maps, but the pixel mask has {self.pixel_mask.shape[0]} pictures: run it "
+                f"A layer got {x.shape[0]} maps, but the pixel mask has {self.pixel_mask.shape[0]} images: run it "
                 "outside of padding_masked."
             )
         if size not in self.sizes:
@@ -146,7 +146,7 @@ class _Masking:
         return self.sizes[size]
 
     def share(self, x: Tensor) -> Tensor:
-        """Share of the map's cells that each picture has, (B, 1, 1, 1)."""
+        """Share of the map's cells that each image has, (B, 1, 1, 1)."""
         return self.valid(x).float().mean((2, 3), keepdim=True).clamp(min=1e-12)
 
     def clear(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
@@ -171,7 +171,7 @@ class _Masking:
         return None
 
     def renorm(self, norm: nn.GroupNorm, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        """Group norm with statistics over the picture; the pictures that fill the canvas keep torch's own result."""
+        """Group norm with statistics over the image; the images that fill the canvas keep torch's own result."""
         if not self.mine():
             return None
         x, valid = inputs[0], self.valid(inputs[0])
@@ -180,9 +180,9 @@ class _Masking:
             values, inside = x.float().reshape(groups), valid[:, :, None]
             count = inside.sum((2, 3, 4), keepdim=True).clamp(min=1) * (x.shape[1] // norm.num_groups)
             mean = values.masked_fill(~inside, 0.0).sum((2, 3, 4), keepdim=True) / count
-            centred = (values - mean).masked_fill(~inside, 0.0)
-            variance = centred.square().sum((2, 3, 4), keepdim=True) / count
-            normed = (centred * (variance + norm.eps).rsqrt()).view(x.shape)
+            centered = (values - mean).masked_fill(~inside, 0.0)
+            variance = centered.square().sum((2, 3, 4), keepdim=True) / count
+            normed = (centered * (variance + norm.eps).rsqrt()).view(x.shape)
             if norm.affine:
                 normed = normed * norm.weight.float()[:, None, None] + norm.bias.float()[:, None, None]
         normed = normed.to(output.dtype)

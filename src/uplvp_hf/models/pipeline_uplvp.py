@@ -1,4 +1,4 @@
-"""`pipeline("instance-segmentation")`: pictures in, one entry an instance out, overlaps kept.
+"""`pipeline("instance-segmentation")`: images in, one entry an instance out, overlaps kept.
 
 Registered where this library is imported, and copied to the Hub beside the weights (`custom_pipelines` of config.json):
 imports nothing of the library but siblings.
@@ -27,10 +27,10 @@ Size = tuple[int, int]
 
 class UplvpInstanceSegmentationPipeline(Pipeline):
     r"""
-    Instances of pictures: class, score, box and mask of each, in the pixels of the picture.
+    Instances of images: class, score, box and mask of each, in the pixels of the image.
 
-    Inputs: a picture, a list, or a generator or data set of them; a picture is a path, a URL, a base64 string, a PIL
-    picture, or a numpy array (H, W), (H, W, 3) or (H, W, 4) of 8-bit pixels. With `batch_size` pictures of equal padded
+    Inputs: an image, a list, or a generator or dataset of them; an image is a path, a URL, a base64 string, a PIL
+    image, or a numpy array (H, W), (H, W, 3) or (H, W, 4) of 8-bit pixels. With `batch_size` images of equal padded
     shape go through the model together; results do not depend on it.
 
     Args, of the call or of `pipeline(...)`:
@@ -40,18 +40,18 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
         mask_threshold (`float`, *optional*, defaults to 0.5):
             A pixel belongs to a mask when its probability is above this.
         top_k (`int`, *optional*, defaults to 100):
-            Most instances a picture.
+            Most instances an image.
         masks (`str`, *optional*, defaults to `"rle"`):
-            `"rle"`: COCO run lengths; the result can be written as JSON as it stands. `"pil"`: 8-bit grey pictures, 255
+            `"rle"`: COCO run lengths; the result can be written as JSON as it stands. `"pil"`: 8-bit gray images, 255
             inside.
         timeout (`float`, *optional*):
             Seconds to wait for a URL.
         max_pixels (`int`, *optional*, defaults to the image processor's):
-            Larger pictures are refused; above 179 million Pillow refuses to open files.
+            Larger images are refused; above 179 million Pillow refuses to open files.
 
     Returns:
-        `list[dict]`, best first, or a list of these for several pictures: `score` (`float`), `label` (`str`),
-        `label_id` (`int`, the model's class index), `category_id` (`int`, of the data set that the model was trained
+        `list[dict]`, best first, or a list of these for several images: `score` (`float`), `label` (`str`),
+        `label_id` (`int`, the model's class index), `category_id` (`int`, of the dataset that the model was trained
         on, where the model knows it), `box` (`{"xmin", "ymin", "xmax", "ymax"}`, `float`, pixels with exclusive ends)
         and `rle` (`{"size": [height, width], "counts": str}`) or `mask`.
 
@@ -83,25 +83,25 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     ) -> dict[str, list[Any]]:
         image = _from_array(image) if isinstance(image, np.ndarray) else _opened(image, timeout)
         limit = {} if max_pixels is None else {"max_pixels": max_pixels}
-        picture = self.image_processor(image, do_pad=False, return_tensors="pt", **limit)["pixel_values"][0]
+        pixels = self.image_processor(image, do_pad=False, return_tensors="pt", **limit)["pixel_values"][0]
         # In lists, which transformers puts together as they are; tensors it would want in one shape.
-        return {"pictures": [picture], "targets": [(image.height, image.width)]}
+        return {"images": [pixels], "targets": [(image.height, image.width)]}
 
     def _forward(self, inputs: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        pictures, targets = _flat(inputs["pictures"]), _flat(inputs["targets"])
-        # Only pictures of one padded size go together: window attention (Swin) sees padding.
+        images, targets = _flat(inputs["images"]), _flat(inputs["targets"])
+        # Only images of one padded size go together: window attention (Swin) sees padding.
         groups: dict[Size, list[int]] = {}
-        for index, picture in enumerate(pictures):
-            groups.setdefault(_padded_size(picture, self.image_processor.size_divisor), []).append(index)
-        found: list[dict[str, torch.Tensor]] = [{} for _ in pictures]
+        for index, image in enumerate(images):
+            groups.setdefault(_padded_size(image, self.image_processor.size_divisor), []).append(index)
+        found: list[dict[str, torch.Tensor]] = [{} for _ in images]
         for size, indices in groups.items():
-            values, mask = _padded([pictures[index] for index in indices], size)
+            values, mask = _padded([images[index] for index in indices], size)
             outputs = self.model(pixel_values=values.to(self.model.dtype), pixel_mask=mask)
             for name in OUTPUTS:
                 if (value := getattr(outputs, name, None)) is not None:
                     for index, part in zip(indices, value.split(1), strict=True):
                         found[index][name] = part
-        sizes = [(target, tuple(picture.shape[-2:])) for target, picture in zip(targets, pictures, strict=True)]
+        sizes = [(target, tuple(image.shape[-2:])) for target, image in zip(targets, images, strict=True)]
         return {"outputs": found, "sizes": sizes}
 
     def postprocess(
@@ -148,41 +148,41 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
 
 
 def _opened(image: Any, timeout: float | None) -> Image.Image:
-    """What transformers reads, upright and RGB. Raises ValueError for what is no picture."""
+    """What transformers reads, upright and RGB. Raises ValueError for what is no image."""
     try:
         return load_image(image, timeout=timeout)
     except Exception as error:  # httpx, base64 and Pillow's decoders raise classes of many kinds
         name = image if isinstance(image, str) else type(image).__name__
         raise ValueError(
-            f"{name:.100} cannot be read as a picture ({type(error).__name__}: {error!s:.200}). Pass the path, address "
-            "or base64 string of a picture, or open it and pass the PIL picture."
+            f"{name:.100} cannot be read as an image ({type(error).__name__}: {error!s:.200}). Pass the path, address "
+            "or base64 string of an image, or open it and pass the PIL image."
         ) from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
         raise ValueError(
-            f"A picture as a numpy array is uint8 and (H, W), (H, W, 3) or (H, W, 4), got {array.dtype} of shape "
+            f"An image as a numpy array is uint8 and (H, W), (H, W, 3) or (H, W, 4), got {array.dtype} of shape "
             f"{array.shape}."
         )
     return Image.fromarray(array).convert("RGB")
 
 
 def _flat(values: list[Any]) -> list[Any]:
-    """Of a batch there comes a list of lists, of a single picture a list."""
+    """Of a batch there comes a list of lists, of a single image a list."""
     return [item for value in values for item in value] if isinstance(values[0], list) else values
 
 
-def _padded_size(picture: torch.Tensor, divisor: int) -> Size:
-    height, width = (divisor * math.ceil(side / divisor) for side in picture.shape[-2:])
+def _padded_size(image: torch.Tensor, divisor: int) -> Size:
+    height, width = (divisor * math.ceil(side / divisor) for side in image.shape[-2:])
     return height, width
 
 
-def _padded(pictures: list[torch.Tensor], size: Size) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(images: list[torch.Tensor], size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     """(3, h, w) each -> (B, 3, H, W) with zeros at the bottom and right, and (B, H, W) int64, 1 on real pixels."""
-    spare = [(0, size[1] - picture.shape[-1], 0, size[0] - picture.shape[-2]) for picture in pictures]
-    values = [F.pad(picture, pad) for picture, pad in zip(pictures, spare, strict=True)]
-    masks = [F.pad(torch.ones_like(p[0], dtype=torch.int64), pad) for p, pad in zip(pictures, spare, strict=True)]
+    spare = [(0, size[1] - image.shape[-1], 0, size[0] - image.shape[-2]) for image in images]
+    values = [F.pad(image, pad) for image, pad in zip(images, spare, strict=True)]
+    masks = [F.pad(torch.ones_like(p[0], dtype=torch.int64), pad) for p, pad in zip(images, spare, strict=True)]
     return torch.stack(values), torch.stack(masks)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# (layer, kind, picture, shape) -> uniform numbers in [0, 1). kind: "match" | "oversample" | "uniform"; picture is -1
+# (layer, kind, image, shape) -> uniform numbers in [0, 1). kind: "match" | "oversample" | "uniform"; image is -1
 # for draws over all matched masks of a layer. Lets a test feed recorded draws. A draw whose attribute `per_layer` is
 # true gives every layer matching points of its own.
 Draw = Callable[[int, str, int, tuple[int, ...]], Tensor]
@@ -65,7 +65,7 @@ class PointSampler:
     """Draws the points of one layer's matched masks: three quarters (`importance_ratio`) where |logit| is smallest
     among `oversample_ratio` times as many, the rest uniform.
 
-    extent (M, 2): width and height of each mask's picture as shares of the canvas, or None for the whole canvas.
+    extent (M, 2): width and height of each mask's image as shares of the canvas, or None for the whole canvas.
     """
 
     num_points: int
@@ -117,19 +117,19 @@ def _most_uncertain(maps: Tensor, candidates: Tensor, wanted: int) -> tuple[Tens
 
 
 def point_terms(
-    logits: Tensor, picture: Tensor, query: Tensor, masks: BinaryMasks, ids: Tensor, sampler: PointSampler
+    logits: Tensor, image: Tensor, query: Tensor, masks: BinaryMasks, ids: Tensor, sampler: PointSampler
 ) -> tuple[Tensor, Tensor]:
     """Sums over matched pairs of the mean cross-entropy and of the dice loss at sampled points, two scalars.
 
-    logits (B, N, h, w); picture, query, ids (M,): pair m is query[m] of picture[m] with mask ids[m]. No pair twice.
+    logits (B, N, h, w); image, query, ids (M,): pair m is query[m] of image[m] with mask ids[m]. No pair twice.
     """
-    return _PointTerms.apply(logits, picture, query, masks, ids, sampler)
+    return _PointTerms.apply(logits, image, query, masks, ids, sampler)
 
 
 class _PointTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, picture, query, masks, ids, sampler):
-        maps = logits[picture, query].float()
+    def forward(ctx, logits, image, query, masks, ids, sampler):
+        maps = logits[image, query].float()
         slopes = maps.new_zeros((2, *maps.shape)) if ctx.needs_input_grad[0] else None
         entropies, dices = [], []
         for chosen, points, value in sampler.chunks(maps):
@@ -140,7 +140,7 @@ class _PointTerms(torch.autograd.Function):
             if slopes is not None:
                 spread = _to_maps(slope, points, maps.shape[-2:])  # (m, 2, h, w)
                 slopes[:, chosen] = spread.transpose(0, 1)
-        ctx.save_for_backward(slopes, picture, query)
+        ctx.save_for_backward(slopes, image, query)
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
         ctx.by_rows = takes_rows(logits)
         return torch.cat(entropies).sum(), torch.cat(dices).sum()
@@ -148,12 +148,12 @@ class _PointTerms(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, to_entropy: Tensor, to_dice: Tensor):
-        slopes, picture, query = ctx.saved_tensors
+        slopes, image, query = ctx.saved_tensors
         rows = torch.add(slopes[0] * to_entropy, slopes[1] * to_dice).to(ctx.dtype)
         if ctx.by_rows:
-            gradient = torch.sparse_coo_tensor(torch.stack([picture, query]), rows, ctx.shape, check_invariants=False)
+            gradient = torch.sparse_coo_tensor(torch.stack([image, query]), rows, ctx.shape, check_invariants=False)
         else:
-            gradient = rows.new_zeros(ctx.shape).index_put_((picture, query), rows)
+            gradient = rows.new_zeros(ctx.shape).index_put_((image, query), rows)
         return gradient, None, None, None, None, None
 
 
@@ -223,10 +223,10 @@ class _MaskProducts(torch.autograd.Function):
                 continue
             gradient = gradient.coalesce()
             to_embeddings[layer] = torch.zeros_like(embedding)
-            picture, query = gradient.indices()
+            image, query = gradient.indices()
             for i in range(len(maps)):
-                own = query[picture == i]
-                rows = gradient.values()[picture == i].flatten(1).to(maps.dtype)
+                own = query[image == i]
+                rows = gradient.values()[image == i].flatten(1).to(maps.dtype)
                 to_embeddings[layer][i, own] = (rows @ maps[i].T).to(embedding.dtype)
                 to_maps[i].addmm_(embedding[i, own].T.to(maps.dtype), rows)
         return to_maps.view(features.shape), None, *to_embeddings, *[None] * len(embeddings)

@@ -1,4 +1,4 @@
-"""From query logits to instances of one picture: choose, resample, threshold, encode.
+"""From query logits to instances of one image: choose, resample, threshold, encode.
 
 Shared by the image processors. Copied to the Hub beside the weights: no other module of the library is imported.
 With run-length encoding no dense mask of the target's size is held at all (QueryInst: one, as large as its box).
@@ -29,7 +29,7 @@ Size = tuple[int, int]
 
 
 class Found(NamedTuple):
-    """Instances of one picture, best first: scores, labels and a key of the mask, (N,) each; two may share a mask.
+    """Instances of one image, best first: scores, labels and a key of the mask, (N,) each; two may share a mask.
 
     masks(keys) yields the bool masks (H, W) of a list of keys, and flips(keys) where they begin and end, see
     `mask_flips`. boxes: (N, 4) of the model in pixels of the target, or None where those around the masks count.
@@ -46,11 +46,11 @@ class Found(NamedTuple):
 def find_instances(
     outputs: Any, index: int, input_size: Size, target_size: Size, threshold: float, mask_threshold: float, top_k: int
 ) -> Found:
-    """Instances of the picture at `index` of a batch by the rule of its model, see the image processor."""
+    """Instances of the image at `index` of a batch by the rule of its model, see the image processor."""
     scores, regions = getattr(outputs, "class_scores", None), getattr(outputs, "roi_mask_logits", None)
     if scores is not None and regions is not None:
         return _found_in_boxes(outputs, index, input_size, target_size, threshold, mask_threshold, top_k)
-    # The un-padded picture alone: masks are rated there, and nothing of the padding gets into the last pixels.
+    # The un-padded image alone: masks are rated there, and nothing of the padding gets into the last pixels.
     cells = [math.ceil(side / MASK_STRIDE) for side in input_size]
     logits = outputs.masks_queries_logits[index, :, : cells[0], : cells[1]]
     if scores is None:
@@ -105,7 +105,7 @@ def parts_in_boxes(
     grids: torch.Tensor, boxes: torch.Tensor, target_size: Size, mask_threshold: float
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
     """Probabilities (n, s, s) pasted into boxes (n, 4), then compared: top, left and the bool mask of each box as far
-    as it lies on a picture of `target_size`."""
+    as it lies on an image of `target_size`."""
     height, width = target_size
     corners = torch.cat([boxes[:, :2].floor(), boxes[:, 2:].ceil()], 1).nan_to_num()
     limits = corners.new_tensor([width, height, width, height])
@@ -125,13 +125,13 @@ def bound_of(mask_threshold: float) -> float:
 def best_instances(
     class_logits: torch.Tensor, mask_logits: torch.Tensor, threshold: float, mask_threshold: float, top_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scores, labels and queries (N,) of the instances of one picture that reach the threshold, best first."""
+    """Scores, labels and queries (N,) of the instances of one image that reach the threshold, best first."""
     probabilities = class_logits.softmax(-1)[:, :-1]  # (Q, C)
     num_classes = probabilities.shape[1]
     order = probabilities.flatten().argsort(descending=True, stable=True)[:top_k]
     class_scores, labels = probabilities.flatten()[order], order % num_classes
     queries = torch.div(order, num_classes, rounding_mode="floor")
-    # Mask quality is at most 1, so what fails here cannot pass below; most queries of a picture end here.
+    # Mask quality is at most 1, so what fails here cannot pass below; most queries of an image end here.
     candidates = class_scores >= threshold
     class_scores, labels, queries = class_scores[candidates], labels[candidates], queries[candidates]
     unique, position = queries.unique(return_inverse=True)
@@ -162,7 +162,7 @@ def best_scores(
 def input_probabilities(logits: torch.Tensor, input_size: Size) -> torch.Tensor:
     """Mask logits (n, h, w) at stride 4 -> probabilities (n, *input_size) float32 at the resolution of the input.
 
-    As in K-Net, whose masks are resized twice: probabilities to the padded input, cut to the picture, then to the
+    As in K-Net, whose masks are resized twice: probabilities to the padded input, cut to the image, then to the
     target. The pixels lose a quarter of a cell at most against one step; the released weights are rated this way.
     """
     canvas = [MASK_STRIDE * side for side in logits.shape[-2:]]
@@ -171,7 +171,7 @@ def input_probabilities(logits: torch.Tensor, input_size: Size) -> torch.Tensor:
 
 
 def collect_instances(found: Found, target_size: Size, return_rle: bool, overlap: float | None) -> dict[str, Any]:
-    """The result of one picture, see the image processor; instances whose mask has no pixel are left out.
+    """The result of one image, see the image processor; instances whose mask has no pixel are left out.
 
     overlap: least visible share of a mask on the flat map; None: no map.
     """
@@ -211,7 +211,7 @@ def _flat_map(
     labels: torch.Tensor,
     slot: torch.Tensor,
 ) -> dict[str, Any]:
-    """The map of the picture, where better masks (H, W) lie above worse ones, with positions in `scores` (the best of
+    """The map of the image, where better masks (H, W) lie above worse ones, with positions in `scores` (the best of
     those that share a mask)."""
     device = scores.device
     segmentation = torch.full(target_size, -1, dtype=torch.int32, device=device)

@@ -1,7 +1,7 @@
 """Prompts: pseudo masks turned into vectors, and vectors put into queries.
 
 Sources: Saliency Prompt (arXiv 2302.01171), section 3; the released code pools tight boxes and repeats the prompts of a
-picture to fill 20 slots. Here a validity mask says which prompts exist, so a picture without masks gets no prompt.
+image to fill 20 slots. Here a validity mask says which prompts exist, so an image without masks gets no prompt.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from transformers import initialization as init
 class Prompts:
     """Prompts of a batch. P is the largest number in the batch.
 
-    vectors (B, P, C): zeros where not valid. valid (B, P) bool. source (B, P) int64: which pseudo mask of the picture
+    vectors (B, P, C): zeros where not valid. valid (B, P) bool. source (B, P) int64: which pseudo mask of the image
     each prompt was pooled from, -1 where not valid.
     """
 
@@ -25,8 +25,8 @@ class Prompts:
     source: Tensor
 
     def to_slots(self, slots: int) -> "Prompts":
-        """Repeats the K prompts of every picture to fill `slots`: each floor(slots / K) times in a row, then the first
-        slots mod K once more, as the released code does with 20. Pictures without prompts stay without."""
+        """Repeats the K prompts of every image to fill `slots`: each floor(slots / K) times in a row, then the first
+        slots mod K once more, as the released code does with 20. Images without prompts stay without."""
         place = torch.arange(slots, device=self.valid.device)[None]
         count = self.valid.sum(1, keepdim=True).clamp(min=1, max=slots)  # (B, 1)
         runs = slots // count
@@ -42,9 +42,9 @@ class Prompts:
 
     def shared_slots(self, slots: int) -> "Prompts":
         """Reproduces a defect of the released code, for comparisons with what it recorded: as `to_slots`, but every
-        picture takes its prompts from the start of the list of the whole batch, so from the first pictures.
+        image takes its prompts from the start of the list of the whole batch, so from the first images.
 
-        A picture without prompts counts as one prompt of zeros in that list, and gets prompts of others all the same.
+        An image without prompts counts as one prompt of zeros in that list, and gets prompts of others all the same.
         `source` is -1 throughout.
         """
         zero = self.vectors.new_zeros((1, self.vectors.shape[-1]))
@@ -59,7 +59,7 @@ class Prompts:
         return Prompts(vectors, valid, torch.full(valid.shape, -1, device=valid.device))
 
     def of_mask(self, count: int) -> Tensor:
-        """The prompt of every pseudo mask 0..count-1 of the pictures, -1 for none: (B, count) int64."""
+        """The prompt of every pseudo mask 0..count-1 of the images, -1 for none: (B, count) int64."""
         table = self.source.new_full((len(self.source), count + 1), -1)
         # Without a mask the entry goes to the last column, which is cut off.
         mask = torch.where(self.valid & (self.source < count), self.source, count)
@@ -114,7 +114,7 @@ def pool_prompts(
 ) -> Prompts:
     """Averages `features` over every pseudo mask (`mask`) or over the cells of its tight box (`box`).
 
-    features (B, C, h, w); masks: per picture (N_i, H, W) bool at the padded input size; scores: per picture (N_i,),
+    features (B, C, h, w); masks: per image (N_i, H, W) bool at the padded input size; scores: per image (N_i,),
     by which the best `max_prompts` are kept (the first ones when None). Empty masks give no prompt. Detached, as in
     the reference.
     """
@@ -163,7 +163,7 @@ class PromptFusion(nn.Module):
 
 
 def kept_prompts(match: Tensor, drop: float, uniform: Tensor | None = None) -> Tensor:
-    """Which queries get their prompt: (B, N) bool, Bernoulli(1 - drop) per query and picture where there is a match.
+    """Which queries get their prompt: (B, N) bool, Bernoulli(1 - drop) per query and image where there is a match.
 
     match (B, N) int64 with -1 for "no prompt". uniform (B, N) in [0, 1): a recorded draw in place of a new one.
     """

@@ -16,22 +16,22 @@ MAX_LOG_SCALE = abs(math.log(16 / 1000))
 
 
 def apply_deltas(boxes: Tensor, deltas: Tensor, deviations: Tensor | list[float]) -> Tensor:
-    """Moves and scales boxes (..., 4) by predicted changes (..., 4): shift of the centre in box sides, log of scale.
+    """Moves and scales boxes (..., 4) by predicted changes (..., 4): shift of the center in box sides, log of scale.
 
-    `deviations` (4) multiply the changes; the logs are then limited to +-4.135. Results may leave the picture.
+    `deviations` (4) multiply the changes; the logs are then limited to +-4.135. Results may leave the image.
     """
     deltas = deltas * torch.as_tensor(deviations, dtype=deltas.dtype, device=deltas.device)
     start, end = boxes[..., :2], boxes[..., 2:]
     side = end - start
-    centre = (start + end) * 0.5 + side * deltas[..., :2]
+    center = (start + end) * 0.5 + side * deltas[..., :2]
     side = side * deltas[..., 2:].clamp(-MAX_LOG_SCALE, MAX_LOG_SCALE).exp()
-    return torch.cat([centre - side * 0.5, centre + side * 0.5], dim=-1)
+    return torch.cat([center - side * 0.5, center + side * 0.5], dim=-1)
 
 
-def centre_to_corners(boxes: Tensor) -> Tensor:
-    """Centre x, centre y, width, height -> x1, y1, x2, y2: (..., 4) -> (..., 4)."""
-    centre, side = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([centre - 0.5 * side, centre + 0.5 * side], dim=-1)
+def center_to_corners(boxes: Tensor) -> Tensor:
+    """Center x, center y, width, height -> x1, y1, x2, y2: (..., 4) -> (..., 4)."""
+    center, side = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([center - 0.5 * side, center + 0.5 * side], dim=-1)
 
 
 def crop_masks(masks: Tensor, ids: Tensor, boxes: Tensor, side: int) -> Tensor:
@@ -67,30 +67,30 @@ class PyramidPooler(nn.Module):
         scale = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
         return (scale / self.finest_scale + 1e-6).log2().floor().clamp(0, count - 1).long()
 
-    def forward(self, maps: list[Tensor], boxes: Tensor, pictures: Tensor, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, maps: list[Tensor], boxes: Tensor, images: Tensor, sizes: Tensor | None = None) -> Tensor:
         """Pooled regions (M, C, side, side).
 
-        maps: level by level (B, C, h, w) float32; boxes (M, 4), which get no gradient; pictures (M,) int64, the
-        picture of every box. sizes (B, 2), height and width of the pictures in pixels: given, samples beyond a
-        picture's own end count as those beyond the end of a map do; the maps must have their edges repeated over
+        maps: level by level (B, C, h, w) float32; boxes (M, 4), which get no gradient; images (M,) int64, the
+        image of every box. sizes (B, 2), height and width of the images in pixels: given, samples beyond a
+        image's own end count as those beyond the end of a map do; the maps must have their edges repeated over
         the padding (`extend_edges`).
         """
         boxes = boxes.detach().to(maps[0].dtype)
         level = self.levels_of(boxes, len(maps))
-        rois = torch.cat([pictures[:, None].to(boxes.dtype), boxes], dim=1)
+        rois = torch.cat([images[:, None].to(boxes.dtype), boxes], dim=1)
         if sizes is None:
             return self._align(maps, rois, level, self.side, self.sampling_ratio)
-        # Every sample by itself, so that those beyond the picture can be left out of the means.
+        # Every sample by itself, so that those beyond the image can be left out of the means.
         samples = self._align(maps, rois, level, self.side * self.sampling_ratio, 1)
         stride = self.finest_stride * 2.0 ** level[:, None]
-        end = (sizes[pictures] / stride).ceil()  # (M, 2) rows, columns
+        end = (sizes[images] / stride).ceil()  # (M, 2) rows, columns
         rows = self._places(boxes[:, 1::2], stride) <= end[:, :1]
         columns = self._places(boxes[:, ::2], stride) <= end[:, 1:]
         samples = samples.masked_fill(~(rows[:, None, :, None] & columns[:, None, None, :]), 0.0)
         return self._means(samples)
 
     def _align(self, maps: list[Tensor], rois: Tensor, level: Tensor, side: int, ratio: int) -> Tensor:
-        """RoIAlign of rois (M, 5), picture and box, each from the map of its level (M,): (M, C, side, side)."""
+        """RoIAlign of rois (M, 5), image and box, each from the map of its level (M,): (M, C, side, side)."""
         strides = [self.finest_stride * 2**index for index in range(len(maps))]
         if rois.device.type == "cpu" and not torch.compiler.is_compiling():
             # Every box from its own level only; the look at the indices costs nothing here.
@@ -149,4 +149,4 @@ class PyramidPooler(nn.Module):
         return (ends[..., :1] + (ends[..., 1:] - ends[..., :1]) * step) / stride - 0.5
 
 
-__all__ = ["PyramidPooler", "apply_deltas", "centre_to_corners", "crop_masks"]
+__all__ = ["PyramidPooler", "apply_deltas", "center_to_corners", "crop_masks"]

@@ -1,7 +1,7 @@
 """A class head that compares queries with text embeddings of the class names, for pre-training only.
 
 Source: the released "clip" variant of UPLVP (arXiv 2405.13388), which trains such a head beside the ordinary one, with
-its own loss and matching cost, and drops it afterwards. There the visual side is rectified and not normalised, and no
+its own loss and matching cost, and drops it afterwards. There the visual side is rectified and not normalized, and no
 temperature or prior bias is applied; here both sides have unit length unless `form="reference"` asks for the original.
 """
 

@@ -10,15 +10,15 @@ CLASS_HEADS = ("remap", "spread", "new")
 
 @dataclass
 class TransferReport:
-    """What a transfer did: names of tensors kept, remapped (class rows copied by name), re-initialised, ignored.
+    """What a transfer did: names of tensors kept, remapped (class rows copied by name), re-initialized, ignored.
 
-    classes: class names whose rows were copied; new_classes: the others, whose rows are as initialised, or, with spread
+    classes: class names whose rows were copied; new_classes: the others, whose rows are as initialized, or, with spread
     set, the mean over the classes of the source.
     """
 
     kept: list[str] = field(default_factory=list)
     remapped: list[str] = field(default_factory=list)
-    reinitialised: list[str] = field(default_factory=list)
+    reinitialized: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     classes: list[str] = field(default_factory=list)
     new_classes: list[str] = field(default_factory=list)
@@ -31,9 +31,9 @@ class TransferReport:
             if self.new_classes and self.spread:
                 lines.append(f"mean over all classes there for those unknown there: {', '.join(self.new_classes)}")
             elif self.new_classes:
-                lines.append(f"re-initialised rows of these, of classes unknown there: {', '.join(self.new_classes)}")
-        if self.reinitialised:
-            lines.append(f"re-initialised: {', '.join(self.reinitialised)}")
+                lines.append(f"re-initialized rows of these, of classes unknown there: {', '.join(self.new_classes)}")
+        if self.reinitialized:
+            lines.append(f"re-initialized: {', '.join(self.reinitialized)}")
         if self.ignored:
             lines.append(f"ignored: {', '.join(self.ignored)}")
         return "\n".join(lines)
@@ -45,9 +45,9 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
 
     Class-sized tensors (named by `segmenter.class_sized`, classes along the first axis, an extra last row being "no
     object", or the first rows where the segmenter has `background_first`) are copied row by row by class name with
-    `class_head="remap"`, left as initialised with `"new"`. `"spread"` is "remap", and classes that the source does not
+    `class_head="remap"`, left as initialized with `"new"`. `"spread"` is "remap", and classes that the source does not
     know start from the mean of its classes' rows: after a class-agnostic pre-training every class starts as "object",
-    so that what tells objects from background is kept. Any other tensor of unequal shape is left as initialised and
+    so that what tells objects from background is kept. Any other tensor of unequal shape is left as initialized and
     reported.
     """
     if class_head not in CLASS_HEADS:
@@ -61,7 +61,7 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
     copy_rows = _copy_rows_after_background if getattr(target.segmenter, "background_first", False) else _copy_rows
     for name, tensor in new.items():
         if name not in old:
-            report.reinitialised.append(name)
+            report.reinitialized.append(name)
         elif name in class_sized and (report.spread or (class_head == "remap" and (rows or same_classes))):
             copy_rows(old[name], tensor, rows, len(source.config.id2label), len(target.config.id2label), report.spread)
             report.remapped.append(name)
@@ -69,7 +69,7 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
             tensor.copy_(old[name])
             report.kept.append(name)
         else:
-            report.reinitialised.append(name)
+            report.reinitialized.append(name)
     report.ignored = [name for name in old if name not in new]
     copied = rows if report.remapped else {}
     report.classes = [name for row, name in target.config.id2label.items() if row in copied]

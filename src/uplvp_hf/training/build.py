@@ -42,9 +42,9 @@ def build_data(settings: DataSettings) -> tuple[InstanceDataset, InstanceDataset
         settings.train, images=settings.train_images, split=settings.train_split, format=settings.train_format
     )
     if not train.categories:
-        raise ConfigError(f"{settings.train} holds pictures without classes: label it first (`uplvp label`).")
+        raise ConfigError(f"{settings.train} holds images without classes: label it first (`uplvp label`).")
     if settings.labels_per_class is not None:
-        train = take_split(train, SplitSpec("pictures", settings.labels_per_class, settings.split_seed))
+        train = take_split(train, SplitSpec("images", settings.labels_per_class, settings.split_seed))
     elif settings.subset is not None:
         train = take_split(train, settings.subset, settings.split_seed)
     val = None
@@ -52,21 +52,21 @@ def build_data(settings: DataSettings) -> tuple[InstanceDataset, InstanceDataset
         val = load_dataset_rows(
             settings.val, images=settings.val_images, split=settings.val_split, format=settings.val_format
         )
-        _check_pictures(val, "val")
-    _check_pictures(train, "train")
+        _check_images(val, "val")
+    _check_images(train, "train")
     return train, val
 
 
-def _check_pictures(dataset: InstanceDataset, which: str) -> None:
-    """Raises ConfigError when none of the first pictures is where the annotations say."""
+def _check_images(dataset: InstanceDataset, which: str) -> None:
+    """Raises ConfigError when none of the first images is where the annotations say."""
     files = [row["image"] for row in dataset.rows[:20] if isinstance(row["image"], str)]
     if files and not any(Path(file).is_file() for file in files):
         raise ConfigError(
-            f"No picture of `data.{which}` is there, for example {files[0]}: set `data.{which}_images` to their folder."
+            f"No image of `data.{which}` is there, for example {files[0]}: set `data.{which}_images` to their folder."
         )
 
 
-def with_picture_settings(settings: TrainSettings) -> TrainSettings:
+def with_image_settings(settings: TrainSettings) -> TrainSettings:
     """`data.size`, `image_mean` and `image_std` filled in: from the processor of `model.init`, else 512 and ImageNet's.
 
     Raises ConfigError when the mean or deviation given is not the one that the checkpoint was trained with.
@@ -108,7 +108,7 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
     frozen = "freeze_backbone" if settings.model.freeze_backbone else "freeze_stages"
     if getattr(settings.model, frozen) and not (settings.model.init or settings.model.backbone_weights):
         raise ConfigError(
-            f"`model.{frozen}` would freeze a randomly initialised backbone: set `model.backbone_weights` (a "
+            f"`model.{frozen}` would freeze a randomly initialized backbone: set `model.backbone_weights` (a "
             f"safetensors file) or `model.init` (a checkpoint), or leave `model.{frozen}` out."
         )
     model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
@@ -129,8 +129,8 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
 
 def build_processor(data: DataSettings) -> UplvpImageProcessor:
     """Resizes as the training did, without its randomness: the longer side to `data.size`, or with `data.short_edges`
-    the shorter one to the last of them. On a square canvas no picture sees its batch mates' shapes; otherwise batches
-    are padded to their largest picture."""
+    the shorter one to the last of them. On a square canvas no image sees its batch mates' shapes; otherwise batches
+    are padded to their largest image."""
     size = {"longest_edge": data.size}
     if data.short_edges is not None and data.keep_ratio:
         size = {"shortest_edge": data.short_edges[-1]}
@@ -142,7 +142,7 @@ def build_processor(data: DataSettings) -> UplvpImageProcessor:
 
 
 def build_samples(settings: TrainSettings, rows: InstanceDataset) -> TrainingSet:
-    """The augmented samples that a run with these settings sees (`with_picture_settings` filled in)."""
+    """The augmented samples that a run with these settings sees (`with_image_settings` filled in)."""
     data = settings.data
     label_map = {category: index for index, category in enumerate(rows.category_ids)}
     transform = TrainTransform(
@@ -249,7 +249,7 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedMod
 
 
 def _refuse_unknown(given: dict, config: PreTrainedConfig, prefix: str = "model.segmenter.") -> None:
-    """Raises ConfigError for a misspelt key of a segmenter or backbone: transformers would take it silently."""
+    """Raises ConfigError for a misspelled key of a segmenter or backbone: transformers would take it silently."""
     _refuse_unknown_names(given, type(config), prefix)
     for key, value in given.items():
         if isinstance(value, dict) and isinstance(getattr(config, key, None), PreTrainedConfig):

@@ -1,6 +1,6 @@
 """Checkpoints of a run: written beside their final name, then renamed, so that a torn one is never chosen.
 
-A checkpoint is a folder `checkpoint-<step>` with the model (safetensors and config), further tensors (optimiser, random
+A checkpoint is a folder `checkpoint-<step>` with the model (safetensors and config), further tensors (optimizer, random
 state of every process, moving average; safetensors) and `state.json`, which is written last and holds the size of every
 other file. Everything reaches the disk before the folder gets its name. Nothing is pickled.
 """
@@ -153,7 +153,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """State of the optimiser by parameter name, `<name>|<field>`. When weights are spread all processes call it."""
+    """State of the optimizer by parameter name, `<name>|<field>`. When weights are spread all processes call it."""
     found = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():

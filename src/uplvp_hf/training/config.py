@@ -16,14 +16,14 @@ class TrainingAborted(RuntimeError):
 
 @dataclass
 class DataSettings:
-    """Where the pictures are and how they are cut.
+    """Where the images are and how they are cut.
 
     train, val: anything `load_dataset_rows` reads (COCO JSON, folder, pseudo-label store); val may be absent.
     train_split, val_split: picks `annotations/<split>.json` of a folder, or the split of a published layout.
     train_format, val_format: where a folder could be of several formats (`data.rows.FORMATS`). train_images,
-    val_images: folder of the pictures, where they do not lie beside the JSON or in `images/`. labels_per_class: so many
-    labelled pictures of every class, drawn with split_seed; None takes all. subset: another low-data split, by name
-    (1@10 for 10 % of the pictures with seed 1, 5shot, ...: docs/data.md) or as a manifest of `uplvp data split`; a name
+    val_images: folder of the images, where they do not lie beside the JSON or in `images/`. labels_per_class: so many
+    labeled images of every class, drawn with split_seed; None takes all. subset: another low-data split, by name
+    (1@10 for 10 % of the images with seed 1, 5shot, ...: docs/data.md) or as a manifest of `uplvp data split`; a name
     without a seed takes split_seed. The run's split is recorded in split.json. size: side of the square training canvas
     and longer side at inference, pixels, a multiple of 32; image_mean, image_std: of pixels scaled to 0..1. These three
     default to those of `model.init`, else to 512 and ImageNet's. scale_range: large-scale jitter, as factors of the
@@ -31,9 +31,9 @@ class DataSettings:
 
     short_edges: multi-scale resizing in place of that jitter, the shorter side drawn from [low, high] pixels (one
     number: fixed), the longer one at most longest_edge; at inference `high` is taken. keep_ratio: false makes every
-    picture longest_edge wide and the drawn edge high. rotate: largest angle in degrees, drawn with
-    rotate_probability. copy_paste: probability that instances of another training picture are pasted.
-    canvas: "square" pads every batch to size x size, "batch" to the largest picture in it, in multiples of 32; None is
+    image longest_edge wide and the drawn edge high. rotate: largest angle in degrees, drawn with
+    rotate_probability. copy_paste: probability that instances of another training image are pasted.
+    canvas: "square" pads every batch to size x size, "batch" to the largest image in it, in multiples of 32; None is
     "batch" with short_edges, else "square". docs/augmentation.md has the papers' values.
     """
 
@@ -112,8 +112,8 @@ class ModelSettings:
 
 @dataclass
 class OptimSettings:
-    """The optimiser and its schedule. optimizer: adamw, or sgd with `momentum`. batch_size is a process's micro-batch;
-    the effective batch is batch_size x accumulation x processes. epochs, if set, replaces steps: ceil(epochs x pictures
+    """The optimizer and its schedule. optimizer: adamw, or sgd with `momentum`. batch_size is a process's micro-batch;
+    the effective batch is batch_size x accumulation x processes. epochs, if set, replaces steps: ceil(epochs x images
     / effective batch).
     schedule: constant, linear, cosine, poly (the share of steps left, to `power`) or step (x0.1 at each fraction of the
     steps in `milestones`), after `warmup` steps of linear warm-up, which starts from `warmup_factor` of the rate (None:
@@ -144,7 +144,7 @@ class OptimSettings:
 @dataclass
 class EvaluationSettings:
     """at: steps after which `data.val` is evaluated (the last step always is); every: so many steps, 0 for none;
-    every_epochs: so many passes over the pictures (fractions count). patience: training ends after so many evaluations
+    every_epochs: so many passes over the images (fractions count). patience: training ends after so many evaluations
     without a better AP, 0 for never. class_agnostic ignores classes. mask_threshold: a pixel belongs to a mask when its
     probability is above this. backend: what computes the AP, "streaming" (no package needed) or one of pycocotools,
     hotcoco, faster_coco_eval.
@@ -209,7 +209,7 @@ class TrainSettings:
         at_least("checkpoint.every", self.checkpoint.every, 0)
         at_least("checkpoint.keep", self.checkpoint.keep, 1)
         if self.checkpoint.best and self.data.val is None:
-            raise ConfigError("`checkpoint.best` needs pictures to evaluate on: set `data.val`.")
+            raise ConfigError("`checkpoint.best` needs images to evaluate on: set `data.val`.")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -243,12 +243,12 @@ def _check_edges(data: DataSettings) -> None:
     if len(edges) not in (1, 2) or not 32 <= edges[0] <= edges[-1]:
         raise ConfigError(f"data.short_edges must be one or two numbers from 32 on, the lower first, got {edges}.")
     if longest is None and not data.keep_ratio:
-        raise ConfigError("data.keep_ratio=false needs data.longest_edge, the width of every picture.")
+        raise ConfigError("data.keep_ratio=false needs data.longest_edge, the width of every image.")
     if longest is not None and longest < (edges[-1] if data.keep_ratio else 32):
         raise ConfigError(f"data.longest_edge must not be shorter than data.short_edges {edges}, got {longest}.")
     if data.square and data.size is not None and (longest is None or max(longest, edges[-1]) > data.size):
         raise ConfigError(
-            f"data.canvas=square of {data.size} pixels does not hold every picture of data.short_edges {edges} and "
+            f"data.canvas=square of {data.size} pixels does not hold every image of data.short_edges {edges} and "
             f"data.longest_edge {longest}: raise data.size, or leave data.canvas out."
         )
 

@@ -11,7 +11,7 @@ from .config import ConfigError, ModelSettings
 def freeze_backbone(backbone: nn.Module, settings: ModelSettings, size: int) -> None:
     """Takes the gradient from what `freeze_backbone` and `freeze_stages` name, and from what no map depends on.
 
-    size: side of a picture to try it on, pixels. Raises ConfigError when the backbone does not give the map of the last
+    size: side of an image to try it on, pixels. Raises ConfigError when the backbone does not give the map of the last
     stage that is to be frozen.
     """
     if settings.freeze_backbone:

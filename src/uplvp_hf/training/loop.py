@@ -29,7 +29,7 @@ from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
 from ..models.modeling_uplvp import UplvpPreTrainedModel
 from .batch import effective_normalizers, model_inputs
-from .build import build_data, build_model, build_processor, build_samples, with_picture_settings
+from .build import build_data, build_model, build_processor, build_samples, with_image_settings
 from .checkpoint import (
     load_checkpoint,
     load_weights,
@@ -43,7 +43,7 @@ from .freezing import training_mode
 from .launch import hardware, make_accelerator
 from .norm_statistics import NormStatistics
 from .one_batch import describe_one_batch, on_one_batch, report_one_batch
-from .optim import learning_rate_factor, make_optimizer, pictures_per_step, with_steps
+from .optim import images_per_step, learning_rate_factor, make_optimizer, with_steps
 from .output import check_output, claim_output, summary
 from .random_state import random_state, restore_random_state
 from .run_log import LossMeans, RunLog
@@ -86,7 +86,7 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
     """
     accelerator = make_accelerator(settings)
     set_seed(settings.seed)
-    settings = with_picture_settings(settings)
+    settings = with_image_settings(settings)
     check_output(settings, resume)
     given = settings
     if settings.overfit_one_batch:
@@ -150,7 +150,7 @@ class _Run:
                 break
             if checkpoint.every and done % checkpoint.every == 0:
                 self._checkpoint(done)
-            began = time.perf_counter()  # waiting for the next pictures counts
+            began = time.perf_counter()  # waiting for the next images counts
         bar.close()
         if self.val_rows is not None and self.result.steps not in self.result.evaluations:
             self._evaluate(self.result.steps)  # resumed at its last step
@@ -177,16 +177,16 @@ class _Run:
         """One update, with the model and the rates as they are to be in this step. Returns the loss terms."""
         settings = self.settings
         training_mode(self.plain, settings.model.freeze_backbone_norm)
-        self.plain.set_progress(step * self._pictures_per_step() / len(self.samples))
+        self.plain.set_progress(step * self._images_per_step() / len(self.samples))
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * learning_rate_factor(step, settings.optim)
         return self._update(step, micro_batches)
 
-    def _pictures_per_step(self) -> int:
-        return pictures_per_step(self.settings.optim, self.accelerator.num_processes)
+    def _images_per_step(self) -> int:
+        return images_per_step(self.settings.optim, self.accelerator.num_processes)
 
     def _update(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
-        """One optimiser step over the accumulated micro-batches. Returns the loss terms, detached; none if skipped."""
+        """One optimizer step over the accumulated micro-batches. Returns the loss terms, detached; none if skipped."""
         normalizers = effective_normalizers(self.plain, self.accelerator, micro_batches)
         totals: dict[str, torch.Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -252,12 +252,12 @@ class _Run:
         ids = gather_object([identity for batch in micro_batches for identity in batch["image_ids"]])
         if self.result.skipped == 1 and self.accelerator.is_main_process:
             logger.warning(
-                "Step %d skipped: its loss, a matching cost or its gradient is not finite. Pictures: %s.", step + 1, ids
+                "Step %d skipped: its loss, a matching cost or its gradient is not finite. Images: %s.", step + 1, ids
             )
         if self.result.skipped >= self.settings.optim.max_skipped:
             raise TrainingAborted(
-                f"{self.result.skipped} steps had a non-finite loss, cost or gradient, the last one on pictures {ids}. "
-                "Lower optim.lr, set optim.clip, or check these pictures."
+                f"{self.result.skipped} steps had a non-finite loss, cost or gradient, the last one on images {ids}. "
+                "Lower optim.lr, set optim.clip, or check these images."
             )
 
     def _evaluate(self, step: int) -> None:
@@ -285,8 +285,8 @@ class _Run:
             "losses": result.losses,
             "evaluations": {str(key): value for key, value in result.evaluations.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "pictures_per_step": self._pictures_per_step(),
-            "pictures": len(self.samples),
+            "images_per_step": self._images_per_step(),
+            "images": len(self.samples),
             "processes": accelerator.num_processes,
         }
         tensors = {"optimizer": optimizer_tensors(self.plain, self.optimizer)}
@@ -327,24 +327,24 @@ class _Run:
         return state["step"]
 
     def _check_resumed(self, path: Path, state: dict) -> None:
-        """Raises ConfigError when the checkpoint lies beyond the end, or the data or a step have other pictures."""
+        """Raises ConfigError when the checkpoint lies beyond the end, or the data or a step have other images."""
         if state["step"] > self.settings.optim.steps:
             raise ConfigError(f"{path} is beyond optim.steps={self.settings.optim.steps}, where the run is to end.")
-        before, now = state.get("pictures", len(self.samples)), len(self.samples)  # older versions did not record it
+        before, now = state.get("images", len(self.samples)), len(self.samples)  # older versions did not record it
         if before != now:
             raise ConfigError(
-                f"The run was started with {before} training pictures, now `data.train` has {now}: the order of the "
-                "pictures would be another. Restore the data, or start again in another folder."
+                f"The run was started with {before} training images, now `data.train` has {now}: the order of the "
+                "images would be another. Restore the data, or start again in another folder."
             )
-        before, now = state["pictures_per_step"], self._pictures_per_step()
+        before, now = state["images_per_step"], self._images_per_step()
         if before != now:
             raise ConfigError(
-                f"The run was started with {before} pictures a step, on {state['processes']} processes; now they are "
+                f"The run was started with {before} images a step, on {state['processes']} processes; now they are "
                 f"{now}. Choose optim.batch_size x optim.accumulation x processes so that they are {before}."
             )
         if state["processes"] != self.accelerator.num_processes:
             logger.warning(
-                "%s is of %d processes: the run goes on with the same pictures a step, but what is drawn at random "
+                "%s is of %d processes: the run goes on with the same images a step, but what is drawn at random "
                 "differs from the uninterrupted run.", path, state["processes"],
             )  # fmt: skip
 
@@ -356,7 +356,7 @@ class _Run:
         if best is not None:
             result.model_step, folder = best
             load_weights(folder, model)
-        # Processes see different pictures, so each may have met others that cannot be read.
+        # Processes see different images, so each may have met others that cannot be read.
         failures = [*self.samples.dataset.failures, *(self.val_rows.failures if self.val_rows else ())]
         failures = sorted({json.dumps(failure) for failure in gather_object(failures + self.samples.failures)})
         if self.accelerator.is_main_process:
@@ -369,7 +369,7 @@ class _Run:
             if failures:
                 path = self.output / "failures.jsonl"
                 write_text(path, "".join(line + "\n" for line in failures))
-                logger.warning("%d pictures or objects could not be used: see %s.", len(failures), path)
+                logger.warning("%d images or objects could not be used: see %s.", len(failures), path)
             if self.settings.overfit_one_batch and len(result.losses) == 2:
                 report_one_batch(*result.losses)
         self.log.end()
@@ -379,7 +379,7 @@ class _Run:
     def _facts(self) -> dict:
         """Of the summary, what only the run knows."""
         return {
-            "pictures": len(self.samples),
+            "images": len(self.samples),
             "parameters_trained": sum(p.numel() for p in self.plain.parameters() if p.requires_grad),
             "hardware": hardware(self.accelerator),
         }

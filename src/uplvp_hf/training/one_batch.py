@@ -27,8 +27,8 @@ def on_one_batch(settings: TrainSettings) -> TrainSettings:
 def describe_one_batch(image_ids: list, settings: TrainSettings) -> None:
     """Says what is trained on and what to expect."""
     logger.info(
-        "Every step trains on the same %d pictures (%s), without augmentation. The loss should fall by more than "
-        "%d %% within a few hundred steps; if it does not, look at the masks of these pictures, then raise optim.lr "
+        "Every step trains on the same %d images (%s), without augmentation. The loss should fall by more than "
+        "%d %% within a few hundred steps; if it does not, look at the masks of these images, then raise optim.lr "
         "(now %g), then lower data.size.",
         len(image_ids), ", ".join(map(str, image_ids[:8])) + (", ..." if len(image_ids) > 8 else ""),
         round(100 * EXPECTED_FALL), settings.optim.lr,

@@ -1,4 +1,4 @@
-"""Optimiser groups and learning-rate schedule."""
+"""Optimizer groups and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ def learning_rate_factor(step: int, settings: OptimSettings) -> float:
     return 1.0
 
 
-def with_steps(settings: TrainSettings, pictures: int, processes: int) -> TrainSettings:
-    """`optim.epochs`, if set, as `optim.steps`: as many whole steps as are needed to show every picture so often."""
+def with_steps(settings: TrainSettings, images: int, processes: int) -> TrainSettings:
+    """`optim.epochs`, if set, as `optim.steps`: as many whole steps as are needed to show every image so often."""
     optim = settings.optim
     if optim.epochs is None:
         return settings
-    steps = math.ceil(optim.epochs * pictures / pictures_per_step(optim, processes) - 1e-9)
+    steps = math.ceil(optim.epochs * images / images_per_step(optim, processes) - 1e-9)
     return dataclasses.replace(settings, optim=dataclasses.replace(optim, steps=max(steps, 1)))
 
 
-def pictures_per_step(settings: OptimSettings, processes: int) -> int:
+def images_per_step(settings: OptimSettings, processes: int) -> int:
     """The effective batch."""
     return settings.batch_size * settings.accumulation * processes
 

@@ -52,7 +52,7 @@ def claim_output(settings: TrainSettings, accelerator: Accelerator) -> None:
 
 
 def summary(settings: TrainSettings, result: TrainResult, facts: dict) -> dict:
-    """What `training_summary.json` holds. facts: `pictures`, `parameters_trained` and `hardware`."""
+    """What `training_summary.json` holds. facts: `images`, `parameters_trained` and `hardware`."""
     model, evaluations = result.model, result.evaluations
     return {
         "stage": settings.stage,

@@ -56,7 +56,7 @@ def shipped_recipes() -> list[str]:
 
 
 def shipped_parts() -> list[str]:
-    """Names of what comes with the package for recipes to build on: initialisations, data sets, segmenters."""
+    """Names of what comes with the package for recipes to build on: initializations, datasets, segmenters."""
     return [name for name in _shipped_names() if "stage" not in read_recipe(name)]
 
 

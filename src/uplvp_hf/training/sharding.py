@@ -2,7 +2,7 @@
 
 Accelerate shards on accelerators only; torch's own `fully_shard`, which it calls there, works on the CPU too. So it is
 called here directly, and what the tests run on two CPU processes is what runs on GPUs. Parameters stay `nn.Parameter`s
-of their own names, each a DTensor of which a process holds its rows: groups of the optimiser, frozen parameters, the
+of their own names, each a DTensor of which a process holds its rows: groups of the optimizer, frozen parameters, the
 moving average and checkpoints work as without.
 """
 

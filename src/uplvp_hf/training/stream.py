@@ -1,4 +1,4 @@
-"""The endless stream of training samples: which picture comes when is a function of the seed alone."""
+"""The endless stream of training samples: which image comes when is a function of the seed alone."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class SampleKeys(Sampler):
     """Lists of (epoch, index), one a micro-batch of this process, from update `start` to `steps`.
 
     Every epoch is a permutation drawn from (seed, epoch). All processes walk through the same order, each taking its
-    share of every effective batch, so a picture is seen once an epoch whatever the number of processes.
+    share of every effective batch, so an image is seen once an epoch whatever the number of processes.
     """
 
     def __init__(self, count: int, settings: TrainSettings, start: int, rank: int = 0, world: int = 1):

@@ -17,7 +17,7 @@ from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_uplvp import UplvpPreTrainedModel
 from .checkpoint import list_checkpoints, new_folder, remove_folder
 from .config import TrainSettings
-from .optim import pictures_per_step
+from .optim import images_per_step
 from .weights import RunWeights
 
 if TYPE_CHECKING:
@@ -38,12 +38,12 @@ class Validation:
         accelerator: Accelerator,
         processor: UplvpImageProcessor,
         rows: InstanceDataset | None,
-        pictures: int,
+        images: int,
         progress: bool,
     ):
         self.settings, self.accelerator, self.processor = settings, accelerator, processor
         self.rows, self.progress, self.output = rows, progress, Path(settings.output)
-        self.steps = evaluation_steps(settings, pictures, accelerator.num_processes) if rows is not None else set()
+        self.steps = evaluation_steps(settings, images, accelerator.num_processes) if rows is not None else set()
         wanted = settings.evaluation
         if rows is None and (wanted.at or wanted.every or wanted.every_epochs) and accelerator.is_main_process:
             logger.warning("`data.val` is not set: nothing is evaluated, whatever the settings of `evaluation` say.")
@@ -62,7 +62,7 @@ class Validation:
         return metrics
 
     def _evaluate(self, model: UplvpPreTrainedModel) -> dict:
-        """Every process predicts its share of the pictures, and all get the numbers."""
+        """Every process predicts its share of the images, and all get the numbers."""
         settings = self.settings.evaluation
         return evaluate_model(
             model,
@@ -118,14 +118,14 @@ class Validation:
         return {int(path.name[5:]): path for path in folders}
 
 
-def evaluation_steps(settings: TrainSettings, pictures: int, processes: int) -> set[int]:
+def evaluation_steps(settings: TrainSettings, images: int, processes: int) -> set[int]:
     """Steps after which to evaluate: those named, every so many, every so many epochs, and the last one."""
     evaluation, last = settings.evaluation, settings.optim.steps
     steps = {*evaluation.at, last}
     if evaluation.every:
         steps.update(range(evaluation.every, last + 1, evaluation.every))
     if evaluation.every_epochs:
-        apart = evaluation.every_epochs * pictures / pictures_per_step(settings.optim, processes)
+        apart = evaluation.every_epochs * images / images_per_step(settings.optim, processes)
         steps.update(max(round(k * apart), 1) for k in range(1, int(last / apart) + 1))
     return {step for step in steps if step <= last}
 

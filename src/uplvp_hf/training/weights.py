@@ -84,7 +84,7 @@ class RunWeights:
         return whole
 
     def _share_buffers(self) -> None:
-        """Every process has seen other pictures: the statistics of the main one, which are saved, are taken by all."""
+        """Every process has seen other images: the statistics of the main one, which are saved, are taken by all."""
         if self.accelerator.num_processes > 1:
             for buffer in self.plain.buffers():
                 torch.distributed.broadcast(buffer, 0)

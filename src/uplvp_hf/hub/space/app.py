@@ -1,4 +1,4 @@
-"""A page for one model: upload a picture, choose a threshold, see its instances and their table, download them as JSON.
+"""A page for one model: upload an image, choose a threshold, see its instances and their table, download them as JSON.
 
 Runs as a Space (`MODEL` names the repository) and locally:
 
@@ -6,7 +6,7 @@ Runs as a Space (`MODEL` names the repository) and locally:
     MODEL=USER/NAME TRUST_REMOTE_CODE=1 python app.py
 
 The model's own code is run only with TRUST_REMOTE_CODE=1, which is not needed where `uplvp_hf` is installed.
-MAX_PIXELS (default 50,000,000) is the largest picture that is taken.
+MAX_PIXELS (default 50,000,000) is the largest image that is taken.
 """
 
 import hashlib
@@ -44,24 +44,24 @@ def load(name: str, trust_remote_code: bool = False):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), processor
 
 
-def open_picture(path: str) -> Image.Image:
-    """An upright RGB picture. Raises gr.Error, whose text the visitor sees."""
+def open_image(path: str) -> Image.Image:
+    """An upright RGB image. Raises gr.Error, whose text the visitor sees."""
     limit = int(os.environ.get("MAX_PIXELS", "50000000"))
     try:
         with Image.open(path) as image:
             if image.width * image.height > limit:
-                raise gr.Error(f"The picture has {image.width} x {image.height} pixels; at most {limit:,} are taken.")
+                raise gr.Error(f"The image has {image.width} x {image.height} pixels; at most {limit:,} are taken.")
             return ImageOps.exif_transpose(image).convert("RGB")
     except gr.Error:
         raise
     except Image.DecompressionBombError as error:
-        raise gr.Error(f"The picture is too large; at most {limit:,} pixels are taken.") from error
+        raise gr.Error(f"The image is too large; at most {limit:,} pixels are taken.") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
-        raise gr.Error(f"This is not a picture that can be read ({type(error).__name__}).") from error
+        raise gr.Error(f"This is not an image that can be read ({type(error).__name__}).") from error
 
 
 class Segmenter:
-    """Finds the instances of a picture once, and shows those above a threshold as often as it is asked."""
+    """Finds the instances of an image once, and shows those above a threshold as often as it is asked."""
 
     def __init__(self, model, processor, name: str) -> None:
         self.model, self.processor, self.name = model, processor, name
@@ -69,17 +69,17 @@ class Segmenter:
         self._found = lru_cache(maxsize=16)(self._find)  # by content: run lengths are small
 
     def __call__(self, path: str | None, threshold: float):
-        """(overlay, rows of the table, path of the JSON file) of the picture in `path`; blank without one."""
+        """(overlay, rows of the table, path of the JSON file) of the image in `path`; blank without one."""
         if path is None:
             return None, [], None
         content = Path(path).read_bytes()
         digest = hashlib.sha256(content).hexdigest()[:16]
-        image = open_picture(path)
+        image = open_image(path)
         instances = [entry for entry in self._found(digest, path) if entry["score"] >= threshold]
         return self._overlay(image, instances), _rows(instances), self._file(digest, image, instances, threshold)
 
     def _find(self, digest: str, path: str) -> list[dict]:
-        image = open_picture(path)
+        image = open_image(path)
         inputs = self.processor(image, return_tensors="pt").to(self.model.device)
         with torch.inference_mode():
             outputs = self.model(**inputs)
@@ -130,8 +130,8 @@ def _text(counts: bytes | str) -> str:
 
 def _shrunk(rle: dict, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool of a run-length coded mask, scaled to `size` = (width, height)."""
-    picture = Image.fromarray(coco_mask.decode(rle) * 255)
-    return np.asarray(picture.resize(size, Image.Resampling.BILINEAR)) > 127
+    image = Image.fromarray(coco_mask.decode(rle) * 255)
+    return np.asarray(image.resize(size, Image.Resampling.BILINEAR)) > 127
 
 
 def _rows(instances: list[dict]) -> list[list]:
@@ -148,7 +148,7 @@ def _rows(instances: list[dict]) -> list[list]:
 
 
 def build(model, processor, name: str) -> gr.Blocks:
-    """The page. Its one function is also an endpoint: `/segment(picture, threshold)`."""
+    """The page. Its one function is also an endpoint: `/segment(image, threshold)`."""
     segment = Segmenter(model, processor, name)
     with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
         gr.Markdown(
@@ -156,7 +156,7 @@ def build(model, processor, name: str) -> gr.Blocks:
         )
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Picture")
+                image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image")
                 threshold = gr.Slider(FLOOR, 1.0, value=0.3, step=0.01, label="Least score", elem_id="threshold")
                 download = gr.DownloadButton("Download JSON", elem_id="download")
             with gr.Column():
@@ -165,19 +165,19 @@ def build(model, processor, name: str) -> gr.Blocks:
                     show_label=False,
                     interactive=False,
                     format="png",
-                    buttons=["download", "fullscreen"],  # no "share", which sends the picture away
+                    buttons=["download", "fullscreen"],  # no "share", which sends the image away
                     elem_id="overlay",
                 )
         table = gr.Dataframe(
             headers=COLUMNS,
             datatype=["number", "str", "number", "str", "number"],
             interactive=False,
-            label="Boxes and areas in pixels of the picture",
+            label="Boxes and areas in pixels of the image",
             elem_id="table",
         )
         outputs = [overlay, table, download]
-        picture.change(segment, [picture, threshold], outputs, api_name="segment")
-        threshold.release(segment, [picture, threshold], outputs, api_visibility="private")
+        image.change(segment, [image, threshold], outputs, api_name="segment")
+        threshold.release(segment, [image, threshold], outputs, api_visibility="private")
     return app
 
 

@@ -1,10 +1,10 @@
 """Answers requests to an Inference Endpoint of this repository by the image-segmentation contract.
 
-Request: `{"inputs": PICTURE, "parameters": {...}}`, or the picture's bytes as the body. PICTURE is a base64 text, a
-data URL, an http(s) address, bytes, or a PIL picture. Answer: `[{"label", "score", "mask"}]`, best first, masks as
-base64 PNG of the picture's size with 255 inside.
+Request: `{"inputs": IMAGE, "parameters": {...}}`, or the image's bytes as the body. IMAGE is a base64 text, a
+data URL, an http(s) address, bytes, or a PIL image. Answer: `[{"label", "score", "mask"}]`, best first, masks as
+base64 PNG of the image's size with 255 inside.
 
-Environment: MAX_PIXELS (default 50,000,000) is the largest picture, MAX_BYTES (default 50,000,000) the largest
+Environment: MAX_PIXELS (default 50,000,000) is the largest image, MAX_BYTES (default 50,000,000) the largest
 download. ALLOW_LOCAL_URLS=1 lets requests name addresses of the endpoint's own network, which is refused otherwise.
 Downloads take no proxy and no passwords from the environment.
 """
@@ -46,7 +46,7 @@ class EndpointHandler:
         self.model = model.to(self.device).eval()
 
     def __call__(self, data: dict | bytes) -> list[dict]:
-        """The instances of one picture.
+        """The instances of one image.
 
         Parameters of a request: `threshold` (0..1, default 0.3) is the least score; `mask_threshold` (0..1, default
         0.5) the least probability of a pixel; with `overlap_mask_area_threshold` (0..1) every pixel goes to the best
@@ -58,9 +58,9 @@ class EndpointHandler:
         if isinstance(data, (bytes, bytearray)):
             data = {"inputs": data}
         if not isinstance(data, dict) or data.get("inputs") is None:
-            raise ValueError('The request has no "inputs". Send {"inputs": PICTURE} or the bytes of a picture.')
+            raise ValueError('The request has no "inputs". Send {"inputs": IMAGE} or the bytes of an image.')
         options = read_parameters(data.get("parameters"))
-        image = read_picture(data["inputs"])
+        image = read_image(data["inputs"])
         inputs = self.processor(image, return_tensors="pt").to(self.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         with torch.inference_mode():
@@ -103,34 +103,34 @@ def read_parameters(given: dict | None) -> dict:
     return options
 
 
-def read_picture(source) -> Image.Image:
-    """An RGB picture, upright, from anything that a request may hold. Raises ValueError."""
+def read_image(source) -> Image.Image:
+    """An RGB image, upright, from anything that a request may hold. Raises ValueError."""
     if isinstance(source, str):
         source = read_text(source.strip())
     if isinstance(source, (bytes, bytearray)):
         try:
             source = Image.open(io.BytesIO(source), formats=FORMATS)
         except Image.DecompressionBombError as error:
-            raise ValueError(f"The picture is too large ({error}). Scale it down.") from error
+            raise ValueError(f"The image is too large ({error}). Scale it down.") from error
         except Exception as error:
             known = ", ".join(FORMATS)
-            raise ValueError(f"The {len(source):,} bytes sent are not a picture; {known} are read.") from error
+            raise ValueError(f"The {len(source):,} bytes sent are not an image; {known} are read.") from error
     if not isinstance(source, Image.Image):
-        raise ValueError(f'"inputs" is a {type(source).__name__}; one picture as text or bytes is needed.')
+        raise ValueError(f'"inputs" is a {type(source).__name__}; one image as text or bytes is needed.')
     limit = int(os.environ.get("MAX_PIXELS", "50000000"))
     if source.width * source.height > limit:  # known before a pixel is decoded
         raise ValueError(
-            f"The picture has {source.width} x {source.height} pixels, more than the {limit:,} that are taken here. "
+            f"The image has {source.width} x {source.height} pixels, more than the {limit:,} that are taken here. "
             "Scale it down, or set MAX_PIXELS of the endpoint."
         )
     try:
         return to_rgb(ImageOps.exif_transpose(source))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
-        raise ValueError(f"The picture is damaged and cannot be decoded ({error}).") from error
+        raise ValueError(f"The image is damaged and cannot be decoded ({error}).") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit grey is scaled, transparent pixels show white."""
+    """8-bit RGB: 16-bit gray is scaled, transparent pixels show white."""
     if image.mode == "I" or image.mode.startswith("I;"):
         deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
         image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
@@ -152,10 +152,10 @@ def read_text(text: str) -> bytes:
         content = base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(
-            f'"inputs" is neither an http(s) address nor correct base64 ({error}). Send the picture\'s bytes in base64.'
+            f'"inputs" is neither an http(s) address nor correct base64 ({error}). Send the image\'s bytes in base64.'
         ) from error
     if not content:
-        raise ValueError('"inputs" is empty. Send a picture.')
+        raise ValueError('"inputs" is empty. Send an image.')
     return content
 
 
@@ -174,7 +174,7 @@ def download(url: str) -> bytes:
                     response.close()
     except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
         raise ValueError(f"{shown} cannot be fetched ({error}). Check the address, or send the bytes.") from error
-    raise ValueError(f"{shown} redirects more than {MAX_REDIRECTS} times. Send the address of the picture itself.")
+    raise ValueError(f"{shown} redirects more than {MAX_REDIRECTS} times. Send the address of the image itself.")
 
 
 def request_to(client: httpx.Client, url: str) -> httpx.Request:
@@ -190,12 +190,12 @@ def read_answer(response: httpx.Response, shown: str, end: float) -> bytes:
     """The body as it is sent, so that nothing small unpacks to something large."""
     limit = int(os.environ.get("MAX_BYTES", "50000000"))
     if response.status_code != 200:
-        raise ValueError(f"{shown} answered {response.status_code}, not with a picture.")
+        raise ValueError(f"{shown} answered {response.status_code}, not with an image.")
     content = bytearray()
     for chunk in response.iter_raw():
         content += chunk
         if len(content) > limit:
-            raise ValueError(f"{shown} gives more than {limit:,} bytes. Send a smaller picture.")
+            raise ValueError(f"{shown} gives more than {limit:,} bytes. Send a smaller image.")
         if time.monotonic() > end:
             raise ValueError(f"{shown} takes more than {TIMEOUT} seconds. Send the bytes instead.")
     return bytes(content)

@@ -1,4 +1,4 @@
-"""The licence of weights, as their model card names it."""
+"""The license of weights, as their model card names it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 
-def weights_licence(name_or_path: str | os.PathLike[str]) -> str | None:
-    """The licence that the model card (README.md) of a folder or Hub repository names, such as "apache-2.0".
+def weights_license(name_or_path: str | os.PathLike[str]) -> str | None:
+    """The license that the model card (README.md) of a folder or Hub repository names, such as "apache-2.0".
 
     Returns None where there is no card, it names none, or it cannot be reached (offline): not known is not free.
     """
@@ -29,10 +29,10 @@ def weights_licence(name_or_path: str | os.PathLike[str]) -> str | None:
         card = None if found is None else Path(found)
     if card is None or not card.is_file():
         return None
-    return _licence_of_card(card.read_text(encoding="utf-8", errors="replace"))
+    return _license_of_card(card.read_text(encoding="utf-8", errors="replace"))
 
 
-def _licence_of_card(text: str) -> str | None:
+def _license_of_card(text: str) -> str | None:
     """`license` (or `license_name`, which says more where the former is "other") of a card's YAML head."""
     start, _, rest = text.partition("---\n")
     head, end, _ = rest.partition("\n---")
@@ -44,7 +44,7 @@ def _licence_of_card(text: str) -> str | None:
         return None
     if not isinstance(content, dict):
         return None
-    licence = content.get("license")
-    if licence in (None, "other"):
-        licence = content.get("license_name", licence)
-    return None if licence is None else str(licence)
+    license = content.get("license")
+    if license in (None, "other"):
+        license = content.get("license_name", license)
+    return None if license is None else str(license)

@@ -1,4 +1,4 @@
-"""docs/labelling.md: its commands have options and settings that exist, its Python runs."""
+"""docs/labeling.md: its commands have options and settings that exist, its Python runs."""
 
 import re
 import shlex
@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from labeling_helpers import picture_folder
+from labeling_helpers import image_folder
 
 from uplvp_hf.cli import VERBS
 from uplvp_hf.commands._label_build import describe_labeler, describe_namer, read_settings
 from uplvp_hf.commands.label import _default_namer, build_parser
 from uplvp_hf.labeling.class_map import read_class_map
 
-GUIDE = Path(__file__).parents[2] / "docs" / "labelling.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "labeling.md"
 TEXT = GUIDE.read_text().split("\n## Measured\n")[0]  # after that come tables and other commands
 
 
@@ -61,9 +61,9 @@ def test_python_and_class_map(tmp_path, monkeypatch):
 
     (tmp_path / "my_masks.py").write_text(next(block for block in blocks("python") if "my_masks.py" in block))
     monkeypatch.chdir(tmp_path)
-    pictures = picture_folder(tmp_path / "pictures", 1)
-    image = pictures.load_image(0)
-    (found,) = load_plugin("my_masks:bright_regions", {"level": 100})([image], pictures.rows)
+    images = image_folder(tmp_path / "images", 1)
+    image = images.load_image(0)
+    (found,) = load_plugin("my_masks:bright_regions", {"level": 100})([image], images.rows)
     assert (found.masks[0] == (np.asarray(image.convert("L")) > 100)).all()
     (tmp_path / "classes.yaml").write_text(blocks("yaml")[0])
     assert read_class_map(tmp_path / "classes.yaml")["bear"] == [294, 295, 296, 297]
