@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..models.errors import UserError
+
 # Where code bases keep the weights inside a checkpoint, in the order in which they are looked for.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
@@ -22,7 +24,7 @@ RESAVE = (
 )
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that cannot be read or converted; the message names the file and what to do."""
 
 

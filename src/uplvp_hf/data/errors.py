@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ..models.errors import UserError
 
-class DataError(ValueError):
+
+class DataError(UserError):
     """Data on disk, or handed in, that cannot be used.
 
     Args:

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models.errors import UserError
+
 X_AXES = {"epochs": "passes over the training images", "steps": "optimizer steps", "seconds": "seconds of training"}
 
 
-class CompareError(ValueError):
+class CompareError(UserError):
     """Runs that cannot be compared, or are no runs."""
 
 

@@ -9,10 +9,12 @@ import httpx
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
+from ..models.errors import UserError
+
 _AGAIN = "Run the same command again; large files that arrived whole are not sent twice."
 
 
-class HubError(OSError):
+class HubError(UserError, OSError):
     """A request to the Hub failed. The message says what happened and what to do; `__cause__` is the client's error."""
 
 

@@ -25,6 +25,8 @@ from typing import IO, Any
 
 from PIL import Image
 
+from ..models.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # no such lock on Windows
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm"}  # by Pillow's name of the format
 
 
-class StoreError(ValueError):
+class StoreError(UserError):
     """A store that cannot be written or continued; the message says which and what to do."""
 
 

@@ -6,11 +6,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..models.errors import UserError
 from .recipes_file import merge_settings, read_recipe
 from .settings_file import ConfigError, at_least, build_settings, choice, merge_words
 
 
-class TrainingAborted(RuntimeError):
+class TrainingAborted(UserError):
     """A run that was stopped because going on would not help; the message says why and what to change."""
 
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import yaml
 
+from ..models.errors import UserError
 
-class ConfigError(ValueError):
+
+class ConfigError(UserError):
     """A setting that does not exist or has a wrong type or value."""
 
 
