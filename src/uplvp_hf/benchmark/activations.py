@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from ..data import ImageError, InstanceDataset
+from ..models.errors import UserError
 
 GRID = 32  # cells a side of a map; every image is stretched to it
 
@@ -19,7 +20,7 @@ def query_activations(model: torch.nn.Module, processor, dataset: InstanceDatase
     """Mean mask probability (Q, 32, 32) of every query of a UPLVP model over the first `limit` images.
 
     The padding is cut off before an image's maps are stretched to the grid, so that a cell is a place relative to the
-    image. Raises ValueError when no image can be read.
+    image. Raises UserError when no image can be read.
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -38,7 +39,7 @@ def query_activations(model: torch.nn.Module, processor, dataset: InstanceDatase
         total, count = (maps if total is None else total + maps), count + 1
     model.train(was_training)
     if total is None:
-        raise ValueError("none of the images could be read")
+        raise UserError("none of the images could be read")
     return total / count
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..evaluation.compare import Arm, Comparison, Point
 from ..evaluation.compare_page import draw_curves, figure_bytes
 from ..files import replacing, write_text
+from ..models.errors import UserError
 from .claims import claims_table, judge
 from .rows import label_counts, labels_text
 
@@ -24,13 +25,13 @@ _BARS = "#0072B2"
 def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | None = None) -> str:
     """Writes results.md, and curves_*, ablation_* and, of `maps`, queries_*, as .svg and .png; returns the text.
 
-    maps: segmenter -> arm -> mean masks of the queries (Q, h, w). Raises ValueError for no rows.
+    maps: segmenter -> arm -> mean masks of the queries (Q, h, w). Raises UserError for no rows.
     """
     if not rows:
-        raise ValueError("no finished run, so there is nothing to show yet")
+        raise UserError("no finished run, so there is nothing to show yet")
     names = _in_order(rows, "benchmark")
     if len(names) > 1:
-        raise ValueError(f"rows of several benchmarks ({', '.join(names)}) are no comparison: draw one at a time")
+        raise UserError(f"rows of several benchmarks ({', '.join(names)}) are no comparison: draw one at a time")
     figures: dict[str, Figure] = {}
     for segmenter in _in_order(rows, "segmenter"):
         own = [row for row in rows if row["segmenter"] == segmenter]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ..evaluation.predictor import METRICS, evaluate_model, load_segmenter
 from ..files import write_json_lines
+from ..models.errors import UserError
 from ..training.build import build_data
 from ..training.config import TrainSettings
 from .activations import query_activations, spread
@@ -140,10 +141,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         try:
             row = json.loads(line)
             if not isinstance(row["metrics"]["AP"], float | None) or not isinstance(row["segmenter"], str):
-                raise ValueError("AP is no number")
+                raise UserError("AP is no number")
             rows.append(row)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no row of a benchmark ({error})") from error
+            raise UserError(f"{path}, line {number}: no row of a benchmark ({error})") from error
     return rows
 
 

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.errors import UserError
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -41,7 +43,7 @@ def _preview(arguments: argparse.Namespace) -> None:
     from uplvp_hf.training.config import load_settings
 
     if arguments.config is not None:
-        raise ValueError(
+        raise UserError(
             f"--config {arguments.config}: training reads no configurations of `datasets`; "
             "write the set with `uplvp data convert --config ...` and preview that"
         )
@@ -55,16 +57,16 @@ def _preview(arguments: argparse.Namespace) -> None:
 def write_preview(settings: TrainSettings, file: str, count: int = COUNT) -> None:
     """Writes `count` training samples of a run with these settings to an image file, and says so.
 
-    Raises ValueError for an unknown kind of file or a count below 1, ConfigError and DataError as training does.
+    Raises UserError for an unknown kind of file or a count below 1, ConfigError and DataError as training does.
     """
     from uplvp_hf.files import replacing
     from uplvp_hf.training.build import build_data, build_samples, with_image_settings
 
     suffix = Path(file).suffix.lower()
     if suffix not in _SUFFIXES:
-        raise ValueError(f"{file}: the name of a preview ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
+        raise UserError(f"{file}: the name of a preview ends in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}")
     if count < 1:
-        raise ValueError(f"--count must be at least 1, got {count}")
+        raise UserError(f"--count must be at least 1, got {count}")
     settings = with_image_settings(settings)
     rows, _ = build_data(settings.data)
     samples = build_samples(settings, rows)

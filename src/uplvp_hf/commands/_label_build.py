@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.errors import UserError
 from ._settings import Setting, check_name, coerce, read_assignments, read_options, settings_of, takes_anything
 
 # Options that are settings by another name; those of the clip labeler's recipes are checked against `RECIPE_KNOBS`.
@@ -80,7 +81,7 @@ def read_settings(args: argparse.Namespace, labeler: Part, namer: Part) -> tuple
     """Settings of the labeler and of the namer: from --options, --set and the options that are settings too.
 
     A name means the labeler's setting, or the namer's where only that has it; `namer.NAME` and `labeler.NAME` say
-    which. Raises ValueError for unknown names, names that both have, wrong values, and a setting given twice.
+    which. Raises UserError for unknown names, names that both have, wrong values, and a setting given twice.
     """
     parts = {"labeler": labeler, "namer": namer}
     found: dict[str, dict[str, Any]] = {"labeler": {}, "namer": {}}
@@ -88,7 +89,7 @@ def read_settings(args: argparse.Namespace, labeler: Part, namer: Part) -> tuple
     given = read_options(args.options) if args.options is not None else {}
     doubled = sorted(given.keys() & assigned.keys())
     if doubled:
-        raise ValueError(f"--set {doubled[0]} is also in --options; give it once")
+        raise UserError(f"--set {doubled[0]} is also in --options; give it once")
     for word, value in (given | assigned).items():
         owner, dot, name = word.partition(".")
         if not dot or owner not in parts:
@@ -105,7 +106,7 @@ def read_settings(args: argparse.Namespace, labeler: Part, namer: Part) -> tuple
 def _owner(name: str, labeler: Part, namer: Part) -> str:
     if name in labeler.settings and name in namer.settings:
         both = f"the {labeler.title} and the {namer.title} both have it"
-        raise ValueError(f"--set {name}: {both}; write labeler.{name} or namer.{name}")
+        raise UserError(f"--set {name}: {both}; write labeler.{name} or namer.{name}")
     if name in namer.settings:
         return "namer"
     if name not in labeler.settings and not labeler.anything:
@@ -115,7 +116,7 @@ def _owner(name: str, labeler: Part, namer: Part) -> str:
 
 def _put(values: dict[str, Any], name: str, value: Any, option: str) -> None:
     if name in values:
-        raise ValueError(f"{option}: the setting {name} is given twice")
+        raise UserError(f"{option}: the setting {name} is given twice")
     values[name] = value
 
 
@@ -135,7 +136,7 @@ def _add_shortcuts(args: argparse.Namespace, labeler: Part, namer: Part, found: 
         for name, recipe in RECIPE_KNOBS.items():
             if name in own and chosen != recipe:
                 option = f"--{name}" if getattr(args, name, None) is not None else f"--set {name}"
-                raise ValueError(f"{option} has no effect with --attention {chosen}; leave it out")
+                raise UserError(f"{option} has no effect with --attention {chosen}; leave it out")
     if args.template is not None:
         # A single word may be a preset or a file.
         value = args.template[0] if len(args.template) == 1 else list(args.template)
@@ -156,11 +157,11 @@ def _add_shortcuts(args: argparse.Namespace, labeler: Part, namer: Part, found: 
 def _has_effect(args: argparse.Namespace, name: str, effect: bool) -> None:
     if not effect:
         option = f"--{name.replace('_', '-')}"
-        raise ValueError(f"{option} has no effect with --labeler {args.labeler} --namer {args.namer}; leave it out")
+        raise UserError(f"{option} has no effect with --labeler {args.labeler} --namer {args.namer}; leave it out")
 
 
 def check_needs(args: argparse.Namespace, settings: dict[str, Any]) -> None:
-    """Raises ValueError for what the labeler and the namer need and did not get, and for files that nobody reads."""
+    """Raises UserError for what the labeler and the namer need and did not get, and for files that nobody reads."""
     names = NEEDS.get(args.labeler, ())
     uses_clip = args.namer == "clip" or (args.labeler == "clip" and args.features is None)
     uses_text = args.labeler == "clip" or args.namer == "clip"
@@ -180,17 +181,17 @@ def check_needs(args: argparse.Namespace, settings: dict[str, Any]) -> None:
             extra = " (or --features)" if name == "clip" and args.namer != "clip" else ""
             extra = " or --classifier" if name == "backbone" and "backbone" not in names else extra
             option = f"--{name.replace('_', '-')}{extra}"
-            raise ValueError(f"--labeler {args.labeler} with --namer {args.namer} needs {option}")
+            raise UserError(f"--labeler {args.labeler} with --namer {args.namer} needs {option}")
     if args.labeler == "clip" and args.features is not None and args.text_embeddings is None:
-        raise ValueError("--features needs --text-embeddings, the class names in the space of the same encoder")
+        raise UserError("--features needs --text-embeddings, the class names in the space of the same encoder")
     readers = {**needed, "features": args.labeler == "clip", "text_embeddings": uses_text, "classifier": classifies}
     for name, read in readers.items():
         if not read and getattr(args, name) is not None and name not in ("clip", "vocabulary", "backbone", "class_map"):
             _has_effect(args, name, False)
     if args.features_layout is not None and args.features is None:
-        raise ValueError("--features-layout has no effect without --features; leave it out")
+        raise UserError("--features-layout has no effect without --features; leave it out")
     if args.namer == "map" and args.labeler in ("saliency", "foreground", "ncut", "sam"):
-        raise ValueError(
+        raise UserError(
             f"--namer map: the {args.labeler} labeler has no classes of its own; use clip, classifier or none"
         )
     if args.dtype is not None and args.labeler in ("file", "segmenter") and args.namer in ("none", "map"):
@@ -215,7 +216,7 @@ class Builder:
             names = [text.split_synonyms(entry)[0] for entry in self.entries]
             lacking = [name for name in names if name not in self.class_map]
             if lacking:
-                raise ValueError(f"class map {args.class_map} has no entry for {lacking[0]!r} of the vocabulary")
+                raise UserError(f"class map {args.class_map} has no entry for {lacking[0]!r} of the vocabulary")
             self.class_map = {name: self.class_map[name] for name in names}
         self._clip = self._encoder = None
 

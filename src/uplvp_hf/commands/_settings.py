@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from ..models.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -113,33 +115,33 @@ def _kind(annotation: Any, constructor: Callable[..., Any]) -> Any:
 
 
 def read_options(text: str) -> dict[str, Any]:
-    """A JSON or YAML mapping, or the file that holds one. Raises ValueError when it is neither."""
+    """A JSON or YAML mapping, or the file that holds one. Raises UserError when it is neither."""
     where = f"--options {text}"
     if not text.lstrip().startswith("{"):
         try:
             with open(text, encoding="utf-8") as stream:
                 text = stream.read()
         except FileNotFoundError as error:
-            raise ValueError(f"{where}: no such file; give one, or a mapping such as '{{\"level\": 3}}'") from error
+            raise UserError(f"{where}: no such file; give one, or a mapping such as '{{\"level\": 3}}'") from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not JSON or YAML ({error})") from error
+        raise UserError(f"{where}: not JSON or YAML ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: must map names of settings to values")
+        raise UserError(f"{where}: must map names of settings to values")
     return {str(name): value for name, value in content.items()}
 
 
 def read_assignments(words: Sequence[str]) -> dict[str, Any]:
-    """{name: value} of NAME=VALUE words, values as YAML. Raises ValueError for other words and for a name twice."""
+    """{name: value} of NAME=VALUE words, values as YAML. Raises UserError for other words and for a name twice."""
     values: dict[str, Any] = {}
     for word in words:
         name, equals, text = word.partition("=")
         name = name.strip().replace("-", "_")
         if not equals or not name:
-            raise ValueError(f"--set {word}: write NAME=VALUE, such as --set top=20")
+            raise UserError(f"--set {word}: write NAME=VALUE, such as --set top=20")
         if name in values:
-            raise ValueError(f"--set {name} is given twice")
+            raise UserError(f"--set {name} is given twice")
         try:
             values[name] = yaml.safe_load(text) if text.strip() else ""
         except yaml.YAMLError:  # words such as {} or a: b
@@ -148,19 +150,19 @@ def read_assignments(words: Sequence[str]) -> dict[str, Any]:
 
 
 def check_name(name: str, known: Collection[str], owner: str) -> None:
-    """Raises ValueError for an unknown setting, with the nearest name and the list of all."""
+    """Raises UserError for an unknown setting, with the nearest name and the list of all."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
         listed = f"it has {', '.join(sorted(known))}" if known else "it has none"
-        raise ValueError(f"--set {name}: {owner} has no such setting.{hint} ({listed})")
+        raise UserError(f"--set {name}: {owner} has no such setting.{hint} ({listed})")
 
 
 def coerce(setting: Setting, value: Any) -> Any:
-    """`value` as the setting's kind wants it. Raises ValueError naming the setting, the kind and the value."""
+    """`value` as the setting's kind wants it. Raises UserError naming the setting, the kind and the value."""
     done, result = _as_kind(value, setting.kind)
     if not done:
-        raise ValueError(f"--set {setting.name}={value}: must be {setting.kind_text}, got {value!r}")
+        raise UserError(f"--set {setting.name}={value}: must be {setting.kind_text}, got {value!r}")
     return result
 
 

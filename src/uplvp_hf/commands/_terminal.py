@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ..models.errors import UserError
+
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -45,7 +47,7 @@ def run(command: str, work: Callable[[], None], verbose: bool = False, again: st
 
 
 def check_device(name: str | None) -> None:
-    """Raises ValueError, now rather than after everything was loaded, when torch cannot compute on this device."""
+    """Raises UserError, now rather than after everything was loaded, when torch cannot compute on this device."""
     if name is None:
         return
     import torch
@@ -53,7 +55,7 @@ def check_device(name: str | None) -> None:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def is_main_process() -> bool:

@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..models.errors import UserError
 from ._terminal import add_verbosity, run
 
 
@@ -58,9 +59,9 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     from uplvp_hf.benchmark.run import run_benchmark, show_plan
 
     if not (arguments.recipe or arguments.data):
-        raise ValueError("give --recipe, or --data for the recipe photos_cpu, or --rows")
+        raise UserError("give --recipe, or --data for the recipe photos_cpu, or --rows")
     if arguments.workers < 1:
-        raise ValueError("--workers must be at least 1")
+        raise UserError("--workers must be at least 1")
     benchmark = _load(arguments)
     if arguments.plan:
         print(show_plan(benchmark, output))
@@ -75,7 +76,7 @@ def _load(arguments: argparse.Namespace):
     for word in arguments.var:
         name, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"--var {word} is not of the form NAME=VALUE")
+            raise UserError(f"--var {word} is not of the form NAME=VALUE")
         variables[name] = value
     if arguments.data:
         variables["data"] = arguments.data

@@ -6,6 +6,7 @@ import argparse
 import glob
 from collections.abc import Sequence
 
+from ..models.errors import UserError
 from ._terminal import run
 
 
@@ -53,15 +54,15 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def read_arms(words: Sequence[str]) -> dict[str, list[str]]:
-    """{name: folders} of NAME=GLOB words. Raises ValueError for other words, a name twice and a glob without match."""
+    """{name: folders} of NAME=GLOB words. Raises UserError for other words, a name twice and a glob without match."""
     arms: dict[str, list[str]] = {}
     for word in words:
         name, equals, pattern = word.partition("=")
         if not equals or not name:
-            raise ValueError(f"--arm {word}: write NAME=GLOB, such as --arm 'scratch=runs/scratch_*'")
+            raise UserError(f"--arm {word}: write NAME=GLOB, such as --arm 'scratch=runs/scratch_*'")
         if name in arms:
-            raise ValueError(f"--arm {name} is given twice")
+            raise UserError(f"--arm {name} is given twice")
         arms[name] = sorted(glob.glob(pattern))
         if not arms[name]:
-            raise ValueError(f"--arm {word}: no folder matches {pattern}")
+            raise UserError(f"--arm {word}: no folder matches {pattern}")
     return arms

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from ..models.errors import UserError
 from ._terminal import run
 
 
@@ -46,7 +47,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     for pair in arguments.set:
         name, found, value = pair.partition("=")
         if not found:
-            raise ValueError(f"--set {pair}: write NAME=VALUE")
+            raise UserError(f"--set {pair}: write NAME=VALUE")
         settings[name] = yaml.safe_load(value)
     classes = None
     if arguments.classes is not None:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..models.errors import UserError
 from ._data_preview import add_preview
 from ._terminal import add_verbosity, run
 
@@ -122,7 +123,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data.manifest import take_split
 
     if arguments.unlabeled and arguments.subset:
-        raise ValueError("--subset needs the objects that --unlabeled leaves out; convert without one of them")
+        raise UserError("--subset needs the objects that --unlabeled leaves out; convert without one of them")
     dataset = load_source(arguments, unlabeled=arguments.unlabeled)
     if arguments.subset:
         dataset = take_split(dataset, arguments.subset)
@@ -174,7 +175,7 @@ def _split(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data.splits import KINDS, SplitSpec, parse_split
 
     if not arguments.output.endswith(".json"):
-        raise ValueError(f"--output {arguments.output}: the name of a manifest ends in .json")
+        raise UserError(f"--output {arguments.output}: the name of a manifest ends in .json")
     if arguments.name:
         spec = parse_split(arguments.name, arguments.seed)
         spec = replace(spec, stratified=spec.stratified or arguments.stratified, allow_fewer=arguments.allow_fewer)

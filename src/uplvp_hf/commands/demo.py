@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..models.errors import UserError
 from ._terminal import run
 
 
@@ -51,7 +52,7 @@ def _page(arguments: argparse.Namespace) -> None:
     try:
         app = load_app()
     except ImportError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     model, processor = load_shown(arguments.app)
     name = arguments.app.rstrip("/").split("/")[-1]
     page = app.build(model, processor, name)

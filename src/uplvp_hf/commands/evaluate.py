@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.errors import UserError
 from ._terminal import add_verbosity, check_device, run
 
 if TYPE_CHECKING:
@@ -106,12 +107,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.batch_size < 1:
-        raise ValueError("--batch-size must be at least 1")
+        raise UserError("--batch-size must be at least 1")
     for name in ("threshold", "mask_threshold"):
         if not 0 <= getattr(arguments, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be from 0 to 1")
+            raise UserError(f"--{name.replace('_', '-')} must be from 0 to 1")
     if arguments.report and not arguments.output:
-        raise ValueError("--report needs --output DIR to write the page to")
+        raise UserError("--report needs --output DIR to write the page to")
     check_device(arguments.device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..models.errors import UserError
 from ._terminal import run
 
 
@@ -39,9 +40,9 @@ def _export(arguments: argparse.Namespace) -> None:
     from uplvp_hf.export.formats import OPSET, export_model
 
     if arguments.size is not None and arguments.size < 32:
-        raise ValueError(f"--size {arguments.size} is too small: at least 32 pixels.")
+        raise UserError(f"--size {arguments.size} is too small: at least 32 pixels.")
     if arguments.opset is not None and arguments.format != "onnx":
-        raise ValueError("--opset is for --format onnx.")
+        raise UserError("--opset is for --format onnx.")
     model, processor = load_segmenter(arguments.model, "cpu")
     opset = OPSET if arguments.opset is None else arguments.opset
     done = export_model(

@@ -9,6 +9,7 @@ import os
 import sys
 from typing import Any
 
+from ..models.errors import UserError
 from ._terminal import add_verbosity, check_device, is_main_process
 from ._terminal import run as run_command
 
@@ -143,22 +144,22 @@ AFTERWARDS = ("images", "report", "truth", "export_coco", "export_parquet", "qui
 def _check(args: argparse.Namespace) -> None:
     if args.labeler not in LABELERS and ":" not in args.labeler:
         known = ", ".join(LABELERS)
-        raise ValueError(f"--labeler {args.labeler} is unknown; use {known}, or your own as my_package.module:factory")
+        raise UserError(f"--labeler {args.labeler} is unknown; use {known}, or your own as my_package.module:factory")
     if args.truth is not None and args.report is None:
-        raise ValueError("--truth is for the report; add --report")
+        raise UserError("--truth is for the report; add --report")
     if not 0 <= args.min_confidence <= 1:
-        raise ValueError(f"--min-confidence must be from 0 to 1, got {args.min_confidence}")
+        raise UserError(f"--min-confidence must be from 0 to 1, got {args.min_confidence}")
     for name in ("batch_size", "limit", "workers", "calibration_images"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if args.classifier_weights is not None and args.classifier is None:
-        raise ValueError("--classifier-weights has no effect without --classifier; use --backbone-weights")
+        raise UserError("--classifier-weights has no effect without --classifier; use --backbone-weights")
     if args.truth is not None and not os.path.exists(args.truth):
-        raise ValueError(f"--truth {args.truth}: no such file or folder")
+        raise UserError(f"--truth {args.truth}: no such file or folder")
     if args.images is None:
         swallowed = " (--report takes the next word as its path: write it last)" if args.report else ""
-        raise ValueError(f"no images are named{swallowed}")
+        raise UserError(f"no images are named{swallowed}")
 
 
 def _default_namer(labeler: str) -> str:
@@ -168,25 +169,25 @@ def _default_namer(labeler: str) -> str:
 
 
 def _afterwards_only(args: argparse.Namespace) -> bool:
-    """Whether an existing store is to be reported on or exported. Raises ValueError for what then has no effect."""
+    """Whether an existing store is to be reported on or exported. Raises UserError for what then has no effect."""
     if args.output is not None:
         return False
     asked = args.report is not None or args.export_coco is not None or args.export_parquet is not None
     if not asked or not os.path.isfile(os.path.join(args.images or "", "header.json")):
         store = " (without it, only a pseudo-label store can be reported on or exported)" if asked else ""
-        raise ValueError(f"--output is needed: the folder that the labels are written to{store}")
+        raise UserError(f"--output is needed: the folder that the labels are written to{store}")
     defaults = vars(build_parser().parse_args([]))
     for name, value in vars(args).items():
         if name not in AFTERWARDS and value != defaults[name]:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect on a finished store; name an --output to label")
+            raise UserError(f"--{name.replace('_', '-')} has no effect on a finished store; name an --output to label")
     return True
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Label, report, export; returns the summary. Raises ValueError and OSError for what the user can put right."""
+    """Label, report, export; returns the summary. Raises UserError and OSError for what the user can put right."""
     if args.images is not None and _afterwards_only(args):
         if args.truth is not None and args.report is None:
-            raise ValueError("--truth is for the report; add --report")
+            raise UserError("--truth is for the report; add --report")
         return {"output": args.images} | _write_more(args, args.images)
     args.labeler = args.labeler or "clip"
     args.namer = args.namer or ("map" if args.features and not args.clip else _default_namer(args.labeler))
@@ -239,9 +240,9 @@ def _classify(args: argparse.Namespace, names: dict[str, Any]) -> dict[str, Any]
     if args.classify is None:
         return {}
     if args.namer != "classifier":
-        raise ValueError(f"--classify has no effect with --namer {args.namer}; leave it out")
+        raise UserError(f"--classify has no effect with --namer {args.namer}; leave it out")
     if "mode" in names:
-        raise ValueError("--classify and --set namer.mode say the same; give one")
+        raise UserError("--classify and --set namer.mode say the same; give one")
     return {"mode": args.classify}
 
 
@@ -278,7 +279,7 @@ def _list_settings(args: argparse.Namespace) -> None:
 
     args.labeler = args.labeler or "clip"
     if args.labeler not in LABELERS and ":" not in args.labeler:
-        raise ValueError(f"--labeler {args.labeler} is unknown; use {', '.join(LABELERS)}, or module:factory")
+        raise UserError(f"--labeler {args.labeler} is unknown; use {', '.join(LABELERS)}, or module:factory")
     parts = [describe_labeler(args.labeler), describe_namer(args.namer or _default_namer(args.labeler))]
     for part in parts:
         print(describe(f"Settings of the {part.title}, for --set NAME=VALUE:", part.settings))

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..models.errors import UserError
 from ._terminal import add_verbosity, check_device, run
 
 if TYPE_CHECKING:
@@ -95,20 +96,20 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> Tiles | None:
-    """Raises ValueError for numbers that no run can use, before anything is read."""
+    """Raises UserError for numbers that no run can use, before anything is read."""
     from uplvp_hf.inference import Tiles
 
     if arguments.batch_size < 1 or not 0 <= arguments.threshold <= 1:
-        raise ValueError("--batch-size must be at least 1, and --threshold from 0 to 1")
+        raise UserError("--batch-size must be at least 1, and --threshold from 0 to 1")
     if arguments.top_k < 1 or not 0 < arguments.mask_threshold < 1:
-        raise ValueError("--top-k must be at least 1, and --mask-threshold between 0 and 1")
+        raise UserError("--top-k must be at least 1, and --mask-threshold between 0 and 1")
     for name in ("max_pixels", "max_bytes"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     if arguments.tiles is None:
         if arguments.overlap is not None or arguments.tiles_with_full:
-            raise ValueError("--overlap and --tiles-with-full need --tiles SIZE")
+            raise UserError("--overlap and --tiles-with-full need --tiles SIZE")
         return None
     share = {} if arguments.overlap is None else {"overlap": arguments.overlap}
     return Tiles(arguments.tiles, full=arguments.tiles_with_full, **share)

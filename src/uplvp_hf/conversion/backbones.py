@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.errors import UserError
 from .resnet import resnet_name
 
 # Where the code bases keep the network that is fine-tuned afterwards. The momentum encoder of MoCo is not it.
@@ -16,10 +17,10 @@ _HEADS = r"(fc|head|projection_head|prototypes|neck|queue|bn_neck)(\d*)\b.*"
 
 def split_backbone(state: dict[str, Tensor]) -> tuple[dict[str, tuple[str, Tensor]], dict[str, str]]:
     """The ResNet inside a checkpoint: {name in torchvision's terms: (original name, tensor)}, and what is left out
-    with the reason. Raises ValueError when there is no ResNet."""
+    with the reason. Raises UserError when there is no ResNet."""
     prefix = next((p for p in _PREFIXES if f"{p}layer1.0.conv1.weight" in state), None)
     if prefix is None:
-        raise ValueError(f"No ResNet in torchvision's names in this checkpoint; it begins with {list(state)[:3]}.")
+        raise UserError(f"No ResNet in torchvision's names in this checkpoint; it begins with {list(state)[:3]}.")
     inside, dropped = {}, {}
     for name, tensor in state.items():
         inner = name.removeprefix(prefix)
@@ -37,7 +38,7 @@ def split_backbone(state: dict[str, Tensor]) -> tuple[dict[str, tuple[str, Tenso
 def convert_resnet_backbone(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors of a transformers `ResNetBackbone`, and {original name: reason} of those left out. Nothing is copied.
 
-    Raises ValueError when there is no ResNet, or for tensors of the backbone that have no place.
+    Raises UserError when there is no ResNet, or for tensors of the backbone that have no place.
     """
     inside, dropped = split_backbone(state)
     converted, unknown = {}, []
@@ -48,7 +49,7 @@ def convert_resnet_backbone(state: dict[str, Tensor]) -> tuple[dict[str, Tensor]
         else:
             converted[ours] = tensor
     if unknown:
-        raise ValueError(f"{len(unknown)} tensors have no place in a ResNet: {', '.join(unknown[:5])}.")
+        raise UserError(f"{len(unknown)} tensors have no place in a ResNet: {', '.join(unknown[:5])}.")
     return converted, dropped
 
 
@@ -56,7 +57,7 @@ def resnet_config_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """Settings of `ResNetConfig` read off the tensors of a `ResNetBackbone` (names without prefix).
 
     The stride of a bottleneck block lies in its 3x3 convolution, as in torchvision; the weights cannot tell.
-    Raises ValueError for wide or grouped bottlenecks, which transformers' ResNet does not have.
+    Raises UserError for wide or grouped bottlenecks, which transformers' ResNet does not have.
     """
     stages: dict[int, set[int]] = {}
     for name in state:
@@ -68,7 +69,7 @@ def resnet_config_of(state: dict[str, Tensor]) -> dict[str, Any]:
     width = "encoder.stages.{}.layers.0.layer.{}.convolution.weight"
     inner, outer = state[f"{first}1.convolution.weight"], state[f"{first}{last}.convolution.weight"]
     if last == 2 and (outer.shape[0] != 4 * inner.shape[0] or inner.shape[0] != inner.shape[1]):
-        raise ValueError(
+        raise UserError(
             f"A bottleneck of {inner.shape[0]} and {outer.shape[0]} channels is wide or grouped; only plain ResNets "
             "(18, 34, 50, 101, 152 and shrunken ones) can be converted."
         )

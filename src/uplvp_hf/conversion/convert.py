@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..data.coco_classes import COCO_CLASSES
 from ..files import usual_rights, write_json
+from ..models.errors import UserError
 from .backbones import convert_resnet_backbone, resnet_config_of
 from .checkpoint_file import CheckpointError, detect_format, open_checkpoint
 from .detectron2 import convert_detectron2_mask2former
@@ -175,7 +176,7 @@ def convert_checkpoint(
     converted, FileExistsError for a folder with contents.
     """
     if kind not in ("instance", "pretraining", "segmenter"):
-        raise ValueError(f"kind `{kind}` is unknown: choose instance, pretraining or segmenter.")
+        raise UserError(f"kind `{kind}` is unknown: choose instance, pretraining or segmenter.")
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another folder.")
@@ -222,11 +223,11 @@ def _segmenter(source, form: _Format, kind: str, config, classes, category_ids, 
     found = form.infer(converted)
     if config is not None:
         if form.from_config is None:
-            raise ValueError("a configuration file is read for mmdetection's models only; leave it out.")
+            raise UserError("a configuration file is read for mmdetection's models only; leave it out.")
         try:
             found |= form.from_config(_read_config(config))
         except (KeyError, TypeError, IndexError) as error:
-            raise ValueError(f"configuration {config} is not that of such a model: {error!r}.") from error
+            raise UserError(f"configuration {config} is not that of such a model: {error!r}.") from error
     found |= settings or {}
     labels = _labels(found.pop("num_labels"), *classes)
     segmenter_config = {"model_type": form.model_type, **found}
@@ -294,7 +295,7 @@ def _load(model, converted: dict[str, Tensor]) -> None:
         if name not in wanted or wanted[name].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{len(wrong)} tensors do not fit the model that the settings describe: {', '.join(wrong[:5])}. "
             "Give the original's configuration, or settings."
         )
@@ -312,7 +313,7 @@ def _labels(count: int, classes: Sequence[str] | None, named: Sequence[str] | No
     if classes is None:
         classes = COCO_CLASSES if count == len(COCO_CLASSES) else [f"class {index}" for index in range(count)]
     if len(classes) != count:
-        raise ValueError(f"the checkpoint has {count} classes, {len(classes)} names were given.")
+        raise UserError(f"the checkpoint has {count} classes, {len(classes)} names were given.")
     return dict(enumerate(classes))
 
 
@@ -320,9 +321,9 @@ def _read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"configuration {path} is no readable JSON: {error}") from error
+        raise UserError(f"configuration {path} is no readable JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"configuration {path} must be a JSON object, this is a {type(content).__name__}.")
+        raise UserError(f"configuration {path} must be a JSON object, this is a {type(content).__name__}.")
     return content.get("model", content)
 
 

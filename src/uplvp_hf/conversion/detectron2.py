@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor
 
+from ..models.errors import UserError
 from .resnet import resnet_name
 
 _PIXEL = "model.pixel_level_module.decoder."
@@ -66,7 +67,7 @@ def torchvision_name(name: str) -> str:
 def convert_detectron2_mask2former(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of the original Mask2Former -> that of `Mask2FormerSegmenter`. No tensor is copied.
 
-    Raises ValueError naming the tensors that have no place in our model (other backbones than ResNet among them).
+    Raises UserError naming the tensors that have no place in our model (other backbones than ResNet among them).
     """
     converted: dict[str, Tensor] = {}
     unknown = []
@@ -76,7 +77,7 @@ def convert_detectron2_mask2former(state: dict[str, Tensor]) -> dict[str, Tensor
         if not found:
             unknown.append(name)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{len(unknown)} tensors have no place in a Mask2Former with a ResNet: {', '.join(unknown[:5])}"
             f"{', ...' if len(unknown) > 5 else ''}. Checkpoints with a Swin backbone are on the Hub as "
             "transformers models already (facebook/mask2former-swin-*)."

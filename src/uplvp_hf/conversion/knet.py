@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.errors import UserError
 from .resnet import resnet_config, resnet_name
 
 _STAGE = r"roi_head\.mask_head\.(\d+)\."
@@ -64,7 +65,7 @@ _UPDATE = {
 def convert_mmdet_knet(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of an original K-Net -> that of `KNetForInstanceSegmentation`. No tensor is copied.
 
-    `num_batches_tracked` of batch norms is left out. Raises ValueError naming every tensor that has no place in ours.
+    `num_batches_tracked` of batch norms is left out. Raises UserError naming every tensor that has no place in ours.
     """
     converted: dict[str, Tensor] = {}
     unknown = []
@@ -76,7 +77,7 @@ def convert_mmdet_knet(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not found:
             unknown.append(name)
     if unknown:
-        raise ValueError(f"{len(unknown)} tensors have no place in a K-Net with a ResNet: {', '.join(unknown)}.")
+        raise UserError(f"{len(unknown)} tensors have no place in a K-Net with a ResNet: {', '.join(unknown)}.")
     return converted
 
 
@@ -104,7 +105,7 @@ def _convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
 def config_from_mmdet_knet(config: dict[str, Any]) -> dict[str, Any]:
     """`model` section of an original K-Net configuration -> keyword arguments of `KNetConfig`.
 
-    Class maps are then trained as in the original (`semantic_targets="touched"`). Raises ValueError for a backbone
+    Class maps are then trained as in the original (`semantic_targets="touched"`). Raises UserError for a backbone
     other than ResNet, and for settings that our K-Net cannot take: panoptic heads, weak losses, other strides, kernels
     larger than 1 x 1, stages that differ.
     """
@@ -198,4 +199,4 @@ def _sizes(stage: dict[str, Any]) -> dict[str, Any]:
 
 def _require(what: str, found: Any, needed: Any) -> None:
     if found != needed:
-        raise ValueError(f"This K-Net cannot be converted: {what} must be {needed}, got {found}.")
+        raise UserError(f"This K-Net cannot be converted: {what} must be {needed}, got {found}.")

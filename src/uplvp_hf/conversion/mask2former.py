@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.errors import UserError
 from .resnet import resnet_config, resnet_name
 
 _ENCODER = "model.pixel_level_module.encoder."
@@ -53,7 +54,7 @@ def convert_mmdet_mask2former(state: dict[str, Tensor]) -> dict[str, Tensor]:
     What mmdetection does not store is absent from the result: `criterion.empty_weight` (follows from the configuration)
     and `num_batches_tracked` of batch norms.
 
-    Raises ValueError naming every tensor that has no place in our model.
+    Raises UserError naming every tensor that has no place in our model.
     """
     lateral = re.compile(r"panoptic_head\.pixel_decoder\.lateral_convs\.\d+\.conv\.weight")
     laterals = sum(bool(lateral.fullmatch(name)) for name in state)
@@ -67,7 +68,7 @@ def convert_mmdet_mask2former(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if not found:
             unknown.append(name)
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{len(unknown)} tensors have no place in a Mask2Former with a ResNet: {', '.join(unknown[:5])}"
             f"{', ...' if len(unknown) > 5 else ''}. Other backbones are not converted."
         )
@@ -116,7 +117,7 @@ def _layer_part(stack: str, layer: str, name: str, tensor: Tensor) -> dict[str, 
 def config_from_mmdet(config: dict[str, Any]) -> dict[str, Any]:
     """`model` section of an mmdetection Mask2Former configuration -> keyword arguments of `Mask2FormerConfig`.
 
-    Raises ValueError for a backbone other than ResNet, and for settings that transformers' Mask2Former cannot take:
+    Raises UserError for a backbone other than ResNet, and for settings that transformers' Mask2Former cannot take:
     other loss than matching weights, other than 32 groups, 3 levels or 4 sampling points a level.
     """
     head, train = config["panoptic_head"], config["train_cfg"]
@@ -160,4 +161,4 @@ def config_from_mmdet(config: dict[str, Any]) -> dict[str, Any]:
 
 def _require(what: str, found: Any, needed: Any) -> None:
     if found != needed:
-        raise ValueError(f"This Mask2Former cannot be converted: {what} must be {needed}, got {found}.")
+        raise UserError(f"This Mask2Former cannot be converted: {what} must be {needed}, got {found}.")

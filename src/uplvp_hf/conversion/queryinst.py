@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.errors import UserError
 from .resnet import resnet_config, resnet_name
 
 # Pattern over the whole name in mmdetection -> our name. \1, \2, ... are the groups.
@@ -45,7 +46,7 @@ _MASK_RULES = [
 def convert_mmdet_queryinst(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """State dict of an mmdetection QueryInst -> that of `QueryInstForInstanceSegmentation`. No tensor is copied.
 
-    `num_batches_tracked` of batch norms is left out. Raises ValueError naming every tensor that has no place in our
+    `num_batches_tracked` of batch norms is left out. Raises UserError naming every tensor that has no place in our
     model.
     """
     converted: dict[str, Tensor] = {}
@@ -59,7 +60,7 @@ def convert_mmdet_queryinst(state: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             converted[ours] = tensor
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{len(unknown)} tensors have no place in a QueryInst with a ResNet: {', '.join(unknown)}. Other backbones "
             "are not converted."
         )
@@ -101,7 +102,7 @@ def config_from_mmdet_queryinst(config: dict[str, Any]) -> dict[str, Any]:
     """`model` section of an mmdetection QueryInst configuration -> keyword arguments of `QueryInstConfig`.
 
     `num_labels` is among them. Padding is masked, unlike in mmdetection: set `mask_padding=False` for its very numbers
-    on padded batches. Raises ValueError for a backbone other than ResNet, and for settings that our model does not
+    on padded batches. Raises UserError for a backbone other than ResNet, and for settings that our model does not
     have: stages that differ, stage weights other than 1, class-agnostic masks, dropout, other losses.
     """
     head, train = config["roi_head"], config["train_cfg"]["rcnn"]
@@ -180,4 +181,4 @@ def _per_stage(entry: list | dict, stages: int) -> list:
 
 def _require(what: str, found: Any, needed: Any) -> None:
     if found != needed:
-        raise ValueError(f"This QueryInst cannot be converted: {what} must be {needed}, got {found}.")
+        raise UserError(f"This QueryInst cannot be converted: {what} must be {needed}, got {found}.")

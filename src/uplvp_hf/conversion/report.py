@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..models.errors import UserError
+
 INITIALIZED = "not in the checkpoint: initialized"
 
 
@@ -33,7 +35,7 @@ class ConversionReport:
         """From the tensors before and after, which share storage because converters copy nothing.
 
         model_names: every name of our model. missing_reason: {pattern end: reason} for expected gaps.
-        Raises ValueError when a tensor of `source` is neither converted nor dropped.
+        Raises UserError when a tensor of `source` is neither converted nor dropped.
         """
         owners: dict[int, list[str]] = {}
         for name, tensor in converted.items():
@@ -51,7 +53,7 @@ class ConversionReport:
             else:
                 lost.append(name)
         if lost:
-            raise ValueError(f"{len(lost)} tensors were neither converted nor dropped: {', '.join(lost[:5])}.")
+            raise UserError(f"{len(lost)} tensors were neither converted nor dropped: {', '.join(lost[:5])}.")
         for name in model_names:
             if name not in converted:
                 ends = [reason for end, reason in (missing_reason or {}).items() if name.endswith(end)]

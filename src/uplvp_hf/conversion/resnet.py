@@ -3,6 +3,8 @@
 import re
 from typing import Any
 
+from ..models.errors import UserError
+
 # depth -> (type of block in transformers, blocks a stage)
 RESNETS = {
     18: ("basic", [2, 2, 2, 2]),
@@ -42,15 +44,15 @@ def _block_part(name: str) -> str | None:
 def resnet_config(backbone: dict[str, Any]) -> dict[str, Any]:
     """`backbone` section of an mmdetection configuration -> settings of a transformers `ResNetConfig`.
 
-    Raises ValueError for another backbone than the ResNets of `RESNETS`, and for variants that transformers' ResNet
+    Raises UserError for another backbone than the ResNets of `RESNETS`, and for variants that transformers' ResNet
     does not have, some of which would leave no trace in the weights.
     """
     if backbone["type"] != "ResNet" or backbone.get("depth") not in RESNETS:
-        raise ValueError(f"Only ResNet {', '.join(map(str, RESNETS))} can be converted, got {backbone['type']}.")
+        raise UserError(f"Only ResNet {', '.join(map(str, RESNETS))} can be converted, got {backbone['type']}.")
     for name, plain in _PLAIN.items():
         value = backbone.get(name) or plain
         if (list(value) if isinstance(value, tuple) else value) != plain:
-            raise ValueError(f"This ResNet cannot be converted: {name} must be {plain}, got {value}.")
+            raise UserError(f"This ResNet cannot be converted: {name} must be {plain}, got {value}.")
     kind, depths = RESNETS[backbone["depth"]]
     width = backbone.get("base_channels", 64) * (4 if kind == "bottleneck" else 1)
     return {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..models.errors import UserError
 from .dataset import InstanceDataset
 from .errors import DataError
 from .fields import read_json, require, require_list, whole_number
@@ -82,7 +83,7 @@ def read_cityscapes(
     """
     folder = os.path.abspath(os.fspath(folder))
     if source not in (None, "instanceIds", "polygons"):
-        raise ValueError(f"source must be instanceIds or polygons, got {source!r}")
+        raise UserError(f"source must be instanceIds or polygons, got {source!r}")
     images = os.path.join(folder, "leftImg8bit")
     split = choose_split([name for name in _SPLITS if os.path.isdir(os.path.join(images, name))], split, folder)
     labeled = split in ("train", "val") and not unlabeled

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..models.errors import UserError
+
 
 def collate(
     samples: Sequence[dict[str, Any]], size_divisor: int = 32, pad_to: int | None = None, dense: bool = True
@@ -27,19 +29,19 @@ def collate(
         mask_labels, B tensors (N_b, H, W) bool, or B `InstanceMasks` of that shape; class_labels, B tensors (N_b,)
         int64; prompt_scores, B tensors (N_b,) float32; image_ids, a list of B.
 
-    Raises ValueError for an empty batch and for a sample that does not fit `pad_to`.
+    Raises UserError for an empty batch and for a sample that does not fit `pad_to`.
     """
     if len(samples) == 0:
-        raise ValueError("cannot collate an empty batch")
+        raise UserError("cannot collate an empty batch")
     height = max(sample["pixel_values"].shape[-2] for sample in samples)
     width = max(sample["pixel_values"].shape[-1] for sample in samples)
     if pad_to is None:
         height, width = -(-height // size_divisor) * size_divisor, -(-width // size_divisor) * size_divisor
     else:
         if pad_to % size_divisor:
-            raise ValueError(f"pad_to must be a multiple of size_divisor {size_divisor}, got {pad_to}")
+            raise UserError(f"pad_to must be a multiple of size_divisor {size_divisor}, got {pad_to}")
         if max(height, width) > pad_to:
-            raise ValueError(f"a sample of {height}x{width} pixels does not fit pad_to {pad_to}")
+            raise UserError(f"a sample of {height}x{width} pixels does not fit pad_to {pad_to}")
         height = width = pad_to
     pixel_values = torch.zeros((len(samples), 3, height, width), dtype=torch.float32)
     pixel_mask = torch.zeros((len(samples), height, width), dtype=torch.int64)

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
+from ..models.errors import UserError
+
 
 class Patch(NamedTuple):
     """One instance: its tight box on the canvas (pixels), and the run-length code of the mask inside."""
@@ -56,10 +58,10 @@ class InstanceMasks:
 
     @classmethod
     def from_dense(cls, masks: np.ndarray | torch.Tensor) -> InstanceMasks:
-        """From (N, height, width) bool masks. Raises ValueError for an empty one."""
+        """From (N, height, width) bool masks. Raises UserError for an empty one."""
         patches = [make_patch(np.asarray(mask)) for mask in masks]
         if None in patches:
-            raise ValueError(f"mask {patches.index(None)} of {len(patches)} is empty")
+            raise UserError(f"mask {patches.index(None)} of {len(patches)} is empty")
         return cls(masks.shape[1], masks.shape[2], tuple(patches))
 
     def __len__(self) -> int:
@@ -86,9 +88,9 @@ class InstanceMasks:
         return InstanceMasks(self.height, self.width, tuple(self.patches[index] for index in indices))
 
     def on_canvas(self, height: int, width: int) -> InstanceMasks:
-        """The same masks with the canvas extended at the bottom and the right. Raises ValueError for a smaller one."""
+        """The same masks with the canvas extended at the bottom and the right. Raises UserError for a smaller one."""
         if height < self.height or width < self.width:
-            raise ValueError(f"masks of {self.height}x{self.width} pixels do not fit a canvas of {height}x{width}")
+            raise UserError(f"masks of {self.height}x{self.width} pixels do not fit a canvas of {height}x{width}")
         return InstanceMasks(height, width, self.patches)
 
     def dense(self) -> torch.Tensor:

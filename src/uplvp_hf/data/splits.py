@@ -21,6 +21,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from ..models.errors import UserError
 from .dataset import InstanceDataset, Row
 from .errors import DataError
 
@@ -251,5 +252,5 @@ def sample_labels_per_class(
     `per_class` is below 1.
     """
     if per_class < 1:
-        raise ValueError(f"per_class must be at least 1, got {per_class}")
+        raise UserError(f"per_class must be at least 1, got {per_class}")
     return list(draw(Contents.of(dataset), SplitSpec("images", per_class, seed, allow_fewer=allow_fewer)))

@@ -23,6 +23,8 @@ from pycocotools import mask as coco_mask
 from uplvp_hf.data import drawing
 from uplvp_hf.files import write_json
 
+from ..models.errors import UserError
+
 BACKGROUND = "background"
 """Caption of an image without an object."""
 
@@ -101,12 +103,12 @@ def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: in
         Every instance shows at least `MIN_VISIBLE_AREA` px and `MIN_VISIBLE_FRACTION` of its full area.
 
     Raises:
-        ValueError: for a size below 48, or numbers of objects that are not 0 <= min_objects <= max_objects <= 12.
+        UserError: for a size below 48, or numbers of objects that are not 0 <= min_objects <= max_objects <= 12.
         RuntimeError: if `min_objects` objects do not fit, which takes many objects on a small image.
     """
     _check_size(size, least=48)
     if not 0 <= min_objects <= max_objects <= 12:
-        raise ValueError(
+        raise UserError(
             f"need 0 <= min_objects <= max_objects <= 12, got min_objects={min_objects}, max_objects={max_objects}"
         )
     rng = np.random.default_rng([seed, 0])
@@ -148,7 +150,7 @@ def make_object_crop(seed: int, size: int = 64) -> ObjectCrop:
         image (RGB), mask (size, size) bool, label (index into `CLASSES` or -1), caption (class name or "background").
 
     Raises:
-        ValueError: for a size below 32.
+        UserError: for a size below 32.
     """
     _check_size(size, least=32)
     rng = np.random.default_rng([seed, 1])
@@ -182,11 +184,11 @@ def write_scenes(folder: str | os.PathLike, count: int, seed: int, size: int = 1
     The annotations are written last, in one step, so a folder that has them is complete.
 
     Raises:
-        ValueError: for a count below 1, and as `make_scene`.
+        UserError: for a count below 1, and as `make_scene`.
         FileExistsError: when the folder already holds images or annotations.
     """
     if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+        raise UserError(f"count must be at least 1, got {count}")
     folder = Path(folder)
     images_dir, target = folder / "images", folder / "annotations" / "instances.json"
     if target.exists() or (images_dir.is_dir() and any(images_dir.iterdir())):
@@ -349,4 +351,4 @@ def _nth_seed(seed: int, index: int) -> int:
 
 def _check_size(size: int, least: int) -> None:
     if size < least:
-        raise ValueError(f"size must be at least {least} px, got {size}")
+        raise UserError(f"size must be at least {least} px, got {size}")

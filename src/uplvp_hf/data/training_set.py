@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..models.errors import UserError
 from .copy_paste import choose, paste
 from .dataset import InstanceDataset, LazyRows, Row
 from .errors import DataError, ImageError
@@ -53,13 +54,13 @@ class TrainingSet(torch.utils.data.Dataset):
         if len(dataset) == 0:
             raise DataError("there are no images to train on", file=dataset.name or None)
         if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+            raise UserError(f"seed must be >= 0, got {seed}")
         if max_instances < 1:
-            raise ValueError(f"max_instances must be >= 1, got {max_instances}")
+            raise UserError(f"max_instances must be >= 1, got {max_instances}")
         if not 0 <= copy_paste <= 1:
-            raise ValueError(f"copy_paste must be within 0 to 1, got {copy_paste}")
+            raise UserError(f"copy_paste must be within 0 to 1, got {copy_paste}")
         if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
-            raise ValueError(f"image_mean and image_std must be 3 numbers, std positive; got {image_mean}, {image_std}")
+            raise UserError(f"image_mean and image_std must be 3 numbers, std positive; got {image_mean}, {image_std}")
         self.dataset = dataset
         self.transform = transform
         self.label_map = label_map
@@ -96,7 +97,7 @@ class TrainingSet(torch.utils.data.Dataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentations of this epoch (>= 0); also reaches worker processes that are already running."""
         if epoch < 0:
-            raise ValueError(f"epoch must be >= 0, got {epoch}")
+            raise UserError(f"epoch must be >= 0, got {epoch}")
         self._epoch.fill_(epoch)
 
     @property

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
+from ..models.errors import UserError
 from .instance_masks import InstanceMasks
 from .rle import segmentation_to_rle
 from .window import Window
@@ -47,7 +48,7 @@ class TrainTransform:
         rotate_probability: of turning at all, 0 to 1.
         fill: RGB, 0 to 255, of what a turned image leaves empty.
 
-    Raises ValueError for an argument out of its range.
+    Raises UserError for an argument out of its range.
     """
 
     def __init__(
@@ -65,15 +66,15 @@ class TrainTransform:
         fill: tuple[int, int, int] = IMAGENET_MEAN,
     ) -> None:
         if size <= 0 or size % 32:
-            raise ValueError(f"size must be a positive multiple of 32, got {size}")
+            raise UserError(f"size must be a positive multiple of 32, got {size}")
         if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]:
-            raise ValueError(f"scale_range must be two positive numbers, the lower first, got {scale_range}")
+            raise UserError(f"scale_range must be two positive numbers, the lower first, got {scale_range}")
         if not 0 <= flip <= 1 or not 0 <= color_jitter <= 1:
-            raise ValueError(f"flip and color_jitter must be within 0 to 1, got {flip} and {color_jitter}")
+            raise UserError(f"flip and color_jitter must be within 0 to 1, got {flip} and {color_jitter}")
         if min_area < 1:
-            raise ValueError(f"min_area must be at least 1 pixel, got {min_area}")
+            raise UserError(f"min_area must be at least 1 pixel, got {min_area}")
         if not 0 <= rotate <= 45 or not 0 <= rotate_probability <= 1:
-            raise ValueError(
+            raise UserError(
                 f"rotate must be within 0 to 45 degrees and rotate_probability within 0 to 1, got {rotate} and "
                 f"{rotate_probability}"
             )
@@ -105,10 +106,10 @@ class TrainTransform:
             M instances kept, ascending. If every instance leaves the crop, up to 3 crops are tried and then the
             image stays, without instances.
 
-        Raises ValueError when `image` has another size, DataError for a malformed segmentation.
+        Raises UserError when `image` has another size, DataError for a malformed segmentation.
         """
         if image.size != (width, height):
-            raise ValueError(f"the image is {image.size[0]}x{image.size[1]}, the row says {width}x{height}")
+            raise UserError(f"the image is {image.size[0]}x{image.size[1]}, the row says {width}x{height}")
         rles = [segmentation_to_rle(segmentation, height, width) for segmentation in segmentations]
         for _ in range(_ATTEMPTS):
             window = self._draw_window(height, width, generator)
@@ -155,15 +156,15 @@ class TrainTransform:
 
 
 def _check_edges(short_edges: Sequence[int] | None, longest_edge: int | None, keep_ratio: bool) -> None:
-    """Raises ValueError unless the three fit together, see `TrainTransform`."""
+    """Raises UserError unless the three fit together, see `TrainTransform`."""
     if short_edges is None:
         if longest_edge is not None or not keep_ratio:
-            raise ValueError("longest_edge and keep_ratio=False belong to short_edges, which is not given")
+            raise UserError("longest_edge and keep_ratio=False belong to short_edges, which is not given")
         return
     if len(short_edges) not in (1, 2) or not 1 <= short_edges[0] <= short_edges[-1]:
-        raise ValueError(f"short_edges must be one or two positive numbers, the lower first, got {short_edges}")
+        raise UserError(f"short_edges must be one or two positive numbers, the lower first, got {short_edges}")
     if longest_edge is None:
         if not keep_ratio:
-            raise ValueError("keep_ratio=False needs longest_edge, the width of every image")
+            raise UserError("keep_ratio=False needs longest_edge, the width of every image")
     elif longest_edge < 1 or (keep_ratio and longest_edge < short_edges[-1]):
-        raise ValueError(f"longest_edge must be at least as long as short_edges {short_edges}, got {longest_edge}")
+        raise UserError(f"longest_edge must be at least as long as short_edges {short_edges}, got {longest_edge}")

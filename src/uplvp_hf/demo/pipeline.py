@@ -27,6 +27,7 @@ from ..data.synthetic import BACKGROUND, CLASSES, write_scenes
 from ..evaluation.predictor import evaluate_model, predict_dataset
 from ..files import write_json
 from ..labeling import ClipZeroShotNamer, DenseClipLabeler, label_images, load_clip, proposal_quality
+from ..models.errors import UserError
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation
 from ..training.config import TrainSettings, load_settings
 from ..training.loop import train
@@ -52,7 +53,7 @@ class DemoSizes:
 
     def scaled(self, factor: float) -> DemoSizes:
         if not 0 < factor <= 10:
-            raise ValueError(f"--scale must be above 0 and at most 10, got {factor}.")
+            raise UserError(f"--scale must be above 0 and at most 10, got {factor}.")
         return DemoSizes(**{name: max(4, round(value * factor)) for name, value in vars(self).items()})
 
 
@@ -88,11 +89,11 @@ def label_scenes(images: str, output: Path) -> dict[str, Any]:
 def claim_folder(folder: Path) -> None:
     """Makes the folder the demo's own. What an earlier demo wrote there is replaced, nothing else is touched.
 
-    Raises ValueError when it holds something and was not made by a demo.
+    Raises UserError when it holds something and was not made by a demo.
     """
     marker = folder / ".uplvp_demo"
     if folder.exists() and not marker.is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} holds something that is not a demo's: choose another --output or remove it.")
+        raise UserError(f"{folder} holds something that is not a demo's: choose another --output or remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
     for name in ("scenes", "labels", "pretrain", "model", "scratch", "scratch_equal_total"):

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..models.errors import UserError
 from .coco_map import AREA_RANGES, NAMES, CocoMaskMap, Curves, Image, check_image, mask_areas
 
 BACKENDS = ("streaming", "pycocotools", "hotcoco", "faster_coco_eval")
@@ -46,14 +47,14 @@ class Evaluator(Protocol):
 def resolve_backend(name: str) -> str:
     """The backend itself, "fastest" replaced by the first installed one of `FASTEST`.
 
-    Raises ValueError for an unknown name, or a package that is not installed.
+    Raises UserError for an unknown name, or a package that is not installed.
     """
     if name == "fastest":
         return next(backend for backend in FASTEST if _installed(backend))
     if name not in BACKENDS:
-        raise ValueError(f"There is no evaluation backend {name!r}, only {', '.join(BACKENDS)} and fastest.")
+        raise UserError(f"There is no evaluation backend {name!r}, only {', '.join(BACKENDS)} and fastest.")
     if not _installed(name):
-        raise ValueError(f"The evaluation backend {name!r} is not installed: pip install uplvp_hf[fast_eval]")
+        raise UserError(f"The evaluation backend {name!r} is not installed: pip install uplvp_hf[fast_eval]")
     return name
 
 
@@ -69,16 +70,16 @@ def make_evaluator(backend: str = "streaming", metric: str = "coco", across_clas
         metric: "coco", or "cityscapes" for the AP of the Cityscapes benchmark, which only is streamed.
         across_classes: whether class-agnostic numbers or details will be asked for. Without, streaming is faster.
 
-    Raises ValueError as `resolve_backend`, and for an unknown metric or one that the backend does not have.
+    Raises UserError as `resolve_backend`, and for an unknown metric or one that the backend does not have.
     """
     if metric == "cityscapes":
         from .cityscapes_ap import CityscapesAP
 
         if backend not in ("streaming", "fastest"):
-            raise ValueError(f"The backend {backend!r} has no Cityscapes AP; leave it at streaming.")
+            raise UserError(f"The backend {backend!r} has no Cityscapes AP; leave it at streaming.")
         return CityscapesAP()
     if metric != "coco":
-        raise ValueError(f"There is no metric {metric!r}, only coco and cityscapes.")
+        raise UserError(f"There is no metric {metric!r}, only coco and cityscapes.")
     backend = resolve_backend(backend)
     if backend != "streaming":
         return LibraryMap(backend)
@@ -102,7 +103,7 @@ class LibraryMap:
         return len(self._images)
 
     def add(self, *, prediction: dict, reference: dict) -> None:
-        """Keeps the run lengths of one image. Raises ValueError as `CocoMaskMap.add`."""
+        """Keeps the run lengths of one image. Raises UserError as `CocoMaskMap.add`."""
         found, truth, crowd, areas = check_image(prediction, reference)
         record = {
             "found": found,
@@ -120,16 +121,16 @@ class LibraryMap:
         return dict(self._images)
 
     def extend(self, records: dict[Any, dict[str, list]]) -> None:
-        """Adds the `records` of another process. Raises ValueError for an image that was added before."""
+        """Adds the `records` of another process. Raises UserError for an image that was added before."""
         for image_id, record in records.items():
             if image_id in self._images:
-                raise ValueError(f"Image {image_id!r} was added before. Call compute() between two runs.")
+                raise UserError(f"Image {image_id!r} was added before. Call compute() between two runs.")
             self._images[image_id] = record
 
     def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
         """As `CocoMaskMap.compute`."""
         if not self._images:
-            raise ValueError("No image was added: nothing to compute.")
+            raise UserError("No image was added: nothing to compute.")
         # The libraries know whole numbers as image ids only. Their order decides between equal scores.
         ordered = sorted(self._images.items(), key=lambda item: (isinstance(item[0], str), item[0]))
         records = [record for _, record in ordered]

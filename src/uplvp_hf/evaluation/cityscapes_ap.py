@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ..models.errors import UserError
 from .coco_map import check_image, mask_areas
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)  # as the benchmark builds them, to the bit
@@ -63,7 +64,7 @@ class CityscapesAP:
             reference: `image_id`, `category_id` (M), `segmentation` (M COCO RLEs), and optionally `iscrowd` (M, 1 for
                 a group) and `void` (COCO RLEs of regions that are not judged). Areas are those of the masks.
 
-        Raises ValueError as `CocoMaskMap.add`.
+        Raises UserError as `CocoMaskMap.add`.
         """
         self.extend({reference["image_id"]: _overlaps(prediction, reference)})
 
@@ -72,10 +73,10 @@ class CityscapesAP:
         return dict(self._images)
 
     def extend(self, records: dict[Any, Overlaps]) -> None:
-        """Adds the `records` of another process. Raises ValueError for an image that was added before."""
+        """Adds the `records` of another process. Raises UserError for an image that was added before."""
         for image_id, image in records.items():
             if image_id in self._images:
-                raise ValueError(f"Image {image_id!r} was added before. Call compute() between two runs.")
+                raise UserError(f"Image {image_id!r} was added before. Call compute() between two runs.")
             self._images[image_id] = image
 
     def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class CityscapesAP:
             {AP, AP50}, `curves` None. Annotations are those that count; small ones are in none of the counts.
         """
         if not self._images:
-            raise ValueError("No image was added: nothing to compute.")
+            raise UserError("No image was added: nothing to compute.")
         images, self._images = list(self._images.values()), {}
         table = _table([_one_class(image) for image in images] if class_agnostic else images)
         per_class = {category: row["AP"] for category, row in table.items() if row["AP"] is not None}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from uplvp_hf.files import replacing, write_json, writing
 
+from ..models.errors import UserError
 from .check import largest_differences, own_rounding
 from .program import INPUTS, OUTPUTS, canvas_of, trace
 
@@ -52,17 +53,17 @@ def export_model(
             with itself (`own_rounding`).
 
     Returns the content of `export.json`: format, file, canvas, inputs, outputs, versions, and differences if checked.
-    Raises ValueError for an unknown format, for a model that the format cannot hold, or for a folder that is in use.
+    Raises UserError for an unknown format, for a model that the format cannot hold, or for a folder that is in use.
     """
     directory = Path(directory)
     if form not in FILES:
-        raise ValueError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
+        raise UserError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
     if (kind := model.config.model_type) != "uplvp":  # Mask R-CNN: the number of its boxes depends on the image
-        raise ValueError(f"a `{kind}` model cannot be exported, only a `uplvp` one: Mask2Former, K-Net, QueryInst.")
+        raise UserError(f"a `{kind}` model cannot be exported, only a `uplvp` one: Mask2Former, K-Net, QueryInst.")
     if opset < MIN_OPSET:
-        raise ValueError(f"opset {opset} is too old: torch writes {MIN_OPSET} and later.")
+        raise UserError(f"opset {opset} is too old: torch writes {MIN_OPSET} and later.")
     if (directory / "config.json").is_file() and not (directory / DESCRIPTION).is_file():
-        raise ValueError(f"{directory} holds a model that was not exported, which would be lost: name another folder.")
+        raise UserError(f"{directory} holds a model that was not exported, which would be lost: name another folder.")
     model = model.eval().float().cpu()
     if form == "mask2former":
         return _write_mask2former(model, processor, directory, longest_edge, check)
@@ -112,7 +113,7 @@ def _save_onnx(program: torch.export.ExportedProgram, path: str, opset: int) -> 
         import onnxruntime  # noqa: F401 (a file that nothing here can run is of little use)
         import onnxscript  # noqa: F401 (torch's exporter is written with it)
     except ImportError as error:
-        raise ValueError(f"ONNX needs a package: pip install 'uplvp_hf[onnx]' ({error})") from error
+        raise UserError(f"ONNX needs a package: pip install 'uplvp_hf[onnx]' ({error})") from error
     # The exporter tells at length what it does, and at the level of warnings what it could not fold.
     logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [log.level for log in logs]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.errors import UserError
+
 INPUTS = ("pixel_values", "pixel_mask")
 # What post-processing reads of a model's output, in this order; those that a model has not are left out.
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "class_scores", "boxes", "roi_mask_logits")
@@ -37,7 +39,7 @@ def canvas_of(processor: Any, longest_edge: int | None = None) -> tuple[int, int
     """(height, width) that holds every image which `processor` resizes, a multiple of its `size_divisor`.
 
     longest_edge: in place of the processor's own size, which has to be given where it is not bounded (a shortest edge
-    alone). Raises ValueError without such a bound.
+    alone). Raises UserError without such a bound.
     """
     size = dict(processor.size)
     if longest_edge is not None:
@@ -47,7 +49,7 @@ def canvas_of(processor: Any, longest_edge: int | None = None) -> tuple[int, int
     elif size.get("longest_edge"):
         height = width = size["longest_edge"]
     else:
-        raise ValueError(f"size={size} does not bound the longer side of an image: give --size, such as --size 1024.")
+        raise UserError(f"size={size} does not bound the longer side of an image: give --size, such as --size 1024.")
     step = processor.size_divisor
     return math.ceil(height / step) * step, math.ceil(width / step) * step
 
@@ -55,11 +57,11 @@ def canvas_of(processor: Any, longest_edge: int | None = None) -> tuple[int, int
 def trace(model: nn.Module, canvas: tuple[int, int]) -> torch.export.ExportedProgram:
     """The graph of `TensorModel(model)` for any number of images on `canvas` (height, width).
 
-    The model is to be in evaluation mode, in float32, on the CPU. Raises ValueError where it is not.
+    The model is to be in evaluation mode, in float32, on the CPU. Raises UserError where it is not.
     """
     parameter = next(model.parameters())
     if model.training or parameter.dtype != torch.float32 or parameter.device.type != "cpu":
-        raise ValueError(f"export needs model.eval().float().cpu(); this is {parameter.dtype} on {parameter.device}.")
+        raise UserError(f"export needs model.eval().float().cpu(); this is {parameter.dtype} on {parameter.device}.")
     # Two images, because torch.export takes a size of 1 for a constant.
     pixel_values, pixel_mask = torch.zeros(2, 3, *canvas), torch.ones(2, *canvas, dtype=torch.int64)
     batch = torch.export.Dim("batch", min=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..models.errors import UserError
 from ..models.remote_code import OWN_MODELS
 from .run_record import base_model, earlier_stages, plain, public, read_json, settings_yaml, training_rows
 
@@ -144,7 +145,7 @@ def _results(repo_id: str, summary: dict[str, Any], metrics_file: str | os.PathL
     if not metrics:
         return None
     if "AP" not in metrics:
-        raise ValueError(
+        raise UserError(
             f"{metrics_file or 'training_summary.json'}: no 'AP', only {sorted(metrics)}. `uplvp evaluate` writes a "
             "metrics.json that has it."
         )

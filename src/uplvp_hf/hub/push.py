@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from ..files import check_model_name, new_folder
+from ..models.errors import UserError
 from ..models.remote_code import OWN_MODELS, add_code, without_code
 from .card import EXAMPLE_THRESHOLD, build_card
 from .errors import hub_errors
@@ -49,7 +50,7 @@ def prepare_folder(
 
     Raises:
         FileNotFoundError: if the model folder lacks a file. FileExistsError: if `output` holds something.
-        ValueError: for a `repo_id` that the Hub would not take, a link that leads out of the model folder, or examples
+        UserError: for a `repo_id` that the Hub would not take, a link that leads out of the model folder, or examples
             for a model of transformers.
     """
     model_dir, output = Path(model_dir), Path(output)
@@ -58,7 +59,7 @@ def prepare_folder(
     config = read_json(model_dir / "config.json")
     own = config.get("model_type") in OWN_MODELS
     if examples and not own:
-        raise ValueError(
+        raise UserError(
             f"{model_dir}: holds a `{config.get('model_type')}` model of transformers; examples are drawn with models "
             "of this library. Leave them out (`--example`)."
         )
@@ -103,7 +104,7 @@ def push_folder(
         repo_type: "model", or "space" for a folder of `prepare_space`.
 
     Raises:
-        HubError: for everything that the Hub or the connection refuses. ValueError: for a link, or a public repository.
+        HubError: for everything that the Hub or the connection refuses. UserError: for a link, or a public repository.
     """
     check_repo_id(repo_id)
     for file in Path(folder).rglob("*"):
@@ -115,7 +116,7 @@ def push_folder(
             repo_id, private=private, exist_ok=True, repo_type=repo_type, space_sdk="gradio" if is_space else None
         )
         if private and not api.repo_info(repo_id, repo_type=repo_type).private:
-            raise ValueError(f"{repo_id} exists and is public; make it private in its settings first.")
+            raise UserError(f"{repo_id} exists and is public; make it private in its settings first.")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=repo_type)
         commit = api.upload_folder(
@@ -143,19 +144,19 @@ def load_shown(name: str | os.PathLike) -> tuple[Any, Any]:
 
 
 def check_inside(file: Path, folder: Path) -> None:
-    """Raises ValueError for a link, or a name with `..`, that leads out of `folder`."""
+    """Raises UserError for a link, or a name with `..`, that leads out of `folder`."""
     if not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{file} leads out of {folder}, to {file.resolve()}. Put a copy in its place.")
+        raise UserError(f"{file} leads out of {folder}, to {file.resolve()}. Put a copy in its place.")
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises ValueError unless it has the form USER/NAME, in letters that the Hub takes."""
+    """Raises UserError unless it has the form USER/NAME, in letters that the Hub takes."""
     if repo_id.count("/") != 1:
-        raise ValueError(f"repo id {repo_id!r} is not of the form USER/NAME.")
+        raise UserError(f"repo id {repo_id!r} is not of the form USER/NAME.")
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo id {repo_id!r} is not of the form USER/NAME: {' '.join(str(error).split())}") from error
+        raise UserError(f"repo id {repo_id!r} is not of the form USER/NAME: {' '.join(str(error).split())}") from error
 
 
 def _weights(model_dir: Path) -> list[Path]:

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from ..models.errors import UserError
+
 Rows = list[tuple[str, Any]]
 
 
@@ -25,9 +27,9 @@ def read_json(path: Path, optional: bool = False, what: str = "a model folder ho
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; {what}.") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}).") from None
+        raise UserError(f"{path}: not JSON ({error}).") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: a JSON object is needed, this is a {type(content).__name__}.")
+        raise UserError(f"{path}: a JSON object is needed, this is a {type(content).__name__}.")
     return content
 
 

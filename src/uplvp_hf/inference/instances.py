@@ -13,6 +13,8 @@ from torch import Tensor
 
 from uplvp_hf.data import decode_segmentation, encode_mask, rle_areas, rle_boxes
 
+from ..models.errors import UserError
+
 if TYPE_CHECKING:
     import supervision
 
@@ -132,7 +134,7 @@ class Instances:
         from uplvp_hf.evaluation.visualize import draw_instances
 
         if (image.height, image.width) != tuple(self.size):
-            raise ValueError(f"instances of an image of {self.size}, drawn on {(image.height, image.width)}.")
+            raise UserError(f"instances of an image of {self.size}, drawn on {(image.height, image.width)}.")
         names = dict(zip(self.labels.tolist(), self.names, strict=True))
         rles, scale = self.rle, longest_edge / max(image.size)
         if scale < 1:

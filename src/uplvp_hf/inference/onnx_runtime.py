@@ -11,28 +11,30 @@ from torch import Tensor, nn
 
 from uplvp_hf.models.modeling_uplvp import UplvpOutput
 
+from ..models.errors import UserError
+
 
 def open_session(file: str | os.PathLike[str], device: str | torch.device | None = None) -> Any:
     """An `onnxruntime.InferenceSession`: on CUDA where `device` says so and onnxruntime was built for it, else the CPU.
 
-    Raises ValueError without onnxruntime, or for a file that it cannot run.
+    Raises UserError without onnxruntime, or for a file that it cannot run.
     """
     try:
         import onnxruntime
     except ImportError as error:
-        raise ValueError(f"{os.fspath(file)} needs onnxruntime: pip install 'uplvp_hf[onnx]'") from error
+        raise UserError(f"{os.fspath(file)} needs onnxruntime: pip install 'uplvp_hf[onnx]'") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
     wanted = ["CPUExecutionProvider"]
     if device is not None and torch.device(device).type == "cuda":
         if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise ValueError(f"onnxruntime has no CUDA here ({device}): pip install onnxruntime-gpu, or use the CPU.")
+            raise UserError(f"onnxruntime has no CUDA here ({device}): pip install onnxruntime-gpu, or use the CPU.")
         wanted.insert(0, ("CUDAExecutionProvider", {"device_id": torch.device(device).index or 0}))
     try:
         return onnxruntime.InferenceSession(os.fspath(file), options, providers=wanted)
     except Exception as error:  # onnxruntime raises classes of its own, all plain exceptions
-        raise ValueError(f"{os.fspath(file)} cannot be run: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{os.fspath(file)} cannot be run: {str(error).splitlines()[0]}") from error
 
 
 def run_session(session: Any, pixel_values: Tensor, pixel_mask: Tensor) -> dict[str, Tensor]:
@@ -70,7 +72,7 @@ class OnnxSegmenter(nn.Module):
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **unused) -> UplvpOutput:
         """pixel_values (B, 3, H, W) with H, W = `canvas`; pixel_mask (B, H, W), default: no padding."""
         if tuple(pixel_values.shape[-2:]) != self.canvas:
-            raise ValueError(
+            raise UserError(
                 f"images of {tuple(pixel_values.shape[-2:])} for a model exported at {self.canvas} (height, width): "
                 "use the image processor in its folder, or export with another --size."
             )

@@ -17,6 +17,7 @@ from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, empty_obj
 from uplvp_hf.data.dataset import LazyRows
 from uplvp_hf.evaluation import load_segmenter, predict_dataset
 
+from ..models.errors import UserError
 from .download import LIMITS, Limits, is_url
 from .instances import Instances, instances_of
 from .sources import MAX_PIXELS, check_pixels, find_images, pixels_unbounded
@@ -136,7 +137,7 @@ class Predictor:
         limits: Limits = LIMITS,
     ):
         if batch_size < 1 or max_pixels < 1:
-            raise ValueError(f"batch_size {batch_size} and max_pixels {max_pixels} must be at least 1.")
+            raise UserError(f"batch_size {batch_size} and max_pixels {max_pixels} must be at least 1.")
         self.model, self.processor = model, processor
         self.batch_size, self.max_pixels, self.limits = batch_size, max_pixels, limits
 
@@ -167,7 +168,7 @@ class Predictor:
         Raises ImageError for an image that cannot be read or is too large, ValueError for values out of range.
         """
         if not 0 <= threshold <= 1 or not 0 < mask_threshold < 1 or top_k < 1:
-            raise ValueError(f"out of range: threshold {threshold}, mask_threshold {mask_threshold} or top_k {top_k}.")
+            raise UserError(f"out of range: threshold {threshold}, mask_threshold {mask_threshold} or top_k {top_k}.")
         single = isinstance(images, _IMAGES)
         inputs = [images] if single else list(images)
         tiles = Tiles(tiles) if isinstance(tiles, int) else tiles
@@ -192,7 +193,7 @@ class Predictor:
     def _row(self, image: ImageInput, number: int, folder: str) -> Row:
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(f"an array must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}.")
+                raise UserError(f"an array must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}.")
             image = Image.fromarray(image)
         if isinstance(image, Image.Image):
             check_pixels(image.size, self.max_pixels, f"images[{number}]")

@@ -19,6 +19,7 @@ from PIL import Image
 from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, empty_objects, image_size, read_image_folder
 from uplvp_hf.files import replacing
 
+from ..models.errors import UserError
 from .download import LIMITS, Limits, fetch_image, is_url
 
 # 100 million: 300 MB as RGB. A small file can claim billions.
@@ -149,7 +150,7 @@ def _rows_of_files(files: Sequence[tuple[str | Path | ImageError, str]]) -> Inst
 def _fetch_all(urls: Sequence[str], folder: str | os.PathLike[str] | None, limits: Limits) -> dict:
     """File of every address, or the ImageError that came in place of it."""
     if urls and folder is None:
-        raise ValueError(f"{urls[0]}: addresses need a folder for downloads.")
+        raise UserError(f"{urls[0]}: addresses need a folder for downloads.")
 
     def fetch(url: str) -> Path | ImageError:
         # Named after the address by a hash: nothing in an address can lead out of the folder.

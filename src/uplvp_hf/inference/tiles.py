@@ -19,6 +19,8 @@ from pycocotools import mask as coco_mask
 
 from uplvp_hf.data import rle_areas, rle_boxes
 
+from ..models.errors import UserError
+
 Window = tuple[int, int, int, int]  # x1, y1, x2, y2 in pixels, ends exclusive
 
 
@@ -32,7 +34,7 @@ class Tiles:
     least intersection over union of two masks of one class, within both windows, that makes them one instance.
     contained: a piece that its window cut off is left out when this share of it lies in another instance of its class.
 
-    Raises ValueError for values out of range.
+    Raises UserError for values out of range.
     """
 
     size: int
@@ -43,11 +45,11 @@ class Tiles:
 
     def __post_init__(self) -> None:
         if self.size < 32:
-            raise ValueError(f"tiles of {self.size} pixels are too small: at least 32.")
+            raise UserError(f"tiles of {self.size} pixels are too small: at least 32.")
         if not 0 < self.overlap < 0.9:
-            raise ValueError(f"an overlap of {self.overlap} is not between 0 and 0.9; both excluded.")
+            raise UserError(f"an overlap of {self.overlap} is not between 0 and 0.9; both excluded.")
         if not 0 < self.agreement <= 1 or not 0 < self.contained <= 1:
-            raise ValueError(f"agreement {self.agreement} and contained {self.contained} must be above 0, at most 1.")
+            raise UserError(f"agreement {self.agreement} and contained {self.contained} must be above 0, at most 1.")
 
     def windows(self, width: int, height: int) -> list[Window]:
         """Windows that cover the image, row by row; the whole image alone where it fits into one, and last where

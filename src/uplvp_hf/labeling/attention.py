@@ -35,6 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..models.errors import UserError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -45,7 +47,7 @@ class Recipe:
     adaptive one. key_smoothing: replace every patch's feature by the mean of all, weighted with the positive cosines of
     the last block's keys (after MaskCLIP); not for gem and proxy.
 
-    Raises ValueError for an unknown name or a knob out of range.
+    Raises UserError for an unknown name or a knob out of range.
     """
 
     attention: str = "naclip"
@@ -60,13 +62,13 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.attention not in RECIPES:
-            raise ValueError(f"attention {self.attention!r} is unknown; use one of {', '.join(RECIPES)}")
+            raise UserError(f"attention {self.attention!r} is unknown; use one of {', '.join(RECIPES)}")
         if not self.sigma > 0:
-            raise ValueError(f"sigma {self.sigma} is no width of a gaussian; use patches above 0 (NACLIP's is 5)")
+            raise UserError(f"sigma {self.sigma} is no width of a gaussian; use patches above 0 (NACLIP's is 5)")
         if self.gem_depth < 1 or self.gem_iterations < 0:
-            raise ValueError("gem_depth must be at least 1 and gem_iterations at least 0")
+            raise UserError("gem_depth must be at least 1 and gem_iterations at least 0")
         if self.key_smoothing and self.attention in ("gem", "proxy"):
-            raise ValueError(f"key_smoothing goes with the one-block recipes, not with {self.attention}")
+            raise UserError(f"key_smoothing goes with the one-block recipes, not with {self.attention}")
 
 
 @dataclass(frozen=True)
@@ -209,9 +211,9 @@ def gem(blocks: Sequence[nn.Module], x: torch.Tensor, layout: Layout, recipe: Re
 
 
 def proxy(blocks: Sequence[nn.Module], x: torch.Tensor, layout: Layout, recipe: Recipe):
-    """Another backbone says which patches belong together. Raises ValueError without its features."""
+    """Another backbone says which patches belong together. Raises UserError without its features."""
     if layout.guide is None:
-        raise ValueError("attention 'proxy' needs the features of another backbone: give a guide encoder")
+        raise UserError("attention 'proxy' needs the features of another backbone: give a guide encoder")
     layer = blocks[-1].self_attn
     value = layer.v_proj(blocks[-1].layer_norm1(x[:, layout.prefix :])).float()
     size = tuple(layout.guide.shape[-2:])

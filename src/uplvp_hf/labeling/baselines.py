@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.rows import Row
+from ..models.errors import UserError
 from .instances import Proposals
 from .protocol import LabelerBase
 
@@ -16,7 +17,7 @@ from .protocol import LabelerBase
 class CenterBoxLabeler(LabelerBase):
     """One box in the middle of every image. Class-agnostic.
 
-    side: of the box, as a share of the image's sides. Raises ValueError for a share outside of (0, 1].
+    side: of the box, as a share of the image's sides. Raises UserError for a share outside of (0, 1].
     """
 
     name = "center_box"
@@ -24,7 +25,7 @@ class CenterBoxLabeler(LabelerBase):
 
     def __init__(self, side: float = 0.5**0.5) -> None:
         if not 0 < side <= 1:
-            raise ValueError(f"center box: a side of {side} is no share of the image; use more than 0, at most 1")
+            raise UserError(f"center box: a side of {side} is no share of the image; use more than 0, at most 1")
         self.side = side
 
     @property

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from ..models.errors import UserError
+
 _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
 
 ClassMap = dict[str, list[int | str]]
@@ -19,17 +21,17 @@ def read_class_map(path: str | os.PathLike[str]) -> ClassMap:
 
     An entry may be an index (294), an inclusive range of indices (294-297), a class name of the classifier
     (brown bear), or a list of these. Names are resolved by `resolve_class_map`, which knows the classifier.
-    Raises ValueError naming the file and the entry.
+    Raises UserError naming the file and the entry.
     """
     try:
         with open(path, encoding="utf-8") as stream:
             content = yaml.safe_load(stream)
     except FileNotFoundError as error:
-        raise ValueError(f"class map {path}: no such file") from error
+        raise UserError(f"class map {path}: no such file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"class map {path}: not YAML or JSON ({error})") from error
+        raise UserError(f"class map {path}: not YAML or JSON ({error})") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"class map {path}: must map class names to classes, such as 'bear: [294, brown bear]'")
+        raise UserError(f"class map {path}: must map class names to classes, such as 'bear: [294, brown bear]'")
     return {str(name): _entries(value, f"class map {path}, {str(name)!r}") for name, value in content.items()}
 
 
@@ -44,16 +46,16 @@ def _entries(value: object, where: str) -> list[int | str]:
         elif isinstance(text, str) and (match := _RANGE.fullmatch(text)):
             low, high = int(match[1]), int(match[2])
             if low > high:
-                raise ValueError(f"{where}: the range {text} is empty; write the smaller index first")
+                raise UserError(f"{where}: the range {text} is empty; write the smaller index first")
             entries.extend(range(low, high + 1))
         elif isinstance(text, str) and text:
             entries.append(text)
         else:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {part!r} is neither an index such as 294, nor a range such as 294-297, nor a class name"
             )
     if not entries:
-        raise ValueError(f"{where}: no class of the classifier")
+        raise UserError(f"{where}: no class of the classifier")
     return entries
 
 
@@ -72,7 +74,7 @@ def resolve_class_map(
             between commas ("tench, Tinca tinca"). Case does not matter.
         classifier: its name, for messages.
 
-    Raises ValueError naming the class for an index beyond the classifier's classes, for a name that it does not have
+    Raises UserError naming the class for an index beyond the classifier's classes, for a name that it does not have
     or has twice, for names where it has none, and for a class of the classifier that two classes claim.
     """
     places = _places(id2label or {})
@@ -81,11 +83,11 @@ def resolve_class_map(
     for name, entries in class_map.items():
         indices = sorted({_index(entry, name, num_classes, places, classifier) for entry in entries})
         if not indices:
-            raise ValueError(f"class map, {name!r}: no class of {classifier}")
+            raise UserError(f"class map, {name!r}: no class of {classifier}")
         for index in indices:
             if index in owner:
                 label = f" ({id2label[index]})" if id2label else ""
-                raise ValueError(f"class map: {name!r} and {owner[index]!r} both claim class {index}{label}")
+                raise UserError(f"class map: {name!r} and {owner[index]!r} both claim class {index}{label}")
             owner[index] = name
         resolved[name] = indices
     return resolved
@@ -105,19 +107,19 @@ def _places(id2label: Mapping[int, str]) -> dict[str, list[int]]:
 def _index(entry: int | str, name: str, num_classes: int, places: Mapping[str, Sequence[int]], classifier: str) -> int:
     if isinstance(entry, int):
         if not 0 <= entry < num_classes:
-            raise ValueError(f"class map, {name!r}: {classifier} has no class {entry}, only 0 to {num_classes - 1}")
+            raise UserError(f"class map, {name!r}: {classifier} has no class {entry}, only 0 to {num_classes - 1}")
         return entry
     if not places:
-        raise ValueError(
+        raise UserError(
             f"class map, {name!r}: {entry!r} is a name, but {classifier} comes without class names; give its index"
         )
     found = places.get(entry.strip().lower(), [])
     if not found:
         near = difflib.get_close_matches(entry.strip().lower(), places, n=3)
         hint = f"; it has {', '.join(near)}" if near else ""
-        raise ValueError(f"class map, {name!r}: {classifier} has no class named {entry!r}{hint}")
+        raise UserError(f"class map, {name!r}: {classifier} has no class named {entry!r}{hint}")
     if len(found) > 1:
-        raise ValueError(
+        raise UserError(
             f"class map, {name!r}: {classifier} has {len(found)} classes named {entry!r}, {found}; give the index"
         )
     return found[0]

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from ..models.errors import UserError
 from .license import weights_license
 from .pixels import images_to_pixels
 from .text import encode_texts
@@ -117,9 +118,9 @@ class Clip:
 
     @torch.inference_mode()
     def encode_texts(self, prompts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """Embeddings of prompts, not normalized: (N, D) float32. Raises ValueError without a text tower."""
+        """Embeddings of prompts, not normalized: (N, D) float32. Raises UserError without a text tower."""
         if self.tokenizer is None or not hasattr(self.model, "text_model"):
-            raise ValueError(f"{self.name} was loaded without its text tower; give precomputed text embeddings")
+            raise UserError(f"{self.name} was loaded without its text tower; give precomputed text embeddings")
         return encode_texts(self.model, self.tokenizer, prompts, batch_size)
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -176,7 +177,7 @@ def load_clip(
     Mean and standard deviation: the arguments, else the preprocessor configuration beside the model, else the family's.
     A file `labeling.json` beside the model, a mapping of names to values, holds settings of the dense labeler that were
     measured to suit this encoder; `DenseClipLabeler` takes them where it is given nothing.
-    Raises ValueError when it is another kind of model, its checkpoint lacks tensors, or `labeling.json` is no mapping;
+    Raises UserError when it is another kind of model, its checkpoint lacks tensors, or `labeling.json` is no mapping;
     OSError when it cannot be found.
     """
     import transformers
@@ -184,13 +185,13 @@ def load_clip(
     config = transformers.AutoConfig.from_pretrained(name_or_path)
     kind = config.model_type.removesuffix("_vision_model")
     if kind not in FAMILIES:
-        raise ValueError(
+        raise UserError(
             f"{name_or_path} is a {kind} model; the clip labeler reads {', '.join(FAMILIES)} (for other encoders, give "
             "precomputed features and text embeddings)"
         )
     both, vision_only, family_mean, family_std = FAMILIES[kind]
     if text_tower and not hasattr(config, "text_config"):
-        raise ValueError(f"{name_or_path} has no text tower; load it with text_tower=False")
+        raise UserError(f"{name_or_path} has no text tower; load it with text_tower=False")
     if not text_tower and hasattr(config, "vision_config"):
         # transformers reads the vision configuration's own projection_dim, which checkpoints leave at its default.
         width = getattr(config, "projection_dim", None)
@@ -201,7 +202,7 @@ def load_clip(
     model, info = loader.from_pretrained(name_or_path, config=config, output_loading_info=True, dtype=_dtype(dtype))
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ValueError(f"{name_or_path}: {len(missing)} tensors are not in the checkpoint, such as {missing[:3]}")
+        raise UserError(f"{name_or_path}: {len(missing)} tensors are not in the checkpoint, such as {missing[:3]}")
     tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path) if text_tower else None
     if (image_mean is None or image_std is None) and _has_preprocessor(name_or_path):
         processor = transformers.AutoImageProcessor.from_pretrained(name_or_path)
@@ -218,7 +219,7 @@ def load_clip(
         _read_recommended(name_or_path),
     )
     if kind != "clip" and not hasattr(clip.vision, "head"):
-        raise ValueError(f"{name_or_path} has no pooling head (vision_use_head false): its patches have no text space")
+        raise UserError(f"{name_or_path} has no pooling head (vision_use_head false): its patches have no text space")
     return clip
 
 
@@ -229,7 +230,7 @@ def _dtype(value: torch.dtype | str | None) -> torch.dtype:
         return torch.float32
     if value in DTYPES.values():
         return value
-    raise ValueError(f"dtype {value!r} is unknown; use one of {', '.join(DTYPES)}")
+    raise UserError(f"dtype {value!r} is unknown; use one of {', '.join(DTYPES)}")
 
 
 def _has_preprocessor(name_or_path: str) -> bool:
@@ -255,7 +256,7 @@ def _read_recommended(name_or_path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as stream:
             content = json.load(stream)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+        raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: must map settings of the labeler to values, got a {type(content).__name__}")
+        raise UserError(f"{path}: must map settings of the labeler to values, got a {type(content).__name__}")
     return content

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..models.errors import UserError
 from .instances import NMS_KINDS, Proposals, apply_nms, filter_proposals, top_k, upsample_grid
 from .ncut import split_by_ncut
 from .refine import pamr
@@ -39,7 +40,7 @@ class Cutting:
         over all when class-agnostic. Exclusive areas never overlap: it matters for `exclusive=False` and `fill_holes`.
     class_agnostic: forget the classes after cutting. top: most instances an image (20: the papers' number).
 
-    Raises ValueError for an unknown choice, or a top, max_parts or refine_size below 1.
+    Raises UserError for an unknown choice, or a top, max_parts or refine_size below 1.
     """
 
     threshold: float | None = None
@@ -66,16 +67,14 @@ class Cutting:
 
     def __post_init__(self) -> None:
         if self.top < 1 or self.max_parts < 1 or self.refine_size < 1:
-            raise ValueError(
+            raise UserError(
                 f"top {self.top}, max_parts {self.max_parts}, refine_size {self.refine_size}: at least 1 each"
             )
         if self.min_area > self.max_area:
-            raise ValueError(f"min_area {self.min_area} is above max_area {self.max_area}: nothing would be left")
+            raise UserError(f"min_area {self.min_area} is above max_area {self.max_area}: nothing would be left")
         for name, choices in (("split", SPLITS), ("refine", REFINEMENTS), ("nms_kind", NMS_KINDS)):
             if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(map(str, choices))}"
-                )
+                raise UserError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(map(str, choices))}")
 
 
 def cut_instances(
@@ -90,7 +89,7 @@ def cut_instances(
 
     evidence: (K, h, w). score: from an instance's mean evidence to [0, 1]. image: read by refine. features: (C, h, w)
     on the evidence's grid, read by split "ncut". `cutting.threshold`, `peak` and `min_score` must be numbers.
-    Raises ValueError when the image or the features that an option needs are missing.
+    Raises UserError when the image or the features that an option needs are missing.
     """
     # Neither enlarging nor refining exceeds the largest cell: a class below the threshold everywhere cannot win a
     # pixel.
@@ -114,7 +113,7 @@ def cut_instances(
 
 def _refine(maps: torch.Tensor, image: Image.Image | None, shorter: int) -> torch.Tensor:
     if image is None:
-        raise ValueError("refine='pamr' needs the image")
+        raise UserError("refine='pamr' needs the image")
     scale = shorter / min(image.size)
     size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
     resized = np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
@@ -150,7 +149,7 @@ def _split(
 ) -> list[Segment]:
     """Every segment's parts; a pixel goes to the part whose enlarged mask is strongest there."""
     if features is None:
-        raise ValueError("split='ncut' needs the features of the image")
+        raise UserError("split='ncut' needs the features of the image")
     h, w = features.shape[-2:]
     rows = ((np.arange(h) + 0.5) * size[0] / h).astype(int)
     columns = ((np.arange(w) + 0.5) * size[1] / w).astype(int)

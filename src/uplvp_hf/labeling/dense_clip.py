@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from ..models.errors import UserError
 from .attention import ATTENTIONS, Layout, Recipe, run_blocks
 from .clip import Clip, load_clip
 from .encoders import Encoder
@@ -30,7 +31,7 @@ class View:
     """How an image is looked at.
 
     image_size: pixels of its `side` ("shorter" or "longer"). window, stride: pixels; window None: the whole image at
-    once; stride None: half a window. Raises ValueError for an unknown side or sizes below 1.
+    once; stride None: half a window. Raises UserError for an unknown side or sizes below 1.
     """
 
     image_size: int
@@ -40,11 +41,11 @@ class View:
 
     def __post_init__(self) -> None:
         if self.side not in ("shorter", "longer"):
-            raise ValueError(f"side {self.side!r} is unknown; use 'shorter' or 'longer'")
+            raise UserError(f"side {self.side!r} is unknown; use 'shorter' or 'longer'")
         sizes = {"image_size": self.image_size, "window": self.window, "stride": self.stride}
         for name, value in sizes.items():
             if value is not None and value < 1:
-                raise ValueError(f"{name} {value} must be at least 1 pixel")
+                raise UserError(f"{name} {value} must be at least 1 pixel")
 
 
 @torch.inference_mode()
@@ -57,14 +58,14 @@ def dense_features(
         pixels: (B, 3, H, W) normalized for `clip`, sides multiples of the patch size; position embeddings are resized.
         recipe: the last block, default naclip. guide: the other backbone of "proxy" (its last map is used).
 
-    Returns (B, D, H / patch, W / patch) float32, for proxy on the guide's grid. Raises ValueError for sides that do not
+    Returns (B, D, H / patch, W / patch) float32, for proxy on the guide's grid. Raises UserError for sides that do not
     fit, and for proxy without a guide.
     """
     recipe = recipe or Recipe()
     patch = clip.patch_size
     height, width = pixels.shape[-2:]
     if height % patch or width % patch:
-        raise ValueError(f"a {height}x{width} input is not a whole number of {patch}-pixel patches")
+        raise UserError(f"a {height}x{width} input is not a whole number of {patch}-pixel patches")
     other = None
     if recipe.attention == "proxy" and guide is not None:
         other = guide_features(guide, clip, pixels)
@@ -77,10 +78,10 @@ def guide_features(guide: Encoder, clip: Clip, pixels: torch.Tensor) -> torch.Te
     """The last map of another backbone for images normalized for `clip`: (B, 3, H, W) -> (B, C, h, w) float32.
 
     Sides are rounded to what the backbone takes: its patch size, 32 pixels when it has none.
-    Raises ValueError for a backbone whose cells do not lie on the grid (`Encoder.shift`).
+    Raises UserError for a backbone whose cells do not lie on the grid (`Encoder.shift`).
     """
     if guide.shift:
-        raise ValueError(f"{guide.name}: cells are shifted against the image; the proxy guide needs a ViT such as DINO")
+        raise UserError(f"{guide.name}: cells are shifted against the image; the proxy guide needs a ViT such as DINO")
     to_clip = torch.tensor([clip.image_mean, clip.image_std], device=pixels.device).view(2, 1, 3, 1, 1)
     to_guide = torch.tensor([guide.image_mean, guide.image_std], device=pixels.device).view(2, 1, 3, 1, 1)
     pixels = (pixels.float() * to_clip[1] + to_clip[0] - to_guide[0]) / to_guide[1]

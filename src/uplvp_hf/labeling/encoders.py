@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ..models.errors import UserError
 from .folding import fold_batch_norms
 from .license import weights_license
 from .pixels import fit_longest, images_to_pixels
@@ -116,16 +117,16 @@ class Encoder:
 
         stages: which maps, in ascending order, counted from the finest (0) or from the last (-1); None: all.
         with_logits: of the whole image too, from the same pass; it costs the classifier's own layers.
-        Raises ValueError for a network without maps, without that stage, or without a classifier.
+        Raises UserError for a network without maps, without that stage, or without a classifier.
         """
         if not self.maps:
-            raise ValueError(f"{self.name} was loaded as a classifier; load_encoder gives feature maps")
+            raise UserError(f"{self.name} was loaded as a classifier; load_encoder gives feature maps")
         if with_logits:
             self._check_classifier()
         if hasattr(self.model, "forward_intermediates"):
             return self._timm(pixels, stages, with_logits)
         if with_logits:
-            raise ValueError(f"{self.name} gives maps or logits, not both; use classify")
+            raise UserError(f"{self.name} gives maps or logits, not both; use classify")
         return Encoded(_pick(tuple(self.model(pixels).feature_maps), stages, self.name))
 
     def _timm(self, pixels: torch.Tensor, stages: Sequence[int] | None, with_logits: bool) -> Encoded:
@@ -138,11 +139,11 @@ class Encoder:
 
     def _check_classifier(self) -> None:
         if not self.num_classes:
-            raise ValueError(f"{self.name} has no classifier head; name classes with CLIP, or load classifier weights")
+            raise UserError(f"{self.name} has no classifier head; name classes with CLIP, or load classifier weights")
 
     @torch.inference_mode()
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Logits (B, K) of whole images. Raises ValueError for a network without a classifier."""
+        """Logits (B, K) of whole images. Raises UserError for a network without a classifier."""
         self._check_classifier()
         output = self.model(pixels)
         return output if isinstance(output, torch.Tensor) else output.logits
@@ -153,7 +154,7 @@ def _pick(maps: tuple[torch.Tensor, ...], stages: Sequence[int] | None, name: st
         return maps
     for stage in stages:
         if not -len(maps) <= stage < len(maps):
-            raise ValueError(f"{name} has {len(maps)} feature maps: stage {stage} is none of them")
+            raise UserError(f"{name} has {len(maps)} feature maps: stage {stage} is none of them")
     return tuple(maps[stage] for stage in stages)
 
 
@@ -175,7 +176,7 @@ def load_encoder(
         allow_random: run without trained weights. Only for tests.
         dtype: of weights and activations; None keeps the checkpoint's (float32 for timm).
 
-    Raises ValueError when there are no trained weights, when tensors are missing or do not fit, or for an unknown timm
+    Raises UserError when there are no trained weights, when tensors are missing or do not fit, or for an unknown timm
     name; OSError when a folder or hub id cannot be read.
     """
     if name_or_path.startswith("timm:"):
@@ -223,7 +224,7 @@ def load_classifier(
 
 def _check_own_weights(name_or_path: str, weights, pad_type) -> None:
     if weights is not None or pad_type is not None:
-        raise ValueError(f"backbone {name_or_path!r}: weights and pad_type are for timm:NAME; a folder holds its own")
+        raise UserError(f"backbone {name_or_path!r}: weights and pad_type are for timm:NAME; a folder holds its own")
 
 
 def _refuse_missing(name: str, missing: Sequence[str]) -> None:
@@ -231,7 +232,7 @@ def _refuse_missing(name: str, missing: Sequence[str]) -> None:
     do not exist in classification checkpoints."""
     missing = sorted(key for key in missing if not key.startswith("hidden_states_norms"))
     if missing:
-        raise ValueError(
+        raise UserError(
             f"backbone {name}: {len(missing)} tensors are not in the checkpoint, such as {missing[:3]}; they would be "
             "random. Name a complete checkpoint of this architecture"
         )
@@ -287,7 +288,7 @@ class _TokenMaps(nn.Module):
 def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, device, dtype) -> Encoder:
     hub = name.startswith(("hf-hub:", "hf_hub:"))
     if weights is None and not hub and not allow_random:
-        raise ValueError(
+        raise UserError(
             f"backbone timm:{name} has no trained weights: a random one proposes noise. Give a weights file "
             f"(--backbone-weights FILE.safetensors) or name a hub repository (timm:hf-hub:timm/{name}.ra_in1k)"
         )
@@ -322,11 +323,11 @@ def _create_timm(name: str, pretrained: bool, extra: dict[str, Any]) -> nn.Modul
     except TypeError:  # not a vision transformer
         pass
     except RuntimeError as error:
-        raise ValueError(f"timm cannot build {name!r}: {error}") from error
+        raise UserError(f"timm cannot build {name!r}: {error}") from error
     try:
         return timm.create_model(name, pretrained=pretrained, **extra)
     except TypeError as error:  # a family without padding types
-        raise ValueError(f"timm cannot build {name!r} with {extra or 'its defaults'}: {error}") from error
+        raise UserError(f"timm cannot build {name!r} with {extra or 'its defaults'}: {error}") from error
 
 
 def _timm_labels(model: nn.Module, num_classes: int) -> dict[int, str] | None:
@@ -341,24 +342,24 @@ def _timm_labels(model: nn.Module, num_classes: int) -> dict[int, str] | None:
 
 
 def _load_weights(model: nn.Module, path: Path, name: str) -> bool:
-    """Load a safetensors file; True where it includes the classifier. Raises ValueError when it does not fit."""
+    """Load a safetensors file; True where it includes the classifier. Raises UserError when it does not fit."""
     if not path.is_file():
-        raise ValueError(f"backbone weights {path}: no such file")
+        raise UserError(f"backbone weights {path}: no such file")
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"backbone weights {path}: not a safetensors file ({error})") from error
+        raise UserError(f"backbone weights {path}: not a safetensors file ({error})") from error
     try:
         missing, unexpected = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
         wrong = [line.strip() for line in str(error).splitlines()[1:]] or [str(error)]
-        raise ValueError(
+        raise UserError(
             f"backbone weights {path} do not fit timm:{name}: {len(wrong)} tensors of another size, "
             f"the first: {wrong[0]}"
         ) from error
     trunk = [key for key in missing if key.split(".")[0] not in HEAD_MODULES]
     if trunk or unexpected:
-        raise ValueError(
+        raise UserError(
             f"backbone weights {path} do not fit timm:{name}: {len(trunk)} missing tensors {trunk[:3]}, "
             f"{len(unexpected)} unknown ones {unexpected[:3]}"
         )
@@ -378,7 +379,7 @@ def _load_backbone(path: str, allow_random: bool, device, dtype) -> Encoder:
     elif config.model_type in TOKEN_MODELS:
         kind, wrap = AutoModel, _TokenMaps
     else:
-        raise ValueError(f"backbone {path}: a {config.model_type} model has no feature stages for AutoBackbone")
+        raise UserError(f"backbone {path}: a {config.model_type} model has no feature stages for AutoBackbone")
     extra = {} if dtype is None else {"dtype": dtype}
     try:
         model, info = kind.from_pretrained(path, config=config, output_loading_info=True, **extra)

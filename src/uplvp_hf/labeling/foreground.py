@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ..data.rows import Row
+from ..models.errors import UserError
 from .encoders import Encoder
 from .instances import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
 from .pixels import group_by_size
@@ -106,7 +107,7 @@ class ForegroundLabeler(LabelerBase):
         min_area, max_area: shares of the image's area. top: most instances an image.
         cell_offset: in cells of `stage`; None takes the encoder's.
 
-    Raises ValueError when there is no size, or nothing to refine with.
+    Raises UserError when there is no size, or nothing to refine with.
     """
 
     name = "foreground"
@@ -129,11 +130,9 @@ class ForegroundLabeler(LabelerBase):
         cell_offset: float | None = None,
     ) -> None:
         if not norm_sizes and not component_sizes:
-            raise ValueError(
-                "foreground labeler: norm_sizes and component_sizes are both empty; give at least one size"
-            )
+            raise UserError("foreground labeler: norm_sizes and component_sizes are both empty; give at least one size")
         if refine and not fine_stages:
-            raise ValueError("foreground labeler: refine needs fine_stages; give some, or refine=False")
+            raise UserError("foreground labeler: refine needs fine_stages; give some, or refine=False")
         self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
         self.norm_sizes, self.component_sizes, self.component = tuple(norm_sizes), tuple(component_sizes), component
         self.refine, self.strength, self.blend, self.grid = refine, strength, blend, grid

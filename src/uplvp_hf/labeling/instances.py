@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from ..models.errors import UserError
+
 NMS_KINDS = ("mask", "matrix", "none")
 
 
@@ -185,10 +187,10 @@ def apply_nms(
         decay (`kernel`, `sigma`) and drops what falls below `min_score`; "none" only sorts.
     agnostic: masks of different labels compete too.
 
-    Raises ValueError for an unknown kind or kernel.
+    Raises UserError for an unknown kind or kernel.
     """
     if kind not in NMS_KINDS:
-        raise ValueError(f"NMS kind {kind!r} is unknown; use one of {', '.join(NMS_KINDS)}")
+        raise UserError(f"NMS kind {kind!r} is unknown; use one of {', '.join(NMS_KINDS)}")
     proposals = proposals.take(np.argsort(-proposals.scores, kind="stable"))
     if kind == "none" or not len(proposals):
         return proposals
@@ -214,7 +216,7 @@ def matrix_nms(
     class-agnostic.
     decay_j = min_i f(iou_ij) / f(comp_i), comp_i the largest IoU of i with a better mask, f = exp(-sigma iou^2) or
     1 - iou.
-    Returns (..., N) scores * decay. Raises ValueError for an unknown kernel.
+    Returns (..., N) scores * decay. Raises UserError for an unknown kernel.
     """
     if not scores.numel():
         return scores
@@ -228,7 +230,7 @@ def matrix_nms(
         # A mask that repeats a better one (compensation 1) suppresses nothing: the better one does, and 0 / 0 is NaN.
         decay = (1 - overlap) / (1 - compensation).clamp_min(1e-6)
     else:
-        raise ValueError(f"matrix_nms kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
+        raise UserError(f"matrix_nms kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
     return scores * decay.amin(dim=-2)
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from ..data.dataset import Row
+from ..models.errors import UserError
 from .attention import Recipe
 from .clip import RECOMMENDED_FILE, Clip
 from .cutting import Cutting, cut_instances
@@ -62,7 +63,7 @@ class DenseClipLabeler(LabelerBase):
     What depends on the encoder (RECOMMENDABLE) is taken from `clip.recommended` where it is not given here, before
     these defaults; attribute `recommended` says what was. Knobs of a recipe come only with that recipe.
 
-    Raises ValueError for an empty vocabulary, an unknown choice, background names together with calibration, or text
+    Raises UserError for an empty vocabulary, an unknown choice, background names together with calibration, or text
     that does not fit; TypeError for an unknown option.
     """
 
@@ -88,7 +89,7 @@ class DenseClipLabeler(LabelerBase):
         **options: Any,
     ) -> None:
         if not entries:
-            raise ValueError("the vocabulary is empty: give at least one class name")
+            raise UserError("the vocabulary is empty: give at least one class name")
         self.source, self.encoder_name, self.license = clip, clip.name, clip.license
         views = {"templates": templates, "image_size": image_size, "side": side, "window": window, "stride": stride}
         given = {name: value for name, value in views.items() if value is not None} | options
@@ -104,7 +105,7 @@ class DenseClipLabeler(LabelerBase):
         knobs, cuts = _sort_options(chosen)
         self.recipe, self.guide = Recipe(**knobs), guide
         if self.recipe.attention == "proxy" and guide is None and isinstance(clip, Clip):
-            raise ValueError("attention 'proxy' needs a second backbone: give a guide encoder, such as a DINO")
+            raise UserError("attention 'proxy' needs a second backbone: give a guide encoder, such as a DINO")
         self.view = None
         if isinstance(clip, Clip):
             window = clip.image_size if view["window"] is None else view["window"]
@@ -142,7 +143,7 @@ class DenseClipLabeler(LabelerBase):
 
     def _embed(self) -> TextEmbeddings:
         if not isinstance(self.source, Clip):
-            raise ValueError(
+            raise UserError(
                 f"features {self.source.name}: precomputed features need `text`, embeddings of the same space"
             )
         names = [*self.entries, *self.background]
@@ -151,17 +152,17 @@ class DenseClipLabeler(LabelerBase):
     def _check_text(self, text: TextEmbeddings) -> TextEmbeddings:
         wanted = [*self.entries, *self.background]
         if text.count != len(wanted):
-            raise ValueError(
+            raise UserError(
                 f"text embeddings of {text.count} classes for {len(self.entries)} entries and {len(self.background)} "
                 "background names"
             )
         flat = tuple(name for entry in wanted for name in split_synonyms(entry))
         if text.names and text.names != flat:
             wrong = next((a, b) for a, b in zip([*text.names, None], [*flat, None]) if a != b)
-            raise ValueError(f"text embeddings are of {wrong[0]!r} where the vocabulary has {wrong[1]!r}")
+            raise UserError(f"text embeddings are of {wrong[0]!r} where the vocabulary has {wrong[1]!r}")
         dimension = self.source.dimension if isinstance(self.source, Clip) else None
         if dimension is not None and text.vectors.shape[1] != dimension:
-            raise ValueError(f"text embeddings of {text.vectors.shape[1]} numbers, {self.source.name} has {dimension}")
+            raise UserError(f"text embeddings of {text.vectors.shape[1]} numbers, {self.source.name} has {dimension}")
         return text.to(self.device)
 
     def similarities(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[torch.Tensor]:
@@ -175,7 +176,7 @@ class DenseClipLabeler(LabelerBase):
         with_features = self.cutting.split == "ncut"
         if self.view is None:
             if rows is None:
-                raise ValueError("precomputed features are found by the dataset's rows: call with rows")
+                raise UserError("precomputed features are found by the dataset's rows: call with rows")
             features = self.source(rows, self.text.vectors.shape[1])
         else:
             vectors = None if with_features else self.text.vectors
@@ -204,12 +205,12 @@ class DenseClipLabeler(LabelerBase):
     def calibrate(self, statistics: list[dict[str, Any]]) -> dict[str, Any]:
         """Every class's mean and deviation over all places of the measured images; {} without calibration.
 
-        Raises ValueError when there is no image to calibrate on.
+        Raises UserError when there is no image to calibrate on.
         """
         if self.calibration is None:
             return {}
         if not statistics:
-            raise ValueError("no readable image to calibrate the clip labeler on; use calibration=None")
+            raise UserError("no readable image to calibrate the clip labeler on; use calibration=None")
         count = sum(entry["count"] for entry in statistics)
         total, squares = (
             torch.tensor([entry[name] for entry in statistics], dtype=torch.float64).sum(dim=0)
@@ -232,7 +233,7 @@ class DenseClipLabeler(LabelerBase):
         classes = len(self.entries)
         if self.calibration is not None:
             if self.mean is None or self.std is None:
-                raise ValueError("the clip labeler is not calibrated: call restore(calibrate(measure(images))) first")
+                raise UserError("the clip labeler is not calibrated: call restore(calibrate(measure(images))) first")
             values = (self.text.per_class(similarities, dim=0) - self.mean[:, None, None]) / self.std[:, None, None]
         elif self.background:
             values = self._probabilities(similarities)
@@ -326,11 +327,11 @@ def _bytes(encoded: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> int:
 
 
 def _recommended(clip: Clip | PrecomputedFeatures, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the encoder recommends and the user did not give. Raises ValueError for settings that no encoder decides."""
+    """What the encoder recommends and the user did not give. Raises UserError for settings that no encoder decides."""
     values = dict(getattr(clip, "recommended", {}))
     wrong = sorted(values.keys() - set(RECOMMENDABLE))
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"{clip.name}, {RECOMMENDED_FILE}: {wrong[0]!r} is no setting that an encoder decides; these are "
             f"{', '.join(RECOMMENDABLE)}"
         )
@@ -341,10 +342,10 @@ def _recommended(clip: Clip | PrecomputedFeatures, given: Mapping[str, Any]) -> 
 
 
 def _refuse_tower_settings(given: Mapping[str, Any]) -> None:
-    """Raises ValueError for settings of an image tower where its features are precomputed."""
+    """Raises UserError for settings of an image tower where its features are precomputed."""
     useless = sorted(given.keys() & {*VIEW_SETTINGS, *(field.name for field in fields(Recipe))} - {"templates"})
     if useless:
-        raise ValueError(f"{', '.join(useless)}: no effect with precomputed features; leave out")
+        raise UserError(f"{', '.join(useless)}: no effect with precomputed features; leave out")
 
 
 def _sort_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -368,9 +369,9 @@ def _with_defaults(cutting: Cutting, kind: str) -> Cutting:
 
 def _check_calibration(calibration: str | None, background: Sequence[str]) -> None:
     if calibration not in (None, "zscore"):
-        raise ValueError(f"calibration {calibration!r} is unknown; use 'zscore' or None")
+        raise UserError(f"calibration {calibration!r} is unknown; use 'zscore' or None")
     if calibration is not None and background:
-        raise ValueError("background names and calibration exclude each other; set calibration=None")
+        raise UserError("background names and calibration exclude each other; set calibration=None")
 
 
 def _digest(text: TextEmbeddings) -> str:

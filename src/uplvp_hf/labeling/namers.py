@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from ..data.rle import masks_to_boxes
+from ..models.errors import UserError
 from .class_map import resolve_class_map
 from .encoders import Encoder
 from .instances import Proposals
@@ -61,7 +62,7 @@ def mask_crops(
 
 def _check_surroundings(surroundings: str) -> None:
     if surroundings not in SURROUNDINGS:
-        raise ValueError(f"surroundings {surroundings!r} is unknown; use one of {', '.join(SURROUNDINGS)}")
+        raise UserError(f"surroundings {surroundings!r} is unknown; use one of {', '.join(SURROUNDINGS)}")
 
 
 def _fill_color(mean: Sequence[float]) -> tuple[int, int, int]:
@@ -114,7 +115,7 @@ class ClipZeroShotNamer:
         batch_size: crops a forward pass.
         text: precomputed embeddings of the entries, then the background names (`load_text_embeddings`).
 
-    Raises ValueError for an empty vocabulary, unknown surroundings, a temperature of 0 or less.
+    Raises UserError for an empty vocabulary, unknown surroundings, a temperature of 0 or less.
     """
 
     name = "clip"
@@ -133,7 +134,7 @@ class ClipZeroShotNamer:
     ) -> None:
         _check_surroundings(surroundings)
         if not temperature > 0:
-            raise ValueError(f"temperature {temperature} cannot divide logits; use a number above 0")
+            raise UserError(f"temperature {temperature} cannot divide logits; use a number above 0")
         self.clip, self.context, self.surroundings = clip, context, surroundings
         self.temperature, self.batch_size = temperature, batch_size
         templates = clip.recommended.get("templates", TEMPLATES) if templates is None else templates
@@ -144,7 +145,7 @@ class ClipZeroShotNamer:
         if text is None:
             text = embed_classes(clip.model, clip.tokenizer, wanted, self.templates)
         elif text.count != len(wanted) or text.vectors.shape[1] != clip.dimension:
-            raise ValueError(
+            raise UserError(
                 f"text embeddings of {text.count} classes and {text.vectors.shape[1]} numbers; {len(wanted)} entries "
                 f"and background names of {clip.dimension} numbers are needed"
             )
@@ -189,7 +190,7 @@ class ClassifierNamer:
             confidence, for `min_confidence` to drop or to leave unnamed.
         batch_size: images or crops a forward pass; only those of equal working size go together.
 
-    Raises ValueError for an encoder without classifier, an unknown option, and as `resolve_class_map` does.
+    Raises UserError for an encoder without classifier, an unknown option, and as `resolve_class_map` does.
     """
 
     name = "classifier"
@@ -206,11 +207,11 @@ class ClassifierNamer:
         batch_size: int = 32,
     ) -> None:
         if not encoder.num_classes:
-            raise ValueError(f"{encoder.name} has no classifier head to name classes with; load classifier weights")
+            raise UserError(f"{encoder.name} has no classifier head to name classes with; load classifier weights")
         if mode not in ("image", "crop"):
-            raise ValueError(f"classifier namer: mode {mode!r} is unknown; use 'image' or 'crop'")
+            raise UserError(f"classifier namer: mode {mode!r} is unknown; use 'image' or 'crop'")
         if others not in ("ignore", "count"):
-            raise ValueError(f"classifier namer: others {others!r} is unknown; use 'ignore' or 'count'")
+            raise UserError(f"classifier namer: others {others!r} is unknown; use 'ignore' or 'count'")
         _check_surroundings(surroundings)
         id2label = encoder.id2label
         self.encoder, self.mode, self.image_size, self.context = encoder, mode, image_size, context

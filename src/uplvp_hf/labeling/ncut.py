@@ -19,6 +19,7 @@ from PIL import Image
 from scipy import ndimage
 
 from ..data.rows import Row
+from ..models.errors import UserError
 from .encoders import Encoder
 from .instances import Proposals, filter_proposals, upsample_grid
 from .pixels import group_by_size, images_to_pixels
@@ -114,10 +115,10 @@ def split_by_ncut(
             whose cosines would otherwise all exceed tau.
 
     Returns for every mask its parts as (h, w) bool masks, largest first; they share no cell and together are the mask.
-    A mask that is not split, or empty, is its own only part. Raises ValueError for masks on another grid.
+    A mask that is not split, or empty, is its own only part. Raises UserError for masks on another grid.
     """
     if masks.shape[1:] != features.shape[1:]:
-        raise ValueError(f"split_by_ncut: masks {tuple(masks.shape)} do not lie on features {tuple(features.shape)}")
+        raise UserError(f"split_by_ncut: masks {tuple(masks.shape)} do not lie on features {tuple(features.shape)}")
     flat, cells = masks.flatten(1).bool(), features.flatten(1).T.float()
     if center:
         cells = cells - cells.mean(dim=0)
@@ -310,7 +311,7 @@ class NcutLabeler(LabelerBase):
             refinement is below `min_agreement` is dropped, as MaskCut does around its CRF.
         max_area, max_border: shares of the image. cell_offset: in cells; None takes the encoder's.
 
-    Raises ValueError for an unknown refine.
+    Raises UserError for an unknown refine.
     """
 
     name = "ncut"
@@ -332,7 +333,7 @@ class NcutLabeler(LabelerBase):
         cell_offset: float | None = None,
     ) -> None:
         if refine not in (None, "pamr"):
-            raise ValueError(f"ncut: refine {refine!r} is unknown; use 'pamr' or None")
+            raise UserError(f"ncut: refine {refine!r} is unknown; use 'pamr' or None")
         self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
         self.image_size, self.stage, self.cell_offset = image_size, stage, cell_offset
         self.search = {"masks": masks, "tau": tau, "min_area": min_area, "max_iou": max_iou, "center": center}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.dataset import InstanceDataset, RowStream
+from ..models.errors import UserError
 from .processes import Processes, decode_workers
 from .protocol import AGNOSTIC_NAME, Labeler, LabelerBase, Namer
 from .run import LabelSummary, Run, apply_floor, proposals_to_row
@@ -85,9 +86,9 @@ def label_images(
     Returns the sums over all processes, in each of them.
     """
     if unnamed not in ("drop", "keep"):
-        raise ValueError(f"unnamed {unnamed!r} is unknown; use 'drop' or 'keep'")
+        raise UserError(f"unnamed {unnamed!r} is unknown; use 'drop' or 'keep'")
     if batch_size < 1 or not 0 <= max_failed <= 1:
-        raise ValueError(f"batch_size {batch_size} must be at least 1, max_failed {max_failed} a share of 0 to 1")
+        raise UserError(f"batch_size {batch_size} must be at least 1, max_failed {max_failed} a share of 0 to 1")
     processes = Processes()
     names = list(labeler.vocabulary if namer is None else namer.names) or [AGNOSTIC_NAME]
     settings = {**labeler.settings, "min_confidence": min_confidence, "calibration_images": calibration_images}

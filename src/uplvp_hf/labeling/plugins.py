@@ -36,6 +36,7 @@ import numpy as np
 from PIL import Image
 
 from ..data import Row
+from ..models.errors import UserError
 from .instances import Proposals
 from .pipeline import LabelerBase
 
@@ -43,7 +44,7 @@ from .pipeline import LabelerBase
 def find_factory(reference: str) -> Callable[..., Any]:
     """What `package.module:name` refers to; modules beside the working folder are found too.
 
-    Raises ValueError when there is no such module or name, or it cannot be called.
+    Raises UserError when there is no such module or name, or it cannot be called.
     """
     module_name, _, attribute = reference.partition(":")
     here = os.getcwd()
@@ -54,57 +55,57 @@ def find_factory(reference: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
-            raise ValueError(f"labeler {reference}: its module needs {error.name}, which is not installed") from error
-        raise ValueError(f"labeler {reference}: no module {module_name} in {here} or among the packages") from error
+            raise UserError(f"labeler {reference}: its module needs {error.name}, which is not installed") from error
+        raise UserError(f"labeler {reference}: no module {module_name} in {here} or among the packages") from error
     finally:
         if added:
             sys.path.remove(here)
     factory = getattr(module, attribute, None)
     if not callable(factory):
         known = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise ValueError(f"labeler {reference}: {module_name} has no function {attribute!r}; it has {known}")
+        raise UserError(f"labeler {reference}: {module_name} has no function {attribute!r}; it has {known}")
     return factory
 
 
 def load_plugin(reference: str, options: Mapping[str, Any] | None = None) -> PluginSource:
     """The source that `package.module:factory` makes of `options`, with its results checked.
 
-    Raises ValueError as `find_factory` does, and for options that the factory does not take, needs and did not get, or
+    Raises UserError as `find_factory` does, and for options that the factory does not take, needs and did not get, or
     JSON cannot hold.
     """
     factory, options = find_factory(reference), dict(options or {})
     try:
         json.dumps(options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"labeler {reference}: options must be JSON values ({error})") from error
+        raise UserError(f"labeler {reference}: options must be JSON values ({error})") from error
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
-        raise ValueError(f"labeler {reference}: {error}; give its options as NAME=VALUE") from error
+        raise UserError(f"labeler {reference}: {error}; give its options as NAME=VALUE") from error
     return PluginSource(factory(**options), reference, options)
 
 
 class PluginSource(LabelerBase):
     """A user's source as a labeler; see the module. `options` become part of the settings.
 
-    Raises ValueError for a source that cannot be called, or that has settings which JSON cannot hold.
+    Raises UserError for a source that cannot be called, or that has settings which JSON cannot hold.
     """
 
     def __init__(self, source: Callable[..., Any], reference: str, options: Mapping[str, Any] | None = None) -> None:
         if not callable(source):
-            raise ValueError(f"labeler {reference}: made {type(source).__name__}, which is no callable source")
+            raise UserError(f"labeler {reference}: made {type(source).__name__}, which is no callable source")
         self.source, self.reference, self.options = source, reference, dict(options or {})
         self.name = str(getattr(source, "name", reference))
         self.encoder_name = str(getattr(source, "encoder_name", reference))
         vocabulary = getattr(source, "vocabulary", ())
         if isinstance(vocabulary, str):
-            raise ValueError(f"labeler {reference}: vocabulary must be a list of class names, got {vocabulary!r}")
+            raise UserError(f"labeler {reference}: vocabulary must be a list of class names, got {vocabulary!r}")
         self.vocabulary = [str(name) for name in vocabulary]
         self.license = getattr(source, "license", None)
         try:
             json.dumps(self.settings)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"labeler {reference}: settings must be JSON values ({error})") from error
+            raise UserError(f"labeler {reference}: settings must be JSON values ({error})") from error
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class PluginSource(LabelerBase):
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"labeler {self.reference}: {method} must return JSON values ({error})") from error
+            raise UserError(f"labeler {self.reference}: {method} must return JSON values ({error})") from error
         return value
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -141,13 +142,13 @@ class PluginSource(LabelerBase):
             self.source.restore(state)
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One checked `Proposals` an image. Raises ValueError naming the source, the image and what is wrong."""
+        """One checked `Proposals` an image. Raises UserError naming the source, the image and what is wrong."""
         results = self.source(images, rows)
         if not isinstance(results, Iterable):
-            raise ValueError(f"labeler {self.reference}: must return one result an image, got {results!r:.80}")
+            raise UserError(f"labeler {self.reference}: must return one result an image, got {results!r:.80}")
         results = list(results)
         if len(results) != len(images):
-            raise ValueError(f"labeler {self.reference}: {len(results)} results for {len(images)} images")
+            raise UserError(f"labeler {self.reference}: {len(results)} results for {len(images)} images")
         names = [row["file_name"] for row in rows] if rows is not None else [f"image {k}" for k in range(len(images))]
         return [self._checked(*item) for item in zip(results, images, names)]
 

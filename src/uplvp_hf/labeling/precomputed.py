@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..data.dataset import Row
 from ..data.errors import DataError
+from ..models.errors import UserError
 
 SUFFIXES = (".safetensors", ".npz", ".npy")
 LAYOUTS = ("dhw", "hwd")
@@ -33,7 +34,7 @@ class PrecomputedFeatures:
             dropped. name: of the encoder, for the store's header; None: the path's last part.
         device: where the features go. license: of the encoder's weights, if known.
 
-    Arrays are read when their image's turn comes. Raises ValueError when the path is missing, holds nothing readable,
+    Arrays are read when their image's turn comes. Raises UserError when the path is missing, holds nothing readable,
     or for an unknown layout.
     """
 
@@ -46,7 +47,7 @@ class PrecomputedFeatures:
         license: str | None = None,
     ) -> None:
         if layout not in LAYOUTS:
-            raise ValueError(f"layout {layout!r} of features is unknown; use one of {', '.join(LAYOUTS)}")
+            raise UserError(f"layout {layout!r} of features is unknown; use one of {', '.join(LAYOUTS)}")
         self.path, self.layout, self.device, self.license = Path(path), layout, torch.device(device), license
         self.name = name or self.path.name
         if self.path.is_dir():
@@ -54,9 +55,9 @@ class PrecomputedFeatures:
         elif self.path.is_file() and self.path.suffix in (".safetensors", ".npz"):
             self._readers = self._index_file()
         else:
-            raise ValueError(f"features {path}: neither a folder nor a .safetensors or .npz file")
+            raise UserError(f"features {path}: neither a folder nor a .safetensors or .npz file")
         if not self._readers:
-            raise ValueError(f"features {path}: no {', '.join(SUFFIXES)} file in it")
+            raise UserError(f"features {path}: no {', '.join(SUFFIXES)} file in it")
 
     def __len__(self) -> int:
         return len(self._readers)
@@ -65,7 +66,7 @@ class PrecomputedFeatures:
         """Unit-length features of images: one (D, h, w) float32 a row.
 
         Raises DataError, which concerns one image: no array for it, a file that is cut off, values that are not
-        finite. Raises ValueError, which concerns them all: a wrong number of axes, or `dimension` (of the text
+        finite. Raises UserError, which concerns them all: a wrong number of axes, or `dimension` (of the text
         embeddings) not met.
         """
         return [self._load(row, dimension) for row in rows]
@@ -107,12 +108,12 @@ class PrecomputedFeatures:
         if values.ndim == 4 and values.shape[0] == 1:
             values = values[0]
         if values.ndim != 3:
-            raise ValueError(f"{where}: shape {tuple(values.shape)} is not {' x '.join(self.layout)}")
+            raise UserError(f"{where}: shape {tuple(values.shape)} is not {' x '.join(self.layout)}")
         if self.layout == "hwd":
             values = values.permute(2, 0, 1)
         if dimension is not None and values.shape[0] != dimension:
             other = LAYOUTS[1 - LAYOUTS.index(self.layout)]
-            raise ValueError(
+            raise UserError(
                 f"{where}: {values.shape[0]} channels, the text embeddings have {dimension}; give text of the same "
                 f"encoder, or layout={other!r} if the channels are on another axis"
             )
@@ -159,7 +160,7 @@ def _only(file: Path, keys: Sequence[str]) -> str:
     if "features" in keys:
         return "features"
     if len(keys) != 1:
-        raise ValueError(f"features {file}: holds {len(keys)} arrays; call the one to use 'features'")
+        raise UserError(f"features {file}: holds {len(keys)} arrays; call the one to use 'features'")
     return keys[0]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from ..models.errors import UserError
+
 # Seven of the eighty below that CLIP's authors report to do about as well as all of them.
 TEMPLATES = (
     "itap of a {}.",
@@ -55,7 +57,7 @@ BACKGROUND_PRESETS = {
 
 def read_templates(value: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
     """Prompt templates: a preset's name ("bare", "openai7", "openai80"), one template, a text file with one a line (#
-    begins a comment line), or a sequence of templates. Raises ValueError for a template without {}, or none at all."""
+    begins a comment line), or a sequence of templates. Raises UserError for a template without {}, or none at all."""
     if isinstance(value, (str, os.PathLike)):
         text = os.fspath(value)
         if text in TEMPLATE_PRESETS:
@@ -67,7 +69,7 @@ def read_templates(value: str | os.PathLike[str] | Sequence[str]) -> tuple[str, 
                 lines = [line.strip() for line in stream]
             templates = tuple(line for line in lines if line and not line.startswith("#"))
         else:
-            raise ValueError(
+            raise UserError(
                 f"templates {text!r}: neither a preset ({', '.join(TEMPLATE_PRESETS)}), nor a file, nor a template "
                 "with {}"
             )
@@ -75,7 +77,7 @@ def read_templates(value: str | os.PathLike[str] | Sequence[str]) -> tuple[str, 
         templates = tuple(value)
     wrong = [template for template in templates if "{}" not in template]
     if wrong or not templates:
-        raise ValueError(f"prompt templates need a {{}} for the class name, got {wrong or 'no template'}")
+        raise UserError(f"prompt templates need a {{}} for the class name, got {wrong or 'no template'}")
     return templates
 
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from ..models.errors import UserError
+
 NEIGHBORS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 CHUNK = 8  # channels at a time, so that they stay in a CPU's cache: measured at 128 x 171 pixels
 
@@ -55,12 +57,12 @@ def pamr(
 
     Memory beyond inputs and result is 8 * len(dilations) maps of (H, W) and a few channels' maps, whatever B, K and the
     iterations: images and channels are taken one after another. Returns (B, K, H, W) float32.
-    Raises ValueError for batch sizes that differ or dilations below 1.
+    Raises UserError for batch sizes that differ or dilations below 1.
     """
     if len(pixels) != len(maps):
-        raise ValueError(f"pamr: {len(pixels)} images but maps of {len(maps)}")
+        raise UserError(f"pamr: {len(pixels)} images but maps of {len(maps)}")
     if not dilations or min(dilations) < 1:
-        raise ValueError(f"pamr: dilations {tuple(dilations)} must be one or more distances of at least 1 pixel")
+        raise UserError(f"pamr: dilations {tuple(dilations)} must be one or more distances of at least 1 pixel")
     results = torch.empty_like(maps, dtype=torch.float32)
     for image, soft, result in zip(pixels.float()[:, None], maps, results):
         if image.shape[-2:] != soft.shape[-2:]:

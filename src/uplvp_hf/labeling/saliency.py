@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ..data.rows import Row
+from ..models.errors import UserError
 from .encoders import Encoder
 from .instances import Proposals, matrix_nms, upsample_grid
 from .pixels import group_by_size
@@ -179,7 +180,7 @@ class SaliencyLabeler(LabelerBase):
         median: side in cells of a median filter over the masks (the authors' script has 3 commented out); 0 for none.
         cell_offset: in cells; None takes the encoder's.
 
-    Raises ValueError for an unknown variant, when_empty, kernel or median.
+    Raises UserError for an unknown variant, when_empty, kernel or median.
     """
 
     name = "saliency"
@@ -205,11 +206,11 @@ class SaliencyLabeler(LabelerBase):
         cell_offset: float | None = None,
     ) -> None:
         if variant not in VARIANTS:
-            raise ValueError(f"saliency variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
+            raise UserError(f"saliency variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
         if kernel not in ("gaussian", "linear"):
-            raise ValueError(f"saliency: Matrix NMS kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
+            raise UserError(f"saliency: Matrix NMS kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
         if median and (median < 3 or median % 2 == 0):
-            raise ValueError(f"saliency: a median filter of {median} cells has no middle; use 0, 3, 5, ...")
+            raise UserError(f"saliency: a median filter of {median} cells has no middle; use 0, 3, 5, ...")
         self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
         self.image_size, self.stage, self.cell_offset, self.median = image_size, stage, cell_offset, median
         self.threshold = threshold
@@ -220,7 +221,7 @@ class SaliencyLabeler(LabelerBase):
         chosen = VARIANTS[variant] | {name: value for name, value in given.items() if value is not None}
         self.when_empty = chosen.pop("when_empty")
         if self.when_empty not in ("skip", "best"):
-            raise ValueError(f"saliency: when_empty {when_empty!r} is unknown; use 'skip' or 'best'")
+            raise UserError(f"saliency: when_empty {when_empty!r} is unknown; use 'skip' or 'best'")
         self.filters = chosen
 
     @property

@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..data import DataError, InstanceDataset, Row, decode_segmentation, empty_objects, load_dataset_rows, shard_files
 from ..data.rle import mask_area
+from ..models.errors import UserError
 from .instances import Proposals, filter_proposals, mask_nms, top_k
 from .license import weights_license
 from .pipeline import LabelerBase
@@ -54,9 +55,9 @@ class MaskFileSource(LabelerBase):
         top: int = 100,
     ) -> None:
         if missing not in (None, "fail", "empty"):
-            raise ValueError(f"missing {missing!r} is unknown; use 'fail' or 'empty'")
+            raise UserError(f"missing {missing!r} is unknown; use 'fail' or 'empty'")
         if match not in ("auto", "file_name", "image_id"):
-            raise ValueError(f"match {match!r} is unknown; use 'auto', 'file_name' or 'image_id'")
+            raise UserError(f"match {match!r} is unknown; use 'auto', 'file_name' or 'image_id'")
         self.match, self.min_score, self.min_area, self.top = match, min_score, min_area, top
         self.fingerprint = _fingerprint(dataset)
         self.dataset = dataset if isinstance(dataset, InstanceDataset) else read_masks(dataset, categories)
@@ -99,9 +100,9 @@ class MaskFileSource(LabelerBase):
         return None
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
-        """One `Proposals` with labels an image. Raises ValueError without rows."""
+        """One `Proposals` with labels an image. Raises UserError without rows."""
         if rows is None:
-            raise ValueError("masks of a file are looked up by the rows of the images: pass rows")
+            raise UserError("masks of a file are looked up by the rows of the images: pass rows")
         return [self._proposals(image, row) for image, row in zip(images, rows, strict=True)]
 
     def _proposals(self, image: Image.Image, row: Row) -> Proposals:
@@ -312,7 +313,7 @@ def _load_generator(model: str, device: str | torch.device, dtype: torch.dtype |
 
     kind = AutoConfig.from_pretrained(model).model_type
     if kind not in KINDS:
-        raise ValueError(f"{model} is a {kind} model, which generates no masks; known are {', '.join(KINDS)}")
+        raise UserError(f"{model} is a {kind} model, which generates no masks; known are {', '.join(KINDS)}")
     extra = {} if dtype is None else {"dtype": dtype}
     return pipeline("mask-generation", model=model, device=device, **extra)
 

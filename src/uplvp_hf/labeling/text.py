@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.text_embeddings import read_text_matrix, write_text_matrix
+from ..models.errors import UserError
 from .prompt_templates import TEMPLATES, read_templates
 
 
@@ -43,22 +44,22 @@ def split_synonyms(entry: str) -> list[str]:
 
 def read_vocabulary(text: str | os.PathLike[str]) -> list[str]:
     """Class entries from a text file (one class a line, synonyms separated by commas, # comments) or from a list such
-    as "bear,deer,otter" (each name a class). Raises ValueError when it is empty, or names a class twice."""
+    as "bear,deer,otter" (each name a class). Raises UserError when it is empty, or names a class twice."""
     text = os.fspath(text)
     if os.path.isfile(text):
         with open(text, encoding="utf-8-sig") as stream:  # editors of Windows put a mark in front
             lines = [line.split("#", 1)[0] for line in stream]
         entries = [", ".join(names) for line in lines if (names := split_synonyms(line))]
     elif text.endswith((".txt", ".csv")) or os.sep in text:
-        raise ValueError(f"vocabulary {text}: no such file")
+        raise UserError(f"vocabulary {text}: no such file")
     else:
         entries = split_synonyms(text)
     if not entries:
-        raise ValueError(f"vocabulary {text!r} names no class; give a file with one class a line, or bear,deer,otter")
+        raise UserError(f"vocabulary {text!r} names no class; give a file with one class a line, or bear,deer,otter")
     names = [split_synonyms(entry)[0] for entry in entries]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
-        raise ValueError(f"vocabulary {text}: class {doubled[0]!r} occurs twice")
+        raise UserError(f"vocabulary {text}: class {doubled[0]!r} occurs twice")
     return entries
 
 
@@ -95,12 +96,12 @@ def embed_classes(
     """Text embeddings of vocabulary entries, by the text tower of a CLIP or SigLIP model.
 
     Each synonym: the normalized embeddings of all templates (`read_templates`), averaged, normalized (Radford et al.
-    2021, 3.1.4). Raises ValueError for no entries, a template without {}, or a model without text tower.
+    2021, 3.1.4). Raises UserError for no entries, a template without {}, or a model without text tower.
     """
     if not entries:
-        raise ValueError("the vocabulary is empty: give at least one class name")
+        raise UserError("the vocabulary is empty: give at least one class name")
     if tokenizer is None or not hasattr(model, "get_text_features"):
-        raise ValueError("the model was loaded without its text tower: give precomputed text embeddings")
+        raise UserError("the model was loaded without its text tower: give precomputed text embeddings")
     templates = read_templates(templates)
     names = [split_synonyms(entry) for entry in entries]
     flat = [name for synonyms in names for name in synonyms]
@@ -113,7 +114,7 @@ def embed_classes(
 
 def save_text_embeddings(path: str | os.PathLike[str], text: TextEmbeddings, **metadata: str) -> None:
     """Write embeddings as safetensors: `text_embeds` (T, D) float32, and `names`, a JSON list of T names, in the
-    metadata beside further words such as the encoder's name. Raises ValueError for embeddings without names."""
+    metadata beside further words such as the encoder's name. Raises UserError for embeddings without names."""
     write_text_matrix(path, text.vectors, text.names, **metadata)
 
 
@@ -130,7 +131,7 @@ def load_text_embeddings(
         names: the T names, or a JSON file with a list of them. None: the metadata's `names` (a JSON list), else the
             file NAME.json beside NAME.safetensors.
 
-    Raises ValueError naming the file and what is wrong: no names, no or several matrices, sizes that do not fit, names
+    Raises UserError naming the file and what is wrong: no names, no or several matrices, sizes that do not fit, names
     that occur twice, or vocabulary names that are not in the file.
     """
     matrix, known = read_text_matrix(path, names)
@@ -139,15 +140,13 @@ def load_text_embeddings(
     wanted = [split_synonyms(entry) for entry in entries] if entries is not None else [[name] for name in known]
     missing = [name for synonyms in wanted for name in synonyms if name not in place]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"text embeddings {path}: no vector for {len(missing)} names, such as {', '.join(map(repr, missing[:3]))}; "
             f"its {len(known)} names begin with {', '.join(map(repr, known[:5]))}"
         )
     flat = tuple(name for synonyms in wanted for name in synonyms)
     useless = [name for name in flat if not abs(float(vectors[place[name]].norm()) - 1) < 0.01]  # nan compares false
     if useless:
-        raise ValueError(
-            f"text embeddings {path}: the vector of {useless[0]!r} is zero or not finite; compute it again"
-        )
+        raise UserError(f"text embeddings {path}: the vector of {useless[0]!r} is zero or not finite; compute it again")
     owners = torch.tensor([k for k, synonyms in enumerate(wanted) for _ in synonyms])
     return TextEmbeddings(vectors[[place[name] for name in flat]], owners, len(wanted), flat)

@@ -5,6 +5,8 @@ from torch import nn
 from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel, TimmBackbone
 from transformers import initialization as init
 
+from .errors import UserError
+
 
 class InitializedTimmBackbone(TimmBackbone):
     """transformers' wrapper of timm, with weights even where a checkpoint has none.
@@ -46,7 +48,7 @@ class InitializedTimmBackbone(TimmBackbone):
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A backbone with weights by its own rule; an optional `timm_kwargs` dict on a `TimmBackboneConfig` goes to timm.
 
-    The segmenters need four maps with strides 4, 8, 16 and 32, high to low resolution. Raises ValueError for another
+    The segmenters need four maps with strides 4, 8, 16 and 32, high to low resolution. Raises UserError for another
     number of maps.
     """
     if config.model_type == "timm_backbone":
@@ -54,7 +56,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     else:
         backbone = AutoBackbone.from_config(config)
     if len(backbone.channels) != 4:
-        raise ValueError(
+        raise UserError(
             f"The backbone gives {len(backbone.channels)} maps, but 4 are needed (strides 4, 8, 16, 32): set "
             "`out_features` or `out_indices` of its configuration to its four stages."
         )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from .errors import UserError
 from .postprocessing_uplvp import coco_mask, require_pycocotools
 
 # How far a polygon may leave the image, in pixels: what exporters round, not what is wrong.
@@ -24,12 +25,12 @@ def annotation_targets(
     """Masks (N, H, W) bool on the padded canvas and classes (N,) int64 of one COCO record.
 
     original, resized, canvas: (height, width) of the image, after resizing, and padded. Crowds are left out, and so
-    are masks without a pixel after resizing. Raises ValueError, with the image and the position of the annotation,
+    are masks without a pixel after resizing. Raises UserError, with the image and the position of the annotation,
     for a missing key, a category that is not in `label_map` and a segmentation that does not fit the image.
     """
     image = f"Image {record.get('image_id')!r}"
     if "annotations" not in record:
-        raise ValueError(f"{image}: no `annotations`, only {sorted(record)}. Without any it is an empty list.")
+        raise UserError(f"{image}: no `annotations`, only {sorted(record)}. Without any it is an empty list.")
     masks, classes = [], []
     for index, annotation in enumerate(record["annotations"]):
         if annotation.get("iscrowd", 0):
@@ -38,9 +39,9 @@ def annotation_targets(
             class_index = _class_index(annotation["category_id"], label_map)
             mask = torch.from_numpy(decode_segmentation(annotation["segmentation"], *original))
         except KeyError as error:
-            raise ValueError(f"{image}, annotation {index}: no {error} in it.") from error
+            raise UserError(f"{image}, annotation {index}: no {error} in it.") from error
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"{image}, annotation {index}: {error}") from error
+            raise UserError(f"{image}, annotation {index}: {error}") from error
         mask = F.interpolate(mask[None, None], resized, mode="nearest-exact")[0, 0] > 0
         if mask.any():
             masks.append(F.pad(mask, [0, canvas[1] - resized[1], 0, canvas[0] - resized[0]]))
@@ -51,9 +52,9 @@ def annotation_targets(
 
 def _class_index(category: int, label_map: Mapping[int, int] | None) -> int:
     if label_map is None and (not isinstance(category, (int, np.integer)) or category < 0):
-        raise ValueError(f"category_id {category!r} is no class index, which is 0 or more. Pass a label_map.")
+        raise UserError(f"category_id {category!r} is no class index, which is 0 or more. Pass a label_map.")
     if label_map is not None and category not in label_map:
-        raise ValueError(
+        raise UserError(
             f"category_id {category} is not in label_map, which has {sorted(label_map)}. Add it, or leave the "
             "annotation out."
         )
@@ -63,7 +64,7 @@ def _class_index(category: int, label_map: Mapping[int, int] | None) -> int:
 def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Polygons or RLE, plain or compressed, to (H, W) uint8.
 
-    Raises ValueError for what does not describe a mask of that size. It is checked here because pycocotools leaves
+    Raises UserError for what does not describe a mask of that size. It is checked here because pycocotools leaves
     memory as it finds it under run lengths that end early, and takes hours over a vertex far away.
     """
     require_pycocotools("COCO annotations")
@@ -76,24 +77,24 @@ def decode_segmentation(segmentation: Any, height: int, width: int) -> np.ndarra
         _check_polygon(polygon, height, width)
     polygons = [[float(value) for value in polygon] for polygon in segmentation]
     if not polygons:
-        raise ValueError("the segmentation is empty. Leave the annotation out.")
+        raise UserError("the segmentation is empty. Leave the annotation out.")
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)))
 
 
 def _check_runs(rle: Mapping[str, Any], height: int, width: int) -> None:
     if not {"size", "counts"} <= rle.keys():
-        raise ValueError(f"a run-length mask has `size` and `counts`, this one {sorted(rle)}.")
+        raise UserError(f"a run-length mask has `size` and `counts`, this one {sorted(rle)}.")
     size, counts = [int(side) for side in rle["size"]], rle["counts"]
     if size != [height, width]:
-        raise ValueError(
+        raise UserError(
             f"a run-length mask of {size[0]} x {size[1]} for an image of {height} x {width} (height x width). "
             "Annotations refer to the original, un-rotated pixels."
         )
     runs = counts if isinstance(counts, (list, tuple)) else unpacked_runs(counts)
     if not all(isinstance(run, (int, np.integer)) for run in runs):
-        raise ValueError(f"run lengths are whole numbers, got {runs!r:.60}. The mask is damaged.")
+        raise UserError(f"run lengths are whole numbers, got {runs!r:.60}. The mask is damaged.")
     if min(runs, default=0) < 0 or sum(runs) != height * width:
-        raise ValueError(f"run lengths of {sum(runs)} pixels for an image of {height * width}. The mask is damaged.")
+        raise UserError(f"run lengths of {sum(runs)} pixels for an image of {height * width}. The mask is damaged.")
 
 
 def unpacked_runs(counts: str | bytes) -> list[int]:
@@ -114,14 +115,14 @@ def unpacked_runs(counts: str | bytes) -> list[int]:
 
 def _check_polygon(polygon: Sequence[float], height: int, width: int) -> None:
     if isinstance(polygon, (int, float, str)) or len(polygon) < 6 or len(polygon) % 2:
-        raise ValueError(
+        raise UserError(
             f"a polygon is a list of at least three points, x and y in turn, got {polygon!r:.60}. "
             "A segmentation is a list of polygons."
         )
     for position, value in enumerate(polygon):
         limit = height if position % 2 else width
         if not math.isfinite(value) or not -_ROUNDING <= value <= limit + _ROUNDING:
-            raise ValueError(
+            raise UserError(
                 f"polygon coordinate {position} ({'xy'[position % 2]}) is {value}, outside the image of "
                 f"{height} x {width} (height x width). Cut polygons off at the image's border."
             )

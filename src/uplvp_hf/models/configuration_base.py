@@ -4,6 +4,8 @@ import difflib
 
 from transformers.utils import logging
 
+from .errors import UserError
+
 logger = logging.get_logger(__name__)
 
 # Keyword arguments that transformers itself hands to a configuration, beside the declared fields.
@@ -44,7 +46,7 @@ class StrictConfigMixin:
             if not self._is_known(key):
                 near = difflib.get_close_matches(key, [*self.__dataclass_fields__, *COMMON_KEYS], n=1)
                 hint = f" Did you mean `{near[0]}`?" if near else ""
-                raise ValueError(f"{type(self).__name__} has no setting `{key}`.{hint}")
+                raise UserError(f"{type(self).__name__} has no setting `{key}`.{hint}")
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -68,15 +70,15 @@ class StrictConfigMixin:
 def checked_category_ids(id2label: dict[int, str], category_ids: list[int] | None) -> list[int]:
     """The original ids of the classes, 1, 2, ... when not given.
 
-    Raises ValueError for classes that are not numbered 0..K-1, two of one name, and other than K different ids.
+    Raises UserError for classes that are not numbered 0..K-1, two of one name, and other than K different ids.
     """
     if sorted(id2label) != list(range(len(id2label))):
-        raise ValueError(f"id2label must map 0..{len(id2label) - 1}, got the keys {sorted(id2label)}.")
+        raise UserError(f"id2label must map 0..{len(id2label) - 1}, got the keys {sorted(id2label)}.")
     names = list(id2label.values())
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"Two classes have the same name: {', '.join(twice)}.")
+        raise UserError(f"Two classes have the same name: {', '.join(twice)}.")
     ids = list(category_ids) if category_ids is not None else [key + 1 for key in id2label]
     if len(ids) != len(id2label) or len(set(ids)) != len(ids):
-        raise ValueError(f"category_ids must hold {len(id2label)} different ids, one a class, got {ids}.")
+        raise UserError(f"category_ids must hold {len(id2label)} different ids, one a class, got {ids}.")
     return ids

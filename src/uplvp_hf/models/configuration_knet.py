@@ -5,6 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_base import StrictConfigMixin
+from .errors import UserError
 
 SEMANTIC_TARGETS = ("majority", "touched")
 OBJECT_POOLING = ("sum", "mean")
@@ -49,7 +50,7 @@ class KNetConfig(StrictConfigMixin, PreTrainedConfig):
             its instances much better with the mean (see docs/results.md).
 
     Raises:
-        ValueError: for a keyword that is not a setting (the nearest one is named) or a number out of range.
+        UserError: for a keyword that is not a setting (the nearest one is named) or a number out of range.
 
     Example:
 
@@ -102,24 +103,24 @@ class KNetConfig(StrictConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         for name in ("num_queries", "num_stages"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name, divisor in [
             ("num_attention_heads", self.num_attention_heads),
             ("norm_groups", self.norm_groups),
             ("the 4 parts of the position encoding (sine and cosine of two axes)", 4),
         ]:
             if self.hidden_size % divisor:
-                raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {name}: {divisor}.")
+                raise UserError(f"hidden_size {self.hidden_size} is not a multiple of {name}: {divisor}.")
         if self.semantic_targets not in SEMANTIC_TARGETS:
-            raise ValueError(
+            raise UserError(
                 f"semantic_targets must be one of {', '.join(SEMANTIC_TARGETS)}, got `{self.semantic_targets}`."
             )
         if self.object_pooling not in OBJECT_POOLING:
-            raise ValueError(f"object_pooling must be one of {', '.join(OBJECT_POOLING)}, got `{self.object_pooling}`.")
+            raise UserError(f"object_pooling must be one of {', '.join(OBJECT_POOLING)}, got `{self.object_pooling}`.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}.")
+            raise UserError(f"dropout must lie in [0, 1), got {self.dropout}.")
         if not 0 < self.prior_probability < 1:
-            raise ValueError(f"prior_probability must lie between 0 and 1, got {self.prior_probability}.")
+            raise UserError(f"prior_probability must lie between 0 and 1, got {self.prior_probability}.")
 
 
 __all__ = ["KNetConfig"]

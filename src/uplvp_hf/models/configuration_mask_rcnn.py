@@ -5,6 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_base import StrictConfigMixin, checked_category_ids
+from .errors import UserError
 
 CLASS_KEYS = ("num_labels", "id2label", "label2id", "category_ids")
 
@@ -43,7 +44,7 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
         detections_per_image (`int`, *optional*, defaults to 100): Most detections an image.
 
     Raises:
-        ValueError: for a keyword that is not a setting (the nearest one is named), a number out of range, or
+        UserError: for a keyword that is not a setting (the nearest one is named), a number out of range, or
             `category_ids` of another length than the classes.
 
     Example:
@@ -110,15 +111,15 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
             "pool_sampling_ratio", "sampled_anchors", "sampled_proposals", "detections_per_image",
         ):  # fmt: skip
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("proposal_nms_threshold", "score_threshold", "nms_threshold"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} lies between 0 and 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} lies between 0 and 1, got {getattr(self, name)}.")
         for name, length in (("anchor_sizes", 5), ("proposals_before_nms", 2), ("proposals", 2)):
             if len(getattr(self, name)) != length or min(getattr(self, name)) < 1:
-                raise ValueError(f"{name} must hold {length} numbers from 1 on, got {getattr(self, name)}.")
+                raise UserError(f"{name} must hold {length} numbers from 1 on, got {getattr(self, name)}.")
         if not self.anchor_ratios or min(self.anchor_ratios) <= 0:
-            raise ValueError(f"anchor_ratios must be positive numbers, got {self.anchor_ratios}.")
+            raise UserError(f"anchor_ratios must be positive numbers, got {self.anchor_ratios}.")
 
 
 __all__ = ["MaskRcnnConfig"]

@@ -5,6 +5,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_base import StrictConfigMixin
+from .errors import UserError
 
 
 @strict
@@ -51,7 +52,7 @@ class QueryInstConfig(StrictConfigMixin, PreTrainedConfig):
         prior_probability (`float`, *optional*, defaults to 0.01): Class probability at initialization.
 
     Raises:
-        ValueError: for a keyword that is not a setting (the nearest one is named) or a number out of range.
+        UserError: for a keyword that is not a setting (the nearest one is named) or a number out of range.
 
     Example:
 
@@ -112,20 +113,20 @@ class QueryInstConfig(StrictConfigMixin, PreTrainedConfig):
     def _check_settings(self) -> None:
         for name in ("num_queries", "num_stages", "dynamic_channels", "box_pool_size", "mask_pool_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.pool_sampling_ratio < 1 or self.finest_scale < 1:
-            raise ValueError(
+            raise UserError(
                 "pool_sampling_ratio and finest_scale must be at least 1, got "
                 f"{self.pool_sampling_ratio} and {self.finest_scale}."
             )
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}."
             )
         if len(self.box_deviations) != 4:
-            raise ValueError(f"box_deviations must hold 4 numbers, got {self.box_deviations}.")
+            raise UserError(f"box_deviations must hold 4 numbers, got {self.box_deviations}.")
         if not 0 < self.prior_probability < 1:
-            raise ValueError(f"prior_probability must lie between 0 and 1, got {self.prior_probability}.")
+            raise UserError(f"prior_probability must lie between 0 and 1, got {self.prior_probability}.")
 
 
 __all__ = ["QueryInstConfig"]

@@ -7,6 +7,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .configuration_base import StrictConfigMixin, checked_category_ids
 from .configuration_knet import KNetConfig
 from .configuration_queryinst import QueryInstConfig
+from .errors import UserError
 
 MATCHING = ("cosine", "sequential", "random", "hungarian", "none")
 POOLING = ("mask", "box")
@@ -70,7 +71,7 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             Names of the classes whose text embeddings the checkpoint holds. Set by `set_text_features`.
 
     Raises:
-        ValueError: for a keyword that is not a setting (the nearest one is named), an unknown choice, a number out of
+        UserError: for a keyword that is not a setting (the nearest one is named), an unknown choice, a number out of
             range, or `category_ids` of another length than the classes.
 
     Example:
@@ -150,20 +151,20 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got `{getattr(self, name)}`.")
+                raise UserError(f"{name} must be one of {', '.join(known)}, got `{getattr(self, name)}`.")
         for name in ("prompt_drop", "guidance_start"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} lies between 0 and 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} lies between 0 and 1, got {getattr(self, name)}.")
         for name in ("num_prompts", "prompt_slots", "text_dim"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("kernel_supervision_weight", "guidance_epochs"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+                raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.prompt_slots_shared and (self.prompt_slots is None or self.prompt_matching == "hungarian"):
-            raise ValueError("prompt_slots_shared needs prompt_slots, and another prompt_matching than `hungarian`.")
+            raise UserError("prompt_slots_shared needs prompt_slots, and another prompt_matching than `hungarian`.")
         if self.text_temperature <= 0:
-            raise ValueError(f"text_temperature must be positive, got {self.text_temperature}.")
+            raise UserError(f"text_temperature must be positive, got {self.text_temperature}.")
 
 
 __all__ = ["UplvpConfig"]

@@ -31,6 +31,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .coco_targets import annotation_targets
+from .errors import UserError
 from .postprocessing_uplvp import MASK_STRIDE, collect_instances, find_instances, require_pycocotools
 from .remote_code import name_processor_in_config
 
@@ -132,7 +133,7 @@ class UplvpProcessing:
         return super().preprocess(images, annotations, label_map, **kwargs)
 
     def process_image(self, image: Any, max_pixels: int | None = None, **kwargs) -> Any:
-        """One image to the backend's (3, H, W). Raises ValueError if it has more than `max_pixels`."""
+        """One image to the backend's (3, H, W). Raises UserError if it has more than `max_pixels`."""
         if isinstance(image, Image):
             _check_pixels(image.height, image.width, max_pixels)
         image = super().process_image(image, **kwargs)
@@ -146,7 +147,7 @@ class UplvpProcessing:
         if isinstance(annotations, Mapping):
             annotations = [annotations]
         if annotations is not None and len(annotations) != len(images):
-            raise ValueError(f"{len(annotations)} annotation records for {len(images)} images; pass one an image.")
+            raise UserError(f"{len(annotations)} annotation records for {len(images)} images; pass one an image.")
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         data, input_sizes = self._preprocess(images, **kwargs)
         features = BatchFeature(data=data, tensor_type=return_tensors)
@@ -269,7 +270,7 @@ class UplvpProcessing:
         target_sizes = target_sizes or input_sizes
         for index, (height, width) in enumerate(input_sizes):
             if height > canvas[0] or width > canvas[1]:
-                raise ValueError(
+                raise UserError(
                     f"Image {index} of the batch: un-padded input of {height} x {width} is larger than "
                     f"the {canvas[0]} x {canvas[1]} that the masks cover. Pass "
                     "input_sizes=processor.get_input_sizes(pixel_mask)."
@@ -287,16 +288,16 @@ class UplvpProcessing:
 def _check_thresholds(top_k: int, **thresholds: float) -> None:
     for name, value in thresholds.items():
         if not 0 <= value <= 1:
-            raise ValueError(f"{name}={value} is out of range; it goes from 0 to 1.")
+            raise UserError(f"{name}={value} is out of range; it goes from 0 to 1.")
     if top_k < 1:
-        raise ValueError(f"top_k={top_k} leaves no instance; it is at least 1.")
+        raise UserError(f"top_k={top_k} leaves no instance; it is at least 1.")
 
 
 def _check_pixels(height: int, width: int, max_pixels: int | None) -> None:
     if not height * width:
-        raise ValueError(f"An image of {height} x {width} has no pixel. Leave it out.")
+        raise UserError(f"An image of {height} x {width} has no pixel. Leave it out.")
     if max_pixels is not None and height * width > max_pixels:
-        raise ValueError(
+        raise UserError(
             f"An image of {height} x {width} has {height * width} pixels, more than max_pixels={max_pixels}. Cut it "
             "into tiles, make it smaller, or pass a larger max_pixels if memory allows it."
         )
@@ -312,16 +313,16 @@ def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]
     if size.longest_edge:
         scale = size.longest_edge / max(height, width)
         return max(1, round(height * scale)), max(1, round(width * scale))
-    raise ValueError(f"size={dict(size)} needs 'longest_edge', 'shortest_edge' or both, or 'height' and 'width'.")
+    raise UserError(f"size={dict(size)} needs 'longest_edge', 'shortest_edge' or both, or 'height' and 'width'.")
 
 
 def _check_sizes(name: str, sizes: Any, batch_size: int) -> list[tuple[int, int]] | None:
     if sizes is None:
         return None
     if len(sizes) != batch_size:
-        raise ValueError(f"{name} has {len(sizes)} entries for a batch of {batch_size} images; pass one an image.")
+        raise UserError(f"{name} has {len(sizes)} entries for a batch of {batch_size} images; pass one an image.")
     sizes = [(int(height), int(width)) for height, width in sizes]
     for index, size in enumerate(sizes):
         if min(size) < 1:
-            raise ValueError(f"{name}[{index}] is {size}; height and width are at least 1.")
+            raise UserError(f"{name}[{index}] is {size}; height and width are at least 1.")
     return sizes

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import UserError
 from .torchvision_ops import generalized_box_iou, generalized_box_iou_loss
 from .torchvision_ops import sigmoid_focal_loss as focal
 
@@ -79,7 +80,7 @@ def dice_cost(probabilities: Tensor, targets: Tensor, eps: float = 1e-3, form: s
 
 def _is_squared(form: str) -> bool:
     if form not in ("squared", "linear"):
-        raise ValueError(f"The form of dice must be `squared` or `linear`, got `{form}`.")
+        raise UserError(f"The form of dice must be `squared` or `linear`, got `{form}`.")
     return form == "squared"
 
 

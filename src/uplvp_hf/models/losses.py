@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import UserError
 from .matching import LabelGuide, hungarian
 from .point_sampling import BinaryMasks, Draw, PointSampler, point_terms, sample_points
 
@@ -264,10 +265,10 @@ def kernel_supervision(
 def check_labels(class_labels: list[Tensor], mask_labels: list[Tensor], num_labels: int) -> None:
     for i, (labels, masks) in enumerate(zip(class_labels, mask_labels, strict=True)):
         if len(labels) != len(masks):
-            raise ValueError(f"Image {i} of the batch has {len(masks)} masks but {len(labels)} class labels.")
+            raise UserError(f"Image {i} of the batch has {len(masks)} masks but {len(labels)} class labels.")
         # Labels that are already on an accelerator are not read back: that would cost a transfer an image.
         if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
-            raise ValueError(
+            raise UserError(
                 f"Image {i} of the batch has class labels {sorted(set(labels.tolist()))}, but the model has "
                 f"{num_labels} classes (0..{num_labels - 1}). Build it with the `id2label` of the data."
             )

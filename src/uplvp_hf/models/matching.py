@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .errors import UserError
+
 # (cost (L, N, G) float32 of one image, its place in the batch) -> cost of the same shape.
 LabelGuide = Callable[[Tensor, int], Tensor]
 
@@ -36,7 +38,7 @@ def match_prompts(queries: Tensor, vectors: Tensor, valid: Tensor, how: str = "c
         order = valid.int().argsort(dim=1, descending=True, stable=True)  # valid prompts first, in their order
         match = order.gather(1, rank.clamp(max=vectors.shape[1] - 1))
     else:
-        raise ValueError(f"Unknown prompt matching `{how}`: choose cosine, sequential, hungarian, random or none.")
+        raise UserError(f"Unknown prompt matching `{how}`: choose cosine, sequential, hungarian, random or none.")
     return torch.where(count > 0, match, -1)
 
 

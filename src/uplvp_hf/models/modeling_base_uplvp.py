@@ -9,6 +9,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_uplvp import UplvpConfig
+from .errors import UserError
 from .losses import LayerOutput
 from .modeling_knet import KNetForInstanceSegmentation
 from .modeling_mask2former import Mask2FormerSegmenter
@@ -73,7 +74,7 @@ class UplvpPreTrainedModel(SavesItsCode, PreTrainedModel):
         super().__init__(config)
         name = config.segmenter_config.model_type
         if name not in SEGMENTERS:
-            raise ValueError(f"segmenter_config is a `{name}`; UPLVP works on: {', '.join(SEGMENTERS)}.")
+            raise UserError(f"segmenter_config is a `{name}`; UPLVP works on: {', '.join(SEGMENTERS)}.")
         self.segmenter = segmenter if segmenter is not None else SEGMENTERS[name](config.segmenter_config)
         self.transfer_report: TransferReport | None = None
 
@@ -102,7 +103,7 @@ class UplvpPreTrainedModel(SavesItsCode, PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # pickles can run code
         config = AutoConfig.from_pretrained(name_or_dir, **_where(kwargs))
         if config.model_type not in SEGMENTERS:
-            raise ValueError(
+            raise UserError(
                 f"{name_or_dir} holds a `{config.model_type}` model; UPLVP works on: {', '.join(SEGMENTERS)}."
             )
         settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
@@ -199,7 +200,7 @@ class UplvpPreTrainedModel(SavesItsCode, PreTrainedModel):
         if self.config.class_agnostic:
             return [torch.zeros(len(masks), dtype=torch.int64) for masks in mask_labels]
         if class_labels is None:
-            raise ValueError("mask_labels need class_labels beside them, unless the model is class-agnostic.")
+            raise UserError("mask_labels need class_labels beside them, unless the model is class-agnostic.")
         return class_labels
 
 

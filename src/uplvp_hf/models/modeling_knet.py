@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from .backbones import build_backbone
 from .configuration_knet import KNetConfig
+from .errors import UserError
 from .fpn import FeaturePyramid
 from .losses import Draw, Normalizers
 from .losses_knet import KNetLoss, KNetStageOutput, count_cells
@@ -294,7 +295,7 @@ class KNetForInstanceSegmentation(KNetPreTrainedModel):
         losses = None
         if mask_labels is not None:
             if class_labels is None:
-                raise ValueError("mask_labels need class_labels beside them.")
+                raise UserError("mask_labels need class_labels beside them.")
             losses, _ = self.loss(layers, features, mask_labels, class_labels, normalizers, draw)
         output = KNetForInstanceSegmentationOutput(
             loss=None if losses is None else torch.stack(list(losses.values())).sum(),

@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from .backbones import build_backbone
 from .configuration_mask_rcnn import MaskRcnnConfig
+from .errors import UserError
 from .fpn import FeaturePyramid
 from .layers_mask_rcnn import POOLED, build_heads, build_proposals, init_mask_rcnn_weights
 from .losses import Normalizers, check_labels
@@ -181,7 +182,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         pixel_values (B, 3, H, W), H and W multiples of 32, normalized by the image processor; pixel_mask (B, H, W), 1
         on the image, 0 on padding; mask_labels: per image (G, H, W) bool at the padded input size, masks without a
         pixel are left out; class_labels: per image (G,) int in 0..K-1. `normalizers` is for the training loop: the
-        images of the whole step. Raises ValueError for labels that do not fit the masks or the classes.
+        images of the whole step. Raises UserError for labels that do not fit the masks or the classes.
 
         With labels there is a loss, for which anchors and proposals are sampled from torch's global generator; without
         labels, or in evaluation mode, there are detections.
@@ -190,7 +191,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         losses, found = None, {}
         if mask_labels is not None:
             if class_labels is None:
-                raise ValueError("mask_labels need class_labels beside them.")
+                raise UserError("mask_labels need class_labels beside them.")
             losses = self._losses(features, mask_labels, class_labels, normalizers)
         if mask_labels is None or not self.training:
             found = self._detections(features)

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 
 from .backbones import build_backbone
 from .configuration_queryinst import QueryInstConfig
+from .errors import UserError
 from .fpn import FeaturePyramid
 from .layers_queryinst import DynamicMaskHead, QueryInstStage, init_queryinst_weights
 from .losses import Draw, Normalizers
@@ -353,7 +354,7 @@ class QueryInstForInstanceSegmentation(QueryInstPreTrainedModel):
         """
         pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding;
         mask_labels: per image (G, H, W) bool at the padded input size; class_labels: per image (G,) int in 0..K-1.
-        `normalizers` is for the training loop. Raises ValueError for labels that do not fit the masks or the classes.
+        `normalizers` is for the training loop. Raises UserError for labels that do not fit the masks or the classes.
         """
         features = self.encode(pixel_values, pixel_mask)
         queries = self.initial_queries(features)
@@ -361,7 +362,7 @@ class QueryInstForInstanceSegmentation(QueryInstPreTrainedModel):
         losses = None
         if mask_labels is not None:
             if class_labels is None:
-                raise ValueError("mask_labels need class_labels beside them.")
+                raise UserError("mask_labels need class_labels beside them.")
             losses, _ = self.loss(layers, features, mask_labels, class_labels, normalizers)
         last = layers[-1]
         output = QueryInstForInstanceSegmentationOutput(

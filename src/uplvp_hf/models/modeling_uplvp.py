@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from .configuration_uplvp import UplvpConfig
+from .errors import UserError
 from .losses import Draw, LayerOutput, Normalizers, kernel_supervision
 from .matching import guidance, label_guide, match_prompts
 from .modeling_base_uplvp import UplvpOutput, UplvpPreTrainedModel
@@ -69,15 +70,15 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
 
         With our image `processor` a `Mask2FormerImageProcessor` of the same size, mean and deviation is written beside
         it. On images without padding the plain model gives the same results; on padded ones it does not, because
-        transformers' class lets the padding take part. Raises ValueError when the backbone has `timm_kwargs`, which
+        transformers' class lets the padding take part. Raises UserError when the backbone has `timm_kwargs`, which
         that class does not pass on.
         """
         from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
         if self.config.segmenter_config.model_type != "mask2former":
-            raise ValueError(f"A `{self.config.segmenter_config.model_type}` has no native class in transformers.")
+            raise UserError(f"A `{self.config.segmenter_config.model_type}` has no native class in transformers.")
         if getattr(self.config.segmenter_config.backbone_config, "timm_kwargs", None):
-            raise ValueError(
+            raise UserError(
                 "The backbone is built with timm_kwargs, which transformers' Mask2Former ignores: the exported model "
                 "would give other results. Train with a backbone without timm_kwargs to export."
             )
@@ -134,10 +135,10 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         Every class of the model needs a row (case does not matter); they are normalized and saved with the weights.
         """
         if self.text_heads is None:
-            raise ValueError("The model has no text class head: set `text_dim` in its configuration.")
+            raise UserError("The model has no text class head: set `text_dim` in its configuration.")
         rows = checked_text_features(features, class_names, self.config.id2label)
         if rows.shape[1] != self.config.text_dim:
-            raise ValueError(f"Text features have {rows.shape[1]} channels, but text_dim is {self.config.text_dim}.")
+            raise UserError(f"Text features have {rows.shape[1]} channels, but text_dim is {self.config.text_dim}.")
         self.text_heads.text_features.copy_(rows)
         self.config.text_classes = list(self.config.id2label.values())
 
@@ -240,7 +241,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         names = list(self.config.id2label.values())
         if list(self.config.text_classes or []) != names:
             known = f"are those of {', '.join(self.config.text_classes)}" if self.config.text_classes else "are not set"
-            raise ValueError(
+            raise UserError(
                 f"The text features {known}, the classes are {', '.join(names)}: call set_text_features(...) first."
             )
         return self.text_heads([layer.queries for layer in layers])

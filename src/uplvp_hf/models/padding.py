@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import UserError
+
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _SQUEEZES = ("conv_reduce", "fc1")  # first layer of timm's squeeze-and-excite blocks, after their mean over the map
 
@@ -137,7 +139,7 @@ class _Masking:
         """(B, 1, h, w) bool for a map (B, C, h, w)."""
         size = tuple(x.shape[-2:])
         if x.shape[0] != self.pixel_mask.shape[0]:
-            raise ValueError(
+            raise UserError(
                 f"A layer got {x.shape[0]} maps, but the pixel mask has {self.pixel_mask.shape[0]} images: run it "
                 "outside of padding_masked."
             )

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from transformers.image_utils import load_image
 from transformers.pipelines.base import Pipeline
 
+from .errors import UserError
+
 # What post-processing reads of a model's outputs.
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "class_scores", "roi_mask_logits", "boxes")
 FORMATS = ("rle", "pil")
@@ -72,9 +74,9 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     def _sanitize_parameters(self, **kwargs) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         known = {"timeout", "max_pixels", "threshold", "mask_threshold", "top_k", "masks"}
         if unknown := kwargs.keys() - known:
-            raise ValueError(f"No such setting of the pipeline: {', '.join(sorted(unknown))}. It has {sorted(known)}.")
+            raise UserError(f"No such setting of the pipeline: {', '.join(sorted(unknown))}. It has {sorted(known)}.")
         if kwargs.get("masks", "rle") not in FORMATS:
-            raise ValueError(f"masks must be one of {', '.join(FORMATS)}, got {kwargs['masks']!r}.")
+            raise UserError(f"masks must be one of {', '.join(FORMATS)}, got {kwargs['masks']!r}.")
         reading = {name: kwargs.pop(name) for name in ("timeout", "max_pixels") if name in kwargs}
         return reading, {}, kwargs
 
@@ -148,12 +150,12 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
 
 
 def _opened(image: Any, timeout: float | None) -> Image.Image:
-    """What transformers reads, upright and RGB. Raises ValueError for what is no image."""
+    """What transformers reads, upright and RGB. Raises UserError for what is no image."""
     try:
         return load_image(image, timeout=timeout)
     except Exception as error:  # httpx, base64 and Pillow's decoders raise classes of many kinds
         name = image if isinstance(image, str) else type(image).__name__
-        raise ValueError(
+        raise UserError(
             f"{name:.100} cannot be read as an image ({type(error).__name__}: {error!s:.200}). Pass the path, address "
             "or base64 string of an image, or open it and pass the PIL image."
         ) from error
@@ -161,7 +163,7 @@ def _opened(image: Any, timeout: float | None) -> Image.Image:
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise ValueError(
+        raise UserError(
             f"An image as a numpy array is uint8 and (H, W), (H, W, 3) or (H, W, 4), got {array.dtype} of shape "
             f"{array.shape}."
         )

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .errors import UserError
+
 
 class TextHead(nn.Module):
     """Logits (B, N, K) of queries (B, N, D), or (B, N, K + 1) with a learned "no object" logit last.
@@ -82,17 +84,17 @@ class TextHeads(nn.Module):
 def checked_text_features(features: Tensor, class_names: list[str], id2label: dict[int, str]) -> Tensor:
     """Rows of `features` (any number, text_dim) in the order of the model's classes, at unit length.
 
-    class_names: of the rows. Raises ValueError for classes without a row, for rows that do not fit the names, and for
+    class_names: of the rows. Raises UserError for classes without a row, for rows that do not fit the names, and for
     rows that are not finite or zero.
     """
     if features.dim() != 2 or len(features) != len(class_names):
-        raise ValueError(f"Text features {tuple(features.shape)} do not fit {len(class_names)} class names.")
+        raise UserError(f"Text features {tuple(features.shape)} do not fit {len(class_names)} class names.")
     rows = {str(name).casefold(): row for row, name in enumerate(class_names)}
     missing = [name for name in id2label.values() if name.casefold() not in rows]
     if missing:
-        raise ValueError(f"No text feature for the classes: {', '.join(missing)}. Given: {', '.join(class_names)}.")
+        raise UserError(f"No text feature for the classes: {', '.join(missing)}. Given: {', '.join(class_names)}.")
     chosen = features.float()[[rows[id2label[index].casefold()] for index in range(len(id2label))]]
     length = chosen.norm(dim=1)
     if not (torch.isfinite(length) & (length > 0)).all():
-        raise ValueError("Text features must be finite and not zero.")
+        raise UserError("Text features must be finite and not zero.")
     return chosen / length[:, None]

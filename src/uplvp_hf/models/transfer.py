@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .errors import UserError
+
 CLASS_HEADS = ("remap", "spread", "new")
 
 
@@ -51,7 +53,7 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
     reported.
     """
     if class_head not in CLASS_HEADS:
-        raise ValueError(f"class_head must be one of {', '.join(CLASS_HEADS)}, got `{class_head}`.")
+        raise UserError(f"class_head must be one of {', '.join(CLASS_HEADS)}, got `{class_head}`.")
     report = TransferReport(spread=class_head == "spread")
     old, new = source.state_dict(), target.state_dict()
     rows = _class_rows(source.config.id2label, target.config.id2label)

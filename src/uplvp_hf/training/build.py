@@ -23,6 +23,7 @@ from ..data.transforms import TrainTransform
 from ..files import check_model_name
 from ..models.configuration_mask_rcnn import MaskRcnnConfig
 from ..models.configuration_uplvp import OWN_SEGMENTERS, UplvpConfig
+from ..models.errors import UserError
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
@@ -330,7 +331,7 @@ def load_backbone_weights(backbone: nn.Module, path: str) -> list[str]:
         prefix = next((p for p in ("", "backbone.", "model.", "_backbone.") if p + next(iter(wanted)) in names), "")
         missing = [name for name in wanted if prefix + name not in names and not name.endswith("num_batches_tracked")]
         if missing:
-            raise ValueError(f"{path} lacks {len(missing)} tensors of the backbone, for example `{missing[0]}`.")
+            raise UserError(f"{path} lacks {len(missing)} tensors of the backbone, for example `{missing[0]}`.")
         target.load_state_dict(
             {name: archive.get_tensor(prefix + name) for name in wanted if prefix + name in names}, strict=False
         )

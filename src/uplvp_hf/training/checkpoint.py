@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files import write_json, writing
+from ..models.errors import UserError
 from .sharding import spread_like, whole
 
 logger = logging.getLogger(__name__)
@@ -133,7 +134,7 @@ def _fault(path: Path) -> str | None:
 def load_checkpoint(path: Path, model: nn.Module) -> tuple[dict, dict[str, Tensors]]:
     """Puts the weights of a checkpoint into `model` and returns the state and the further tensors saved with them.
 
-    Raises ValueError when the checkpoint holds another model.
+    Raises UserError when the checkpoint holds another model.
     """
     load_weights(path, model)
     files = [file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith("model")]
@@ -146,7 +147,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
     saved, info = type(model).from_pretrained(path, output_loading_info=True)
     fault = {key: sorted(map(str, info[key]))[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     if any(fault.values()) or saved.state_dict().keys() != model.state_dict().keys():
-        raise ValueError(
+        raise UserError(
             f"{path} does not fit the model of this run ({fault}): resume with the settings that it was started with."
         )
     model.load_state_dict(saved.state_dict())
@@ -162,13 +163,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
 
 
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """The inverse of `optimizer_tensors`. Raises ValueError when a parameter is not trained in this run."""
+    """The inverse of `optimizer_tensors`. Raises UserError when a parameter is not trained in this run."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     parameters = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in trained}
     for name, value in tensors.items():
         parameter_name, key = name.rsplit("|", 1)
         if parameter_name not in parameters:
-            raise ValueError(f"The checkpoint has moments of `{parameter_name}`, which this run does not train.")
+            raise UserError(f"The checkpoint has moments of `{parameter_name}`, which this run does not train.")
         parameter = parameters[parameter_name]
         # Step counters stay on the host, as torch keeps them; the moments lie (and are spread) as their parameter.
         optimizer.state[parameter][key] = value if key == "step" else spread_like(value, parameter)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..models.errors import UserError
 from .sharding import local, spread_like, whole_like
 
 
@@ -41,10 +42,10 @@ class WeightAverage:
         return {name: whole_like(average, parameter) for name, average, parameter in named}
 
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Goes on from what `tensors` gave. Raises ValueError when other parameters are trained now."""
+        """Goes on from what `tensors` gave. Raises UserError when other parameters are trained now."""
         if sorted(tensors) != sorted(self.names):
             unlike = sorted(set(tensors) ^ set(self.names))
-            raise ValueError(f"The average was taken over other parameters, for example not both have {unlike[0]}.")
+            raise UserError(f"The average was taken over other parameters, for example not both have {unlike[0]}.")
         self.updates = updates
         for name, average, parameter in zip(self.names, self._average, self._parameters, strict=True):
             average.copy_(local(spread_like(tensors[name], parameter)))

@@ -8,6 +8,7 @@ import math
 import torch
 from torch import nn
 
+from ..models.errors import UserError
 from .config import OptimSettings, TrainSettings
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
@@ -83,7 +84,7 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Opt
     """AdamW or SGD over `parameter_groups`. Each group's base rate is kept under `base_lr` for the schedule."""
     groups = parameter_groups(model, settings)
     if not groups:
-        raise ValueError("The model has no parameter to train: everything is frozen.")
+        raise UserError("The model has no parameter to train: everything is frozen.")
     for group in groups:
         group["base_lr"] = group["lr"]
     if settings.optimizer == "sgd":
