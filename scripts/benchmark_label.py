@@ -96,7 +96,7 @@ def build_labeler(shape: str, image_size: int, classes: int, device: str = "cpu"
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from uplvp_hf.labeling import Clip, DenseClipLabeler
-    from uplvp_hf.labeling.text import TextEmbeddings
+    from uplvp_hf.labeling.encoders.text import TextEmbeddings
 
     torch.manual_seed(0)
     hidden, mlp, layers, heads = SHAPES[shape]

@@ -123,10 +123,10 @@ def keep_row(
 
 def image_sources(encoder) -> dict[str, Callable[[], Any]]:
     """Name -> labeler, built when its turn comes."""
-    from uplvp_hf.labeling.baselines import CenterBoxLabeler, WholeImageLabeler
-    from uplvp_hf.labeling.foreground import ForegroundLabeler
-    from uplvp_hf.labeling.ncut import NcutLabeler
-    from uplvp_hf.labeling.saliency import VARIANTS, SaliencyLabeler
+    from uplvp_hf.labeling.labelers.baselines import CenterBoxLabeler, WholeImageLabeler
+    from uplvp_hf.labeling.labelers.foreground import ForegroundLabeler
+    from uplvp_hf.labeling.labelers.maskcut import NcutLabeler
+    from uplvp_hf.labeling.labelers.saliency import VARIANTS, SaliencyLabeler
 
     sources: dict[str, Callable[[], Any]] = {
         "whole image": WholeImageLabeler,

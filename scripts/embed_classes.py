@@ -27,8 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
 
     from uplvp_hf.labeling import load_clip, read_vocabulary
-    from uplvp_hf.labeling.prompt_templates import TEMPLATES
-    from uplvp_hf.labeling.text import embed_classes, save_text_embeddings
+    from uplvp_hf.labeling.encoders.prompt_templates import TEMPLATES
+    from uplvp_hf.labeling.encoders.text import embed_classes, save_text_embeddings
 
     try:
         entries = read_vocabulary(arguments.vocabulary)

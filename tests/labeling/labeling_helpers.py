@@ -17,8 +17,8 @@ from transformers import (
 
 from uplvp_hf.data.dataset import InstanceDataset
 from uplvp_hf.data.rows import read_image_folder
-from uplvp_hf.labeling.clip import Clip
-from uplvp_hf.labeling.encoders import Encoded, Encoder
+from uplvp_hf.labeling.encoders.backbone import Encoded, Encoder
+from uplvp_hf.labeling.encoders.clip import Clip
 
 WORDS = ["a", "photo", "of", "the", "bear", "deer", "grizzly", "sky", ".", "itap", "bad", "large", "small"]
 

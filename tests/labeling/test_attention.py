@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from labeling_helpers import tiny_clip, tiny_siglip
 
-from uplvp_hf.labeling.attention import ATTENTIONS, Layout, Recipe, gaussian_bias, proxy_weights, run_blocks
+from uplvp_hf.labeling.encoders.attention import ATTENTIONS, Layout, Recipe, gaussian_bias, proxy_weights, run_blocks
 
 GRID = 6, 4  # patches, not the native 4 x 4
 KNOBS = {"sigma": 1.5, "scale": 5.0, "gem_depth": 2, "gem_iterations": 2, "beta": 0.9, "gamma": 2.0}

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from uplvp_hf.labeling.baselines import CenterBoxLabeler, WholeImageLabeler
+from uplvp_hf.labeling.labelers.baselines import CenterBoxLabeler, WholeImageLabeler
 
 
 def test_center_box_lies_in_the_middle():

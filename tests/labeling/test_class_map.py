@@ -2,7 +2,7 @@
 
 import pytest
 
-from uplvp_hf.labeling.class_map import read_class_map, resolve_class_map
+from uplvp_hf.labeling.naming.class_map import read_class_map, resolve_class_map
 
 LABELS = dict(enumerate(["tench, Tinca tinca", "brown bear, bruin", "crane", "ice bear, polar bear", "crane", "bruin"]))
 

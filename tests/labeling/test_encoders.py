@@ -8,8 +8,8 @@ from labeling_helpers import blob_image
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassification, ViTModel
 
-from uplvp_hf.labeling.encoders import load_classifier, load_encoder
-from uplvp_hf.labeling.pixels import fit_longest, group_by_size, images_to_pixels
+from uplvp_hf.labeling.encoders.backbone import load_classifier, load_encoder
+from uplvp_hf.labeling.encoders.pixels import fit_longest, group_by_size, images_to_pixels
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import timm
 import torch
 from torch import nn
 
-from uplvp_hf.labeling.folding import fold_batch_norms
+from uplvp_hf.labeling.encoders.folding import fold_batch_norms
 
 
 def randomize(model):

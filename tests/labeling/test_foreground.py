@@ -5,7 +5,7 @@ import pytest
 import torch
 from labeling_helpers import FixedEncoder, blob_image, tiny_encoder
 
-from uplvp_hf.labeling.foreground import ForegroundLabeler, Ridge, foreground_maps, principal_map
+from uplvp_hf.labeling.labelers.foreground import ForegroundLabeler, Ridge, foreground_maps, principal_map
 
 
 def test_principal_map_is_the_first_principal_component():

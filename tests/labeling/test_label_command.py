@@ -176,7 +176,7 @@ def test_settings_reach_labeler_and_namer(folder, tmp_path, capsys):
         (["--labeler", "clip"], ["attention = 'naclip'", "peak = None", "surroundings = 'none'", "logit_scale = 50.0"]),
         (["--labeler", "saliency", "--namer", "classifier"], ["threshold = 0.5", "others = 'ignore'"]),
         (["--labeler", "segmenter"], ["min_score = 0.5", "min_area = 32"]),
-        (["--labeler", "uplvp_hf.labeling.baselines:CenterBoxLabeler"], ["side = "]),
+        (["--labeler", "uplvp_hf.labeling.labelers.baselines:CenterBoxLabeler"], ["side = "]),
     ],
 )
 def test_settings_are_listed(capsys, words, lines):
@@ -246,7 +246,7 @@ def test_classes_by_name_and_half_precision(folder, tmp_path, capsys):
 
 
 def test_precomputed_features_and_text(folder, tmp_path, capsys):
-    from uplvp_hf.labeling.text import TextEmbeddings, save_text_embeddings
+    from uplvp_hf.labeling.encoders.text import TextEmbeddings, save_text_embeddings
 
     torch.manual_seed(0)
     (tmp_path / "features").mkdir()

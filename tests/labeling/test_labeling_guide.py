@@ -12,7 +12,7 @@ from labeling_helpers import image_folder
 from uplvp_hf.cli import VERBS
 from uplvp_hf.commands._label_build import describe_labeler, describe_namer, read_settings
 from uplvp_hf.commands.label import _default_namer, build_parser
-from uplvp_hf.labeling.class_map import read_class_map
+from uplvp_hf.labeling.naming.class_map import read_class_map
 
 GUIDE = Path(__file__).parents[2] / "docs" / "labeling.md"
 TEXT = GUIDE.read_text().split("\n## Measured\n")[0]  # after that come tables and other commands
@@ -57,7 +57,7 @@ def test_settings_in_the_text_exist():
 
 
 def test_python_and_class_map(tmp_path, monkeypatch):
-    from uplvp_hf.labeling.plugins import load_plugin
+    from uplvp_hf.labeling.labelers.plugin import load_plugin
 
     (tmp_path / "my_masks.py").write_text(next(block for block in blocks("python") if "my_masks.py" in block))
     monkeypatch.chdir(tmp_path)

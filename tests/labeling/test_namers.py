@@ -6,8 +6,11 @@ import torch
 from labeling_helpers import blob_image, tiny_clip, tiny_encoder
 from PIL import Image
 
-from uplvp_hf.labeling.instances import Proposals
-from uplvp_hf.labeling.namers import AgnosticNamer, ClassifierNamer, ClipZeroShotNamer, crop_box, mask_crops
+from uplvp_hf.labeling.cutting.proposals import Proposals
+from uplvp_hf.labeling.naming.agnostic import AgnosticNamer
+from uplvp_hf.labeling.naming.classifier import ClassifierNamer
+from uplvp_hf.labeling.naming.crops import crop_box, mask_crops
+from uplvp_hf.labeling.naming.zero_shot import ClipZeroShotNamer
 
 CLASS_MAP = {"bear": [0, 3], "deer": [1], "otter": [5]}
 

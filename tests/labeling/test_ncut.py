@@ -9,8 +9,9 @@ import torch
 from labeling_helpers import FixedEncoder, blob_image, tiny_encoder
 from PIL import Image
 
-from uplvp_hf.labeling import ncut
-from uplvp_hf.labeling.ncut import NcutLabeler
+from uplvp_hf.labeling.cutting import normalized_cut as cuts
+from uplvp_hf.labeling.labelers import maskcut
+from uplvp_hf.labeling.labelers.maskcut import NcutLabeler
 
 
 def cut_cost(weights, side):
@@ -31,10 +32,10 @@ def three_regions(noise=0.3):
 
 def test_eigenvector_is_scipys_and_padding_changes_nothing():
     generator = torch.Generator().manual_seed(0)
-    weights = ncut.affinity(torch.randn(3, 14, 4, generator=generator), tau=0.2, eps=0.05)
+    weights = cuts.affinity(torch.randn(3, 14, 4, generator=generator), tau=0.2, eps=0.05)
     valid = torch.ones(3, 14, dtype=torch.bool)
     valid[1, 9:] = False
-    got = ncut.second_eigenvector(weights, valid).double().numpy()
+    got = cuts.second_eigenvector(weights, valid).double().numpy()
     for w, keep, vector in zip(weights.double().numpy(), valid.numpy(), got):
         w = w[keep][:, keep]
         degree = np.diag(w.sum(axis=1))
@@ -50,7 +51,7 @@ def test_best_cut_is_the_best_of_all_thresholds():
     order = torch.randn(2, 9, generator=generator)
     valid = torch.ones(2, 9, dtype=torch.bool)
     valid[1, 4] = valid[1, 7] = False
-    thresholds, costs = ncut.best_cut(weights, order, valid, min_cells=2)
+    thresholds, costs = cuts.best_cut(weights, order, valid, min_cells=2)
     for w, o, keep, threshold, cost in zip(weights.numpy(), order.numpy(), valid.numpy(), thresholds, costs):
         w, o = w[keep][:, keep], o[keep]
         sides = [o > t for t in o if 2 <= (o > t).sum() <= len(o) - 2]
@@ -60,8 +61,8 @@ def test_best_cut_is_the_best_of_all_thresholds():
 
 def test_two_groups_are_cut_where_no_other_cut_is_cheaper():
     features = torch.tensor([[1.0, 0], [1, 0.1], [1, -0.1], [0, 1], [0.1, 1], [0.05, 1], [-0.1, 1]])
-    (parts,) = ncut.split_by_ncut(features.T[:, None], torch.ones(1, 1, 7, dtype=torch.bool), max_parts=2)
-    weights = ncut.affinity(features, 0.2).numpy()
+    (parts,) = cuts.split_by_ncut(features.T[:, None], torch.ones(1, 1, 7, dtype=torch.bool), max_parts=2)
+    weights = cuts.affinity(features, 0.2).numpy()
     every = [s for s in itertools.product([0, 1], repeat=7) if 0 < sum(s) < 7]
     best = min(cut_cost(weights, side) for side in every)
     assert cut_cost(weights, parts[0].flatten().numpy()) == pytest.approx(best, rel=1e-4)
@@ -72,7 +73,7 @@ def test_two_groups_are_cut_where_no_other_cut_is_cheaper():
 def test_regions_are_recovered(max_cells):
     features, region = three_regions(0.1)
     masks = torch.stack([torch.ones_like(region, dtype=torch.bool), region != 2, region == 1, region > 9])
-    parts = ncut.split_by_ncut(features, masks, max_cells=max_cells)
+    parts = cuts.split_by_ncut(features, masks, max_cells=max_cells)
     assert [len(p) for p in parts] == [3, 2, 1, 1]
     for mask, own in zip(masks, parts):
         assert torch.equal(torch.stack(own).sum(dim=0), mask.long())  # a partition
@@ -83,15 +84,15 @@ def test_regions_are_recovered(max_cells):
 def test_limits_of_splitting():
     features, region = three_regions()
     whole = torch.ones(1, 12, 20, dtype=torch.bool)
-    assert len(ncut.split_by_ncut(features, whole, max_parts=1)[0]) == 1
-    assert len(ncut.split_by_ncut(features, whole, max_parts=2)[0]) == 2
+    assert len(cuts.split_by_ncut(features, whole, max_parts=1)[0]) == 1
+    assert len(cuts.split_by_ncut(features, whole, max_parts=2)[0]) == 2
     smallest = int((region == 2).sum())
-    assert min(p.sum() for p in ncut.split_by_ncut(features, whole, min_cells=smallest + 5)[0]) >= smallest + 5
+    assert min(p.sum() for p in cuts.split_by_ncut(features, whole, min_cells=smallest + 5)[0]) >= smallest + 5
     one_way = features + 40  # all cosines near 1
-    assert len(ncut.split_by_ncut(one_way, whole)[0]) == 1
-    assert len(ncut.split_by_ncut(one_way, whole, center=True)[0]) == 3
+    assert len(cuts.split_by_ncut(one_way, whole)[0]) == 1
+    assert len(cuts.split_by_ncut(one_way, whole, center=True)[0]) == 3
     with pytest.raises(ValueError, match="do not lie on features"):
-        ncut.split_by_ncut(features, whole[:, 1:])
+        cuts.split_by_ncut(features, whole[:, 1:])
 
 
 def test_cost_of_given_sides():
@@ -99,7 +100,7 @@ def test_cost_of_given_sides():
     weights = torch.rand(2, 8, 8, generator=generator)
     weights = weights + weights.transpose(1, 2)
     sides = torch.rand(2, 8, generator=generator) > 0.5
-    for w, side, got in zip(weights.numpy(), sides.numpy(), ncut.cut_cost(weights, sides)):
+    for w, side, got in zip(weights.numpy(), sides.numpy(), maskcut.cut_cost(weights, sides)):
         assert got == pytest.approx(cut_cost(w, side), rel=1e-4)
 
 
@@ -115,7 +116,7 @@ def two_objects():
 
 def test_objects_are_cut_out_one_after_another():
     features, region = two_objects()
-    found, soft, scores = ncut.cut_out(features.expand(2, -1, -1, -1), masks=4)
+    found, soft, scores = maskcut.cut_out(features.expand(2, -1, -1, -1), masks=4)
     for masks, values in zip(found, scores):
         assert sorted(int(mask.sum()) for mask in masks) == [0, 0, 30, 42]
         assert {tuple(region[mask].unique().tolist()) for mask in masks if mask.any()} == {(1,), (2,)}
@@ -129,15 +130,15 @@ def test_foreground_avoids_the_corners():
     inside = torch.zeros(16, 20, dtype=torch.bool)
     inside[2:14, 2:18] = True
     large = torch.where(inside, features[0, :, :1, :1], features[0, :, 8:9, 12:13])[None]
-    found, _, _ = ncut.cut_out(large, masks=1)
+    found, _, _ = maskcut.cut_out(large, masks=1)
     assert torch.equal(found[0, 0], inside)
 
 
 def test_small_masks_are_rejected():
     features, _ = two_objects()
-    found, _, scores = ncut.cut_out(features, min_area=35 / 320)
+    found, _, scores = maskcut.cut_out(features, min_area=35 / 320)
     assert found[0].flatten(1).sum(dim=1).max() in (0, 42) and (scores[0] >= 0).sum() <= 1
-    flat, _, none = ncut.cut_out(torch.ones(1, 4, 6, 6))
+    flat, _, none = maskcut.cut_out(torch.ones(1, 4, 6, 6))
     assert ((none == -1) | flat.any(dim=3).any(dim=2)).all()
 
 

@@ -20,9 +20,10 @@ from labeling_helpers import blob_image, image_folder, tiny_clip, tiny_encoder
 from uplvp_hf.data import DataError, decode_segmentation, encode_masks, load_dataset_rows, read_store
 from uplvp_hf.data.dataset import RowStream, empty_objects
 from uplvp_hf.labeling import store as store_module
-from uplvp_hf.labeling.foreground import ForegroundLabeler
-from uplvp_hf.labeling.language_vision import DenseClipLabeler
-from uplvp_hf.labeling.namers import AgnosticNamer, ClassifierNamer
+from uplvp_hf.labeling.labelers.dense_clip import DenseClipLabeler
+from uplvp_hf.labeling.labelers.foreground import ForegroundLabeler
+from uplvp_hf.labeling.naming.agnostic import AgnosticNamer
+from uplvp_hf.labeling.naming.classifier import ClassifierNamer
 from uplvp_hf.labeling.pipeline import label_images
 from uplvp_hf.labeling.store import StoreError
 

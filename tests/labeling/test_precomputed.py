@@ -9,10 +9,10 @@ from safetensors.torch import save_file
 
 from uplvp_hf.data.dataset import empty_objects
 from uplvp_hf.data.store_reader import read_failures
-from uplvp_hf.labeling.language_vision import DenseClipLabeler
+from uplvp_hf.labeling.encoders.precomputed import PrecomputedFeatures
+from uplvp_hf.labeling.encoders.text import TextEmbeddings
+from uplvp_hf.labeling.labelers.dense_clip import DenseClipLabeler
 from uplvp_hf.labeling.pipeline import label_images
-from uplvp_hf.labeling.precomputed import PrecomputedFeatures
-from uplvp_hf.labeling.text import TextEmbeddings
 
 
 def row(image_id, file_name):

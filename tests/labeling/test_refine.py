@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from uplvp_hf.labeling.refine import pamr
+from uplvp_hf.labeling.cutting.refine import pamr
 
 
 def by_loops(image, maps, iterations, dilations):

@@ -10,11 +10,11 @@ import pytest
 from labeling_helpers import image_folder
 
 from uplvp_hf.data import DataError, load_dataset_rows, read_store
-from uplvp_hf.labeling.instances import Proposals
+from uplvp_hf.labeling.cutting.proposals import Proposals
+from uplvp_hf.labeling.labelers.mask_file import MaskFileLabeler
 from uplvp_hf.labeling.pipeline import LabelerBase, label_images
 from uplvp_hf.labeling.quality import proposal_quality
 from uplvp_hf.labeling.report import AREA_EDGES, SCORE_EDGES, Statistics, write_report
-from uplvp_hf.labeling.sources import MaskFileSource
 
 
 class Squares(LabelerBase):
@@ -118,7 +118,7 @@ def test_no_example_is_shown_twice(count):
 def test_against_the_truth(scenes_dir, tmp_path):
     truth = load_dataset_rows(scenes_dir)
     plain = load_dataset_rows(scenes_dir / "images")
-    label_images(plain, MaskFileSource(truth, top=2), None, tmp_path / "labels", progress=False)
+    label_images(plain, MaskFileLabeler(truth, top=2), None, tmp_path / "labels", progress=False)
     numbers = write_report(tmp_path / "labels", tmp_path / "report.html", truth=scenes_dir)
     want = proposal_quality(read_store(tmp_path / "labels"), truth)
     for key, value in want.items():

@@ -5,8 +5,8 @@ import pytest
 import torch
 from labeling_helpers import FixedEncoder, blob_image, tiny_encoder
 
-from uplvp_hf.labeling import saliency
-from uplvp_hf.labeling.saliency import SaliencyLabeler
+from uplvp_hf.labeling.labelers import saliency
+from uplvp_hf.labeling.labelers.saliency import SaliencyLabeler
 
 
 def everything(**options):

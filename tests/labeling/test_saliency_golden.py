@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from uplvp_hf.labeling import saliency
-from uplvp_hf.labeling.instances import Proposals, apply_nms, matrix_nms, top_k
+from uplvp_hf.labeling.cutting.proposals import Proposals, apply_nms, matrix_nms, top_k
+from uplvp_hf.labeling.labelers import saliency
 
 pytestmark = pytest.mark.golden
 close = {"atol": 1e-5, "rtol": 1e-5}

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from uplvp_hf.labeling.cutting import Cutting, cut_instances
-from uplvp_hf.labeling.instances import Proposals
-from uplvp_hf.labeling.refine import pamr
-from uplvp_hf.labeling.segments import class_layers, class_map, connected_segments
+from uplvp_hf.labeling.cutting.cut import Cutting, cut_instances
+from uplvp_hf.labeling.cutting.proposals import Proposals
+from uplvp_hf.labeling.cutting.refine import pamr
+from uplvp_hf.labeling.cutting.segments import class_layers, class_map, connected_segments
 
 SIZE = 53, 71
 unrefined = partial(Cutting, refine=None)  # without an image

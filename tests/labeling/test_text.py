@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from labeling_helpers import tiny_clip
 from safetensors.torch import save_file
 
-from uplvp_hf.labeling.prompt_templates import OPENAI80, TEMPLATES, read_background, read_templates
-from uplvp_hf.labeling.text import (
+from uplvp_hf.labeling.encoders.prompt_templates import OPENAI80, TEMPLATES, read_background, read_templates
+from uplvp_hf.labeling.encoders.text import (
     TextEmbeddings,
     embed_classes,
     load_text_embeddings,

@@ -49,21 +49,23 @@ class Part:
 def describe_labeler(name: str) -> Part:
     """Constructors and settings of a labeler by name, or of a user's own as `module:factory`."""
     if ":" in name:
-        from ..labeling.plugins import find_factory
+        from ..labeling.labelers.plugin import find_factory
 
         factory = find_factory(name)
         return Part(f"labeler {name}", [factory], settings_of([factory], required=True), takes_anything(factory))
     from .. import labeling
-    from ..labeling import attention, cutting, dense_clip, ncut, saliency
+    from ..labeling.cutting import cut
+    from ..labeling.encoders import attention, windows
+    from ..labeling.labelers import maskcut, saliency
 
     constructors, also = {
-        "clip": ((labeling.DenseClipLabeler, attention.Recipe, cutting.Cutting), (dense_clip.View,)),
+        "clip": ((labeling.DenseClipLabeler, attention.Recipe, cut.Cutting), (windows.View,)),
         "saliency": ((labeling.SaliencyLabeler,), (saliency.propose_batch, saliency.keep_plausible)),
         "foreground": ((labeling.ForegroundLabeler,), ()),
-        "ncut": ((ncut.NcutLabeler,), (ncut.cut_out,)),
-        "file": ((labeling.MaskFileSource,), ()),
-        "sam": ((labeling.MaskGeneratorSource,), ()),
-        "segmenter": ((labeling.SegmenterSource,), ()),
+        "ncut": ((maskcut.NcutLabeler,), (maskcut.cut_out,)),
+        "file": ((labeling.MaskFileLabeler,), ()),
+        "sam": ((labeling.MaskGeneratorLabeler,), ()),
+        "segmenter": ((labeling.SegmenterLabeler,), ()),
     }[name]
     provided = ("clip", "entries", "text", "guide", "encoder", "dataset", "model", "device", "dtype")
     return Part(f"labeler {name}", constructors, settings_of(constructors, provided, also))
@@ -204,7 +206,8 @@ class Builder:
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
 
-        from ..labeling import class_map, text
+        from ..labeling.encoders import text
+        from ..labeling.naming import class_map
 
         self.args = args
         local = os.environ.get("LOCAL_RANK", 0)
@@ -223,7 +226,7 @@ class Builder:
     @property
     def clip(self) -> Any:
         if self._clip is None:
-            from ..labeling.clip import load_clip
+            from ..labeling.encoders.clip import load_clip
 
             text_tower = self.args.text_embeddings is None
             self._clip = load_clip(self.args.clip, device=self.device, dtype=self.dtype, text_tower=text_tower)
@@ -232,7 +235,7 @@ class Builder:
     @property
     def encoder(self) -> Any:
         if self._encoder is None:
-            from ..labeling.encoders import load_encoder
+            from ..labeling.encoders.backbone import load_encoder
 
             self._encoder = load_encoder(self.args.backbone, *self._weights(), device=self.device, dtype=self.dtype)
         return self._encoder
@@ -241,7 +244,7 @@ class Builder:
         return self.args.backbone_weights, self.args.pad_type or None
 
     def _classifier(self) -> Any:
-        from ..labeling.encoders import load_classifier
+        from ..labeling.encoders.backbone import load_classifier
 
         if self.args.classifier is not None:
             options = {"weights": self.args.classifier_weights, "device": self.device, "dtype": self.dtype}
@@ -253,8 +256,8 @@ class Builder:
     def _text(self, background: Any) -> dict[str, Any]:
         if self.args.text_embeddings is None:
             return {}
-        from ..labeling.prompt_templates import read_background
-        from ..labeling.text import load_text_embeddings
+        from ..labeling.encoders.prompt_templates import read_background
+        from ..labeling.encoders.text import load_text_embeddings
 
         entries = [*self.entries, *read_background(background, self.entries)]
         return {"text": load_text_embeddings(self.args.text_embeddings, entries)}
@@ -263,7 +266,7 @@ class Builder:
         """The labeler that `part` describes."""
         name, constructor = self.args.labeler, part.constructors[0]
         if ":" in name:
-            from ..labeling.plugins import load_plugin
+            from ..labeling.labelers.plugin import load_plugin
 
             return load_plugin(name, settings)
         if name == "clip":
@@ -279,11 +282,11 @@ class Builder:
     def _dense_clip(self, constructor: Callable[..., Any], settings: dict[str, Any]) -> Any:
         source, extra = None, self._text(settings.get("background", ()))
         if self.args.features is not None:
-            from ..labeling.precomputed import PrecomputedFeatures
+            from ..labeling.encoders.precomputed import PrecomputedFeatures
 
             source = PrecomputedFeatures(self.args.features, self.args.features_layout or "dhw", device=self.device)
         if self.args.guide is not None:
-            from ..labeling.encoders import load_encoder
+            from ..labeling.encoders.backbone import load_encoder
 
             extra["guide"] = load_encoder(self.args.guide, device=self.device, dtype=self.dtype)
         return constructor(source or self.clip, self.entries, **settings, **extra)
@@ -293,7 +296,7 @@ class Builder:
         if self.args.namer == "map":
             return None
         if self.args.namer == "none":
-            from ..labeling.namers import AgnosticNamer
+            from ..labeling.naming.agnostic import AgnosticNamer
 
             return AgnosticNamer()
         if self.args.namer == "clip":

@@ -51,7 +51,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         settings[name] = yaml.safe_load(value)
     classes = None
     if arguments.classes is not None:
-        from ..labeling.text import read_vocabulary, split_synonyms
+        from ..labeling.encoders.text import read_vocabulary, split_synonyms
 
         classes = [split_synonyms(entry)[0] for entry in read_vocabulary(arguments.classes)]
     report = convert_checkpoint(

@@ -1,28 +1,32 @@
 """Labeling: which pixels become pseudo instances, and what they are called."""
 
-from .attention import ATTENTIONS, Recipe
-from .baselines import CenterBoxLabeler, WholeImageLabeler
-from .class_map import read_class_map, resolve_class_map
-from .clip import Clip, load_clip
-from .cutting import Cutting
-from .dense_clip import View, dense_features
-from .encoders import Encoder, load_classifier, load_encoder
-from .export import export_coco, export_parquet, store_to_dataset
-from .foreground import ForegroundLabeler
-from .instances import Proposals
-from .language_vision import DenseClipLabeler
-from .namers import AgnosticNamer, ClassifierNamer, ClipZeroShotNamer
-from .ncut import NcutLabeler
+from .cutting.cut import Cutting
+from .cutting.proposals import Proposals
+from .encoders.attention import ATTENTIONS, Recipe
+from .encoders.backbone import Encoder, load_classifier, load_encoder
+from .encoders.clip import Clip, load_clip
+from .encoders.precomputed import PrecomputedFeatures
+from .encoders.prompt_templates import read_background, read_templates
+from .encoders.text import TextEmbeddings, embed_classes, load_text_embeddings, read_vocabulary, save_text_embeddings
+from .encoders.windows import View, dense_features
+from .labelers.baselines import CenterBoxLabeler, WholeImageLabeler
+from .labelers.dense_clip import DenseClipLabeler
+from .labelers.foreground import ForegroundLabeler
+from .labelers.mask_file import MaskFileLabeler
+from .labelers.mask_generator import MaskGeneratorLabeler
+from .labelers.maskcut import NcutLabeler
+from .labelers.plugin import PluginLabeler, load_plugin
+from .labelers.saliency import SaliencyLabeler
+from .labelers.segmenter import SegmenterLabeler
+from .naming.agnostic import AgnosticNamer
+from .naming.class_map import read_class_map, resolve_class_map
+from .naming.classifier import ClassifierNamer
+from .naming.zero_shot import ClipZeroShotNamer
 from .pipeline import LabelSummary, label_images
-from .plugins import PluginSource, load_plugin
-from .precomputed import PrecomputedFeatures
-from .prompt_templates import read_background, read_templates
 from .quality import proposal_quality
 from .report import write_report
-from .saliency import SaliencyLabeler
-from .sources import MaskFileSource, MaskGeneratorSource, SegmenterSource
 from .store import StoreError, StoreWriter
-from .text import TextEmbeddings, embed_classes, load_text_embeddings, read_vocabulary, save_text_embeddings
+from .store_export import export_coco, export_parquet, store_to_dataset
 
 __all__ = [
     "ATTENTIONS",
@@ -36,15 +40,15 @@ __all__ = [
     "Encoder",
     "ForegroundLabeler",
     "LabelSummary",
-    "MaskFileSource",
-    "MaskGeneratorSource",
+    "MaskFileLabeler",
+    "MaskGeneratorLabeler",
     "NcutLabeler",
-    "PluginSource",
+    "PluginLabeler",
     "PrecomputedFeatures",
     "Proposals",
     "Recipe",
     "SaliencyLabeler",
-    "SegmenterSource",
+    "SegmenterLabeler",
     "StoreError",
     "StoreWriter",
     "TextEmbeddings",

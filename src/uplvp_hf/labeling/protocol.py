@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ..data.dataset import Row
-from .instances import Proposals
+from .cutting.proposals import Proposals
 
 AGNOSTIC_NAME = "object"
 Finish = Callable[[], Iterable[Proposals]]  # one `Proposals` an image, made when it is asked for

@@ -21,7 +21,7 @@ from ..data.dataset import InstanceDataset, Row, RowStream
 from ..data.errors import DataError, ImageError
 from ..data.rle import encode_masks, mask_area, masks_to_boxes
 from .blocks import Deal, LoadedBlock, block_count, calibration_blocks, iterate_blocks, load_blocks
-from .instances import Proposals
+from .cutting.proposals import Proposals
 from .processes import Processes
 from .progress import Progress
 from .protocol import Labeler, Namer

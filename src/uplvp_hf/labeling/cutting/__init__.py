@@ -1,0 +1,1 @@
+"""From soft maps to instances: thresholds, components, splitting, refinement, filters, non-maximum suppression."""

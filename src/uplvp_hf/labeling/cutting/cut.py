@@ -1,0 +1,218 @@
+"""From class evidence on a grid to one image's instances: refinement, class map, components, splitting, filters,
+NMS."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...models.errors import UserError
+from .normalized_cut import split_by_ncut
+from .proposals import NMS_KINDS, Proposals, apply_nms, filter_proposals, top_k, upsample_grid
+from .refine import pamr
+from .segments import Segment, area_segments, class_layers, class_map, connected_segments, make_segment
+
+SPLITS = ("components", "ncut")
+REFINEMENTS = (None, "pamr")
+NACLIP_DILATIONS, NACLIP_SIZE = (8, 16), 336  # pixels; the latter of the shorter side
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How evidence becomes instances. `threshold`, `peak`, `min_score` None: what the labeler's evidence calls for.
+
+    threshold: evidence that a pixel needs. peak: evidence that an instance needs somewhere. min_score: its least score.
+    exclusive: every pixel belongs to its best class; False cuts each class on its own, and areas may overlap.
+    fill_holes: holes in a component belong to it.
+    split: "components" (4-connected), or "ncut", which also splits components where the encoder's own features fall
+        apart (`normalized_cut.split_by_ncut`): at most `max_parts` parts, cells joined above a cosine of `split_tau` after
+        subtracting the image's mean feature, no cut that costs more than `max_ncut`.
+    refine: "pamr", NACLIP's pixel-adaptive refinement of the evidence before the class map, or None. 10 steps at
+        `refine_size` pixels on the shorter side, with dilations of 8 and 16 pixels in 336 (NACLIP's), scaled to that
+        size. 128 pixels give masks as good as 336 at a tenth of the time (docs/labeling.md).
+    min_area, max_area: shares of the image. max_border: share of its outermost pixels. max_aspect: longer over
+        shorter side of the box, None for any. min_side: pixels of the shorter side.
+    nms_kind: "mask" (IoU above `nms` loses), "matrix" (decay with `nms_sigma`, then `min_score`) or "none"; per class,
+        over all when class-agnostic. Exclusive areas never overlap: it matters for `exclusive=False` and `fill_holes`.
+    class_agnostic: forget the classes after cutting. top: most instances an image (20: the papers' number).
+
+    Raises UserError for an unknown choice, or a top, max_parts or refine_size below 1.
+    """
+
+    threshold: float | None = None
+    peak: float | None = None
+    min_score: float | None = None
+    exclusive: bool = True
+    fill_holes: bool = False
+    split: str = "components"
+    max_parts: int = 4
+    split_tau: float = 0.2
+    max_ncut: float = 0.3
+    refine: str | None = "pamr"
+    refine_size: int = 128
+    min_area: float = 0.01
+    max_area: float = 0.9
+    max_border: float = 1.0
+    max_aspect: float | None = None
+    min_side: int = 0
+    nms_kind: str = "mask"
+    nms: float = 0.5
+    nms_sigma: float = 2.0
+    class_agnostic: bool = False
+    top: int = 20
+
+    def __post_init__(self) -> None:
+        if self.top < 1 or self.max_parts < 1 or self.refine_size < 1:
+            raise UserError(
+                f"top {self.top}, max_parts {self.max_parts}, refine_size {self.refine_size}: at least 1 each"
+            )
+        if self.min_area > self.max_area:
+            raise UserError(f"min_area {self.min_area} is above max_area {self.max_area}: nothing would be left")
+        for name, choices in (("split", SPLITS), ("refine", REFINEMENTS), ("nms_kind", NMS_KINDS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(map(str, choices))}")
+
+
+def cut_instances(
+    evidence: torch.Tensor,
+    size: tuple[int, int],
+    cutting: Cutting,
+    score: Callable[[float], float],
+    image: Image.Image | None = None,
+    features: torch.Tensor | None = None,
+) -> Proposals:
+    """One image's proposals of `size` (H, W), best first.
+
+    evidence: (K, h, w). score: from an instance's mean evidence to [0, 1]. image: read by refine. features: (C, h, w)
+    on the evidence's grid, read by split "ncut". `cutting.threshold`, `peak` and `min_score` must be numbers.
+    Raises UserError when the image or the features that an option needs are missing.
+    """
+    # Neither enlarging nor refining exceeds the largest cell: a class below the threshold everywhere cannot win a
+    # pixel.
+    active = torch.nonzero(evidence.amax(dim=(1, 2)) > cutting.threshold)[:, 0]
+    labels = active.tolist()
+    if not labels:
+        return Proposals.build([], [], size, labels=None if cutting.class_agnostic else [])
+    maps = evidence[active]
+    if cutting.refine is not None:
+        maps = _refine(maps, image, cutting.refine_size)
+    segments, values = _segments(maps, size, cutting)
+    segments = [segment for segment in segments if segment.peak >= cutting.peak]
+    if cutting.split == "ncut" and segments:
+        segments = _split(segments, values, features, size, cutting)
+        segments = [segment for segment in segments if segment.peak >= cutting.peak]
+    if cutting.exclusive and not cutting.fill_holes:
+        return _best(segments, labels, size, cutting, score, cutting.top)  # nothing overlaps
+    proposals = _best(segments, labels, size, cutting, score, 5 * cutting.top)
+    return top_k(apply_nms(proposals, cutting.nms_kind, cutting.nms, cutting.nms_sigma, cutting.min_score), cutting.top)
+
+
+def _refine(maps: torch.Tensor, image: Image.Image | None, shorter: int) -> torch.Tensor:
+    if image is None:
+        raise UserError("refine='pamr' needs the image")
+    scale = shorter / min(image.size)
+    size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
+    resized = np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
+    pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(maps.device).float() / 255
+    dilations = [max(1, round(reach * shorter / NACLIP_SIZE)) for reach in NACLIP_DILATIONS]
+    return pamr(pixels, upsample_grid(maps, size)[None], dilations=dilations)[0]
+
+
+def _segments(
+    maps: torch.Tensor, size: tuple[int, int], cutting: Cutting
+) -> tuple[list[Segment], dict[int | None, np.ndarray]]:
+    """Components, and the evidence in pixels they were cut from: by class, or for all (None)."""
+    least = max(1, int(cutting.min_area * size[0] * size[1]))
+    if cutting.exclusive:
+        owners, values = class_map(maps, size, cutting.threshold)
+        strong = set(torch.nonzero(maps.amax(dim=(1, 2)) >= cutting.peak)[:, 0].tolist())  # nowhere more when enlarged
+        return connected_segments(owners, values, least, cutting.fill_holes, strong), {None: values}
+    segments, layers = [], {}
+    whole = slice(0, size[0]), slice(0, size[1])
+    for label, area, values in class_layers(maps, size, cutting.threshold):
+        segments.extend(area_segments(label, area, values, whole, least, cutting.fill_holes))
+        if cutting.split == "ncut":
+            layers[label] = values
+    return segments, layers
+
+
+def _split(
+    segments: Sequence[Segment],
+    values: dict[int | None, np.ndarray],
+    features: torch.Tensor | None,
+    size: tuple[int, int],
+    cutting: Cutting,
+) -> list[Segment]:
+    """Every segment's parts; a pixel goes to the part whose enlarged mask is strongest there."""
+    if features is None:
+        raise UserError("split='ncut' needs the features of the image")
+    h, w = features.shape[-2:]
+    rows = ((np.arange(h) + 0.5) * size[0] / h).astype(int)
+    columns = ((np.arange(w) + 0.5) * size[1] / w).astype(int)
+    cells = np.stack([segment.full(size)[np.ix_(rows, columns)] for segment in segments])
+    parts_of = split_by_ncut(
+        features,
+        torch.from_numpy(cells).to(features.device),
+        cutting.max_parts,
+        cutting.split_tau,
+        max_ncut=cutting.max_ncut,
+        center=True,
+    )
+    result = []
+    for segment, parts in zip(segments, parts_of):
+        if len(parts) < 2:
+            result.append(segment)
+            continue
+        owner = upsample_grid(torch.stack(parts).float(), size).argmax(dim=0).cpu().numpy()[segment.box]
+        evidence = values.get(None, values.get(segment.label))[segment.box]
+        for number in range(len(parts)):
+            mask = segment.mask & (owner == number)
+            if np.isfinite(evidence[mask]).any():
+                result.append(make_segment(segment.label, mask, evidence, segment.box))
+    return result
+
+
+def _best(
+    segments: Sequence[Segment],
+    labels: Sequence[int],
+    size: tuple[int, int],
+    cutting: Cutting,
+    score: Callable[[float], float],
+    wanted: int,
+) -> Proposals:
+    """The best segments that pass the filters, best first, at most `wanted`; full masks of a few at a time."""
+    scores = np.asarray([score(segment.mean) for segment in segments], dtype=np.float32)
+    order = np.argsort(-scores, kind="stable")
+    kept, count = [], 0
+    for start in range(0, len(order), wanted):
+        chosen = order[start : start + wanted]
+        proposals = Proposals.build(
+            [segments[k].full(size) for k in chosen],
+            scores[chosen],
+            size,
+            None if cutting.class_agnostic else [labels[segments[k].label] for k in chosen],
+        )
+        proposals = filter_proposals(
+            proposals,
+            cutting.min_area,
+            cutting.max_area,
+            cutting.max_border,
+            cutting.min_score,
+            np.inf if cutting.max_aspect is None else cutting.max_aspect,
+            cutting.min_side,
+        )
+        kept.append(proposals)
+        count += len(proposals)
+        if count >= wanted:
+            break
+    if not kept:
+        return Proposals.build([], [], size, labels=None if cutting.class_agnostic else [])
+    if len(kept) == 1:
+        return kept[0]
+    masks, values = (np.concatenate([getattr(part, name) for part in kept]) for name in ("masks", "scores"))
+    names = None if cutting.class_agnostic else np.concatenate([part.labels for part in kept])
+    return top_k(Proposals(masks, values, names), wanted)

@@ -1,0 +1,1 @@
+"""Frozen networks that labelers and namers look at images and words with."""

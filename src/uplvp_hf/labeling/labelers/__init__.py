@@ -1,0 +1,1 @@
+"""Labelers: what proposes masks for an image."""

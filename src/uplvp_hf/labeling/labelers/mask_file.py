@@ -1,0 +1,235 @@
+"""Masks that another program wrote into a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ...data import DataError, InstanceDataset, Row, decode_segmentation, empty_objects, load_dataset_rows, shard_files
+from ...models.errors import UserError
+from ..cutting.proposals import Proposals
+from ..protocol import LabelerBase
+
+
+class MaskFileLabeler(LabelerBase):
+    """Masks that another program wrote: a COCO JSON, a COCO results list, a pseudo-label store.
+
+    Args:
+        dataset: the path of one of these, or an `InstanceDataset`.
+        match: what ties the file's images to those being labeled: "file_name" (the whole name, or the last part of
+            it where that is unambiguous), "image_id", or "auto": the file name, else the id of an image of equal size.
+        categories: a COCO JSON that names the categories of a results list, which has ids only. None: the ids.
+        missing: what becomes of images that the file does not have: "fail" lists them among the failures, "empty"
+            gives them no masks and counts them in `notes`. None: "empty" for results lists, which leave out images
+            without results, otherwise "fail".
+        min_score: masks of a lower score are left out. min_area: masks of fewer pixels are left out.
+        top: most masks an image, best scores first.
+
+    Crowd regions are left out. Raises DataError for a file that cannot be read, and ValueError for an unknown option;
+    when called, DataError for an image that is missing or has another size in the file.
+    """
+
+    name = "file"
+
+    def __init__(
+        self,
+        dataset: str | os.PathLike[str] | InstanceDataset,
+        match: str = "auto",
+        categories: str | None = None,
+        missing: str | None = None,
+        min_score: float = 0.0,
+        min_area: int = 1,
+        top: int = 100,
+    ) -> None:
+        if missing not in (None, "fail", "empty"):
+            raise UserError(f"missing {missing!r} is unknown; use 'fail' or 'empty'")
+        if match not in ("auto", "file_name", "image_id"):
+            raise UserError(f"match {match!r} is unknown; use 'auto', 'file_name' or 'image_id'")
+        self.match, self.min_score, self.min_area, self.top = match, min_score, min_area, top
+        self.fingerprint = _fingerprint(dataset)
+        self.dataset = dataset if isinstance(dataset, InstanceDataset) else read_masks(dataset, categories)
+        self.encoder_name = f"file:{os.path.basename(os.path.normpath(self.dataset.name)) or 'rows'}"
+        self.vocabulary = list(self.dataset.id2label.values())
+        self._class_of = {category_id: index for index, category_id in enumerate(self.dataset.category_ids)}
+        self._by_id, self._by_name, self._by_base = _indices(self.dataset.rows)
+        has_sizes = not self.dataset.rows or _size(self.dataset[0]) is not None
+        self.missing = missing or ("fail" if has_sizes else "empty")
+        self._absent: set[int | str] = set()
+        self._malformed: set[tuple[int, int]] = set()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the store's header; `content` is a hash of the file."""
+        own = {name: getattr(self, name) for name in ("match", "missing", "min_score", "min_area", "top")}
+        return {"content": self.fingerprint, **own}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know after a run, one sentence each."""
+        texts = []
+        if self._absent:
+            texts.append(f"{len(self._absent)} images are not in {self.dataset.name}: they got no masks")
+        if self._malformed:
+            texts.append(f"{len(self._malformed)} masks of {self.dataset.name} are malformed and were left out")
+        return texts
+
+    def find(self, row: Row) -> int | None:
+        """Index of the file's image for a dataset's row, or None."""
+        name, size = row["file_name"].replace(os.sep, "/"), (row["width"], row["height"])
+        if self.match != "image_id":
+            for table, key in ((self._by_name, name), (self._by_base, os.path.basename(name))):
+                if table.get(key) is not None:
+                    return table[key]
+        if self.match != "file_name":
+            index = self._by_id.get(row["image_id"])
+            if index is not None and (self.match == "image_id" or _size(self.dataset[index]) in (None, size)):
+                return index
+        return None
+
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
+        """One `Proposals` with labels an image. Raises UserError without rows."""
+        if rows is None:
+            raise UserError("masks of a file are looked up by the rows of the images: pass rows")
+        return [self._proposals(image, row) for image, row in zip(images, rows, strict=True)]
+
+    def _proposals(self, image: Image.Image, row: Row) -> Proposals:
+        size = (image.height, image.width)
+        index = self.find(row)
+        if index is None:
+            if self.missing == "fail":
+                raise DataError(f"is not in {self.dataset.name}", file=row["file_name"])
+            self._absent.add(row["image_id"])
+            return Proposals.build([], [], size, labels=[])
+        known = _size(self.dataset[index])
+        if known not in (None, image.size):
+            raise DataError(
+                f"has {image.width}x{image.height} pixels, but {known[0]}x{known[1]} in {self.dataset.name}",
+                file=row["file_name"],
+            )
+        objects = self.dataset[index]["objects"]
+        order = np.argsort(-np.asarray(objects["score"], dtype=np.float64), kind="stable")
+        masks, scores, labels = [], [], []
+        for k in order:
+            if len(masks) == self.top or objects["score"][k] < self.min_score:
+                break
+            if objects["iscrowd"][k]:
+                continue
+            try:
+                mask = decode_segmentation(objects["segmentation"][k], *size)
+            except DataError:
+                self._malformed.add((index, int(k)))
+                continue
+            if mask.sum() >= max(1, self.min_area):
+                masks.append(mask)
+                scores.append(objects["score"][k])
+                labels.append(self._class_of[objects["category_id"][k]])
+        return Proposals.build(masks, scores, size, labels)
+
+
+def read_masks(path: str | os.PathLike[str], categories: str | None = None) -> InstanceDataset:
+    """What `MaskFileLabeler` reads: anything of `load_dataset_rows`, and COCO results lists ([{"image_id",
+    "category_id", "segmentation", "score"}, ...]), whose images have no names and no size.
+
+    Raises DataError as `load_dataset_rows` does, and for entries of a results list that lack a key.
+    """
+    path = os.fspath(path)
+    if os.path.isfile(path) and path.lower().endswith(".json"):
+        with open(path, encoding="utf-8") as stream:
+            start = stream.read(1024).lstrip()
+        if start.startswith("["):
+            return _read_results(path, categories)
+    return load_dataset_rows(path)
+
+
+def _read_results(path: str, categories: str | None) -> InstanceDataset:
+    entries = _read_json(path)
+    rows: dict[int | str, Row] = {}
+    for place, entry in enumerate(entries):
+        needed = ("image_id", "category_id", "segmentation")
+        lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            raise DataError(
+                f"has no {lacking[0]!r}",
+                file=path,
+                row=f"entry {place}",
+                remedy="A COCO results list has image_id, category_id, segmentation and score in each entry.",
+            )
+        key = entry["image_id"]
+        row = rows.setdefault(key, Row(image="", image_id=key, file_name=str(key), objects=empty_objects()))
+        score = entry.get("score", 1.0)
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not np.isfinite(score):
+            raise DataError(f"a score must be a finite number, got {score!r}", file=path, row=f"entry {place}")
+        for name, value in (("segmentation", entry["segmentation"]), ("score", float(score)), ("iscrowd", 0)):
+            row["objects"][name].append(value)
+        row["objects"]["category_id"].append(entry["category_id"])
+    ids = sorted({number for row in rows.values() for number in row["objects"]["category_id"]})
+    names = {number: str(number) for number in ids}
+    if categories is not None:
+        known = {entry["id"]: entry["name"] for entry in _read_json(categories).get("categories", [])}
+        unknown = [number for number in ids if number not in known]
+        if unknown:
+            raise DataError(f"names no category {unknown[0]!r}, which {path} has", file=categories)
+        names = known
+    return InstanceDataset(list(rows.values()), [{"id": number, "name": name} for number, name in names.items()], path)
+
+
+def _read_json(path: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError("no such file", file=path) from error
+    except ValueError as error:
+        raise DataError(f"is not valid JSON ({error})", file=path) from error
+
+
+def _size(row: Row) -> tuple[int, int] | None:
+    """(width, height), or None for an image of a results list."""
+    return (row["width"], row["height"]) if "width" in row else None
+
+
+def _indices(rows: Sequence[Row]) -> tuple[dict, dict[str, int], dict[str, int | None]]:
+    """Rows by image id, by file name, and by the last part of it: None where several share that."""
+    by_id, by_name, by_base = {}, {}, {}
+    for index, row in enumerate(rows):
+        name = row["file_name"].replace(os.sep, "/")
+        base = os.path.basename(name)
+        by_id[row["image_id"]] = index
+        by_name[name] = index
+        by_base[base] = None if base in by_base else index
+    return by_id, by_name, by_base
+
+
+def _fingerprint(source: str | os.PathLike[str] | InstanceDataset) -> str:
+    """sha256 of what the masks are read from, so that a run is not continued with other masks."""
+    digest = hashlib.sha256()
+    if isinstance(source, InstanceDataset):
+        for row in source.rows:
+            digest.update(repr((row["image_id"], row["file_name"], row["objects"])).encode())
+        return digest.hexdigest()
+    path = Path(source)
+    if (path / "header.json").is_file():
+        files = [path / "header.json", *map(Path, shard_files(path))]
+    elif (path / "annotations").is_dir():
+        files = sorted((path / "annotations").glob("*.json"))
+    elif path.is_dir():
+        files = sorted(file for kind in ("*.parquet", "*.arrow", "*.json") for file in path.rglob(kind))
+    else:
+        files = [path] if path.is_file() else []
+    return hash_files(files)
+
+
+def hash_files(files: Sequence[Path]) -> str:
+    """sha256 of the content of files, in the given order."""
+    digest = hashlib.sha256()
+    for file in files:
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Namers: what the masks are called."""

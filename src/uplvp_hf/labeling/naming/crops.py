@@ -1,0 +1,78 @@
+"""Crops of an image, one a mask, and naming all of them by one function."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+
+from ...data.rle import masks_to_boxes
+from ...models.errors import UserError
+from ..cutting.proposals import Proposals
+
+SURROUNDINGS = ("none", "blur", "mean")
+
+
+def crop_box(box: Sequence[float], width: int, height: int, context: float) -> tuple[int, int, int, int]:
+    """A square around `box` (x1, y1, x2, y2), `context` times its longer side added all round, cut at the image."""
+    x1, y1, x2, y2 = box
+    half = max(x2 - x1, y2 - y1) * (0.5 + context)
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    left, top = max(0, int(x - half)), max(0, int(y - half))
+    return left, top, max(left + 1, min(width, round(x + half))), max(top + 1, min(height, round(y + half)))
+
+
+def mask_crops(
+    image: Image.Image,
+    proposals: Proposals,
+    context: float,
+    surroundings: str = "none",
+    fill: tuple[int, int, int] = (128, 128, 128),
+) -> Iterator[Image.Image]:
+    """One crop a mask, made when it is asked for. `surroundings`: what becomes of the pixels outside of the mask
+    ("none": they stay; "blur": gaussian, an eighth of the crop's longer side; "mean": the color `fill`)."""
+    for box, mask in zip(masks_to_boxes(proposals.masks).tolist(), proposals.masks):
+        area = crop_box(box, image.width, image.height, context)
+        crop = image.crop(area)
+        if surroundings != "none":
+            left, top, right, bottom = area
+            inside = Image.fromarray(mask[top:bottom, left:right].astype(np.uint8) * 255)
+            outside = (
+                crop.filter(ImageFilter.GaussianBlur(max(crop.size) / 8))
+                if surroundings == "blur"
+                else Image.new("RGB", crop.size, fill)
+            )
+            crop = Image.composite(crop, outside, inside)
+        yield crop
+
+
+def check_surroundings(surroundings: str) -> None:
+    """Raises UserError for an unknown word."""
+    if surroundings not in SURROUNDINGS:
+        raise UserError(f"surroundings {surroundings!r} is unknown; use one of {', '.join(SURROUNDINGS)}")
+
+
+def fill_color(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The network's mean color, which is zero after normalization."""
+    return tuple(round(255 * value) for value in mean)
+
+
+def name_crops(
+    crops: Iterator[Image.Image],
+    proposals: Sequence[Proposals],
+    probabilities: Callable[[Sequence[Image.Image]], torch.Tensor],
+    batch_size: int,
+) -> list[Proposals]:
+    """Name all masks of several images by `probabilities(crops) -> (N, K)`, `batch_size` crops at a time."""
+    parts = [probabilities(batch).cpu() for batch in iter(lambda: list(itertools.islice(crops, batch_size)), [])]
+    confidences, labels = torch.cat(parts).max(dim=1) if parts else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    named, start = [], 0
+    for p in proposals:
+        end = start + len(p)
+        named.append(replace(p, labels=labels[start:end].numpy(), confidences=confidences[start:end].float().numpy()))
+        start = end
+    return named
