@@ -29,7 +29,7 @@ class Cutting:
     exclusive: every pixel belongs to its best class; False cuts each class on its own, and areas may overlap.
     fill_holes: holes in a component belong to it.
     split: "components" (4-connected), or "ncut", which also splits components where the encoder's own features fall
-        apart (`normalized_cut.split_by_ncut`): at most `max_parts` parts, cells joined above a cosine of `split_tau` after
+        apart (`split_by_ncut`): at most `max_parts` parts, cells joined above a cosine of `split_tau` after
         subtracting the image's mean feature, no cut that costs more than `max_ncut`.
     refine: "pamr", NACLIP's pixel-adaptive refinement of the evidence before the class map, or None. 10 steps at
         `refine_size` pixels on the shorter side, with dilations of 8 and 16 pixels in 336 (NACLIP's), scaled to that
