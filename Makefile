@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test test-fast lint typecheck format wheel clean
 
 install: $(VENV)/.installed
 
@@ -18,15 +19,25 @@ demo: install
 	$(BIN)/uplvp demo
 
 test: install
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTEST)
 
-lint: install
+# Without the tests marked `slow`: what to run while you work.
+test-fast: install
+	OMP_NUM_THREADS=1 $(PYTEST) -m 'not slow'
+
+lint: install typecheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+typecheck: install
+	$(BIN)/mypy
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+wheel: install
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -80,6 +80,7 @@ def path(tmp_path_factory, tiny_segmenter):
     return SimpleNamespace(base=base, scenes=scenes, few=few, recipe=recipe, printed=printed)
 
 
+@pytest.mark.slow
 def test_labels_are_a_training_set(path):
     labels = load_dataset_rows(path.base / "labels")
     assert list(labels.id2label.values()) == list(CLASSES) and len(labels) == 8
@@ -134,6 +135,7 @@ def test_repository_holds_what_is_needed_and_nothing_of_the_run(path):
     assert all(name in (folder / "README.md").read_text() for name in LABELED)
 
 
+@pytest.mark.slow
 def test_model_loads_in_a_fresh_process(path):
     code = """
 import json, sys
@@ -180,6 +182,7 @@ def commands_of(script: Path) -> list[str]:
     return [line.partition("  #")[0] for line in joined.splitlines() if f"scripts/{script.name}" in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_scripts_have_help_and_commands_that_exist(script, tmp_path):
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=tmp_path)
@@ -261,8 +264,7 @@ def test_demo(tmp_path):
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert list(results["arms"]) == ["scratch", "scratch_equal_total", "pseudo_only", "pretrained"]
     for arm in results["arms"].values():
-        assert 0 <= arm["AP"] <= 1 and 0 <= arm["AP50"] <= 1 and arm["seconds"] > 0
-    assert results["seconds"] > 0
+        assert 0 <= arm["AP"] <= 1 and 0 <= arm["AP50"] <= 1
     report = (tmp_path / "demo" / "report.html").read_text()
     targets = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]*)|url\(["']?([^"')]*)""", report)
     assert targets and all("".join(pair).startswith(("data:", "#")) for pair in targets)  # nothing outside of the page

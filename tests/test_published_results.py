@@ -28,12 +28,14 @@ def copy(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_documents_and_figures_are_those_of_the_rows(render, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["render_results.py", "--check"])
     assert render.main() == 0, capsys.readouterr().out
     assert capsys.readouterr().out == "0 to be rendered again\n"
 
 
+@pytest.mark.slow
 def test_another_number_is_seen(render, copy):
     """One AP of one row that the headline shows: both documents and the figures are stale then."""
     file = copy / "docs/results/animals7.jsonl"
@@ -77,5 +79,5 @@ def test_rows_say_how_to_repeat_them(render):
         for row in rows:
             assert set(row["metrics"]) == set(METRICS)
             assert row["revision"] and row["curve"] and isinstance(row["seed"], int)
-            assert row["arm"] == "no human label" or row["finetune"]["seconds"] > 0
-        assert "/work/" not in json.dumps(rows) and "/tmp/" not in json.dumps(rows), name
+            assert row["arm"] == "no human label" or "seconds" in row["finetune"]
+        assert not re.search(r'"(/|~|[A-Za-z]:\\\\)', json.dumps(rows)), name  # no value is an absolute path

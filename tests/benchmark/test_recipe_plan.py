@@ -133,6 +133,7 @@ def test_variables_have_to_be_given_and_to_exist(tmp_path):
         load_benchmark("nothing")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_recipes_make_plans(name, tmp_path):
     known = yaml.safe_load((resources.files("uplvp_hf.benchmark") / "recipes" / f"{name}.yaml").read_text())

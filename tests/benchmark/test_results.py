@@ -67,6 +67,7 @@ def test_claims_name_arms_of_the_shipped_recipe():
     assert {arm for _, better, worse in CLAIMS for arm in (better, worse)} <= arms
 
 
+@pytest.mark.slow
 def test_files_are_the_same_twice(tmp_path):
     maps = {"knet": {"scratch": torch.rand(20, 8, 8), "full": torch.rand(20, 8, 8)}}
     text = write_results(ROWS, tmp_path / "a", maps)

@@ -305,6 +305,7 @@ def test_worker_processes_report_in_one_line(fails, recipe, scenes_dir, tmp_path
     assert "Traceback" not in line
 
 
+@pytest.mark.slow
 def test_label_refuses_other_settings(fails, label, scenes_dir, tmp_path):
     labels = tmp_path / "labels"
     assert main(label(scenes_dir / "images", labels)) == 0

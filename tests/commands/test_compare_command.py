@@ -26,6 +26,7 @@ def trained(tmp_path_factory, tiny_segmenter, scenes_dir):
     return folder
 
 
+@pytest.mark.slow
 def test_runs_become_arms_curves_and_tables(trained, tmp_path, capsys):
     folders = sorted(str(path) for path in trained.iterdir())
     assert main([*folders, "--output", str(tmp_path / "out"), "--x", "steps", "--metric", "AP50"]) == 0

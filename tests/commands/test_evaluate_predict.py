@@ -125,6 +125,7 @@ def test_evaluate_names_both_class_lists(tiny_model_dir, scenes_dir, tmp_path, c
     assert evaluate.main([*arguments, "--class-agnostic"]) == 0
 
 
+@pytest.mark.slow
 def test_predict_writes_json_overlays_and_failures(tiny_model_dir, scenes_dir, tmp_path, capsys):
     images = tmp_path / "images"
     shutil.copytree(scenes_dir / "images", images / "deeper")

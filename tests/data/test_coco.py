@@ -41,6 +41,7 @@ def test_ids_names_and_images(load, annotation):
     assert [row["image_id"] for row in dataset.subset([1]).rows] == [11]
 
 
+@pytest.mark.slow
 def test_real_annotations_give_the_masks_of_pycocotools(coco_sample):
     dataset = load_dataset_rows(coco_sample)
     reference = COCO(str(coco_sample / "annotations" / "instances.json"))

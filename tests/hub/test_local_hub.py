@@ -206,6 +206,7 @@ def test_links_out_of_the_folder_are_refused(small, tmp_path):
         push_folder(small, "uplvp/x")
 
 
+@pytest.mark.slow
 def test_a_dropped_download_goes_on_where_it_stopped(hub_client, small, monkeypatch):
     from huggingface_hub import constants, hf_hub_download
 
@@ -217,6 +218,7 @@ def test_a_dropped_download_goes_on_where_it_stopped(hub_client, small, monkeypa
     assert hub_client.ranges == [None, f"bytes={len(content) // 2}-"]
 
 
+@pytest.mark.slow
 def test_push_to_hub_of_transformers(hub_client, tiny_model_dir):
     from transformers import pipeline
 

@@ -55,6 +55,7 @@ def truth(tiny_model_dir, image_path):
     return processor.post_process_instance_segmentation(outputs, threshold=0.05, target_sizes=size)[0]
 
 
+@pytest.mark.slow
 def test_interface_for_programs(page, image_path, truth):
     from gradio_client import Client, handle_file
 

@@ -103,6 +103,7 @@ def test_supervision(found):
         assert compact.data["class_name"].tolist() == instances.names
 
 
+@pytest.mark.slow
 def test_drawing(found, scenes):
     image = scenes.load_image(0)
     drawn = found[0].draw(image)
@@ -177,6 +178,7 @@ def test_results_are_not_overwritten_unasked(tiny_model_dir, scenes_dir, tmp_pat
     assert (tmp_path / "predictions.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_overlays_among_the_images_are_not_predicted(tiny_model_dir, scenes_dir, tmp_path, capsys):
     for file in sorted((scenes_dir / "images").iterdir())[:2]:
         shutil.copy(file, tmp_path)

@@ -36,6 +36,7 @@ def backbone(folder):
     return ["--backbone", "timm:mobilenetv2_035", "--backbone-weights", folder / "weights.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "labeler, namer, names",
     [

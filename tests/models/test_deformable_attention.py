@@ -133,6 +133,7 @@ def test_half_precision_and_autocast(encoders):
         assert (inexact - exact).abs().mean() < 0.02
 
 
+@pytest.mark.slow
 def test_exported_and_compiled_the_results_are_the_same(encoders):
     class Wrapped(nn.Module):
         def __init__(self):

@@ -120,6 +120,7 @@ def configuration(model) -> dict:
 # ---- saving, loading, initialization ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @BOTH
 def test_save_and_load(kind, batch, cls, tmp_path):
     model = make_model(kind, cls).eval()
@@ -134,6 +135,7 @@ def test_save_and_load(kind, batch, cls, tmp_path):
         assert_same_bits(loaded.eval()(batch["pixel_values"]), model(batch["pixel_values"]))
 
 
+@pytest.mark.slow
 def test_loading_for_other_classes(kind, tmp_path):
     model = make_model(kind)
     model.save_pretrained(tmp_path)
@@ -178,6 +180,7 @@ def test_every_weight_has_a_rule(kind, tmp_path):
     assert drawn > 30
 
 
+@pytest.mark.slow
 def test_a_plain_segmenter_stands_alone_and_is_wrapped(kind, batch, tmp_path):
     model = make_model(kind, UplvpForInstanceSegmentation).eval()
     model.segmenter.save_pretrained(tmp_path)

@@ -18,6 +18,7 @@ def run(*words):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @linux_only
 def test_200_instances_take_at_most_10_mb():
     result = run("--quick")
@@ -32,4 +33,4 @@ def test_whole_run():
     result = run("--size", "512", "--instances", "40", "--rounds", "1", "--radius", "8", "60")
     assert 41_900_000 < result["dense_float_bytes"] < 50_000_000
     assert all(0 < result[f"bytes_per_sample{kind}"] < 10_000_000 for kind in ("", "_rotated", "_pasted"))
-    assert 0 < result["held_bytes"] < 1_000_000 and result["speed_ratio"] > 0
+    assert 0 < result["held_bytes"] < 1_000_000

@@ -29,8 +29,8 @@ def test_small_run():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     for name in ("480_t50", "480_t00", "1080_t50", "1080_t00"):
-        assert result[f"speedup_{name}"] == min(result[f"speedup_{way}_{name}"] for way in ("flat", "instances")) > 0
-    assert 0 < result["memory_ratio"] < 5
+        assert result[f"speedup_{name}"] == min(result[f"speedup_{way}_{name}"] for way in ("flat", "instances"))
+    assert result["memory_ratio"] < 5
 
 
 def test_all_ways_see_the_same_instances(benchmark):

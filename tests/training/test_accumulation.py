@@ -25,6 +25,7 @@ def without_head_statistics(monkeypatch):
     monkeypatch.setattr(loop, "training_mode", mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("kind", ["mask2former", "knet", "queryinst"])
 def test_accumulated_equals_a_larger_batch(

@@ -88,6 +88,7 @@ def test_saved_and_loaded_goes_on_to_the_bit():
         WeightAverage(model, 0.9).load(average.tensors(), 4)
 
 
+@pytest.mark.slow
 def test_a_run_saves_the_average_and_trains_on_the_weights(run, tmp_path):
     """The average has no influence on the training; what is saved at the end is the average."""
     words = ["log_every=1", "checkpoint.every=1"]

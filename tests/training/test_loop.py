@@ -22,6 +22,7 @@ from uplvp_hf.training.config import ConfigError, TrainingAborted, load_settings
 from uplvp_hf.training.freezing import freeze_unused
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, scenes_dir):
     val = [f"data.val={scenes_dir}", "evaluation.at=[2]"]
     whole = run("whole", *val)
@@ -44,6 +45,7 @@ def test_stopped_and_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, sc
     assert summary["stage"] == "pretrain" and summary["images"] == 6 and summary["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 def test_stopped_before_the_first_checkpoint(run, tmp_path, monkeypatch):
     run("whole", "log_every=1")
     stop_at(monkeypatch, 1)
@@ -57,6 +59,7 @@ def test_stopped_before_the_first_checkpoint(run, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_the_training_alone(run, tmp_path, scenes_dir):
     run("without")
     run("with", f"data.val={scenes_dir}", "evaluation.at=[1, 3]")
@@ -192,6 +195,7 @@ def test_data_without_classes_and_models_without_source_are_refused(run, scenes_
         run("f", f"data.train={tmp_path / 'wrong.json'}")
 
 
+@pytest.mark.slow
 def test_from_pretraining_to_finetuning(run, scenes_dir, tmp_path):
     data = load_dataset_rows(scenes_dir)
     first = run("pretrain").model

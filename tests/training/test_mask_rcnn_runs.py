@@ -40,6 +40,7 @@ def settings(scenes_dir, tiny_segmenter, tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["optim.ema=0.9"], ["optim.optimizer=sgd", "optim.lr=0.01", "optim.accumulation=2"]])
 def test_a_run_stopped_and_resumed_equals_uninterrupted(settings, tmp_path, monkeypatch, words):
     train(settings("whole", *words), progress=False)
@@ -53,6 +54,7 @@ def test_a_run_stopped_and_resumed_equals_uninterrupted(settings, tmp_path, monk
     assert {"objectness", "rpn_box_reg", "classifier", "box_reg", "mask"} <= line.keys()
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_stays_and_the_best_model_is_kept(settings, scenes_dir, tmp_path):
     first = train(settings("first"), progress=False).model
     words = [
@@ -70,6 +72,7 @@ def test_a_frozen_backbone_stays_and_the_best_model_is_kept(settings, scenes_dir
     assert "remapped by class name" in summary["transfer"] and summary["skipped_steps"] == 0
 
 
+@pytest.mark.slow
 def test_commands_work_on_it(settings, scenes_dir, tmp_path, capsys):
     """Fine-tuned, evaluated and predicted from the command line; the numbers are those of the library call."""
     recipe = tmp_path / "recipe.yaml"

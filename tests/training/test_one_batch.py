@@ -30,6 +30,7 @@ def test_the_loss_falls(run, recipe, segmenters, tmp_path, kind, caplog):
     assert f"The loss went from {losses[0]:.2f} to {losses[-1]:.2f} (-" in caplog.text
 
 
+@pytest.mark.slow
 def test_every_step_has_the_same_images_as_they_are(run, scenes_dir, tmp_path, monkeypatch):
     seen, update = [], loop._Run._update
 

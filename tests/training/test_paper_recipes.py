@@ -239,6 +239,7 @@ def on_meta(settings, classes):
         return build_model(settings, rows)
 
 
+@pytest.mark.slow
 def test_a_recipe_without_its_weights_says_which_are_missing(tmp_path):
     scenes = write_scenes(tmp_path / "scenes", count=1, seed=0, size=64)
     from uplvp_hf.training.loop import train

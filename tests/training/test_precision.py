@@ -65,6 +65,7 @@ def scaled(monkeypatch):
     return go
 
 
+@pytest.mark.slow
 def test_float16_trains(run, kind, recipe, scaled, tmp_path):
     if kind == "queryinst":  # the gradients of a narrow dynamic convolution come near the largest number of float16
         settings = yaml.safe_load(recipe.read_text())
@@ -102,6 +103,7 @@ def test_overflows_are_no_failures(run, scaled, tmp_path):
     assert all("loss" in line for line in log_of(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_scaled_run_resumes_to_the_same_bytes(run, scaled, tmp_path, monkeypatch):
     scaled(2.0**100)
     words = ["checkpoint.every=3", "optim.steps=9"]

@@ -210,6 +210,7 @@ def test_every_random_generator_is_restored():
         assert draws() == first
 
 
+@pytest.mark.slow
 def test_settings_that_change_nothing_may_change(run, tmp_path, scenes_dir, monkeypatch):
     """Neither when it is evaluated or logged, nor how the same images are cut into batches."""
     run("whole", "log_every=1")
@@ -241,6 +242,7 @@ def test_settings_that_change_updates_may_not_change(run, tmp_path, monkeypatch)
     assert run("parts", "optim.schedule=cosine", "optim.batch_size=1", "optim.accumulation=2", resume=True).steps == 6
 
 
+@pytest.mark.slow
 def test_a_run_at_a_constant_rate_can_be_made_longer(run, tmp_path, scenes_dir):
     run("long", "optim.steps=8", "log_every=2")
     run("short", "log_every=2")

@@ -60,6 +60,7 @@ def text_file(folder, names, channels=16):
     return str(file)
 
 
+@pytest.mark.slow
 def test_a_guided_run_with_text_stopped_and_resumed_equals_uninterrupted(run, tmp_path, scenes_dir, monkeypatch):
     """The curriculum goes on where it was: progress is a function of the step."""
     names = load_dataset_rows(scenes_dir).id2label.values()
@@ -91,6 +92,7 @@ def test_a_guided_run_with_text_stopped_and_resumed_equals_uninterrupted(run, tm
     assert weights["text_heads.text_features"].shape == (len(names), 16)
 
 
+@pytest.mark.slow
 def test_from_pretraining_to_predictions_and_card(run, tmp_path, scenes_dir):
     run("pre")
     result = run(

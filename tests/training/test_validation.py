@@ -54,6 +54,7 @@ def scored(monkeypatch):
     return go
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_one_that_stays(run, scored, scenes_dir, tmp_path):
     seen = scored([0.1, 0.4, 0.2])
     words = [f"data.val={scenes_dir}", "evaluation.every=2", "stage=finetune", "checkpoint.best=true", "optim.ema=0.5"]

@@ -144,9 +144,14 @@ def _table(images: list[Overlaps]) -> dict[Any, dict[str, Any]]:
 def _select(image: Overlaps, category: int) -> Overlaps:
     rows, columns = image.labels == category, image.gt_labels == category
     return Overlaps(
-        *(values[rows] for values in (image.scores, image.labels, image.areas, image.void)),
-        *(values[columns] for values in (image.gt_labels, image.gt_areas, image.gt_group)),
-        image.common[np.ix_(rows, columns)],
+        scores=image.scores[rows],
+        labels=image.labels[rows],
+        areas=image.areas[rows],
+        void=image.void[rows],
+        gt_labels=image.gt_labels[columns],
+        gt_areas=image.gt_areas[columns],
+        gt_group=image.gt_group[columns],
+        common=image.common[np.ix_(rows, columns)],
     )
 
 

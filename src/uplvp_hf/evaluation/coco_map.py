@@ -6,7 +6,8 @@ a distributed evaluation exchange numbers, not masks. That is why the accumulati
 `COCOeval` and its faster replacements want all masks of the dataset at once (`backends.py` runs them). Run lengths and
 their IoUs are pycocotools'. The numbers are those of pycocotools' `COCOeval`, to the last digit.
 
-Self-contained: `evaluate.load("path/to/coco_map.py")` works offline and without the rest of this library.
+Self-contained: `evaluate.load("path/to/coco_map.py")` works offline and without the rest of this library,
+and so raises plain ValueErrors, which only a program that calls the metric in a wrong way sees.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,6 @@ import datasets
 import evaluate
 import numpy as np
 from pycocotools import mask as coco_mask
-
-from ..models.errors import UserError
 
 _DESCRIPTION = "COCO mask average precision and recall (12 numbers and AP per class), streaming."
 
@@ -115,24 +114,24 @@ class CocoMaskMap(evaluate.Metric):
 
     def _added(self) -> dict[Any, Image]:
         if self.num_process != 1:
-            raise UserError(f"num_process={self.num_process}: gather the results and add them all in one process.")
+            raise ValueError(f"num_process={self.num_process}: gather the results and add them all in one process.")
         return self.__dict__.setdefault("_images", {})
 
     def add(self, *, prediction: dict, reference: dict, **kwargs) -> None:
         """Adds one image. Masks are compared at once and not kept."""
         if kwargs:
-            raise UserError(f"Unknown inputs {sorted(kwargs)}; an image is a prediction and a reference.")
+            raise ValueError(f"Unknown inputs {sorted(kwargs)}; an image is a prediction and a reference.")
         self._keep(reference["image_id"], compare(prediction, reference, self.across_classes))
 
     def _keep(self, image_id: Any, image: "Image") -> None:
         if image_id in self._added():
-            raise UserError(f"Image {image_id!r} was added before. Call compute() between two runs.")
+            raise ValueError(f"Image {image_id!r} was added before. Call compute() between two runs.")
         self._added()[image_id] = image
 
     def add_batch(self, *, predictions: list[dict], references: list[dict], **kwargs) -> None:
         """Adds several images."""
         if len(predictions) != len(references):
-            raise UserError(f"{len(predictions)} predictions for {len(references)} references.")
+            raise ValueError(f"{len(predictions)} predictions for {len(references)} references.")
         for prediction, reference in zip(predictions, references):
             self.add(prediction=prediction, reference=reference, **kwargs)
 
@@ -141,7 +140,7 @@ class CocoMaskMap(evaluate.Metric):
         return dict(self._added())
 
     def extend(self, records: dict[Any, Image]) -> None:
-        """Adds the `records` of another process. Raises UserError for an image that was added before."""
+        """Adds the `records` of another process. Raises ValueError for an image that was added before."""
         for image_id, image in records.items():
             self._keep(image_id, image)
 
@@ -158,9 +157,9 @@ class CocoMaskMap(evaluate.Metric):
             self.add_batch(predictions=predictions or [], references=references or [])
         images = self._added()
         if not images:
-            raise UserError("No image was added: nothing to compute.")
+            raise ValueError("No image was added: nothing to compute.")
         if not self.across_classes and (class_agnostic or details):
-            raise UserError("Masks of different classes were not compared: leave `across_classes` True.")
+            raise ValueError("Masks of different classes were not compared: leave `across_classes` True.")
         self._images = {}
         # The order decides between equal scores. Ids are whole numbers or texts.
         ordered = [images[image_id] for image_id in sorted(images, key=lambda i: (isinstance(i, str), i))]
@@ -234,12 +233,12 @@ class Curves:
 def check_image(prediction: dict, reference: dict) -> tuple[list[dict], list[dict], np.ndarray, np.ndarray]:
     """Detected masks, true masks (compressed RLEs), crowd flags and areas of the latter, after checks.
 
-    Raises UserError, naming the image, for unequal lengths, masks that are no RLE, whose text is malformed or that
+    Raises ValueError, naming the image, for unequal lengths, masks that are no RLE, whose text is malformed or that
     differ in size, and scores that are not finite.
     """
     image_id, found, truth = reference["image_id"], prediction["rle"], reference["segmentation"]
     if prediction["image_id"] != image_id:
-        raise UserError(f"A prediction for image {prediction['image_id']!r}, but a reference for {image_id!r}.")
+        raise ValueError(f"A prediction for image {prediction['image_id']!r}, but a reference for {image_id!r}.")
     crowd, areas = reference.get("iscrowd"), reference.get("area")
     lengths = {
         "scores": (prediction["scores"], found),
@@ -250,25 +249,25 @@ def check_image(prediction: dict, reference: dict) -> tuple[list[dict], list[dic
     }
     for name, (values, masks) in lengths.items():
         if len(values) != len(masks):
-            raise UserError(f"Image {image_id!r}: {len(values)} {name} for {len(masks)} masks.")
+            raise ValueError(f"Image {image_id!r}: {len(values)} {name} for {len(masks)} masks.")
     if not np.isfinite(np.asarray(prediction["scores"], dtype=np.float64)).all():
-        raise UserError(f"Image {image_id!r}: scores that are not finite.")
+        raise ValueError(f"Image {image_id!r}: scores that are not finite.")
     found, truth = [_compressed(rle, image_id) for rle in found], [_compressed(rle, image_id) for rle in truth]
     sizes = {tuple(int(side) for side in rle["size"]) for rle in (*found, *truth)}
     if len(sizes) > 1:
-        raise UserError(f"Image {image_id!r}: masks of different sizes {sorted(sizes)} (height, width).")
+        raise ValueError(f"Image {image_id!r}: masks of different sizes {sorted(sizes)} (height, width).")
     crowd = np.zeros(len(truth), dtype=bool) if crowd is None else np.asarray(crowd, dtype=bool)
     return found, truth, crowd, mask_areas(truth) if areas is None else np.asarray(areas, dtype=np.float64)
 
 
 def _compressed(rle: Any, image_id: Any) -> dict:
     if not isinstance(rle, dict) or "counts" not in rle or "size" not in rle:
-        raise UserError(f"Image {image_id!r}: masks must be COCO RLE with 'size' and 'counts', not {type(rle)}.")
+        raise ValueError(f"Image {image_id!r}: masks must be COCO RLE with 'size' and 'counts', not {type(rle)}.")
     if isinstance(rle["counts"], (str, bytes)):
         codes = rle["counts"].encode() if isinstance(rle["counts"], str) else rle["counts"]
         # pycocotools reads past the end of such text. That runs fill their mask would take longer to check.
         if not codes or codes.translate(None, _CODES) or codes[-1] >= 80:
-            raise UserError(f"Image {image_id!r}: the counts of an RLE are malformed or cut off.")
+            raise ValueError(f"Image {image_id!r}: the counts of an RLE are malformed or cut off.")
         return rle
     return coco_mask.frPyObjects({"size": list(rle["size"]), "counts": list(rle["counts"])}, *rle["size"])
 
@@ -283,7 +282,7 @@ def mask_areas(rles: list[dict]) -> np.ndarray:
 def compare(prediction: dict, reference: dict, across_classes: bool = True) -> Image:
     """What the numbers need to know of an image; without `across_classes`, IoUs between classes are left at 0.
 
-    Raises UserError as `check_image`.
+    Raises ValueError as `check_image`.
     """
     found, truth, crowd, gt_areas = check_image(prediction, reference)
     labels = np.asarray(prediction["labels"], dtype=np.int64)

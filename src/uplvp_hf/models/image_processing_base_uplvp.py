@@ -137,7 +137,8 @@ class UplvpProcessing:
         if isinstance(image, Image):
             _check_pixels(image.height, image.width, max_pixels)
         image = super().process_image(image, **kwargs)
-        _check_pixels(*image.shape[-2:], max_pixels)
+        height, width = image.shape[-2:]
+        _check_pixels(height, width, max_pixels)
         return image
 
     def _preprocess_image_like_inputs(self, images, annotations, label_map, **kwargs) -> BatchFeature:
