@@ -103,9 +103,10 @@ def _read_row(entry: Any, image_root: str | None, known: set[int], file: str, wh
     height = whole_number(entry, "height", file, where, minimum=1)
     _check_objects(entry["objects"], known, [height, width], file, where)
     objects = {key: entry["objects"][key] for key in OBJECT_KEYS}
-    return Row(
-        image=image, image_id=image_id, file_name=entry["file_name"], width=width, height=height, objects=objects
-    )
+    row = Row(image=image, image_id=image_id, file_name=entry["file_name"], width=width, height=height, objects=objects)
+    if entry.get("as_stored") is True:
+        row["as_stored"] = True
+    return row
 
 
 def read_store(

@@ -129,6 +129,8 @@ def _load(row: Row) -> Image.Image | ImageError:
         return load_row_image(row)
     except ImageError as error:
         return error
+    except Exception as error:  # too little memory, or a fault of a decoder
+        return ImageError(f"cannot be read ({type(error).__name__}: {error})", file=row["file_name"])
 
 
 def _collect(block: Block, futures: dict[int, Future], pool: ThreadPoolExecutor) -> LoadedBlock:

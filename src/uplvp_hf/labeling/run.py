@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ..data.dataset import InstanceDataset, Row, RowStream
 from ..data.errors import DataError, ImageError
 from ..data.rle import encode_masks, mask_area, masks_to_boxes
 from .blocks import Deal, LoadedBlock, block_count, calibration_blocks, iterate_blocks, load_blocks
 from .cutting.proposals import Proposals
+from .failures import UnexpectedFailure, as_failure, each, one_by_one
 from .processes import Processes
 from .progress import Progress
 from .protocol import Labeler, Namer
@@ -29,6 +29,7 @@ from .store import StoreError, StoreWriter
 
 logger = logging.getLogger(__name__)
 
+HOPELESS = 50  # images that failed for no known reason, before any was labeled, that end a run
 AHEAD = 2  # blocks whose instances are being cut, and whose rows are being made, while the labeler goes on
 
 
@@ -104,7 +105,7 @@ def proposals_to_row(
         "score": [round(float(s) * c, 5) for s, c in zip(proposals.scores, confidences)],
         "confidence": [round(value, 5) for value in confidences],
     }
-    kept = {key: row[key] for key in ("image_id", "file_name")}
+    kept = {key: row[key] for key in ("image_id", "file_name", "as_stored") if key in row}
     return {"image": image, **kept, "width": size[0], "height": size[1], "objects": objects}
 
 
@@ -210,7 +211,7 @@ class Run:
         with Progress("calibrating", self._images_in(mine), self.progress, self.processes) as bar:
             for loaded in load_blocks(blocks, (), self.workers):
                 kept, (images, rows) = loaded.positions(), loaded.readable()
-                entries = self._measure_block(images, rows)
+                entries = each(self.labeler.measure, images, rows) if images else []
                 found = [(k, entry) for k, entry in zip(kept, entries) if not isinstance(entry, DataError)]
                 measured += [(loaded.block.number, k, json.dumps(entry)) for k, entry in found]
                 bar.update(len(loaded.images))
@@ -218,14 +219,6 @@ class Run:
                     return [], None  # a labeler that calibrates nothing
                 faults = faults or [str(fault) for fault in (*loaded.images, *entries) if isinstance(fault, DataError)]
         return measured, faults[0] if faults else None
-
-    def _measure_block(self, images: Sequence[Image.Image], rows: Sequence[Row]) -> list[Any]:
-        if not images:
-            return []
-        try:
-            return self.labeler.measure(images, rows)
-        except DataError:
-            return one_by_one(self.labeler.measure, images, rows)
 
     def _images_in(self, numbers: Sequence[int]) -> int | None:
         if isinstance(self.dataset, RowStream):
@@ -250,7 +243,7 @@ class Run:
     def _work(self, deal: Deal, count: int | None) -> None:
         wanted, images = self._unfinished(deal, count)
         blocks = iterate_blocks(self.dataset, self.batch_size, self.limit, wanted)
-        self.cutting, self.writing = deque(), deque()
+        self.cutting, self.writing, self.unforeseen = deque(), deque(), 0
         threads = torch.get_num_threads()
         with (
             ThreadPoolExecutor(min(AHEAD, self.workers), "instances", torch.set_num_threads, (1,)) as pool,
@@ -274,7 +267,8 @@ class Run:
         images, rows = loaded.readable()
         try:
             finish = self.labeler.begin(images, rows) if images else list
-        except DataError:  # one image's data are at fault: the others are labeled nonetheless
+        except Exception as error:  # one image is at fault: the others are labeled nonetheless
+            as_failure(error)
             finish = partial(iter, one_by_one(self.labeler, images, rows))
         if self.namer is None:
             self.writing.append((loaded, pool.submit(self._make_rows, loaded, finish)))
@@ -295,16 +289,17 @@ class Run:
             self._keep(outcome, bar)
 
     def _result(self, loaded: LoadedBlock, future: Future) -> Any:
-        """Of a task; image by image where an image's data made it fail."""
+        """Of a task; image by image where an image made it fail."""
         try:
             return future.result()
-        except DataError:
-            return one_by_one(self.labeler, *loaded.readable())
+        except Exception as error:
+            as_failure(error)
+        return one_by_one(self.labeler, *loaded.readable())
 
     def _name(self, loaded: LoadedBlock, proposals: list[Proposals | DataError]) -> list[Proposals | DataError]:
         images, _ = loaded.readable()
         good = [k for k, outcome in enumerate(proposals) if isinstance(outcome, Proposals)]
-        named = self.namer([images[k] for k in good], [proposals[k] for k in good]) if good else []
+        named = each(self.namer, [images[k] for k in good], [proposals[k] for k in good]) if good else []
         results = list(proposals)
         for k, outcome in zip(good, named):
             results[k] = outcome
@@ -321,9 +316,13 @@ class Run:
             if isinstance(outcome, DataError):
                 errors[k] = outcome
                 continue
-            proposals = apply_floor(outcome, self.min_confidence, self.unnamed)
-            image = self.store.image_reference(rows[k], block.first + k, self.image_root, self.save_images)
-            row = proposals_to_row(rows[k], proposals, self.category_ids, image, loaded.images[k].size)
+            try:
+                proposals = apply_floor(outcome, self.min_confidence, self.unnamed)
+                image = self.store.image_reference(rows[k], block.first + k, self.image_root, self.save_images)
+                row = proposals_to_row(rows[k], proposals, self.category_ids, image, loaded.images[k].size)
+            except Exception as error:
+                errors[k] = as_failure(error)
+                continue
             result.rows.append(json.dumps(row))
             result.files.append(image_file(rows[k]))
             result.instances += len(proposals)
@@ -340,20 +339,16 @@ class Run:
         summary.skipped += result.skipped
         summary.failed += len(result.failures)
         summary.instances += result.instances
+        unforeseen = [error for *_, error in result.failures if isinstance(error, UnexpectedFailure)]
+        self.unforeseen += len(unforeseen)
+        if unforeseen and not summary.done and self.unforeseen >= HOPELESS:
+            raise StoreError(
+                f"none of the first {summary.failed} images could be labeled; the last one: {unforeseen[-1]}. "
+                f"{self.store.failures_file} lists them all"
+            )
         bar.update(result.images, instances=summary.instances, failed=summary.failed)
 
 
 def image_file(row: Row) -> str:
     """What failure lists call the image of a row."""
     return os.fspath(row["image"]) if isinstance(row["image"], (str, os.PathLike)) else row["file_name"]
-
-
-def one_by_one(function: Callable[..., list], images: Sequence[Image.Image], rows: Sequence[Row]) -> list:
-    """`function(images, rows)` image by image, with the DataError in place of what it raised one for."""
-    results: list[Any] = []
-    for image, row in zip(images, rows):
-        try:
-            results += function([image], [row])
-        except DataError as error:
-            results.append(error)
-    return results

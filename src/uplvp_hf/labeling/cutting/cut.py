@@ -18,6 +18,7 @@ from .segments import Segment, area_segments, class_layers, class_map, connected
 
 SPLITS = ("components", "ncut")
 REFINEMENTS = (None, "pamr")
+MAX_ASPECT = 16  # longer over shorter side up to which `refine_size` is the shorter side
 NACLIP_DILATIONS, NACLIP_SIZE = (8, 16), 336  # pixels; the latter of the shorter side
 
 
@@ -114,7 +115,7 @@ def cut_instances(
 def _refine(maps: torch.Tensor, image: Image.Image | None, shorter: int) -> torch.Tensor:
     if image is None:
         raise UserError("refine='pamr' needs the image")
-    scale = shorter / min(image.size)
+    scale = min(shorter / min(image.size), MAX_ASPECT * shorter / max(image.size))
     size = max(1, round(image.height * scale)), max(1, round(image.width * scale))
     resized = np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))
     pixels = torch.from_numpy(resized.copy()).permute(2, 0, 1)[None].to(maps.device).float() / 255

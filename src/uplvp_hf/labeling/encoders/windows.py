@@ -26,6 +26,9 @@ from .clip import Clip, load_clip
 __all__ = ["ATTENTIONS", "Clip", "Recipe", "View", "dense_features", "dense_grids", "load_clip"]
 
 
+MAX_ASPECT = 16  # longer over shorter side up to which an image is looked at at full size
+
+
 @dataclass(frozen=True)
 class View:
     """How an image is looked at.
@@ -109,9 +112,13 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def working_size(width: int, height: int, image_size: int, side: str, patch: int) -> tuple[int, int]:
-    """(height, width) of the resized image: `side` ("shorter" or "longer") near `image_size`, whole patches."""
+    """(height, width) of the resized image: `side` ("shorter" or "longer") near `image_size`, whole patches.
+
+    The longer side is at most `MAX_ASPECT` times `image_size`: a strip of 5000 x 2 pixels would otherwise become
+    hundreds of thousands of pixels long.
+    """
     reference = min(width, height) if side == "shorter" else max(width, height)
-    scale = image_size / reference
+    scale = min(image_size / reference, MAX_ASPECT * image_size / max(width, height))
     return tuple(max(patch, round(length * scale / patch) * patch) for length in (height, width))
 
 
