@@ -51,26 +51,26 @@ def test_recipe_over_defaults_and_words_over_both(tmp_path):
         (["optim.steps"], "not of the form section.key=value"),
         (["optim=3"], "`optim` is a section"),
         (["optim=3", "optim.lr=1"], "`optim` is a value, not a section"),
-        (["optim.lr=[1"], r"`optim.lr=\[1`: the value is not valid YAML"),
-        (["optim.steps=2.5"], "`optim.steps` must be of type int, got 2.5"),
-        (["optim.steps=true"], "`optim.steps` must be of type int"),
-        (["optim.lr=true"], "`optim.lr` must be of type float"),
-        (["optim.lr=nan"], "`optim.lr` must be of type float"),
-        (["optim.lr=fast"], "`optim.lr` must be of type float, got 'fast'"),
+        (["optim.lr=[1"], r"`optim.lr` must be a number, got '\[1'"),
+        (["optim.steps=2.5"], "`optim.steps` must be a whole number, got 2.5"),
+        (["optim.steps=true"], "`optim.steps` must be a whole number"),
+        (["optim.lr=true"], "`optim.lr` must be a number"),
+        (["optim.lr=nan"], "`optim.lr` must be a number"),
+        (["optim.lr=fast"], "`optim.lr` must be a number, got 'fast'"),
         (["optim.lr="], "`optim.lr` needs a value"),
-        (["data.flip=[1]"], "`data.flip` must be of type float"),
-        (["data.scale_range=[1, a]"], r"`data.scale_range\[1\]` must be of type float"),
-        (["model.freeze_backbone=1"], "`model.freeze_backbone` must be of type bool"),
+        (["data.flip=[1]"], "`data.flip` must be a number"),
+        (["data.scale_range=[1, a]"], r"`data.scale_range\[1\]` must be a number"),
+        (["model.freeze_backbone=1"], "`model.freeze_backbone` must be true or false"),
         (["stage=train"], "`stage` must be one of pretrain, finetune, got `train`"),
         (["mixed_precision=int8"], "`mixed_precision` must be one of"),
         (["optim.schedule=exponential"], "`optim.schedule` must be one of"),
-        (["optim.optimizer=adam"], "`optim.optimizer` must be one of adamw, sgd, got `adam`"),
-        (["optim.momentum=1"], "optim.momentum must be within 0 to below 1, got 1.0"),
+        (["optim.optimizer=adam"], "`optim.optimizer` must be one of adamw, sgd, got `adam`. Did you mean `adamw`"),
+        (["optim.momentum=1"], "`optim.momentum` must be at least 0 and below 1, got 1.0"),
         (["model.class_head=drop"], "`model.class_head` must be one of"),
         (["optim.steps=0"], "`optim.steps` must be at least 1, got 0"),
         (["log_every=0"], "`log_every` must be at least 1"),
         (["optim.clip=-1"], "`optim.clip` must be at least 0"),
-        (["data.size=100"], "data.size must be a positive multiple of 32 pixels, got 100"),
+        (["data.size=100"], "`data.size` must be a multiple of 32 pixels, got 100"),
     ],
 )
 def test_wrong_words_are_explained(words, message):
@@ -87,7 +87,7 @@ def test_wrong_recipes_are_explained(tmp_path):
         load_settings(write(tmp_path / "list.yaml", "[1, 2]"))
     with pytest.raises(ConfigError, match="`optim` is a section"):
         load_settings(write(tmp_path / "empty.yaml", "optim:\n"))
-    with pytest.raises(ConfigError, match="`output` must be of type str"):
+    with pytest.raises(ConfigError, match="`output` must be text"):
         load_settings(write(tmp_path / "map.yaml", {"output": {"a": 1}}), output="runs")
     with pytest.raises(ConfigError, match="Unknown setting `1`"):
         load_settings(write(tmp_path / "key.yaml", "1: 2"))

@@ -153,10 +153,10 @@ def test_the_average_is_what_is_evaluated(run, scored, scenes_dir, tmp_path):
         (["evaluation.every_epochs=0"], "above 0"),
         (["evaluation.at=[5, 0]"], "`evaluation.at` must be at least 1, got 0"),
         (["evaluation.backend=fast"], "`evaluation.backend` must be one of"),
-        (["optim.ema=1"], "optim.ema is a decay"),
-        (["optim.epochs=0"], "optim.epochs must be above 0"),
-        (["optim.warmup_factor=2"], "optim.warmup_factor is a share"),
-        (["optim.milestones=[0, 1]"], "optim.milestones are fractions"),
+        (["optim.ema=1"], "`optim.ema` must be at least 0 and below 1, got 1.0"),
+        (["optim.epochs=0"], "`optim.epochs` must be above 0, got 0.0"),
+        (["optim.warmup_factor=2"], "`optim.warmup_factor` must be from 0 to 1, got 2.0"),
+        (["optim.milestones=[0, 1]"], "`optim.milestones` must be above 0, got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(words, message):

@@ -34,8 +34,7 @@ import yaml
 
 from ..data.errors import DataError
 from ..data.splits import parse_split
-from ..training.config import ConfigError
-from ..training.settings_file import build_settings, merge_words, plain
+from ..settings import ConfigError, build_settings, merge_words, plain
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")

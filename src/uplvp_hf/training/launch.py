@@ -15,7 +15,6 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 
 from .config import ConfigError, TrainSettings
-from .settings_file import choice
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
@@ -25,7 +24,9 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     float16 on the CPU, and for a tracker that is not installed.
     """
     if settings.tracker:
-        choice("tracker", settings.tracker, tuple(sorted(str(one) for one in get_available_trackers())))
+        known = sorted(str(one) for one in get_available_trackers())
+        if settings.tracker not in known:
+            raise ConfigError(f"`tracker` must be one of {', '.join(known)}, got `{settings.tracker}`.")
     AcceleratorState._reset_state()  # another run of this Python process may have had another precision
     accelerator = Accelerator(
         cpu=several_on_cpu(),

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from .settings_file import ConfigError
+from ..settings import ConfigError
 
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, many times faster where PyYAML was built with it
 
