@@ -121,10 +121,7 @@ def _is_for_the_user(error: Exception) -> bool:
     from huggingface_hub.errors import StrictDataclassError  # a wrong value in a model's configuration
     from safetensors import SafetensorError
 
-    from ..training.config import TrainingAborted
-
-    kinds = (ValueError, OSError, SafetensorError, StrictDataclassError, TrainingAborted)
-    return isinstance(error, kinds) or _out_of_memory(error)
+    return isinstance(error, (UserError, OSError, SafetensorError, StrictDataclassError)) or _out_of_memory(error)
 
 
 def _out_of_memory(error: Exception) -> bool:
