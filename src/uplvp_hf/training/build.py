@@ -23,7 +23,7 @@ from ..data.transforms import TrainTransform
 from ..files import check_model_name
 from ..models.configuration_mask_rcnn import MaskRcnnConfig
 from ..models.configuration_uplvp import OWN_SEGMENTERS, UplvpConfig
-from ..models.errors import UserError
+from ..models.errors import UserError, reading
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
@@ -274,7 +274,8 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
     id2label, category_ids = classes_of(settings, train)
     cls, init = _model_class(settings), settings.model.init
     try:
-        found = AutoConfig.from_pretrained(init)
+        with reading(f"`model.init`: {init}"):
+            found = AutoConfig.from_pretrained(init)
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"`model.init`: {init} is no model folder, and no model of the Hub: {reason}") from error

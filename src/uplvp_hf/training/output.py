@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from accelerate import Accelerator
 
 from ..files import write_json
+from ..models.errors import reading
 from .config import ConfigError, TrainSettings
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def check_output(settings: TrainSettings, resume: bool) -> None:
         raise ConfigError(
             f"{output} already holds a run. Continue it with --resume, or choose another output or remove it."
         )
-    before = _filled(json.loads(record.read_text()), _record(TrainSettings()))
+    with reading(str(record), "Choose another output, or remove it."):
+        before = _filled(json.loads(record.read_text()), _record(TrainSettings()))
     changed = [text for key, text in _differences(before, _record(settings)) if not _may_change(key, settings)]
     if changed:
         length = any(text.startswith(_LENGTH) for text in changed)

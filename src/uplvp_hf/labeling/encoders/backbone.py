@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from ...models.errors import UserError
+from ...models.errors import UserError, reading
 from .folding import fold_batch_norms
 from .license import weights_license
 from .pixels import fit_longest, images_to_pixels
@@ -207,7 +207,8 @@ def load_classifier(
     from transformers import AutoModelForImageClassification
 
     extra = {} if dtype is None else {"dtype": dtype}
-    model, info = AutoModelForImageClassification.from_pretrained(name_or_path, output_loading_info=True, **extra)
+    with reading(str(name_or_path)):
+        model, info = AutoModelForImageClassification.from_pretrained(name_or_path, output_loading_info=True, **extra)
     if not allow_random:
         _refuse_missing(name_or_path, info["missing_keys"])
     config = model.config
@@ -370,7 +371,8 @@ def _load_backbone(path: str, allow_random: bool, device, dtype) -> Encoder:
     from transformers import AutoConfig, AutoModel
     from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
-    config = AutoConfig.from_pretrained(path)
+    with reading(str(path)):
+        config = AutoConfig.from_pretrained(path)
     if type(config) in MODEL_FOR_BACKBONE_MAPPING and getattr(config, "stage_names", None):
         config.out_features = list(config.stage_names[1:])
         # Not AutoBackbone.from_pretrained: transformers 5.23 takes every local folder for the name of a timm model.

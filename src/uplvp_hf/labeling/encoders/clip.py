@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from ...models.errors import UserError
+from ...models.errors import UserError, reading
 from .license import weights_license
 from .pixels import images_to_pixels
 from .text import encode_texts
@@ -182,7 +182,8 @@ def load_clip(
     """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(name_or_path)
+    with reading(str(name_or_path)):
+        config = transformers.AutoConfig.from_pretrained(name_or_path)
     kind = config.model_type.removesuffix("_vision_model")
     if kind not in FAMILIES:
         raise UserError(
@@ -203,7 +204,8 @@ def load_clip(
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{name_or_path}: {len(missing)} tensors are not in the checkpoint, such as {missing[:3]}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path) if text_tower else None
+    with reading(str(name_or_path)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path) if text_tower else None
     if (image_mean is None or image_std is None) and _has_preprocessor(name_or_path):
         processor = transformers.AutoImageProcessor.from_pretrained(name_or_path)
         image_mean = image_mean or processor.image_mean

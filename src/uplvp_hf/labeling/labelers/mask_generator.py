@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ...data import Row
-from ...models.errors import UserError
+from ...models.errors import UserError, reading
 from ..cutting.proposals import Proposals, filter_proposals, mask_nms, top_k
 from ..encoders.license import weights_license
 from ..protocol import LabelerBase
@@ -87,7 +87,8 @@ def _load_generator(model: str, device: str | torch.device, dtype: torch.dtype |
     from transformers import AutoConfig, pipeline
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES as KINDS
 
-    kind = AutoConfig.from_pretrained(model).model_type
+    with reading(str(model)):
+        kind = AutoConfig.from_pretrained(model).model_type
     if kind not in KINDS:
         raise UserError(f"{model} is a {kind} model, which generates no masks; known are {', '.join(KINDS)}")
     extra = {} if dtype is None else {"dtype": dtype}
