@@ -38,7 +38,7 @@ def modules():
 
 
 def imported(path, known, everywhere):
-    """Modules of ours that a file imports: `everywhere`, or only when it is loaded (not in functions, not for types)."""
+    """Modules of ours that a file imports: `everywhere`, or only as it is loaded (not in functions, not for types)."""
     package = module_name(path).split(".")
     if path.name != "__init__.py":
         package = package[:-1]
@@ -143,3 +143,16 @@ def test_documents_name_functions_that_exist():
     wanted = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)\(\)`", text)}
     assert len(wanted) > 15
     assert not wanted - defined
+
+
+def test_errors_are_for_users_or_bugs():
+    """A plain ValueError shows its traceback, so nothing of ours raises one on purpose."""
+    alone = {"uplvp_hf.evaluation.coco_map"}  # a metric that `evaluate.load` takes by its path, without the package
+    raising = []
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Raise) and node.exc is not None and module not in alone:
+                name = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+                if getattr(name, "id", None) in ("ValueError", "Exception"):
+                    raising.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not raising

@@ -152,6 +152,7 @@ def test_cut_off_json(fails, recipe, annotations, tmp_path):
     fails(["finetune", "--recipe", recipe, f"data.train={file}", "--output", tmp_path / "run"], file, "not valid JSON")
 
 
+@pytest.mark.filterwarnings("default:.*annotations have no usable mask")
 def test_polygons_outside_of_the_image_are_listed(annotations, label, recipe, tiny_model_dir, tmp_path, capsys):
     def outside(content):
         content["annotations"][0]["segmentation"] = [[200, 200, 300, 200, 300, 300]]

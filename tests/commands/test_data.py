@@ -25,6 +25,7 @@ def annotations(scenes):
     return file
 
 
+@pytest.mark.filterwarnings("default:.*annotations have no usable mask")
 def test_check(scenes, tmp_path, capsys):
     assert main(["data", "check", str(scenes), "--images-too", "--json", str(tmp_path / "report.json"), "--quiet"]) == 0
     printed = capsys.readouterr().out
@@ -90,7 +91,7 @@ def test_split_convert_and_train_on_it(scenes, tmp_path, capsys):
     [
         (["--percent", "25", "--seed", "3"], "3@25"),
         (["--percent", "25", "--stratified"], "0@25strat"),
-        (["--images", "1"], "0@1images"),
+        (["--images-per-class", "1"], "0@1images"),
         (["--instances", "2", "--allow-fewer"], "0@2instances"),
         (["--shot", "1"], "0@1shot"),
         (["--name", "2shot", "--seed", "4", "--allow-fewer"], "4@2shot"),

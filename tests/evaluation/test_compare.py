@@ -165,7 +165,7 @@ def test_evaluations_that_not_all_runs_have_are_left_out_aloud(runs):
 
 def test_arms_share_an_evaluation_where_it_is_less_than_half_a_step_away(runs):
     small = runs("small", [0.1, 0.2, 0.3], trained_on=80)  # 0.1 epochs a step
-    large = runs("large", [0.4, 0.5, 0.6], "optim.batch_size=32", images=81, steps=(3, 5, 10))  # 0.395 a step
+    large = runs("large", [0.4, 0.5, 0.6], "optim.batch_size=32", trained_on=81, steps=(3, 5, 10))  # 0.395 a step
     common = compare_runs([small, large]).common()
     places = [(round(row[0].x, 2), round(row[1].x, 2)) for row in common]
     assert places == [(1.0, 1.19), (2.0, 1.98)]

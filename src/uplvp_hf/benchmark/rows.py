@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from ..evaluation.predictor import METRICS, evaluate_model, load_segmenter
 from ..files import write_json_lines
-from ..models.errors import UserError
+from ..models.errors import UserError, reading
 from ..training.build import build_data
 from ..training.config import TrainSettings
 from .activations import query_activations, spread
@@ -137,7 +137,9 @@ def read_query_maps(folder: Path, jobs: Sequence[Job]) -> dict[str, dict[str, to
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a file; raises ValueError naming the line that is none."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    with reading(str(path)):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row["metrics"]["AP"], float | None) or not isinstance(row["segmenter"], str):

@@ -157,10 +157,13 @@ def add_split(subparsers: Any) -> None:
     add_source(parser)
     rule = parser.add_mutually_exclusive_group(required=True)
     rule.add_argument("--name", help="such as 1@10 (seed 1, 10 %% of the images), 10%%strat, 5images or 2@5shot")
-    rule.add_argument("--percent", type=float, metavar="P", help="P %% of the images")
-    rule.add_argument("--images", type=int, metavar="K", help="every class in at least K images")
-    rule.add_argument("--instances", type=int, metavar="K", help="at least K instances of every class, whole images")
-    rule.add_argument("--shot", type=int, metavar="K", help="exactly K instances of every class; others are dropped")
+    for flag, kind, number, meaning in (
+        ("--percent", "percent", float, "this share of the images, in %%"),
+        ("--images-per-class", "images", int, "every class in at least K images"),
+        ("--instances", "instances", int, "at least K instances of every class, whole images"),
+        ("--shot", "shot", int, "exactly K instances of every class; others are dropped"),
+    ):
+        rule.add_argument(flag, dest=f"rule_{kind}", type=number, metavar="K", help=meaning)
     parser.add_argument("--seed", type=int, default=0, help="of the draw, where --name has none (default: 0)")
     parser.add_argument("--stratified", action="store_true", help="with --percent: keep the shares of the classes")
     parser.add_argument("--allow-fewer", action="store_true", help="take all of a class that has less than K")
@@ -180,8 +183,8 @@ def _split(arguments: argparse.Namespace) -> None:
         spec = parse_split(arguments.name, arguments.seed)
         spec = replace(spec, stratified=spec.stratified or arguments.stratified, allow_fewer=arguments.allow_fewer)
     else:
-        kind = next(kind for kind in KINDS if getattr(arguments, kind) is not None)
-        amount = getattr(arguments, kind)
+        kind = next(kind for kind in KINDS if getattr(arguments, f"rule_{kind}") is not None)
+        amount = getattr(arguments, f"rule_{kind}")
         spec = SplitSpec(kind, amount, arguments.seed, arguments.stratified, arguments.allow_fewer)
     manifest = draw_split(load_source(arguments), spec)
     write_manifest(manifest, arguments.output)

@@ -136,7 +136,7 @@ def _evaluated(folder: Path) -> Run:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CompareError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 
 
 class UserError(ValueError):
@@ -24,5 +25,5 @@ def reading(what: str, remedy: str = "") -> Iterator[None]:
     except UserError:
         raise
     except ValueError as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 240, placeholder=" ...")
         raise UserError(f"{what}: {reason}{remedy and ' ' + remedy}") from error

@@ -141,7 +141,7 @@ def read_masks(path: str | os.PathLike[str], categories: str | None = None) -> I
     """
     path = os.fspath(path)
     if os.path.isfile(path) and path.lower().endswith(".json"):
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8", errors="replace") as stream:
             start = stream.read(1024).lstrip()
         if start.startswith("["):
             return _read_results(path, categories)
