@@ -137,6 +137,15 @@ class Encoder:
         maps = self.model.forward_intermediates(pixels, intermediates_only=True)
         return Encoded(_pick(tuple(maps), stages, self.name))
 
+    @torch.inference_mode()
+    def last_map(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The map that the network's own classifier reads, (B, C, h, w): behind the wide layer that some convolutional
+        networks put after their last stage, where the weights hold it; otherwise the last of `__call__`'s maps."""
+        if not (self.num_classes and hasattr(self.model, "forward_intermediates")):
+            return self(pixels, stages=[-1]).maps[-1]
+        final, maps = self.model.forward_intermediates(pixels)
+        return final if final.shape[2:] == maps[-1].shape[2:] else maps[-1]  # tokens and channels-last maps: theirs
+
     def _check_classifier(self) -> None:
         if not self.num_classes:
             raise UserError(f"{self.name} has no classifier head; name classes with CLIP, or load classifier weights")

@@ -107,11 +107,27 @@ class Clip:
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> torch.Tensor:
         """Whole-image embeddings, not normalized: (B, 3, S, S) of `image_size` -> (B, D) float32."""
+        return self._embedding(self._look(pixels))
+
+    @torch.inference_mode()
+    def encode_patches(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patch features of the image tower, and whole-image embeddings from the same pass.
+
+        pixels: (B, 3, H, W), normalized, sides multiples of the patch size. Returns (B, C, H / patch, W / patch), the
+        tower's own width C, not projected into the text space, and (B, D); both float32.
+        """
+        output = self._look(pixels)
+        grid = pixels.shape[-2] // self.patch_size, pixels.shape[-1] // self.patch_size
+        patches = output.last_hidden_state[:, self.prefix :]
+        return patches.transpose(1, 2).unflatten(2, grid).float(), self._embedding(output)
+
+    def _look(self, pixels: torch.Tensor) -> Any:
         if self._packed:
             patches, mask, shapes = self._pack(pixels)
-            output = self.vision(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
-        else:
-            output = self.vision(pixels, interpolate_pos_encoding=True)
+            return self.vision(patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+        return self.vision(pixels, interpolate_pos_encoding=True)
+
+    def _embedding(self, output: Any) -> torch.Tensor:
         projection = getattr(self.model, "visual_projection", None)
         pooled = output.pooler_output
         return (pooled if projection is None else projection(pooled)).float()

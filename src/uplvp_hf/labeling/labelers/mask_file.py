@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -12,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...data import DataError, InstanceDataset, Row, decode_segmentation, empty_objects, load_dataset_rows, shard_files
+from ...data import DataError, InstanceDataset, Row, decode_segmentation, empty_objects, load_dataset_rows
 from ...models.errors import UserError
 from ..cutting.proposals import Proposals
+from ..fingerprint import fingerprint
 from ..protocol import LabelerBase
 
 
@@ -53,7 +53,7 @@ class MaskFileLabeler(LabelerBase):
         if match not in ("auto", "file_name", "image_id"):
             raise UserError(f"match {match!r} is unknown; use 'auto', 'file_name' or 'image_id'")
         self.match, self.min_score, self.min_area, self.top = match, min_score, min_area, top
-        self.fingerprint = _fingerprint(dataset)
+        self.fingerprint = fingerprint(dataset)
         self.dataset = dataset if isinstance(dataset, InstanceDataset) else read_masks(dataset, categories)
         self.encoder_name = f"file:{os.path.basename(os.path.normpath(self.dataset.name)) or 'rows'}"
         self.vocabulary = list(self.dataset.id2label.values())
@@ -204,32 +204,3 @@ def _indices(rows: Sequence[Row]) -> tuple[dict, dict[str, int], dict[str, int |
         by_name[name] = index
         by_base[base] = None if base in by_base else index
     return by_id, by_name, by_base
-
-
-def _fingerprint(source: str | os.PathLike[str] | InstanceDataset) -> str:
-    """sha256 of what the masks are read from, so that a run is not continued with other masks."""
-    digest = hashlib.sha256()
-    if isinstance(source, InstanceDataset):
-        for row in source.rows:
-            digest.update(repr((row["image_id"], row["file_name"], row["objects"])).encode())
-        return digest.hexdigest()
-    path = Path(source)
-    if (path / "header.json").is_file():
-        files = [path / "header.json", *map(Path, shard_files(path))]
-    elif (path / "annotations").is_dir():
-        files = sorted((path / "annotations").glob("*.json"))
-    elif path.is_dir():
-        files = sorted(file for kind in ("*.parquet", "*.arrow", "*.json") for file in path.rglob(kind))
-    else:
-        files = [path] if path.is_file() else []
-    return hash_files(files)
-
-
-def hash_files(files: Sequence[Path]) -> str:
-    """sha256 of the content of files, in the given order."""
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -14,8 +14,8 @@ from ...data import InstanceDataset, Row, decode_segmentation, empty_objects
 from ...data.rle import mask_area
 from ..cutting.proposals import Proposals, mask_nms
 from ..encoders.license import weights_license
+from ..fingerprint import hash_files
 from ..protocol import LabelerBase
-from .mask_file import hash_files
 
 
 class SegmenterLabeler(LabelerBase):

@@ -1,0 +1,290 @@
+"""A few annotated images name the masks of any labeler."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ...data.dataset import InstanceDataset, RowStream
+from ...data.errors import DataError
+from ...data.rle import masks_to_boxes
+from ...data.rows import load_dataset_rows
+from ...models.errors import UserError
+from ..cutting.proposals import Proposals, mask_iou_matrix
+from ..encoders.backbone import Encoder
+from ..fingerprint import fingerprint
+from .mask_features import MaskFeatures
+from .prototypes import Calibration, Prototypes
+
+if TYPE_CHECKING:
+    from ..encoders.clip import Clip
+
+
+@dataclass
+class Examples:
+    """Annotated images, the classes that they have examples of, and what could not be used.
+
+    dataset: the images. names: classes with at least one usable object, in the order of the dataset's categories.
+    notes: sentences about what was left out.
+    """
+
+    dataset: InstanceDataset
+    names: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[int, Image.Image, np.ndarray, np.ndarray, np.ndarray]]:
+        """Image by image: its number, the image, masks (N, H, W) and labels (N,) of its objects, and the pixels that
+        any annotation covers, crowd regions included (H, W)."""
+        for number in range(len(self.dataset)):
+            yield from self._read(number)
+
+    def _read(self, number: int) -> Iterator[tuple[int, Image.Image, np.ndarray, np.ndarray, np.ndarray]]:
+        objects = self.dataset[number]["objects"]
+        if not objects["category_id"]:
+            return
+        try:
+            image = self.dataset.load_image(number)
+        except DataError as error:
+            self.notes.append(f"the example image {self.dataset[number]['file_name']} cannot be read ({error.reason})")
+            return
+        categories = {category["id"]: category["name"] for category in self.dataset.categories}
+        covered = np.zeros((image.height, image.width), dtype=bool)
+        masks, labels = [], []
+        for k, category in enumerate(objects["category_id"]):
+            try:
+                mask = self.dataset.mask(number, k)
+            except DataError as error:
+                self.notes.append(f"an example cannot be used: {error}")
+                continue
+            covered |= mask
+            if mask.any() and not objects["iscrowd"][k] and categories[category] in self.names:
+                masks.append(mask)
+                labels.append(self.names.index(categories[category]))
+        if masks:
+            yield number, image, np.stack(masks), np.array(labels), covered
+
+
+def read_examples(
+    source: str | os.PathLike[str] | InstanceDataset, vocabulary: Sequence[str] | None = None
+) -> Examples:
+    """The annotated images that `load_dataset_rows` reads from a path, or that a dataset holds.
+
+    vocabulary: the classes that are wanted, by name; None: all that have examples. Objects without pixels and crowd
+    regions are no examples; a class that has nothing else is left out, and `notes` says so.
+    Raises UserError when no class has an example, and for a class of the vocabulary that has none.
+    """
+    dataset = source if isinstance(source, InstanceDataset) else load_dataset_rows(source)
+    if isinstance(dataset, RowStream):
+        raise UserError(f"examples {dataset.name}: a stream cannot be read twice; save the few examples as a file")
+    categories = {category["id"]: category["name"] for category in dataset.categories}
+    single, crowds = dict.fromkeys(categories.values(), 0), dict.fromkeys(categories.values(), 0)
+    for row in dataset.rows:
+        objects = row["objects"]
+        for category, crowd, area in zip(objects["category_id"], objects["iscrowd"], objects["area"]):
+            (crowds if crowd else single)[categories[category]] += 1 if crowd or area > 0 else 0
+    wanted = list(single) if vocabulary is None else list(vocabulary)
+    names, notes = [name for name in wanted if single.get(name)], []
+    for name in wanted:
+        if not single.get(name):
+            why = "only crowd regions of it" if crowds.get(name) else "no object of it"
+            if vocabulary is not None:
+                raise UserError(
+                    f"examples {dataset.name}: class {name!r} has no example ({why}). Outline at least one object of "
+                    "it, or leave the class out of the vocabulary"
+                )
+            notes.append(f"class {name!r} has no example ({why}) and will not be named")
+    if not names:
+        raise UserError(f"examples {dataset.name}: no class has an outlined object. Outline at least one of each class")
+    return Examples(dataset, names, notes)
+
+
+def shared_images(examples: InstanceDataset, dataset: InstanceDataset | RowStream) -> int:
+    """How many of the example images are also among those of `dataset`, by file; 0 for a stream."""
+    if isinstance(dataset, RowStream):
+        return 0
+    files = [
+        {os.path.realpath(row["image"]) for row in rows if isinstance(row["image"], (str, os.PathLike))}
+        for rows in (examples.rows, dataset.rows)
+    ]
+    return len(files[0] & files[1])
+
+
+class ExamplesNamer:
+    """Names masks after the annotated examples that look most like them; no class names are needed, and no training.
+
+    Args:
+        network: a backbone (`load_encoder`), or a CLIP or SigLIP (`load_clip`).
+        examples: the path of a COCO JSON or of anything else that `load_dataset_rows` reads, or `read_examples` of it.
+        view, image_size, context, surroundings, batch_size: how a mask is looked at, see `MaskFeatures`.
+        neighbors: examples of a class, the most similar ones, whose similarities are averaged; None averages all of
+            them, which was better for few examples of similar looks. Give a small number where a class has several.
+        ground: places without any annotated object in each example image that show what is no object.
+        temperature: divides the similarities before the softmax; None: what makes each example likeliest when it is
+            left out.
+        min_similarity: a mask less similar to its class than this (a cosine) stays unnamed; None: three standard
+            deviations below the examples' own, each left out in turn; -1 names every mask.
+        nms: IoU above which the worse of two masks is dropped, whatever their classes, by score times confidence; the
+            same for a mask that lies to 80 % in a better one of its class. None keeps all.
+
+    A confidence is the probability of the class among all classes and the ground, so that `min_confidence` can drop
+    masks of what is no object. `names` are the classes that have examples.
+    Raises as `read_examples` and `MaskFeatures` do, and UserError when no example can be read.
+    """
+
+    name = "examples"
+
+    def __init__(
+        self,
+        network: Encoder | Clip,
+        examples: str | os.PathLike[str] | InstanceDataset | Examples,
+        view: str = "crop",
+        image_size: int | None = None,
+        context: float = 0.1,
+        surroundings: str = "both",
+        neighbors: int | None = None,
+        ground: int = 4,
+        temperature: float | None = None,
+        min_similarity: float | None = None,
+        nms: float | None = 0.5,
+        batch_size: int = 32,
+    ) -> None:
+        if temperature is not None and not temperature > 0:
+            raise UserError(f"temperature {temperature} cannot divide similarities; use a number above 0")
+        if (neighbors is not None and neighbors < 1) or ground < 0:
+            raise UserError(f"neighbors {neighbors} must be at least 1, ground {ground} at least 0")
+        self.encoder, self.nms = network, nms
+        self.examples = examples if isinstance(examples, Examples) else read_examples(examples)
+        self.names = self.examples.names
+        self.features = MaskFeatures(network, view, image_size, context, surroundings, batch_size)
+        self.options = {"view": view, "image_size": self.features.image_size, "context": context}
+        self.options |= {"surroundings": surroundings, "neighbors": neighbors, "ground": ground, "nms": nms}
+        self.options |= {"temperature": temperature, "min_similarity": min_similarity}
+        self.prototypes = self._learn(ground, neighbors)
+        fitted = self.prototypes.calibrate()
+        self.calibration = Calibration(
+            fitted.temperature if temperature is None else temperature,
+            fitted.bias,
+            fitted.floor if min_similarity is None else min_similarity,
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the store's header; `examples` is a hash of the annotations and their images' names."""
+        own = {"encoder": self.encoder.name, "names": list(self.names)}
+        return own | {"examples": fingerprint(self.examples.dataset)} | self.options
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before a run: examples a class, and what could not be used."""
+        counts = torch.bincount(self.prototypes.labels, minlength=len(self.names)).tolist()
+        listed = ", ".join(f"{name} {count}" for name, count in zip(self.names, counts))
+        return [f"examples a class: {listed}", *dict.fromkeys(self.examples.notes)]
+
+    def _learn(self, ground: int, neighbors: int | None) -> Prototypes:
+        """Describe the examples and the ground around them, one image at a time."""
+        vectors, labels, groups = [], [], []
+        rest, rest_groups = [], []
+        for number, image, masks, classes, covered in self.examples:
+            vectors.append(self.features([image], [_unscored(masks)]))
+            labels.append(torch.from_numpy(classes))
+            groups += [number] * len(masks)
+            empty = ground_masks(masks, covered, ground, seed=number)
+            if len(empty):
+                rest.append(self.features([image], [_unscored(empty)]))
+                rest_groups += [number] * len(empty)
+        have = {int(label) for part in labels for label in part}
+        lacking = [name for k, name in enumerate(self.names) if k not in have]
+        if lacking:
+            raise UserError(
+                f"examples {self.examples.dataset.name}: no example of class {lacking[0]!r} can be read; "
+                + "; ".join(self.examples.notes[:3])
+            )
+        return Prototypes(
+            torch.cat(vectors),
+            torch.cat(labels),
+            torch.tensor(groups),
+            torch.cat(rest) if rest else None,
+            torch.tensor(rest_groups),
+            neighbors,
+        )
+
+    def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
+        """Name the masks; the labeler's own labels are replaced. Masks like no example get the label -1."""
+        if not any(len(p) for p in proposals):
+            return [_named(p, np.zeros(0, np.int64), np.zeros(0, np.float32)) for p in proposals]
+        labels, confidences = self.prototypes.name(self.features(images, proposals), self.calibration)
+        named, start = [], 0
+        for p in proposals:
+            part = slice(start, start + len(p))
+            start += len(p)
+            result = _named(p, labels[part].numpy(), confidences[part].float().numpy())
+            named.append(result if self.nms is None else resolve_overlaps(result, self.nms))
+        return named
+
+
+def _unscored(masks: np.ndarray) -> Proposals:
+    return Proposals(masks, np.ones(len(masks), dtype=np.float32))
+
+
+def _named(proposals: Proposals, labels: np.ndarray, confidences: np.ndarray) -> Proposals:
+    return replace(proposals, labels=labels, confidences=confidences)
+
+
+def resolve_overlaps(proposals: Proposals, iou: float, inside: float = 0.8) -> Proposals:
+    """Keep the better of two masks that overlap by more than `iou`, or of which the worse lies to `inside` of its area
+    in the other and has its class. Better: named, then score times confidence. The order of the masks stays."""
+    if len(proposals) < 2:
+        return proposals
+    overlap = mask_iou_matrix(torch.from_numpy(proposals.masks)).numpy()
+    area = proposals.masks.sum(axis=(1, 2)).astype(np.float64)
+    shared = overlap * (area[:, None] + area[None]) / (1 + overlap)
+    within = shared / np.maximum(area[:, None], 1)
+    same = proposals.labels[:, None] == proposals.labels[None]
+    worth = proposals.scores * proposals.confidences
+    kept: list[int] = []
+    for k in np.lexsort((-worth, proposals.labels < 0)):
+        if not any(overlap[k, j] > iou or (same[k, j] and within[k, j] > inside) for j in kept):
+            kept.append(int(k))
+    return proposals.take(sorted(kept))
+
+
+def ground_masks(masks: np.ndarray, covered: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Places without an object, in the shapes of the objects: (N, H, W) masks, (H, W) covered -> (up to count, H, W).
+
+    An object's mask is moved to where at most a tenth of it is covered, at full size, or at a half or a quarter of it
+    where there is no room; pixels that are covered are taken out. The choice is random by `seed`.
+    """
+    rng = np.random.default_rng(seed)
+    found: list[np.ndarray] = []
+    boxes = masks_to_boxes(masks).astype(int)
+    for k in rng.permutation(len(masks)).tolist() * count:
+        if len(found) == count:
+            break
+        left, top, right, bottom = boxes[k]
+        shape = masks[k, top:bottom, left:right]
+        moved = next(filter(None.__ne__, (_move(shape, covered, scale, rng) for scale in (1, 2, 4))), None)
+        if moved is not None:
+            found.append(moved)
+    return np.stack(found) if found else np.zeros((0, *covered.shape), dtype=bool)
+
+
+def _move(shape: np.ndarray, covered: np.ndarray, shrink: int, rng: np.random.Generator) -> np.ndarray | None:
+    """`shape` at one `shrink`-th of its size at a random place that is at most a tenth covered, or None."""
+    shape = shape[::shrink, ::shrink]
+    (height, width), (rows, columns) = shape.shape, covered.shape
+    if not shape.any() or height > rows or width > columns:
+        return None
+    places = rng.integers(0, [rows - height + 1, columns - width + 1], size=(16, 2))
+    for top, left in places.tolist():
+        window = covered[top : top + height, left : left + width]
+        if (shape & window).sum() <= 0.1 * shape.sum():
+            mask = np.zeros(covered.shape, dtype=bool)
+            mask[top : top + height, left : left + width] = shape & ~window
+            return mask
+    return None
