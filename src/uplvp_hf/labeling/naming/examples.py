@@ -19,6 +19,7 @@ from ...models.errors import UserError
 from ..cutting.proposals import Proposals, mask_iou_matrix
 from ..encoders.backbone import Encoder
 from ..fingerprint import fingerprint
+from ..prompt_settings import ExamplesSettings, look
 from .mask_features import MaskFeatures
 from .prototypes import Calibration, Prototypes
 
@@ -75,8 +76,8 @@ def read_examples(
 ) -> Examples:
     """The annotated images that `load_dataset_rows` reads from a path, or that a dataset holds.
 
-    vocabulary: the classes that are wanted, by name; None: all that have examples. Objects without pixels and crowd
-    regions are no examples; a class that has nothing else is left out, and `notes` says so.
+    vocabulary: the classes that are wanted, by name; None: all that have examples. Crowd regions are no examples; a
+    class that has nothing else is left out, and `notes` says so.
     Raises UserError when no class has an example, and for a class of the vocabulary that has none.
     """
     dataset = source if isinstance(source, InstanceDataset) else load_dataset_rows(source)
@@ -86,8 +87,8 @@ def read_examples(
     single, crowds = dict.fromkeys(categories.values(), 0), dict.fromkeys(categories.values(), 0)
     for row in dataset.rows:
         objects = row["objects"]
-        for category, crowd, area in zip(objects["category_id"], objects["iscrowd"], objects["area"]):
-            (crowds if crowd else single)[categories[category]] += 1 if crowd or area > 0 else 0
+        for category, crowd in zip(objects["category_id"], objects["iscrowd"]):
+            (crowds if crowd else single)[categories[category]] += 1
     wanted = list(single) if vocabulary is None else list(vocabulary)
     names, notes = [name for name in wanted if single.get(name)], []
     for name in wanted:
@@ -118,23 +119,13 @@ def shared_images(examples: InstanceDataset, dataset: InstanceDataset | RowStrea
 class ExamplesNamer:
     """Names masks after the annotated examples that look most like them; no class names are needed, and no training.
 
-    Args:
-        network: a backbone (`load_encoder`), or a CLIP or SigLIP (`load_clip`).
-        examples: the path of a COCO JSON or of anything else that `load_dataset_rows` reads, or `read_examples` of it.
-        view, image_size, context, surroundings, batch_size: how a mask is looked at, see `MaskFeatures`.
-        neighbors: examples of a class, the most similar ones, whose similarities are averaged; None averages all of
-            them, which was better for few examples of similar looks. Give a small number where a class has several.
-        ground: places without any annotated object in each example image that show what is no object.
-        temperature: divides the similarities before the softmax; None: what makes each example likeliest when it is
-            left out.
-        min_similarity: a mask less similar to its class than this (a cosine) stays unnamed; None: three standard
-            deviations below the examples' own, each left out in turn; -1 names every mask.
-        nms: IoU above which the worse of two masks is dropped, whatever their classes, by score times confidence; the
-            same for a mask that lies to 80 % in a better one of its class. None keeps all.
+    network: a backbone (`load_encoder`), or a CLIP or SigLIP (`load_clip`). examples: the path of a COCO JSON or of
+    anything else that `load_dataset_rows` reads, a dataset, or what `read_examples` made of it. settings, changes: see
+    `ExamplesSettings`.
 
     A confidence is the probability of the class among all classes and the ground, so that `min_confidence` can drop
     masks of what is no object. `names` are the classes that have examples.
-    Raises as `read_examples` and `MaskFeatures` do, and UserError when no example can be read.
+    Raises as `read_examples` and `MaskFeatures` do, and UserError when a class's examples cannot be read.
     """
 
     name = "examples"
@@ -143,41 +134,28 @@ class ExamplesNamer:
         self,
         network: Encoder | Clip,
         examples: str | os.PathLike[str] | InstanceDataset | Examples,
-        view: str = "crop",
-        image_size: int | None = None,
-        context: float = 0.1,
-        surroundings: str = "both",
-        neighbors: int | None = None,
-        ground: int = 4,
-        temperature: float | None = None,
-        min_similarity: float | None = None,
-        nms: float | None = 0.5,
-        batch_size: int = 32,
+        settings: ExamplesSettings | None = None,
+        **changes: Any,
     ) -> None:
-        if temperature is not None and not temperature > 0:
-            raise UserError(f"temperature {temperature} cannot divide similarities; use a number above 0")
-        if (neighbors is not None and neighbors < 1) or ground < 0:
-            raise UserError(f"neighbors {neighbors} must be at least 1, ground {ground} at least 0")
-        self.encoder, self.nms = network, nms
-        self.examples = examples if isinstance(examples, Examples) else read_examples(examples)
+        self.config = config = ExamplesSettings.of(settings, **changes)
+        self.encoder = network
+        self.examples = examples if isinstance(examples, Examples) else read_examples(examples, config.classes)
         self.names = self.examples.names
-        self.features = MaskFeatures(network, view, image_size, context, surroundings, batch_size)
-        self.options = {"view": view, "image_size": self.features.image_size, "context": context}
-        self.options |= {"surroundings": surroundings, "neighbors": neighbors, "ground": ground, "nms": nms}
-        self.options |= {"temperature": temperature, "min_similarity": min_similarity}
-        self.prototypes = self._learn(ground, neighbors)
+        self.features = MaskFeatures(network, look(config))
+        self.prototypes = self._learn()
         fitted = self.prototypes.calibrate()
         self.calibration = Calibration(
-            fitted.temperature if temperature is None else temperature,
+            fitted.temperature if config.temperature is None else config.temperature,
             fitted.bias,
-            fitted.floor if min_similarity is None else min_similarity,
+            fitted.floor if config.min_similarity is None else config.min_similarity,
         )
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header; `examples` is a hash of the annotations and their images' names."""
-        own = {"encoder": self.encoder.name, "names": list(self.names)}
-        return own | {"examples": fingerprint(self.examples.dataset)} | self.options
+        own = {**self.config.as_dict(), "image_size": self.features.image_size, "encoder": self.encoder.name}
+        del own["batch_size"]
+        return own | {"classes": list(self.names), "examples": fingerprint(self.examples.dataset)}
 
     @property
     def notes(self) -> list[str]:
@@ -186,7 +164,7 @@ class ExamplesNamer:
         listed = ", ".join(f"{name} {count}" for name, count in zip(self.names, counts))
         return [f"examples a class: {listed}", *dict.fromkeys(self.examples.notes)]
 
-    def _learn(self, ground: int, neighbors: int | None) -> Prototypes:
+    def _learn(self) -> Prototypes:
         """Describe the examples and the ground around them, one image at a time."""
         vectors, labels, groups = [], [], []
         rest, rest_groups = [], []
@@ -194,7 +172,7 @@ class ExamplesNamer:
             vectors.append(self.features([image], [_unscored(masks)]))
             labels.append(torch.from_numpy(classes))
             groups += [number] * len(masks)
-            empty = ground_masks(masks, covered, ground, seed=number)
+            empty = ground_masks(masks, covered, self.config.ground, seed=number)
             if len(empty):
                 rest.append(self.features([image], [_unscored(empty)]))
                 rest_groups += [number] * len(empty)
@@ -211,7 +189,7 @@ class ExamplesNamer:
             torch.tensor(groups),
             torch.cat(rest) if rest else None,
             torch.tensor(rest_groups),
-            neighbors,
+            self.config.neighbors,
         )
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
@@ -224,7 +202,7 @@ class ExamplesNamer:
             part = slice(start, start + len(p))
             start += len(p)
             result = _named(p, labels[part].numpy(), confidences[part].float().numpy())
-            named.append(result if self.nms is None else resolve_overlaps(result, self.nms))
+            named.append(result if self.config.nms is None else resolve_overlaps(result, self.config.nms))
         return named
 
 
@@ -268,9 +246,11 @@ def ground_masks(masks: np.ndarray, covered: np.ndarray, count: int, seed: int) 
             break
         left, top, right, bottom = boxes[k]
         shape = masks[k, top:bottom, left:right]
-        moved = next(filter(None.__ne__, (_move(shape, covered, scale, rng) for scale in (1, 2, 4))), None)
-        if moved is not None:
-            found.append(moved)
+        for shrink in (1, 2, 4):
+            moved = _move(shape, covered, shrink, rng)
+            if moved is not None:
+                found.append(moved)
+                break
     return np.stack(found) if found else np.zeros((0, *covered.shape), dtype=bool)
 
 

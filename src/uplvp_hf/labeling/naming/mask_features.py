@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,68 +16,45 @@ from ...models.errors import UserError
 from ...models.prompts import mask_weights
 from ..cutting.proposals import Proposals
 from ..encoders.backbone import Encoder
+from ..prompt_settings import LookSettings
 from .crops import crop_box, fill_color
 
 if TYPE_CHECKING:
     from ..encoders.clip import Clip
 
-VIEWS = ("crop", "image")
 Crop = tuple[Image.Image, Image.Image, np.ndarray]
-SURROUNDINGS = ("both", "keep", "paint")
 
 
 class MaskFeatures:
     """Describes masks by the features of a frozen network.
 
-    Args:
-        network: a backbone with feature maps (`load_encoder`), or a CLIP or SigLIP (`load_clip`).
-        view: "crop" looks at a square crop around each mask, so that small objects are seen at full size. "image"
-            looks at the whole image once, which is cheaper where images have many masks, and pools its map under each
-            mask.
-        image_size: pixels of the side of a crop, or of the longer side of the image. None: 224 for crops and 448 for
-            images; for a CLIP the size that it was trained with, and twice that.
-        context: share of the box's longer side that a crop shows on every side of the object.
-        surroundings: of a crop. "keep" shows what is around the object, "paint" replaces it by the network's mean
-            color, "both" does both, at twice the cost.
-        batch_size: crops a forward pass.
+    network: a backbone with feature maps (`load_encoder`), or a CLIP or SigLIP (`load_clip`). settings, changes: see
+    `LookSettings`.
 
     The vector of a mask is made of parts of unit length, and has unit length itself. Where the surroundings are kept:
     the map's cells averaged under the mask, each weighted by the share of it that the mask covers, so that an object
     smaller than a cell is not lost; and the network's embedding of the whole crop (a CLIP's own, otherwise the average
     of the map). Where they are painted over: the embedding. On seven animals and on synthetic scenes the three parts
-    together named more masks rightly than any one of them (docs/labeling.md).
+    together named more masks rightly than any one of them (docs/labeling.md). With view="image" there is one part, the
+    cells under the mask.
 
-    Raises UserError for an unknown option, sizes below 1, and a network without feature maps.
+    Raises UserError for a network without feature maps.
     """
 
-    def __init__(
-        self,
-        network: Encoder | Clip,
-        view: str = "crop",
-        image_size: int | None = None,
-        context: float = 0.1,
-        surroundings: str = "both",
-        batch_size: int = 32,
-    ) -> None:
-        for word, value, known in (("view", view, VIEWS), ("surroundings", surroundings, SURROUNDINGS)):
-            if value not in known:
-                raise UserError(f"{word} {value!r} is unknown; use one of {', '.join(known)}")
+    def __init__(self, network: Encoder | Clip, settings: LookSettings | None = None, **changes: Any) -> None:
         if isinstance(network, Encoder) and not network.maps:
             raise UserError(f"{network.name} was loaded as a classifier, which gives no feature maps; name a backbone")
+        self.network, self.config = network, LookSettings.of(settings, **changes)
         own = 224 if isinstance(network, Encoder) else network.image_size
-        self.image_size = image_size or own * (1 if view == "crop" else 2)
-        if self.image_size < 1 or batch_size < 1 or not context >= 0:
-            raise UserError(f"image_size {image_size} and batch_size {batch_size} must be 1 or more, context 0 or more")
-        self.network, self.view, self.context, self.surroundings = network, view, context, surroundings
-        self.batch_size = batch_size
+        self.image_size = self.config.image_size or own * (1 if self.config.view == "crop" else 2)
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> torch.Tensor:
         """Vectors of all masks of several images, in order: (sum of N, D) float32 of unit length on the CPU."""
-        if self.view == "image":
+        if self.config.view == "image":
             parts = [self._of_image(image, p.masks) for image, p in zip(images, proposals) if len(p)]
         else:
             crops = self._crops(images, proposals)
-            chunks = iter(lambda: list(itertools.islice(crops, self.batch_size)), [])
+            chunks = iter(lambda: list(itertools.islice(crops, self.config.batch_size)), [])
             parts = [self._of_crops(chunk) for chunk in chunks]
         return torch.cat(parts).cpu() if parts else torch.zeros(0, 1)
 
@@ -86,7 +63,7 @@ class MaskFeatures:
         fill = fill_color(self.network.image_mean)
         for image, p in zip(images, proposals):
             for box, mask in zip(masks_to_boxes(p.masks).tolist(), p.masks):
-                left, top, right, bottom = crop_box(box, image.width, image.height, self.context)
+                left, top, right, bottom = crop_box(box, image.width, image.height, self.config.context)
                 plain, inside = image.crop((left, top, right, bottom)), mask[top:bottom, left:right]
                 ground = Image.new("RGB", plain.size, fill)
                 yield plain, Image.composite(plain, ground, Image.fromarray(inside.astype(np.uint8) * 255)), inside
@@ -96,12 +73,12 @@ class MaskFeatures:
         """(B, D) of a batch of crops."""
         parts: list[torch.Tensor] = []
         size = self._size(1, 1)
-        if self.surroundings != "paint":
+        if self.config.surroundings != "paint":
             maps, embeddings = self._encode([plain for plain, _, _ in crops], size)
             masks = [torch.from_numpy(np.ascontiguousarray(mask))[None] for *_, mask in crops]
             weights = torch.cat([mask_weights(mask, maps.shape[-2:]) for mask in masks]).to(maps.device)
             parts += [_pool(maps, weights), F.normalize(embeddings, dim=-1)]
-        if self.surroundings != "keep":
+        if self.config.surroundings != "keep":
             parts.append(F.normalize(self._encode([painted for _, painted, _ in crops], size)[1], dim=-1))
         return F.normalize(torch.cat(parts, dim=-1), dim=-1)
 

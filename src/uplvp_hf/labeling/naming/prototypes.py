@@ -56,9 +56,12 @@ class Prototypes:
         self.center = torch.stack(means).mean(dim=0) if len(means) > 1 else torch.zeros_like(means[0])
         self.vectors = self._centered(vectors)
         ground = self._centered(ground)
-        own = self._own(self.leave_one_out())
-        if len(ground) and len(own):
-            keep = self._to_classes(ground @ self.vectors.T).amax(dim=1) <= own.median()
+        if len(ground):
+            own = self.leave_one_out()
+            usual = torch.stack([own[labels == k, k].nanmedian() for k in range(self.classes)]).nan_to_num(
+                nan=torch.inf
+            )
+            keep = (self._to_classes(ground @ self.vectors.T) <= usual).all(dim=1)
             ground, ground_groups = ground[keep], ground_groups[keep]
         self.ground, self.ground_groups = ground, ground_groups
 
