@@ -1,7 +1,6 @@
 """The benchmark runs, both models give the same loss on the same points, and its last line can be read."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,11 +10,13 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_train_step
 
 
 @pytest.mark.slow
-def test_small_run():
+def test_small_run(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import benchmark_train_step
+
     small = ["--size", "64", "--points", "64", "--rounds", "1", "--queries", "6", "--objects", "9"]
-    done = subprocess.run([sys.executable, str(SCRIPT), *small], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    assert benchmark_train_step.main(small) == 0
+    lines = capsys.readouterr().out.splitlines()
     result = json.loads(lines[-1])
     assert {"time_ratio_9", "memory_ratio_9", "peak_mib_9"} <= set(result)
     assert {f"{name}seconds_9" for name in ("", "knet_", "queryinst_")} <= set(result)

@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from ..models.errors import UserError
-
 FILL = 0.42  # opacity of an instance: the texture below stays visible
 MIN_SIDE = 480  # pixels; smaller images are enlarged, so that captions are legible and leave room
 
@@ -45,12 +43,12 @@ def draw_instances(
         A new RGB image. Its longer side is at least 480 pixels: smaller ones are enlarged by a whole factor.
 
     Raises:
-        UserError: if there are not as many labels or scores as masks, or a mask has another size than the image.
+        ValueError: if there are not as many labels or scores as masks, or a mask has another size than the image.
     """
     count = len(masks)
     for name, values in (("labels", labels), ("scores", scores)):
         if values is not None and len(values) != count:
-            raise UserError(f"{len(values)} {name} for {count} masks.")
+            raise ValueError(f"{len(values)} {name} for {count} masks.")
     factor = math.ceil(MIN_SIDE / max(image.size))
     size = (image.width * factor, image.height * factor)
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
@@ -78,7 +76,7 @@ def _mask_image(mask: Any, size: tuple[int, int], enlarged: tuple[int, int]) -> 
         mask = _decoded(mask, size[1], size[0])
     mask = np.asarray(mask.cpu() if hasattr(mask, "cpu") else mask).astype(bool)
     if mask.shape != (size[1], size[0]):
-        raise UserError(f"A mask of {mask.shape} for an image of {(size[1], size[0])} (height, width).")
+        raise ValueError(f"A mask of {mask.shape} for an image of {(size[1], size[0])} (height, width).")
     image = Image.fromarray(mask.astype(np.uint8) * 255).resize(enlarged, Image.Resampling.BILINEAR)
     return image.point(lambda value: 255 * (value > 127))
 
@@ -167,12 +165,12 @@ def contact_sheet(
     """Images side by side on white, each scaled to fit a square of `cell` pixels, captions underneath.
 
     Raises:
-        UserError: without images, with fewer than one column, or with another number of captions than images.
+        ValueError: without images, with fewer than one column, or with another number of captions than images.
     """
     if not images or columns < 1:
-        raise UserError(f"{len(images)} images in {columns} columns make no sheet.")
+        raise ValueError(f"{len(images)} images in {columns} columns make no sheet.")
     if captions is not None and len(captions) != len(images):
-        raise UserError(f"{len(captions)} captions for {len(images)} images.")
+        raise ValueError(f"{len(captions)} captions for {len(images)} images.")
     columns = min(columns, len(images))
     gap, font = max(6, cell // 32), ImageFont.load_default(max(11, cell // 21))
     line = 0 if captions is None else sum(font.getmetrics()) + 4
