@@ -9,6 +9,7 @@ from pycocotools.coco import COCO
 
 from uplvp_hf.data import (
     DataError,
+    DataWarning,
     ImageError,
     InstanceDataset,
     encode_mask,
@@ -106,7 +107,8 @@ def test_box_and_area_come_from_the_mask_where_missing(load, annotation):
 )
 def test_polygon_reaching_out_is_clipped(load, annotation, x, y, clipped):
     square = [[x, y, x + 20, y, x + 20, y + 20, x, y + 20]]
-    dataset = load([annotation(segmentation=square, bbox=[x, y, 20, 20], area=400)])
+    with pytest.warns(DataWarning, match="the outlines of 1 objects reach out of their images"):
+        dataset = load([annotation(segmentation=square, bbox=[x, y, 20, 20], area=400)])
     objects = dataset[0]["objects"]
     left, top, width, height = clipped
     assert objects["bbox"] == [clipped] and objects["area"] == [width * height]
@@ -159,12 +161,12 @@ def test_missing_section(make_coco, annotation, key):
 @pytest.mark.parametrize("key", ["image_id", "category_id", "segmentation"])
 def test_missing_key_of_an_annotation(load, annotation, key):
     entry = annotation()
-    del entry[key]
+    del entry[key], entry["bbox"]  # an object with a box alone is another matter
     with pytest.raises(DataError, match=rf"instances\.json, annotations\[1\]: has no '{key}'"):
         load([annotation(), entry])
 
 
-@pytest.mark.parametrize("key", ["id", "file_name", "width", "height"])
+@pytest.mark.parametrize("key", ["id", "file_name"])
 def test_missing_key_of_an_image(make_coco, annotation, key):
     file = make_coco([annotation()]) / "annotations" / "instances.json"
     content = json.loads(file.read_text())
@@ -178,9 +180,9 @@ def test_missing_key_of_an_image(make_coco, annotation, key):
     ("changes", "reason"),
     [
         ({"category_id": 4}, "category id 4 is not in 'categories'"),
-        ({"category_id": "7"}, "'category_id' must be a whole number, got '7'"),
+        ({"category_id": "seven"}, "'category_id' must be a whole number, got 'seven'"),
         ({"image_id": 99}, "image id 99 is not in 'images'"),
-        ({"image_id": "10"}, "image id '10' is not in 'images'"),
+        ({"image_id": "100"}, "image id '100' is not in 'images'"),
         ({"image_id": None}, "'image_id' must be"),
         ({"score": float("nan")}, "'score' must be a finite number"),
         ({"bbox": [1, 2, 3]}, "'bbox' must be"),
@@ -221,7 +223,7 @@ def test_no_images_and_no_json(make_coco, annotation):
     with pytest.raises(DataError, match=r"instances\.json: is not valid JSON"):
         load_dataset_rows(file)
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match=r"instances\.json: is not valid JSON"):
+    with pytest.raises(DataError, match=r"instances\.json: its encoding is not UTF-8"):
         load_dataset_rows(file)
     file.write_text("[]")
     with pytest.raises(DataError, match=r"instances\.json: must be a JSON object, got list"):
@@ -304,3 +306,30 @@ def test_file_names_relative_to_the_file_itself(tmp_path):
     entry = {"id": 5, "file_name": "images/a.png", "width": 9, "height": 7}
     (tmp_path / "result.json").write_text(json.dumps({"images": [entry], "annotations": [], "categories": []}))
     assert load_dataset_rows(tmp_path / "result.json").load_image(0).size == (9, 7)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_encodings_that_are_read(make_coco, annotation, encoding):
+    file = make_coco([annotation()]) / "annotations" / "instances.json"
+    content = json.loads(file.read_text())
+    content["categories"][0]["name"] = "é"
+    file.write_bytes(json.dumps(content, ensure_ascii=False).encode(encoding))
+    assert load_dataset_rows(file).id2label == {0: "y", 1: "é"}
+
+
+def test_a_code_page_is_named_as_such(make_coco, annotation):
+    file = make_coco([annotation()]) / "annotations" / "instances.json"
+    file.write_bytes(file.read_bytes().replace(b'"x"', '"é"'.encode("cp1252"), 1))
+    with pytest.raises(DataError, match=r"encoding is not UTF-8.*Save it as UTF-8"):
+        load_dataset_rows(file)
+
+
+@pytest.mark.parametrize("image_id", [0, 2**63, 10.0, "first"])
+def test_ids_of_all_kinds(make_coco, annotation, image_id):
+    """Zero, more than 63 bits, whole floats, texts; and annotation ids that repeat."""
+    file = make_coco([annotation(image_id=image_id), annotation(image_id=image_id)]) / "annotations" / "instances.json"
+    content = json.loads(file.read_text())
+    content["images"][0]["id"] = image_id
+    file.write_text(json.dumps(content))
+    dataset = load_dataset_rows(file)
+    assert dataset[0]["image_id"] == image_id and len(dataset[0]["objects"]["area"]) == 2

@@ -11,6 +11,8 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from ..files import replacing, writing
+from .coco_dialects import normalize
+from .coco_files import ImageFinder, find_images
 from .dataset import InstanceDataset, Row, RowStream, empty_objects
 from .errors import DataError, DataWarning
 from .fields import (
@@ -23,11 +25,15 @@ from .fields import (
     require_list,
     whole_number,
 )
+from .foreign import refuse_other_formats
+from .frames import fits, turned_images
 from .layouts import OFFICIAL_COUNTS
 from .rle import polygon_fault, rle_areas, rle_boxes, segmentation_to_rle
 
 # Of a row, and of an image entry in files that we write.
 AS_STORED, VOID = "as_stored", "void"
+PLACE = "place"  # of an annotation that a reader of another format made: where in its file it stands
+BOXES_REMEDY = "Make masks of the boxes with `uplvp label --labeler boxes`, or export masks."
 
 
 def clean_segmentation(
@@ -75,11 +81,13 @@ class _Reader:
         self.content, self.path, self.image_dir = content, path, image_dir
         self.unlabeled, self.strict = unlabeled, strict
         self.failures: list[dict[str, Any]] = []
-        self.dropped = 0
+        self.dropped = self.boxes = self.clipped = 0
         self.categories = read_categories(content.get("categories", []), path)
         self.known = {category["id"] for category in self.categories}
         self.rows: dict[int | str, Row] = {}
         self.annotation_ids: set[str] = set()
+        self.remarks: list[DataWarning] = []
+        self.misfits: set[int | str] = set()  # images with objects that do not fit the frame that the file says
 
     def read_images(self) -> None:
         for index, entry in enumerate(require_list(self.content, "images", self.path)):
@@ -130,22 +138,47 @@ class _Reader:
         for index, entry in enumerate(entries):
             if not self._tolerantly(self._read_annotation, entry, f"annotations[{index}]"):
                 self.dropped += 1
-        if self.strict and entries and self.dropped == len(entries):
+
+    def report(self) -> None:
+        """Says what was left out, in one warning a kind. Raises DataError when no annotation has a usable mask."""
+        total = len(self.content["annotations"])
+        for remark in self.remarks:
+            warnings.warn(remark, stacklevel=5)
+        if self.boxes:
+            reason = f"{self.boxes} of {total} annotations have a box and no mask"
+            if self.boxes == total and self.strict:
+                raise DataError(
+                    f"none of the {total} annotations has a mask: all are boxes", file=self.path, remedy=BOXES_REMEDY
+                )
+            warnings.warn(DataWarning(f"{reason}; they are left out. {BOXES_REMEDY}", self.path, None), stacklevel=5)
+        if self.strict and total and self.dropped == total:
             raise DataError(
-                f"none of the {len(entries)} annotations has a usable mask; the first: {self.failures[0]['reason']}",
+                f"none of the {total} annotations has a usable mask; the first: {self.failures[0]['reason']}",
                 file=self.path,
             )
-        if self.dropped:
+        if self.dropped > self.boxes:
             warnings.warn(
-                f"{self.path}: {self.dropped} of {len(entries)} annotations have no usable mask and are left out; "
+                f"{self.path}: {self.dropped} of {total} annotations have no usable mask and are left out; "
                 f"the first: {self.failures[0]['row']}: {self.failures[0]['reason']}. See `failures` of the dataset.",
-                stacklevel=4,
+                stacklevel=5,
             )
+        if self.clipped and self.strict:
+            reason = f"the outlines of {self.clipped} objects reach out of their images; they are clipped"
+            warnings.warn(DataWarning(reason, self.path, None), stacklevel=5)
 
     def _read_annotation(self, entry: Any, where: str) -> None:
         path = self.path
-        require(entry, ("image_id", "category_id", "segmentation"), path, where)
-        where = f"{where} (id {entry['id']})" if "id" in entry else where
+        require(entry, ("image_id", "category_id"), path, where)
+        if entry.get("segmentation") in (None, []) and entry.get("bbox"):
+            where = f"{where} (id {entry['id']})" if "id" in entry else where
+            self.failures.append(
+                {"file": path, "row": where, "reason": "the segmentation is empty: a box without a mask"}
+            )
+            self.boxes += 1
+            self.dropped += 1
+            return
+        require(entry, ("segmentation",), path, where)
+        where = entry.get(PLACE) or (f"{where} (id {entry['id']})" if "id" in entry else where)
         image_id = image_identifier(entry, "image_id", path, where)
         category_id = whole_number(entry, "category_id", path, where)
         if image_id not in self.rows:
@@ -160,6 +193,9 @@ class _Reader:
             self.failures.append({"file": path, "row": where, "reason": reason})
 
         cleaned = clean_segmentation(entry["segmentation"], row["height"], row["width"], complain)
+        if (cleaned is None or cleaned[2]) and not fits(entry["segmentation"], row["width"], row["height"]):
+            self.misfits.add(image_id)
+            self.clipped += cleaned is not None
         if cleaned is None:
             self.dropped += 1
             return
@@ -176,11 +212,11 @@ class _Reader:
             row["objects"][key].append(value)
 
     def _look_closer(self, entry: dict[str, Any], row: Row, where: str) -> None:
-        """Warns of what is read all the same: an id that other tools take for one annotation, and polygons that are
+        """Remarks on what is read all the same: an id that other tools take for one annotation, and polygons that are
         clipped by more than rounding."""
         if "id" in entry:
             if str(entry["id"]) in self.annotation_ids:
-                warnings.warn(DataWarning(f"the id {entry['id']!r} occurs twice", self.path, where), stacklevel=2)
+                self.remarks.append(DataWarning(f"the id {entry['id']!r} occurs twice", self.path, where))
             self.annotation_ids.add(str(entry["id"]))
         parts = entry["segmentation"]
         for part in parts if isinstance(parts, list) else ():
@@ -189,7 +225,7 @@ class _Reader:
             for name, values, size in (("x", part[0::2], row["width"]), ("y", part[1::2], row["height"])):
                 if min(values) < -1 or max(values) > size + 1:
                     reason = f"a polygon reaches from {name} = {min(values):g} to {max(values):g} in an image of {size}"
-                    warnings.warn(DataWarning(f"{reason} px; it is clipped", self.path, where), stacklevel=2)
+                    self.remarks.append(DataWarning(f"{reason} px; it is clipped", self.path, where))
 
     def _bbox(self, entry: dict[str, Any], rle: dict[str, Any], changed: bool, where: str) -> list[float]:
         bbox = entry.get("bbox")
@@ -214,31 +250,78 @@ class _Reader:
 
 
 def read_coco(
-    path: str | os.PathLike[str], images: str | os.PathLike[str], unlabeled: bool = False, strict: bool = True
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    unlabeled: bool = False,
+    strict: bool = True,
 ) -> InstanceDataset:
     """Read a COCO instance file.
 
     Args:
         path: the JSON file.
-        images: the folder that its file names are relative to. Images are not opened.
+        images: the folder that its file names are relative to; None: found near the file. Images are not opened,
+            except for sizes that the file does not have.
         unlabeled: do not look at the objects; then the file needs no annotations and no categories, such as COCO's own
             `image_info_unlabeled2017.json`.
         strict: False lists faulty entries in `failures` and goes on, where otherwise the first raises.
 
     Crowds, compressed and uncompressed RLEs, polygons of several parts, sparse ids and images without objects are
-    all kept. Polygons are clipped to the image. Objects without a usable mask (outside of the image, fewer than
-    three points, coordinates that are not finite, malformed RLE) are left out, listed in `failures`, and warned of
-    once. `bbox` and `area` come from the file; where they are missing, or the mask was clipped, from the mask.
+    all kept; what exporters write otherwise is repaired with a warning (`coco_dialects`). Polygons are clipped to the
+    image. Objects without a usable mask (outside of the image, fewer than three points, coordinates that are not
+    finite, malformed RLE) are left out, listed in `failures`, and warned of once. `bbox` and `area` come from the
+    file; where they are missing, or the mask was clipped, from the mask.
 
     Raises DataError, naming file and row, for invalid JSON, missing keys, unknown or repeated ids, file names that
     lead out of `images`, no images, annotations without categories, and when no annotation has a usable mask.
     """
     path = os.path.abspath(os.fspath(path))
-    reader = _Reader(read_json(path), path, os.path.abspath(os.fspath(images)), unlabeled, strict)
+    dataset = read_content(read_json(path), path, images, unlabeled, strict)
+    dataset.official = _official(path)
+    return dataset
+
+
+def read_content(
+    content: Any,
+    path: str,
+    images: str | os.PathLike[str] | None = None,
+    unlabeled: bool = False,
+    strict: bool = True,
+) -> InstanceDataset:
+    """The dataset of COCO content that was read from `path`, or made of another format by its reader, which gives every
+    annotation its `PLACE` in the file. The content is changed. Arguments and errors as of `read_coco`."""
+    refuse_other_formats(content, path)
+    if images is None:
+        entries = content.get("images") if isinstance(content, dict) else None
+        names = (
+            [entry.get("file_name") for entry in entries[:20] if isinstance(entry, dict)]
+            if isinstance(entries, list)
+            else []
+        )
+        images = find_images(path, names)
+    finder = ImageFinder(os.fspath(images))
+    normalize(content, path, finder)
+    reader = _read(content, path, finder.root, unlabeled, strict)
+    turned = turned_images(reader.rows, content, reader.misfits) if reader.misfits else set()
+    if turned:
+        for entry in content["images"]:
+            if isinstance(entry, dict) and entry.get("id") in turned:
+                entry["width"], entry["height"] = entry["height"], entry["width"]
+        reason = (
+            f"width and height of {len(turned)} images are those of the other frame than their outlines (EXIF rotation)"
+        )
+        warnings.warn(DataWarning(f"{reason}; the outlines decide", path, None), stacklevel=3)
+        reader = _read(content, path, finder.root, unlabeled, strict)
+    if not unlabeled:
+        reader.report()
+    return InstanceDataset(list(reader.rows.values()), reader.categories, path, reader.failures)
+
+
+def _read(content: Any, path: str, images: str, unlabeled: bool, strict: bool) -> _Reader:
+    reader = _Reader(content, path, images, unlabeled, strict)
     reader.read_images()
     if not unlabeled:
         reader.read_annotations()
-    return InstanceDataset(list(reader.rows.values()), reader.categories, path, reader.failures, _official(path))
+    return reader
 
 
 def _official(path: str) -> str:

@@ -37,5 +37,5 @@ class DataWarning(UserWarning):
     """Something of a row that is left out when the row is read; `file`, `row` and `reason` as of `DataError`."""
 
     def __init__(self, reason: str, file: object, row: object) -> None:
-        super().__init__(f"{file}, {row}: {reason}")
-        self.reason, self.file, self.row = reason, str(file), str(row)
+        super().__init__(f"{file}, {row}: {reason}" if row is not None else f"{file}: {reason}")
+        self.reason, self.file, self.row = reason, str(file), None if row is None else str(row)

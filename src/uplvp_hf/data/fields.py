@@ -12,12 +12,20 @@ from .errors import DataError
 
 
 def read_json(path: str) -> Any:
-    """The parsed file. Raises DataError when it is missing, is not UTF-8 or is not JSON."""
+    """The parsed file: UTF-8 with or without a byte order mark, or UTF-16 and UTF-32 with one.
+
+    Raises DataError when the file is missing, has another encoding, or is not JSON.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        with open(path, "rb") as file:
+            content = file.read()
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", file=path) from error
+    try:
+        return json.loads(content)
+    except UnicodeDecodeError as error:
+        remedy = "Save it as UTF-8; it was probably written in a code page of Windows such as cp1252."
+        raise DataError(f"its encoding is not UTF-8 ({error})", file=path, remedy=remedy) from error
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"is not valid JSON ({error})", file=path, remedy="Is it cut off, or another format?"

@@ -4,26 +4,38 @@ pseudo-label stores, folders and lists of images, datasets of the `datasets` lib
 from __future__ import annotations
 
 import os
+import warnings
+from collections import Counter
 from collections.abc import Callable
 
 from .cityscapes import is_cityscapes, read_cityscapes
 from .coco import read_coco, write_coco
+from .coco_files import coco_files, find_annotations, has_image_suffix, looks_like_coco, walk_files
 from .ctw1500 import is_ctw1500, read_ctw1500
+from .cvat import is_cvat, read_cvat
 from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
-from .errors import DataError, ImageError
-from .fields import inside
+from .errors import DataError, DataWarning, ImageError
+from .foreign import other_files, refuse_file
 from .images import IMAGE_SUFFIXES, open_image
 from .inputs import LIST_SUFFIXES, is_hub_name, is_saved_dataset, read_huggingface, read_path_list, rows_of_files
+from .labelme import is_labelme, read_labelme
 from .store_reader import read_store
 from .voc import read_voc, voc_root
+from .yolo import is_yolo, read_yolo
 
-# Layouts of published sets: {format: (whether a folder is one, reader of (folder, split, unlabeled))}.
+# {format: (whether a path is of it, reader of (path, split, unlabeled))}. A new format is one more line.
 LAYOUTS: dict[str, tuple[Callable[[str], object], Callable[..., InstanceDataset]]] = {
     "cityscapes": (is_cityscapes, read_cityscapes),
     "ctw1500": (is_ctw1500, read_ctw1500),
     "voc": (voc_root, read_voc),
+    "labelme": (is_labelme, read_labelme),
+    "yolo": (is_yolo, read_yolo),
+    "cvat": (is_cvat, read_cvat),
 }
 FORMATS = ("coco", *LAYOUTS, "store", "images", "list", "datasets")
+# What people take for images and is not read.
+UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".svg", ".pdf", ".psd", ".dng", ".cr2", ".nef", ".arw", ".raw", ".exr",
+                   ".hdr", ".dcm", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv", ".jxl", ".tga", ".jfif"}  # fmt: skip
 
 __all__ = [
     "FORMATS",
@@ -46,22 +58,6 @@ __all__ = [
 ]
 
 
-def _image_files(folder: str) -> list[str]:
-    """Image files below `folder`, hidden ones left out, links followed without going round in circles."""
-    found, visited = [], set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                found.append(os.path.join(root, name))
-    return sorted(found)
-
-
 def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
     """Every image below a folder as an unlabeled row; `image_id` and `file_name` are the path relative to it.
 
@@ -71,64 +67,25 @@ def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
     path = os.path.abspath(os.fspath(path))
     if not os.path.isdir(path):
         raise DataError("no such folder", file=path)
-    files = _image_files(path)
+    files, others = [], []
+    for file in sorted(walk_files(path)):
+        (files if has_image_suffix(file) else others).append(file)
     names = [os.path.relpath(file, path).replace(os.sep, "/") for file in files]
     rows, failures = rows_of_files(files, names, [f"image {index}" for index in range(len(files))])
     if not rows:
         reason = f"none of its {len(failures)} images can be read" if failures else "holds no images"
-        raise DataError(reason, file=path, remedy=f"Looked for {' '.join(sorted(IMAGE_SUFFIXES))} in it and below.")
+        listed = f"; there are {other_files(path, others)}" if others else ""
+        raise DataError(
+            reason + listed, file=path, remedy=f"Looked for {' '.join(sorted(IMAGE_SUFFIXES))} in it and below."
+        )
+    skipped = Counter(
+        suffix for suffix in (os.path.splitext(file)[1].lower() for file in others) if suffix in UNREAD_SUFFIXES
+    )
+    if skipped:
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
+        reason = f"images and videos of other kinds are skipped: {listed}"
+        warnings.warn(DataWarning(reason, path, None), stacklevel=2)
     return InstanceDataset(rows, [], path, failures)
-
-
-def _annotation_files(folder: str) -> list[str]:
-    annotations = os.path.join(folder, "annotations")
-    names = os.listdir(annotations) if os.path.isdir(annotations) else []
-    return sorted(name for name in names if name.endswith(".json") and not name.startswith("."))
-
-
-def _find_annotations(folder: str, split: str | None) -> str:
-    """The one annotation file of a folder of the shape annotations/*.json."""
-    annotations = os.path.join(folder, "annotations")
-    found = _annotation_files(folder)
-    if split is not None:
-        if f"{split}.json" not in found:
-            raise DataError(f"has no {split}.json for split {split!r}, only {found}", file=annotations)
-        return os.path.join(annotations, f"{split}.json")
-    if len(found) == 1:
-        return os.path.join(annotations, found[0])
-    if "instances.json" in found:
-        return os.path.join(annotations, "instances.json")
-    if not found:
-        raise DataError("holds no .json file", file=annotations)
-    names = [os.path.splitext(name)[0] for name in found]
-    raise DataError(f"holds {len(found)} files", file=annotations, remedy=f"Choose one by `split`: {', '.join(names)}.")
-
-
-def _find_images(annotations: str) -> str:
-    """The image folder of an annotation file: images/ beside annotations/ or beside the file, a folder named like the
-    split (COCO's own instances_train2017.json and train2017/), or the file's own folder (Roboflow)."""
-    folder, name = os.path.split(annotations)
-    split = os.path.splitext(name)[0].removeprefix("instances_").removeprefix("image_info_")
-    above = os.path.dirname(folder)
-    bases = [os.path.join(above, "images"), os.path.join(folder, "images"), above]
-    candidates = [os.path.join(base, split) for base in bases] + bases[:2] if split != "images" else bases[:2]
-    for candidate in candidates:
-        if os.path.isdir(candidate):
-            return candidate
-    return folder
-
-
-def _read_coco(
-    annotations: str, images: str | os.PathLike[str] | None, unlabeled: bool, strict: bool
-) -> InstanceDataset:
-    dataset = read_coco(annotations, _find_images(annotations) if images is None else images, unlabeled, strict)
-    if images is None:
-        # Some tools (Label Studio) write "images/1.png" into a file beside the folder images/.
-        beside, first = os.path.dirname(annotations), dataset[0]
-        if not os.path.isfile(first["image"]) and os.path.isfile(os.path.join(beside, first["file_name"])):
-            for index, row in enumerate(dataset.rows):
-                row["image"] = inside(beside, row["file_name"], annotations, f"images[{index}]")
-    return dataset
 
 
 def _check_images(dataset: InstanceDataset) -> None:
@@ -186,7 +143,7 @@ def load_dataset_rows(
         raise DataError("no such file or folder", file=path)
     if images is not None and not os.path.isdir(images):
         raise DataError("no such image folder", file=os.fspath(images))
-    kind = format or ("datasets" if hub else _format_of(path, split))
+    kind = format or ("datasets" if hub else _format_of(path, split, unlabeled))
     if kind == "datasets":
         columns = {"image_column": image_column, "id_column": id_column}
         dataset = read_huggingface(given if hub else path, split, config, streaming, **columns)
@@ -204,27 +161,31 @@ def _refuse(path: str, **options: object) -> None:
             raise DataError(f"`{name}` is for datasets of the `datasets` library, which this is not", file=path)
 
 
-def _format_of(path: str, split: str | None) -> str:
+def _format_of(path: str, split: str | None, unlabeled: bool) -> str:
     """The format that a path looks like. Raises DataError for a file of none, and a folder that may be of several."""
     if is_saved_dataset(path):
         return "datasets"
-    if os.path.isfile(path):
-        if path.lower().endswith(LIST_SUFFIXES):
-            return "list"
-        if not path.lower().endswith(".json"):
-            raise DataError("is neither a folder nor a .json, .txt, .lst or .parquet file", file=path)
-        return "coco"
+    if os.path.isfile(path) and path.lower().endswith(LIST_SUFFIXES):
+        return "list"
     if os.path.isfile(os.path.join(path, "header.json")):
         return "store"
     found = [name for name, (fits, _) in LAYOUTS.items() if fits(path)]
-    files = _annotation_files(path)
-    if found and files and f"{split}.json" not in files:
+    if os.path.isfile(path):
+        if found and not looks_like_coco(path):
+            return found[0]
+        if not path.lower().endswith(".json"):
+            refuse_file(path)
+        return "coco"
+    files, in_folder = coco_files(path), os.path.isdir(os.path.join(path, "annotations"))
+    if found and in_folder and files and split not in files:
         found.append("coco")
     if len(found) > 1:
         raise DataError(f"may be {' or '.join(found)}", file=path, remedy="Choose one by `format`.")
-    if found and not files:
+    if found and not (in_folder and files):
         return found[0]
-    return "coco" if os.path.isdir(os.path.join(path, "annotations")) else "images"
+    # Of a folder of images with a COCO file among them, all images are to be labeled.
+    beside = files and not (unlabeled and split is None)
+    return "coco" if beside or in_folder else "images"
 
 
 def _load_files(
@@ -238,7 +199,7 @@ def _load_files(
     if split is not None and not folder:
         raise DataError(f"split {split!r} needs a folder with annotations/{split}.json", file=path)
     if kind == "coco":
-        return _read_coco(_find_annotations(path, split) if folder else path, images, unlabeled, strict)
+        return read_coco(find_annotations(path, split) if folder else path, images, unlabeled, strict)
     if kind == "store":
         return read_store(path, images, strict)
     return read_path_list(path) if kind == "list" else read_image_folder(path)
