@@ -136,7 +136,7 @@ class LibraryMap:
         records = [record for _, record in ordered]
         self._images = {}
         stats, curves = self._run(records, class_agnostic)
-        result = {**stats, "per_class": {} if class_agnostic else curves.per_class()}
+        result: dict[str, Any] = {**stats, "per_class": {} if class_agnostic else curves.per_class()}
         if details:
             result["details"] = {
                 "classes": {} if class_agnostic else curves.table([_counts(record) for record in records]),
@@ -179,7 +179,9 @@ def _indexed(kind: type, content: dict[str, list]) -> Any:
 
 def _as_coco(records: list[dict[str, list]]) -> tuple[dict[str, list], list[dict[str, Any]]]:
     """The truth as a COCO file has it, and the detections as `loadRes` prepares them: the area is that of the mask."""
-    images, annotations, results = [], [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for image_id, record in enumerate(records, 1):
         masks = [*record["truth"], *record["found"]]
         height, width = masks[0]["size"] if masks else (1, 1)

@@ -160,11 +160,11 @@ class CocoMaskMap(evaluate.Metric):
             raise ValueError("No image was added: nothing to compute.")
         if not self.across_classes and (class_agnostic or details):
             raise ValueError("Masks of different classes were not compared: leave `across_classes` True.")
-        self._images = {}
+        self._images: dict = {}
         # The order decides between equal scores. Ids are whole numbers or texts.
         ordered = [images[image_id] for image_id in sorted(images, key=lambda i: (isinstance(i, str), i))]
         curves = _curves(ordered, class_agnostic)
-        result = {**curves.summary(), "per_class": {} if class_agnostic else curves.per_class()}
+        result: dict[str, Any] = {**curves.summary(), "per_class": {} if class_agnostic else curves.per_class()}
         if details:
             agnostic = curves if class_agnostic else _curves(ordered, True)
             result["details"] = {

@@ -120,7 +120,7 @@ def predict_dataset(
     failures = failures if failures is not None else []
     try:
         for groups, attempted in _ahead(_windows(processor, dataset, batch_size, failures, share)):
-            found = {}
+            found: dict = {}
             for indices, sizes, inputs in groups:
                 with torch.inference_mode():
                     outputs = model(
@@ -287,7 +287,8 @@ def evaluate_model(
     """
     category_ids = evaluated_classes(model.config, dataset, class_agnostic)
     evaluator = make_evaluator(backend, metric, across_classes=class_agnostic or details)
-    failures, started = [], time.perf_counter()
+    failures: list = []
+    started = time.perf_counter()
     rank, processes = share = place() if distributed else (0, 1)
     options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
     pairs = predict_dataset(model, processor, dataset, batch_size, failures=failures, **options)

@@ -243,7 +243,9 @@ class Run:
     def _work(self, deal: Deal, count: int | None) -> None:
         wanted, images = self._unfinished(deal, count)
         blocks = iterate_blocks(self.dataset, self.batch_size, self.limit, wanted)
-        self.cutting, self.writing, self.unforeseen = deque(), deque(), 0
+        self.cutting: deque = deque()
+        self.writing: deque = deque()
+        self.unforeseen = 0
         threads = torch.get_num_threads()
         with (
             ThreadPoolExecutor(min(AHEAD, self.workers), "instances", torch.set_num_threads, (1,)) as pool,

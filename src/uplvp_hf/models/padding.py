@@ -119,7 +119,7 @@ class _Masking:
 
     def attach_squeeze(self, block: nn.Module, first: nn.Module) -> list:
         """Turns the mean over the canvas that enters `first` into one over the image."""
-        share = []
+        share: list[Tensor] = []
 
         def clear(block, inputs):
             if not self.mine():

@@ -22,7 +22,8 @@ class SampleKeys(Sampler):
 
     def __init__(self, count: int, settings: TrainSettings, start: int, rank: int = 0, world: int = 1):
         self.count, self.settings, self.start, self.rank, self.world = count, settings, start, rank, world
-        self._epoch, self._order = -1, []
+        self._epoch = -1
+        self._order: list[int] = []
 
     def __len__(self) -> int:
         return (self.settings.optim.steps - self.start) * self.settings.optim.accumulation

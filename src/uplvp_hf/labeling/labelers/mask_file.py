@@ -115,7 +115,9 @@ class MaskFileLabeler(LabelerBase):
             )
         objects = self.dataset[index]["objects"]
         order = np.argsort(-np.asarray(objects["score"], dtype=np.float64), kind="stable")
-        masks, scores, labels = [], [], []
+        masks: list[np.ndarray] = []
+        scores: list[float] = []
+        labels: list[int] = []
         for k in order:
             if len(masks) == self.top or objects["score"][k] < self.min_score:
                 break

@@ -69,7 +69,7 @@ class ClassifierNamer:
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header."""
-        values = {"encoder": self.encoder.name, "class_map": self.class_map, "mode": self.mode}
+        values: dict[str, Any] = {"encoder": self.encoder.name, "class_map": self.class_map, "mode": self.mode}
         values |= {"image_size": self.image_size, "others": self.others}
         crop = self.mode == "crop"
         return values | {name: getattr(self, name) if crop else None for name in ("context", "surroundings")}
