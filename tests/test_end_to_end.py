@@ -88,6 +88,7 @@ def test_labels_are_a_training_set(path):
     assert json.loads(path.printed["label"].splitlines()[-1])["instances"] == count > 0
 
 
+@pytest.mark.slow
 def test_pretraining_transfers_to_other_classes(path):
     summary = json.loads((path.base / "model" / "training_summary.json").read_text())
     assert "ignored: prompt_projection.weight" in summary["transfer"]
@@ -106,6 +107,7 @@ def test_pretraining_transfers_to_other_classes(path):
     assert "re-initialized: segmenter.class_predictor.weight" in str(fresh.transfer_report)
 
 
+@pytest.mark.slow
 def test_evaluation_gives_ap(path):
     metrics = json.loads((path.base / "evaluation" / "metrics.json").read_text())
     assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1 and list(metrics["per_class"]) == LABELED
@@ -114,6 +116,7 @@ def test_evaluation_gives_ap(path):
     assert "AP50" in path.printed["evaluate"] and "step 50: AP" in path.printed["finetune"]
 
 
+@pytest.mark.slow
 def test_predictions_are_coco_and_overlays(path):
     content = json.loads((path.base / "predictions" / "predictions.json").read_text())
     assert len(content["images"]) == 8 and content["annotations"]
@@ -123,6 +126,7 @@ def test_predictions_are_coco_and_overlays(path):
     assert (path.base / "predictions" / "failures.jsonl").read_text() == ""
 
 
+@pytest.mark.slow
 def test_repository_holds_what_is_needed_and_nothing_of_the_run(path):
     folder = path.base / "repository"
     names = {file.name for file in folder.iterdir()}
@@ -165,6 +169,7 @@ print(json.dumps({"same": bool(same), "type": type(auto).__name__, "masks": list
     assert found["masks"][0] > 0 and "not supported" not in done.stderr
 
 
+@pytest.mark.slow
 def test_commands_are_quiet_and_verbose_on_request(path, capfd):
     words = ["predict", str(path.base / "model"), str(path.scenes / "images"), "--no-overlays", "--quiet"]
     assert main([*words, "--output", str(path.base / "quiet")]) == 0
@@ -234,6 +239,7 @@ def test_accelerate_launch_from_another_folder(path, tmp_path):
     assert list(model.config.id2label.values()) == LABELED
 
 
+@pytest.mark.slow
 def test_pretraining_without_arguments_runs_the_embedded_default(tmp_path, monkeypatch, capsys):
     from uplvp_hf.commands import pretrain
     from uplvp_hf.demo import pipeline

@@ -115,8 +115,8 @@ def test_missing_and_empty_folders(fails, label, recipe, tiny_model_dir, tmp_pat
         assert not run.exists() and not (tmp_path / "labels").exists()  # a corrected command can use the names
 
 
-def lacks_width(content):
-    del content["images"][2]["width"]
+def lacks_name(content):
+    del content["images"][2]["file_name"]
 
 
 def lacks_categories(content):
@@ -134,7 +134,7 @@ def unknown_image(content):
 @pytest.mark.parametrize(
     "change, parts",
     [
-        (lacks_width, ["images[2]", "'width'"]),
+        (lacks_name, ["images[2]", "'file_name'"]),
         (lacks_categories, ["'categories'"]),
         (unknown_category, ["annotations[1] (id 2)", "category id 77 is not in 'categories'"]),
         (unknown_image, ["annotations[1] (id 2)", "image id 12345 is not in 'images'"]),
@@ -152,7 +152,6 @@ def test_cut_off_json(fails, recipe, annotations, tmp_path):
     fails(["finetune", "--recipe", recipe, f"data.train={file}", "--output", tmp_path / "run"], file, "not valid JSON")
 
 
-@pytest.mark.filterwarnings("default:.*annotations have no usable mask")
 def test_polygons_outside_of_the_image_are_listed(annotations, label, recipe, tiny_model_dir, tmp_path, capsys):
     def outside(content):
         content["annotations"][0]["segmentation"] = [[200, 200, 300, 200, 300, 300]]
@@ -297,6 +296,7 @@ def test_outputs_that_cannot_be_written_are_found_first(fails, scenes_dir, tiny_
     fails(["predict", tiny_model_dir, scenes_dir, "--output", tmp_path / "file"], tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_worker_processes_report_in_one_line(fails, recipe, scenes_dir, tmp_path):
     shutil.copytree(scenes_dir, tmp_path / "scenes")
     for image in (tmp_path / "scenes" / "images").iterdir():

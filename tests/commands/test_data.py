@@ -25,7 +25,6 @@ def annotations(scenes):
     return file
 
 
-@pytest.mark.filterwarnings("default:.*annotations have no usable mask")
 def test_check(scenes, tmp_path, capsys):
     assert main(["data", "check", str(scenes), "--images-too", "--json", str(tmp_path / "report.json"), "--quiet"]) == 0
     printed = capsys.readouterr().out

@@ -1,5 +1,7 @@
 """The demo when CLIP finds nothing: no number is made up, and nothing falls over."""
 
+import pytest
+
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.demo import pipeline
@@ -7,6 +9,7 @@ from uplvp_hf.demo.report import write_report
 from uplvp_hf.files import write_json
 
 
+@pytest.mark.slow
 def test_no_mask_at_all(tmp_path, monkeypatch):
     real = pipeline.label_images
     monkeypatch.setattr(pipeline, "label_images", lambda *a, **k: real(*a, **{**k, "min_confidence": 1.1}))

@@ -73,6 +73,7 @@ print(json.dumps([names, [{**row, "image": digest(row)} for row in rows]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("embed", [False, True])
 def test_parquet_in_a_second_process(store, tmp_path, embed):
     export_parquet(store, tmp_path / "labels.parquet", embed_images=embed)

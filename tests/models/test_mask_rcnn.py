@@ -67,7 +67,8 @@ def torchvision_model(kind):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["basic", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["basic", "resnet50"])
 def test_losses_and_detections_are_torchvisions(kind):
     theirs, backbone = torchvision_model(kind)
     few = {"proposals": [200, 100], "sampled_proposals": 64} if kind == "basic" else {}

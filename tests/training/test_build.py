@@ -71,8 +71,9 @@ def test_a_frozen_random_backbone_is_refused(scenes, tiny_segmenter):
 
 
 def test_images_may_lie_elsewhere(scenes, tmp_path, tiny_segmenter):
-    annotations = shutil.copy(scenes / "annotations" / "instances.json", tmp_path / "few.json")
-    assert json.loads((tmp_path / "few.json").read_text())["images"]
+    (tmp_path / "elsewhere").mkdir()
+    annotations = shutil.copy(scenes / "annotations" / "instances.json", tmp_path / "elsewhere" / "few.json")
+    assert json.loads((tmp_path / "elsewhere" / "few.json").read_text())["images"]
     model = {"segmenter": tiny_segmenter()}
     with pytest.raises(ConfigError, match=r"data\.train_images"):
         build(f"data.train={annotations}", model=model)

@@ -143,6 +143,7 @@ loop._Run._update = poisoned
 """
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_with_a_checkpoint_of_two(run, recipe, tmp_path, monkeypatch, caplog):
     """The other process' random state is not asked for; the images of a step have to be as many."""
     stop_at(monkeypatch, 3)

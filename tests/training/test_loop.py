@@ -186,7 +186,7 @@ def test_data_without_classes_and_models_without_source_are_refused(run, scenes_
         run("c", "model.segmenter=")
     with pytest.raises(ConfigError, match=r"`model\.backbone_weights`: no file"):
         run("d", "model.backbone_weights=nowhere.safetensors")
-    with pytest.raises(ValueError, match="prompt_matching must be one of"):
+    with pytest.raises(ValueError, match="prompt_matching` must be one of"):
         run("e", "model.prompt_matching=best")
     annotations = json.loads((scenes_dir / "annotations" / "instances.json").read_text())
     annotations["annotations"][0]["category_id"] = 77

@@ -19,6 +19,7 @@ def curves(folder) -> dict[str, dict[int, list[float]]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_its_curves(run, tmp_path, scenes_dir, monkeypatch):
     words = ["tracker=tensorboard", "log_every=1", f"data.val={scenes_dir}", "evaluation.every=3"]
     stop_at(monkeypatch, 5)  # after the fifth step, which is logged; the checkpoint is of the fourth

@@ -82,8 +82,9 @@ def _output(command: str, verbose: bool) -> Iterator[None]:
 
 
 def _show_plainly(command: str) -> None:
-    """Warnings of this package without the line of code that they arose from."""
+    """Warnings of this package without the line of code that they arose from. None of them ends a run."""
     plain = warnings.showwarning
+    warnings.simplefilter("default", UserWarning)
 
     def show(message, category, filename, lineno, file=None, line=None):
         if f"{os.sep}uplvp_hf{os.sep}" in filename:
