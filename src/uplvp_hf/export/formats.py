@@ -17,6 +17,7 @@ from uplvp_hf.files import replacing, write_json, writing
 
 from ..models.errors import UserError
 from .check import largest_differences, own_rounding
+from .native import to_mask2former
 from .program import INPUTS, OUTPUTS, canvas_of, trace
 
 # Operators of ONNX that the graphs are written in: the first with all that the three segmenters need, as torch has it.
@@ -151,7 +152,7 @@ def _write_mask2former(
     if longest_edge is not None:
         processor = type(processor).from_dict({**processor.to_dict(), "size": {"longest_edge": longest_edge}})
     with tempfile.TemporaryDirectory() as draft:  # refused models leave nothing behind
-        model.to_mask2former(draft, processor)
+        to_mask2former(model, draft, processor)
         directory.mkdir(parents=True, exist_ok=True)
         for name in sorted(os.listdir(draft)):
             with replacing(directory / name, "wb") as stream:

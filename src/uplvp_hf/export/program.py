@@ -30,7 +30,7 @@ class TensorModel(nn.Module):
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor) -> dict[str, Tensor]:
         """pixel_values (B, 3, H, W) float32, pixel_mask (B, H, W) int64, 1 on the image and 0 on padding, which is at
-        the bottom and on the right -> `OUTPUTS` by name, as `UplvpOutput` describes them."""
+        the bottom and on the right -> `OUTPUTS` by name, as `SegmenterOutput` describes them."""
         output = self.model(pixel_values=pixel_values, pixel_mask=pixel_mask)
         return {name: output[name] for name in OUTPUTS if output.get(name) is not None}
 

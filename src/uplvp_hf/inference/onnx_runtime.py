@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uplvp_hf.models.modeling_uplvp import UplvpOutput
+from uplvp_hf.models.query_segmenter import SegmenterOutput
 
 from ..models.errors import UserError
 
@@ -69,7 +69,7 @@ class OnnxSegmenter(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         return self
 
-    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **unused) -> UplvpOutput:
+    def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **unused) -> SegmenterOutput:
         """pixel_values (B, 3, H, W) with H, W = `canvas`; pixel_mask (B, H, W), default: no padding."""
         if tuple(pixel_values.shape[-2:]) != self.canvas:
             raise UserError(
@@ -78,7 +78,7 @@ class OnnxSegmenter(nn.Module):
             )
         if pixel_mask is None:
             pixel_mask = torch.ones(len(pixel_values), *self.canvas, dtype=torch.int64)
-        return UplvpOutput(**run_session(self.session, pixel_values, pixel_mask))
+        return SegmenterOutput(**run_session(self.session, pixel_values, pixel_mask))
 
 
 __all__ = ["OnnxSegmenter", "open_session", "run_session"]

@@ -38,12 +38,14 @@ class Normalizers:
 class LayerOutput:
     """Predictions after one decoder layer.
 
-    class_logits (B, N, K + 1), or (B, N, K) for sigmoids; mask_logits (B, N, h, w), queries (B, N, D).
+    class_logits (B, N, K + 1), or (B, N, K) for sigmoids; mask_logits (B, N, h, w), queries (B, N, D); attentions
+    (B, heads, N, N): self-attention weights of the layer, where asked for.
     """
 
     class_logits: Tensor
     mask_logits: Tensor
     queries: Tensor
+    attentions: Tensor | None = None
 
 
 def pairwise_mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

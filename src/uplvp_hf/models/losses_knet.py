@@ -22,11 +22,10 @@ class KNetStageOutput(LayerOutput):
     """Predictions of one stage.
 
     class_logits (B, N, K) of sigmoids; mask_logits (B, N, H/4, W/4); queries (B, N, D): kernels after the stage.
-    Beside them: small_masks (B, N, H/8, W/8), mask logits before doubling; attentions (B, heads, N, N) where asked for.
+    Beside them: small_masks (B, N, H/8, W/8), mask logits before doubling.
     """
 
     small_masks: Tensor | None = None
-    attentions: Tensor | None = None
 
 
 @dataclass

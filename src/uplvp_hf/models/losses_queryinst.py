@@ -17,21 +17,20 @@ from .prompts import tight_boxes
 from .roi import crop_masks
 
 
-@dataclass
+@dataclass(kw_only=True)
 class QueryInstStageOutput(LayerOutput):
     """Predictions of one stage.
 
     class_logits (B, N, K) of sigmoids; mask_logits (B, N, H/4, W/4): the mask of the best class on the whole image,
     of the last stage in evaluation mode only, otherwise None; queries (B, N, D) after the stage. Beside them: boxes
     (B, N, 4) x1, y1, x2, y2 in pixels of the padded input, float32; deltas (B, N, 4): the changes that led to them;
-    attended (B, N, D): queries after self-attention, input of the mask head; attentions (B, heads, N, N) where asked
-    for; roi_mask_logits (B, N, K, S, S): masks of every class within the boxes, where mask_logits are.
+    attended (B, N, D): queries after self-attention, input of the mask head; roi_mask_logits (B, N, K, S, S): masks of
+    every class within the boxes, where mask_logits are.
     """
 
     boxes: Tensor
     deltas: Tensor
     attended: Tensor
-    attentions: Tensor | None = None
     roi_mask_logits: Tensor | None = None
 
 

@@ -6,7 +6,6 @@ layers, faster deformable attention and losses. Without padding the predictions 
 `Mask2FormerForUniversalSegmentation` on the same weights, to rounding.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +15,10 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 from .backbones import build_backbone
 from .deformable_attention import use_deformable_attention
-from .losses import Draw, LayerOutput, MaskClassificationLoss, Normalizers
-from .matching import LabelGuide
+from .losses import LayerOutput, MaskClassificationLoss, Normalizers
 from .padding import extend_edges, is_padded, padding_masked, upsample, valid_cells
 from .point_sampling import mask_products
+from .query_segmenter import Inject, QuerySegmenter
 
 
 @dataclass
@@ -36,13 +35,6 @@ class SegmenterFeatures:
     padding: list[Tensor] | None
     prompt_map: Tensor
     pixel_mask: Tensor | None
-
-
-@dataclass
-class Mask2FormerLayerOutput(LayerOutput):
-    """attentions (B, heads, N, N): self-attention weights of the decoder layer before, where asked for."""
-
-    attentions: Tensor | None = None
 
 
 class MaskedCrossAttention(nn.MultiheadAttention):
@@ -64,7 +56,7 @@ class MaskedCrossAttention(nn.MultiheadAttention):
         return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2)), None
 
 
-class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
+class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
     """The Mask2Former query segmenter.
 
     `config.backbone_config` is any transformers backbone or a `TimmBackboneConfig`; a `timm_kwargs` dict on the latter
@@ -72,10 +64,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
     """
 
     config: Mask2FormerConfig
-    supports_gradient_checkpointing = True
-    predicts_first = True  # the first output of `decode` comes before any update of the queries
-    shares_class_head = True  # by all layers
-    has_no_object = True  # a class of its own, the last
+    predicts_first = shares_class_head = has_no_object = True
     _no_split_modules = ["Mask2FormerMaskedAttentionDecoderLayer", "DeformableEncoderLayer"]
     class_sized = ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight")
 
@@ -86,15 +75,6 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         use_deformable_attention(self.model.pixel_level_module.decoder.encoder)
         for layer in self.model.transformer_module.decoder.layers:
             layer.cross_attn.__class__ = MaskedCrossAttention
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False: all our initialization goes through `transformers.initialization`.
-
-        For custom code, transformers leaves out the initialization that a module without weights of its own does for
-        its children, when they are missing from a checkpoint.
-        """
-        return False
 
     @property
     def backbone(self) -> nn.Module:
@@ -152,18 +132,15 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         self,
         features: SegmenterFeatures,
         queries: Tensor,
-        inject: Callable[[Tensor, int], Tensor] | None = None,
+        inject: Inject | None = None,
         output_attentions: bool = False,
-    ) -> list[Mask2FormerLayerOutput]:
-        """Predictions before the first decoder layer and after each: `config.decoder_layers` outputs.
-
-        inject: called with the queries (B, N, D) and the number of the decoder layer before each; the first call comes
-        before the first prediction. output_attentions: keep the self-attention weights of the decoder layers.
-        """
+    ) -> list[LayerOutput]:
+        """See `QueryNetwork.decode`: predictions before the first decoder layer and after each, so
+        `config.decoder_layers` outputs. A stage is a decoder layer."""
         module = self.model.transformer_module
         keys, positions, sizes = self._memory(features)
         query_positions = module.queries_embedder.weight[:, None].expand(-1, queries.shape[0], -1)
-        hidden = (queries if inject is None else inject(queries, 0)).transpose(0, 1)  # (N, B, D)
+        hidden = queries.transpose(0, 1)  # (N, B, D)
         # Mask logits are put into the graph at the end, for all layers together.
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         late = torch.is_grad_enabled() and not traced
@@ -173,7 +150,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
             level = index % len(sizes)
             blocked = self._blocked(blocked, features, level)
             if inject is not None and index > 0:
-                hidden = inject(hidden.transpose(0, 1), index).transpose(0, 1)
+                hidden = inject(hidden.transpose(0, 1), features, index).transpose(0, 1)
             hidden, *weights = layer(
                 hidden,
                 level,
@@ -196,7 +173,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
 
     def _predict(
         self, hidden: Tensor, features: SegmenterFeatures, size: torch.Size, late: bool
-    ) -> tuple[Mask2FormerLayerOutput, Tensor, Tensor]:
+    ) -> tuple[LayerOutput, Tensor, Tensor]:
         """Classes and masks of queries (N, B, D), the queries' mask embeddings (B, N, C), and where their masks are
         not, (B, N, hw) at `size`. `late`: the masks without gradients."""
         decoder = self.model.transformer_module.decoder
@@ -206,7 +183,7 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
             masks = torch.einsum("bqc,bchw->bqhw", embedding, features.mask_features)
         resized = F.interpolate(masks.detach(), size=size, mode="bilinear", align_corners=False)
         blocked = (resized.sigmoid() < 0.5).flatten(2)
-        return Mask2FormerLayerOutput(self.class_predictor(content), masks, content), embedding, blocked
+        return LayerOutput(self.class_predictor(content), masks, content), embedding, blocked
 
     def _memory(self, features: SegmenterFeatures) -> tuple[list[Tensor], list[Tensor], list[torch.Size]]:
         """Keys and their positions, (hw, B, D) a level, and the level sizes."""
@@ -231,32 +208,18 @@ class Mask2FormerSegmenter(Mask2FormerForUniversalSegmentation):
         # As `where(all, outside, blocked)`, which onnxruntime has no kernel for.
         return blocked & (outside | ~blocked.all(-1, keepdim=True))
 
-    def normalizers(self, counts: list[int], num_prompts: int, mask_labels: list[Tensor] | None = None) -> Normalizers:
-        """Divisors of the loss terms for images with `counts` masks each, before any forward pass. The masks
-        themselves do not matter here."""
-        queries, layers = self.config.num_queries, self.config.decoder_layers
-        supervised = layers - 1 if self.config.use_auxiliary_loss else min(layers - 1, 1)
-        pairs = sum(min(count, queries, num_prompts) for count in counts) * supervised
-        return Normalizers(
-            masks=sum(counts), class_weight=self.loss_function.class_weight_sum(queries, counts), pairs=pairs
-        )
+    def normalizers(self, counts, num_prompts, mask_labels=None) -> Normalizers:
+        """As in `QuerySegmenter`; the mask terms are divided by all true masks, and the class terms have weights."""
+        known = super().normalizers(counts, num_prompts)
+        known.masks, weights = sum(counts), self.loss_function.class_weight_sum(self.config.num_queries, counts)
+        known.class_weight = weights
+        return known
 
     def loss(
-        self,
-        layers: list[LayerOutput],
-        features: SegmenterFeatures,
-        mask_labels: list[Tensor],
-        class_labels: list[Tensor],
-        normalizers: Normalizers | None = None,
-        draw: Draw | None = None,
-        text_logits: list[Tensor] | None = None,
-        label_guide: LabelGuide | None = None,
-    ):
-        """Weighted loss terms by name, and the assignments of every layer. See `MaskClassificationLoss`.
-
-        text_logits: (B, N, K + 1) of a further class head for every layer, which adds its class cost to the matching
-        and terms `text_class_0`, ..., both with the class weight.
-        """
+        self, layers, features, mask_labels, class_labels, normalizers=None, draw=None, text_logits=None,
+        label_guide=None,
+    ):  # fmt: skip
+        """See `QuerySegmenter.loss` and `MaskClassificationLoss`. Both class heads have the class weight."""
         if not self.config.use_auxiliary_loss:
             layers, text_logits = layers[-1:], None if text_logits is None else text_logits[-1:]
         loss = self.loss_function

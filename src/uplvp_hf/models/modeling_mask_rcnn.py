@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from .backbones import build_backbone
 from .configuration_mask_rcnn import MaskRcnnConfig
@@ -27,9 +26,9 @@ from .layers_mask_rcnn import POOLED, build_heads, build_proposals, init_mask_rc
 from .losses import Normalizers, check_labels
 from .padding import extend_edges, padding_masked
 from .prompts import tight_boxes
+from .query_segmenter import InstanceSegmenter, SegmenterOutput
 from .remote_code import SavesItsCode
 from .roi_masks import paste_masks
-from .transfer import TransferReport, transfer_weights
 
 # Masks on the whole image are given at a quarter of its resolution, as by the other segmenters.
 MASK_STRIDE = 4
@@ -53,34 +52,11 @@ class MaskRcnnFeatures:
     pixel_mask: Tensor | None
 
 
-@dataclass
-class MaskRcnnForInstanceSegmentationOutput(ModelOutput):
-    """Output of [`MaskRcnnForInstanceSegmentation`]: B images, N = `detections_per_image`, K classes, float32.
-
-    loss: scalar, the sum of `losses`, with labels only; losses: terms by name. The others are None in training with
-    labels. Detections stand best first; the rest of the N places is empty. class_scores (B, N, K): the final score in
-    the column of the detection's class, -1 in the others and in empty places. boxes (B, N, 4) x1, y1, x2, y2 in pixels
-    of the padded input, within the image; zeros in empty places. roi_mask_logits (B, N, K, 28, 28): the mask of the
-    detection's class within the box, the same in all columns (a view, to be pasted with `paste_masks`).
-    masks_queries_logits (B, N, H/4, W/4): these pasted on the padded input, -13.8 outside the box.
-    """
-
-    loss: Tensor | None = None
-    losses: dict[str, Tensor] | None = None
-    class_scores: Tensor | None = None
-    masks_queries_logits: Tensor | None = None
-    boxes: Tensor | None = None
-    roi_mask_logits: Tensor | None = None
-
-
-class MaskRcnnPreTrainedModel(SavesItsCode, PreTrainedModel):
+class MaskRcnnPreTrainedModel(InstanceSegmenter, SavesItsCode, PreTrainedModel):
     """Weights and loading."""
 
     config: MaskRcnnConfig
     base_model_prefix = "mask_rcnn"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
     _no_split_modules = ["FeaturePyramid", "RPNHead", "TwoMLPHead", "MaskRCNNHeads"]
 
     @torch.no_grad()
@@ -90,15 +66,10 @@ class MaskRcnnPreTrainedModel(SavesItsCode, PreTrainedModel):
         if isinstance(module, FeaturePyramid):
             module.init_weights()
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False: all our initialization goes through `transformers.initialization`."""
-        return False
-
 
 class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
     """Mask R-CNN with its losses. What the training loop asks of a model beside `forward` is here too: `segmenter`,
-    `normalizers`, `set_progress`, `from_pretraining`, `transfer_report`."""
+    `normalizers`, and what `InstanceSegmenter` has."""
 
     def __init__(self, config: MaskRcnnConfig):
         super().__init__(config)
@@ -106,7 +77,6 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         self.neck = FeaturePyramid(self.backbone.channels, config.hidden_size)
         self.rpn = build_proposals(config)
         self.roi_heads = build_heads(config)
-        self.transfer_report: TransferReport | None = None
         self.post_init()
 
     @property
@@ -126,24 +96,9 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         return True
 
     @classmethod
-    def from_pretraining(
-        cls,
-        name_or_dir: str,
-        id2label: dict[int, str],
-        category_ids: list[int] | None = None,
-        class_head: str = "remap",
-        **kwargs,
-    ) -> "MaskRcnnForInstanceSegmentation":
-        """Loads a Mask R-CNN for other classes; see `UplvpPreTrainedModel.from_pretraining`."""
-        source = cls.from_pretrained(name_or_dir, **kwargs)
-        settings = {key: value for key, value in source.config.to_dict().items() if key != "label2id"}
-        config = MaskRcnnConfig.from_dict({**settings, "id2label": dict(id2label), "category_ids": category_ids})
-        model = cls(config).to(source.dtype)
-        model.transfer_report = transfer_weights(source, model, class_head)
-        return model
-
-    def set_progress(self, epoch: float) -> None:
-        """Tells how many epochs are done, before a step. Nothing depends on it."""
+    def _config_for(cls, source, settings: dict, id2label: dict[int, str], category_ids) -> MaskRcnnConfig:
+        kept = {key: value for key, value in source.config.to_dict().items() if key != "label2id"}
+        return MaskRcnnConfig.from_dict({**kept, "id2label": id2label, "category_ids": category_ids})
 
     def normalizers(self, counts: list[int], num_prompts: int = 0, mask_labels=None) -> Normalizers:
         """The number of images: the terms are means over a batch, whose share in a step is its share of images."""
@@ -177,7 +132,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         normalizers: Normalizers | None = None,
         return_dict: bool | None = None,
         **kwargs,
-    ) -> MaskRcnnForInstanceSegmentationOutput | tuple:
+    ) -> SegmenterOutput | tuple:
         """
         pixel_values (B, 3, H, W), H and W multiples of 32, normalized by the image processor; pixel_mask (B, H, W), 1
         on the image, 0 on padding; mask_labels: per image (G, H, W) bool at the padded input size, masks without a
@@ -185,7 +140,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         images of the whole step. Raises UserError for labels that do not fit the masks or the classes.
 
         With labels there is a loss, for which anchors and proposals are sampled from torch's global generator; without
-        labels, or in evaluation mode, there are detections.
+        labels, or in evaluation mode, there are detections, see `_detections`.
         """
         features = self.encode(pixel_values, pixel_mask)
         losses, found = None, {}
@@ -196,9 +151,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         if mask_labels is None or not self.training:
             found = self._detections(features)
         loss = None if losses is None else torch.stack(list(losses.values())).sum()
-        output = MaskRcnnForInstanceSegmentationOutput(loss=loss, losses=losses, **found)
-        returned = self.config.return_dict if return_dict is None else return_dict
-        return output if returned else output.to_tuple()
+        return self.returned(SegmenterOutput(loss=loss, losses=losses, **found), return_dict)
 
     @contextmanager
     def _heads(self, training: bool, pixel_mask: Tensor | None) -> Iterator[None]:
@@ -240,7 +193,13 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         return targets
 
     def _detections(self, features: MaskRcnnFeatures) -> dict[str, Tensor]:
-        """The fields of the output that tell what was found."""
+        """Fields of the output, float32, for N = `detections_per_image` places, best detections first, the rest empty.
+
+        class_scores (B, N, K): the final score in the column of the detection's class, -1 in the others and in empty
+        places. boxes (B, N, 4): within the image, zeros in empty places. roi_mask_logits (B, N, K, 28, 28): the mask of
+        the detection's class, the same in all columns (a view). masks_queries_logits (B, N, H/4, W/4): these pasted on
+        the padded input, -13.8 outside the box.
+        """
         with self._heads(False, features.pixel_mask):
             proposals, _ = self.rpn(features.images, features.maps)
             found, _ = self.roi_heads(features.pooled, proposals, features.images.image_sizes)
@@ -267,4 +226,4 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         }
 
 
-__all__ = ["MaskRcnnForInstanceSegmentation", "MaskRcnnForInstanceSegmentationOutput", "MaskRcnnPreTrainedModel"]
+__all__ = ["MaskRcnnForInstanceSegmentation", "MaskRcnnPreTrainedModel"]

@@ -5,9 +5,10 @@ Papers: UPLVP (arXiv 2405.13388) and its predecessor Saliency Prompt (arXiv 2302
     features = encode(image)                       a query segmenter, step 1
     queries  = initial_queries(features)             step 2
     prompts  = pool(features, pseudo masks)          pre-training only, from here ...
-    queries  = queries + keep * prompts[match]       ... to here
+    match    = argmax cos(queries, prompts)
+    queries  = queries + keep * prompts[match]       ... to here: `inject` of `QueryNetwork.run`
     layers   = decode(features, queries)             step 3
-    loss     = segmenter loss(layers, pseudo masks) + kernel supervision(layers, prompts)
+    loss     = segmenter loss(layers, pseudo masks) + mean(1 - cos(queries of the layers, prompts of their masks))
 
 `UplvpForInstanceSegmentation` leaves the prompts out; with prompts off both models give the same bits. The segmenter is
 a Mask2Former, a K-Net or a QueryInst: nothing here depends on which.
@@ -16,14 +17,15 @@ a Mask2Former, a K-Net or a QueryInst: nothing here depends on which.
 from collections.abc import Callable
 
 from torch import Tensor, nn
-from transformers import BaseImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .configuration_uplvp import UplvpConfig
 from .errors import UserError
 from .losses import Draw, LayerOutput, Normalizers, kernel_supervision
 from .matching import guidance, label_guide, match_prompts
-from .modeling_base_uplvp import UplvpOutput, UplvpPreTrainedModel
+from .modeling_base_uplvp import UplvpPreTrainedModel
 from .prompts import PromptFusion, Prompts, inject_prompts, kept_prompts, pool_prompts
+from .query_segmenter import SegmenterOutput
 from .text_head import TextHeads, checked_text_features
 
 
@@ -38,61 +40,12 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
         self.post_init()
 
     def forward(
-        self,
-        pixel_values: Tensor,
-        pixel_mask: Tensor | None = None,
-        mask_labels: list[Tensor] | None = None,
-        class_labels: list[Tensor] | None = None,
-        normalizers: Normalizers | None = None,
-        draw: Draw | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> UplvpOutput | tuple:
-        """
-        pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding;
-        mask_labels: per image (G, H, W) bool; class_labels: per image (G,) int in 0..K-1. `normalizers` and
-        `draw` are for the training loop and for tests: see `Normalizers` and `Draw`.
-        """
-        features = self.segmenter.encode(pixel_values, pixel_mask)
-        queries = self.segmenter.initial_queries(features)
-        layers = self._decode(features, queries, None, output_attentions)
-        losses = None
-        if mask_labels is not None:
-            labels = self._labels(mask_labels, class_labels)
-            losses, _ = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw)
-        output = self._output(layers, features, queries, losses, output_hidden_states)
-        return output if return_dict is not False else output.to_tuple()
-
-    def to_mask2former(self, directory: str, processor: BaseImageProcessor | None = None) -> None:
-        """Writes a plain `Mask2FormerForUniversalSegmentation` directory: no custom code is needed to load it.
-
-        With our image `processor` a `Mask2FormerImageProcessor` of the same size, mean and deviation is written beside
-        it. On images without padding the plain model gives the same results; on padded ones it does not, because
-        transformers' class lets the padding take part. Raises UserError when the backbone has `timm_kwargs`, which
-        that class does not pass on.
-        """
-        from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
-
-        if self.config.segmenter_config.model_type != "mask2former":
-            raise UserError(f"A `{self.config.segmenter_config.model_type}` has no native class in transformers.")
-        if getattr(self.config.segmenter_config.backbone_config, "timm_kwargs", None):
-            raise UserError(
-                "The backbone is built with timm_kwargs, which transformers' Mask2Former ignores: the exported model "
-                "would give other results. Train with a backbone without timm_kwargs to export."
-            )
-        plain = Mask2FormerForUniversalSegmentation(self.config.segmenter_config)
-        plain.load_state_dict(self.segmenter.state_dict())
-        plain.save_pretrained(directory)
-        if processor is not None:
-            side = processor.size["longest_edge"]
-            Mask2FormerImageProcessor(
-                size={"shortest_edge": side, "longest_edge": side},  # the longer side becomes `side`
-                image_mean=processor.image_mean,
-                image_std=processor.image_std,
-                num_labels=self.config.num_labels,
-            ).save_pretrained(directory)
+        self, pixel_values: Tensor, pixel_mask: Tensor | None = None, mask_labels: list[Tensor] | None = None,
+        class_labels: list[Tensor] | None = None, **options,
+    ) -> SegmenterOutput | tuple:  # fmt: skip
+        """As of the segmenter; see `QuerySegmenter.forward` for all arguments."""
+        labels = None if mask_labels is None else self.labels_for(mask_labels, class_labels)
+        return self.segmenter(pixel_values, pixel_mask, mask_labels, labels, **self.options(options))
 
 
 class UplvpForPreTraining(UplvpPreTrainedModel):
@@ -113,13 +66,13 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
             self.prompt_fusion = PromptFusion(wanted)
         if config.text_dim is not None:
             self.text_heads = TextHeads(
-                heads=1 if self._segmenter_is("shares_class_head") else self.segmenter.num_stages,
+                heads=1 if self.segmenter.shares_class_head else self.segmenter.num_stages,
                 num_labels=config.num_labels,
                 text_dim=config.text_dim,
                 channels=wanted,
                 form=config.text_form,
                 temperature=config.text_temperature,
-                no_object=self._segmenter_is("has_no_object"),
+                no_object=self.segmenter.has_no_object,
                 prior=0.01,
             )
         self.epoch = 0.0
@@ -162,17 +115,12 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
             prompts = fill(self.config.prompt_slots)
         return match_prompts(queries, prompts.vectors, prompts.valid, self.config.prompt_matching), prompts
 
-    def injection(self, match: Tensor, prompts: Prompts, draw: Draw | None) -> Callable[..., Tensor]:
+    def injection(self, match: Tensor, prompts: Prompts, draw: Draw | None) -> Callable[[Tensor], Tensor]:
         """What puts prompts into queries (B, N, D), except into a random share of them, which is drawn here."""
         drop = self.config.prompt_drop if self.training else 0.0
         uniform = draw(0, "keep", -1, tuple(match.shape)) if draw is not None and drop > 0 else None
         keep = kept_prompts(match, drop, uniform)
-        fusion = self.prompt_fusion
-
-        def inject(queries: Tensor, stage: int = 0) -> Tensor:
-            return inject_prompts(queries, prompts.vectors, match, keep, fusion)
-
-        return inject
+        return lambda queries: inject_prompts(queries, prompts.vectors, match, keep, self.prompt_fusion)
 
     def supervise_kernels(
         self, layers: list[LayerOutput], matches: list, prompts: Prompts, counts: list[int], pairs
@@ -180,7 +128,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         """Weighted cosine loss between the updated queries and the prompts of the pseudo masks they are matched to."""
         # An output from before any update of the queries is not supervised (SP: every stage). Without auxiliary
         # losses only the last layer has a match.
-        first = 1 if self._segmenter_is("predicts_first") and len(matches) == len(layers) else 0
+        first = 1 if self.segmenter.predicts_first and len(matches) == len(layers) else 0
         layers = layers[-len(matches) :]
         prompt_of_mask = prompts.of_mask(max(counts, default=0))
         loss = kernel_supervision(layers[first:], matches[first:], prompts.vectors, prompt_of_mask, pairs)
@@ -196,41 +144,38 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         prompt_scores: list[Tensor] | None = None,
         normalizers: Normalizers | None = None,
         draw: Draw | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        return_dict: bool | None = None,
-        **kwargs,
-    ) -> UplvpOutput | tuple:
+        **options,
+    ) -> SegmenterOutput | tuple:
         """As `UplvpForInstanceSegmentation.forward`, with pseudo masks as labels and their `prompt_scores` (G,) each.
 
         Without `mask_labels` no prompt is made: the output is that of the plain model.
         """
-        features = self.segmenter.encode(pixel_values, pixel_mask)
-        queries = self.segmenter.initial_queries(features)
+        options = self.options(options)
         if mask_labels is None:
-            layers = self._decode(features, queries, None, output_attentions)
-            output = self._output(layers, features, queries, None, output_hidden_states)
-            return output if return_dict is not False else output.to_tuple()
+            return self.segmenter(pixel_values, pixel_mask, **options)
+        labels = self.labels_for(mask_labels, class_labels)
+        prompts = matched = add = None
 
-        labels, inject, extra = self._labels(mask_labels, class_labels), None, {}
-        prompts = self.make_prompts(features, mask_labels, prompt_scores)
-        matched = self.match_prompts(queries, prompts)
-        if matched is not None:
-            inject = self.injection(*matched, draw)
-            if self.config.prompt_matching == "hungarian":
-                extra["label_guide"] = self._label_guide(*matched, labels)
-            if self.config.prompt_injection != "every_stage":
-                queries, inject = inject(queries), None
-        layers = self._decode(features, queries, inject, output_attentions)
-        if self.text_heads is not None:
-            extra["text_logits"] = self._text_logits(layers)
+        def inject(queries: Tensor, features, stage: int) -> Tensor:
+            nonlocal prompts, matched, add
+            if stage == 0:
+                prompts = self.make_prompts(features, mask_labels, prompt_scores)
+                matched = self.match_prompts(queries, prompts)
+                add = None if matched is None else self.injection(*matched, draw)
+            elif self.config.prompt_injection != "every_stage":
+                return queries
+            return queries if add is None else add(queries)
+
+        features, queries, layers = self.segmenter.run(pixel_values, pixel_mask, inject, options["output_attentions"])
+        extra = {} if self.text_heads is None else {"text_logits": self._text_logits(layers)}
+        if matched is not None and self.config.prompt_matching == "hungarian":
+            extra["label_guide"] = self._label_guide(*matched, labels)
         losses, matches = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw, **extra)
         if prompts is not None and self.config.kernel_supervision_weight > 0:
             pairs = None if normalizers is None else normalizers.pairs
             counts = [len(masks) for masks in mask_labels]
             losses["kernel"] = self.supervise_kernels(layers, matches, prompts, counts, pairs)
-        output = self._output(layers, features, queries, losses, output_hidden_states)
-        return output if return_dict is not False else output.to_tuple()
+        return self.segmenter.describe(queries, layers, losses, **options)
 
     def _label_guide(self, match: Tensor, prompts: Prompts, labels: list[Tensor]):
         theta = guidance(self.epoch, self.config.guidance_start, self.config.guidance_epochs)
@@ -247,4 +192,4 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         return self.text_heads([layer.queries for layer in layers])
 
 
-__all__ = ["UplvpForInstanceSegmentation", "UplvpForPreTraining", "UplvpOutput", "UplvpPreTrainedModel"]
+__all__ = ["UplvpForInstanceSegmentation", "UplvpForPreTraining", "UplvpPreTrainedModel"]
