@@ -40,7 +40,8 @@ def make_batch():
 def make_config(tiny_segmenter):
     def make(backbone="resnet", segmenter=None, **settings):
         settings.setdefault("id2label", {0: "cat", 1: "dog", 2: "horse"})
-        return UplvpConfig(segmenter_config=tiny_segmenter(backbone, **(segmenter or {})), **settings)
+        auxiliary = {"output_auxiliary_logits": True}
+        return UplvpConfig(segmenter_config=tiny_segmenter(backbone, **auxiliary, **(segmenter or {})), **settings)
 
     return make
 

@@ -3,7 +3,7 @@
 import torch
 from torchvision.ops import FeaturePyramidNetwork
 
-from uplvp_hf.models.fpn import ConvNormAct, FeaturePyramid
+from uplvp_hf.models.backbones import ConvNormAct, FeaturePyramid
 
 
 def test_equals_torchvision():

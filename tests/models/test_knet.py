@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from uplvp_hf.data.synthetic import make_scene
 from uplvp_hf.models.configuration_knet import KNetConfig
+from uplvp_hf.models.layers_knet import gather_objects
 from uplvp_hf.models.modeling_knet import KNetForInstanceSegmentation, KNetModel
-from uplvp_hf.models.modules_knet import gather_objects
 
 RESNET = {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1],
@@ -176,15 +176,16 @@ def test_hidden_states_and_attentions(make_batch):
     assert model.config._attn_implementation == "sdpa"
     with torch.no_grad():
         plain = model(pixels)
-        output = model(pixels, output_hidden_states=True, output_attentions=True)
-    assert plain.hidden_states is None and plain.attentions is None
+        options = {"output_hidden_states": True, "output_attentions": True, "output_auxiliary_logits": True}
+        output = model(pixels, **options)
+    assert plain.hidden_states is None and plain.attentions is None and plain.auxiliary_logits is None
     assert len(output.hidden_states) == 3 and torch.equal(output.hidden_states[-1], output.queries)
     assert len(output.attentions) == 2 and output.attentions[0].shape == (3, 2, 12, 12)
     torch.testing.assert_close(output.attentions[1].sum(-1), torch.ones(3, 2, 12))
     torch.testing.assert_close(output.masks_queries_logits, plain.masks_queries_logits, rtol=0, atol=1e-5)
     assert len(output.auxiliary_logits) == 1
     names = [name for name in output if output[name] is not None]
-    assert len(model(pixels, output_hidden_states=True, output_attentions=True, return_dict=False)) == len(names)
+    assert len(model(pixels, **options, return_dict=False)) == len(names)
     # The weights are those of the attention: they reproduce its output from the values.
     attention, kernels = model.model.stages[0].self_attn, torch.randn(1, 12, 16)
     mixed, weights = attention(kernels, output_attentions=True)
@@ -198,15 +199,14 @@ def test_injection_at_every_stage(make_batch):
     model, pixels = make_model(), make_batch()["pixel_values"]
     seen = []
 
-    def inject(queries, stage):
+    def inject(queries, features, stage):
         seen.append(stage)
         return queries + 1
 
     with torch.no_grad():
-        features = model.encode(pixels)
-        queries = model.initial_queries(features)
-        plain, nothing = model.decode(features, queries), model.decode(features, queries, lambda q, stage: q)
-        layers = model.decode(features, queries, inject)
+        features, queries, plain = model.run(pixels)
+        nothing = model.run(pixels, inject=lambda queries, features, stage: queries)[2]
+        layers = model.run(pixels, inject=inject)[2]
     assert seen == [0, 1]
     assert torch.equal(plain[-1].mask_logits, nothing[-1].mask_logits)
     once = model.model.stages[0](features.maps, features.masks, queries + 1, None)

@@ -199,7 +199,6 @@ def test_configuration_refuses_what_it_does_not_know(tiny_segmenter):
         ({"prompt_pooling": "max"}, "prompt_pooling must be one of"),
         ({"prompt_drop": 1.5}, "between 0 and 1"),
         ({"prompt_injection": "sum"}, "prompt_injection must be one of"),
-        ({"text_form": "dot"}, "text_form must be one of"),
         ({"text_dim": 0}, "at least 1"),
         ({"text_temperature": 0.0}, "must be positive"),
         ({"num_prompts": 0}, "at least 1"),

@@ -5,8 +5,8 @@ import torch
 
 from uplvp_hf.conversion import config_from_mmdet, convert_mmdet_mask2former
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
-from uplvp_hf.models.losses import stack_masks
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
+from uplvp_hf.models.point_sampling import BinaryMasks
 
 pytestmark = pytest.mark.golden
 
@@ -76,7 +76,7 @@ def test_logits_of_all_layers(run):
 def test_matching_costs_and_assignments(run):
     tensors, labels, model = run["tensors"], run["labels"], run["model"]
     batch = len(labels["mask_labels"])
-    masks, _ = stack_masks(labels["mask_labels"])
+    masks = BinaryMasks(torch.cat(labels["mask_labels"]))
     costs = model.segmenter.loss_function._costs(
         run["layers"], masks, labels["class_labels"], None, RecordedDraw(tensors, batch)
     )

@@ -71,8 +71,10 @@ def test_an_image_alone_gets_the_logits_it_gets_in_a_padded_batch(tiny_segmenter
             stride = (32, 16, 8, 4, 32)[level]
             cells = (slice(-(-height // stride)), slice(-(-width // stride)))
             other = (*many.levels, many.mask_features, many.prompt_map)[level]
+            # Rounding grows with the size of what is summed up: a share of the largest value of the map.
+            tolerance = 2e-5 * features.abs().max().item()
             torch.testing.assert_close(
-                other[index][(..., *cells)], features[0][(..., *cells)], rtol=1e-5, atol=5e-5, msg=f"{index} {level}"
+                other[index][(..., *cells)], features[0][(..., *cells)], rtol=0, atol=tolerance, msg=f"{index} {level}"
             )
         cells = (..., slice(-(-height // 4)), slice(-(-width // 4)))
         for one, batch, unmasked in zip(own, layers, careless, strict=True):

@@ -253,13 +253,3 @@ def test_hungarian_is_optimal_and_survives_nan():
     assert 2 not in query.tolist() and (0, 1) not in zip(query.tolist(), target.tolist(), strict=True)
     with pytest.warns(UserWarning):
         assert len(hungarian([torch.full((1, 4, 2), float("nan"))])[0][0][0]) == 2
-
-
-def test_shared_slots_give_an_image_without_prompts_those_of_others():
-    """As the released code: its one prompt of zeros stands in the list, but slots are filled from the list's start."""
-    vectors = torch.zeros(2, 2, 3)
-    vectors[0] = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
-    valid = torch.tensor([[True, True], [False, False]])
-    shared = Prompts(vectors, valid, torch.where(valid, torch.arange(2), -1)).shared_slots(4)
-    assert shared.valid.all() and (shared.source == -1).all()
-    assert torch.equal(shared.vectors[1], vectors[0, :1].expand(4, 3))

@@ -46,11 +46,6 @@ def check_roi_align(map_, rois, side, ratio, scale, expected):
     sizes = torch.tensor([[stride * map_.shape[2], stride * map_.shape[3]]] * len(map_)).float()
     single = pooler([map_], rois[:, 1:], rois[:, 0].long(), sizes)
     torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
-    for image in range(len(map_)):
-        own = rois[:, 0] == image
-        for given in (None, sizes[:1]):
-            graded = pooler.sample([map_[image : image + 1]], rois[own, 1:][None], given)
-            torch.testing.assert_close(graded, expected[own], rtol=1e-5, atol=2e-5)
 
 
 def only(tensors, beginning):
@@ -114,14 +109,14 @@ def pyramid():
     return maps, torch.cat([center - side / 2, center + side / 2], -1)
 
 
-@pytest.mark.parametrize("way", ["index", "compiled", "sample"])
+@pytest.mark.parametrize("way", ["index", "compiled"])
 def test_regions_come_from_the_level_of_their_size(pyramid, way, monkeypatch):
     maps, boxes = pyramid
     pooler = PyramidPooler(3, 2, finest_scale=28)
     image = torch.arange(2).repeat_interleave(9)
     if way == "compiled":  # the branch without a look at the indices
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    pooled = pooler.sample(maps, boxes) if way == "sample" else pooler(maps, boxes.flatten(0, 1), image)
+    pooled = pooler(maps, boxes.flatten(0, 1), image)
     used = set()
     for row, (i, box) in enumerate(zip(image.tolist(), boxes.flatten(0, 1).tolist(), strict=True)):
         scale = math.sqrt((box[2] - box[0]) * (box[3] - box[1]))
@@ -132,7 +127,7 @@ def test_regions_come_from_the_level_of_their_size(pyramid, way, monkeypatch):
     assert len(used) >= 3
 
 
-@pytest.mark.parametrize("way", ["index", "compiled", "sample"])
+@pytest.mark.parametrize("way", ["index", "compiled"])
 def test_regions_end_where_the_image_ends(pyramid, way, monkeypatch):
     """On a larger canvas, with edges repeated over the padding: as on a canvas of the image's own size."""
     maps, boxes = pyramid
@@ -145,29 +140,9 @@ def test_regions_end_where_the_image_ends(pyramid, way, monkeypatch):
     sizes = torch.tensor([[160.0, 224.0]] * 2)
     if way == "compiled":
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    if way == "sample":
-        pooled = pooler.sample(large, boxes, sizes)
-    else:
-        pooled = pooler(large, boxes.flatten(0, 1), image, sizes)
+    pooled = pooler(large, boxes.flatten(0, 1), image, sizes)
     torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=3e-5)
     assert expected.abs().sum() > 0
-
-
-def test_gradient_for_boxes_is_that_of_finite_differences(pyramid):
-    maps, boxes = pyramid
-    pooler = PyramidPooler(2, 2, finest_scale=28)
-    maps, boxes = [map_.double() for map_ in maps], boxes[:, :3].double().requires_grad_()
-    weight = torch.randn(6, 3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (pooler.sample(maps, boxes) * weight).sum().backward()
-    step, numeric = 1e-5, torch.zeros_like(boxes)
-    with torch.no_grad():
-        for place in range(boxes.numel()):
-            change = torch.zeros(boxes.numel(), dtype=torch.float64)
-            change[place] = step
-            change = change.view_as(boxes)
-            both = [(pooler.sample(maps, boxes + sign * change) * weight).sum() for sign in (1, -1)]
-            numeric.view(-1)[place] = (both[0] - both[1]) / (2 * step)
-    torch.testing.assert_close(boxes.grad, numeric, rtol=1e-4, atol=1e-6)
 
 
 def test_mask_targets_are_the_masks_in_their_boxes():

@@ -45,6 +45,7 @@ BOTH = pytest.mark.parametrize("cls", [UplvpForInstanceSegmentation, UplvpForPre
 def settings_of(segmenter: str, backbone: str) -> dict:
     return {
         "model_type": segmenter, "num_queries": QUERIES, "backbone_config": dict(BACKBONES[backbone]),
+        "output_auxiliary_logits": True,
         **HEADS[segmenter],
     }  # fmt: skip
 

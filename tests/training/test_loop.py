@@ -141,7 +141,7 @@ def test_costs_that_are_not_finite_skip_the_step(run, recipe, segmenters, monkey
     settings = yaml.safe_load(recipe.read_text())
     settings["model"]["segmenter"] = segmenters[kind]
     recipe.write_text(yaml.safe_dump(settings))
-    places = [sys.modules[f"uplvp_hf.models.losses{suffix}"] for suffix in ("", "_knet", "_queryinst")]
+    places = [sys.modules[f"uplvp_hf.models.losses{suffix}"] for suffix in ("_mask2former", "_knet", "_queryinst")]
     inner, history = matching.hungarian, poison(monkeypatch, set(), "images")
 
     def spoilt(costs):

@@ -122,7 +122,7 @@ def test_settings_of_the_method_reach_the_model(run, tmp_path, scenes_dir):
     def build(settings):
         return build_model(settings, load_dataset_rows(scenes_dir))
 
-    given = {"prompt_injection": "every_stage", "prompt_slots": 20, "guidance_start": 0.3, "text_form": "reference"}
+    given = {"prompt_injection": "every_stage", "prompt_slots": 20, "guidance_start": 0.3}
     config = run(start=build, model={**given, "text_features": text_file(tmp_path, names)}).config
     assert all(getattr(config, name) == value for name, value in given.items())
     assert config.text_dim == 16 and config.text_classes == names

@@ -31,7 +31,7 @@ _DROPPED = {
     r"(module\.)?pixel_(mean|std)": "in the image processor",
     r".*patch2query\..*": "projection of prompts, which only pre-training uses",
     r"gen_gt_kernel\..*": "projection of kernel targets, which only pre-training uses",
-    r".*cls_clip_fcs\..*": "CLIP class head, which only pre-training uses",
+    r".*cls_clip_fcs\..*": "CLIP class head, which only pre-training uses; ours compares in another form",
     r".*(_pos\.|init_kernels_pos).*": "position kernels of an ablation",
     r"linear\.(weight|bias)": "joins query and prompt, which only pre-training uses",
     r"(?!panoptic_head|rpn_head|roi_head|backbone|neck|sem_seg_head).*(queue|ema_).*": "state of the optimizer",
@@ -40,13 +40,10 @@ _DROPPED = {
 _PRETRAINING = [
     (r"(?:panoptic_head\.)?patch2query\.(weight|bias)", r"prompt_projection.\1"),
     (r"linear\.(weight|bias)", r"prompt_fusion.linear.\1"),
-    (r"roi_head\.mask_head\.(\d+)\.cls_clip_fcs\.0\.weight", r"text_heads.heads.\1.projection.weight"),
-    (r"roi_head\.mask_head\.(\d+)\.cls_clip_fcs\.1\.(weight|bias)", r"text_heads.heads.\1.norm.\2"),
 ]
 _GAPS = {
     "num_batches_tracked": "counter that starts at zero",
     "criterion.empty_weight": "follows from the configuration",
-    "text_heads.text_features": "the original does not save them: call set_text_features",
 }
 
 
@@ -164,7 +161,7 @@ def convert_checkpoint(
         output: new folder. A ResNet becomes a `ResNetBackbone`, whose model.safetensors recipes take as
             `model.backbone_weights`; everything else as `kind` says.
         kind: "instance" (`UplvpForInstanceSegmentation`), "pretraining" (`UplvpForPreTraining`, which keeps
-            Mask2Former's prompt projection, the joint of query and prompt, and the class head on text embeddings)
+            Mask2Former's prompt projection and the joint of query and prompt)
             or "segmenter" (the network alone, as transformers or we have it).
         config: JSON file of the original's configuration, its `model` section or a file that holds one. Without it
             sizes are read off the tensors.
@@ -251,9 +248,6 @@ def _uplvp(kind: str, segmenter_config: dict, labels: dict[int, str], category_i
     method: dict[str, Any] = {}
     if "prompt_fusion.linear.weight" in extras:
         method["prompt_injection"] = "concat"
-    if "text_heads.heads.0.projection.weight" in extras:
-        width = extras["text_heads.heads.0.projection.weight"][1].shape[0]
-        method |= {"text_dim": width, "text_form": "reference"}
     config = UplvpConfig(segmenter_config=segmenter_config, id2label=labels, category_ids=ids, **method)
     model = (UplvpForPreTraining if kind == "pretraining" else UplvpForInstanceSegmentation)(config)
     built = model.state_dict()

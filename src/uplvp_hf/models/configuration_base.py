@@ -2,6 +2,9 @@
 
 import difflib
 
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import logging
 
 from .errors import UserError
@@ -38,8 +41,13 @@ COMMON_KEYS = frozenset(
 class StrictConfigMixin:
     """Goes before `PreTrainedConfig` in the bases of a configuration class, which is also decorated with `@strict`.
 
-    A keyword that is not a field raises ValueError naming the nearest one; transformers would store it silently.
+    A keyword that is not a field raises UserError naming the nearest one; transformers would store it silently.
     """
+
+    # Left out of the predictions of transformers' `Trainer`, which then begin with the class logits.
+    keys_to_ignore_at_inference = [
+        "losses", "auxiliary_logits", "roi_mask_logits", "queries", "hidden_states", "attentions",
+    ]  # fmt: skip
 
     def __post_init__(self, **kwargs):
         for key in kwargs:
@@ -65,6 +73,89 @@ class StrictConfigMixin:
     @classmethod
     def _is_known(cls, key: str) -> bool:
         return key in cls.__dataclass_fields__ or key in cls.attribute_map or key in COMMON_KEYS or key.startswith("_")
+
+    def check(self, least_one: tuple[str, ...] = (), shares: tuple[str, ...] = (), **choices: tuple[str, ...]) -> None:
+        """Raises UserError for a number below 1, a share outside of 0 to 1, and a word that is no choice."""
+        for name in least_one:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in shares:
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie between 0 and 1, got {getattr(self, name)}.")
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be one of {', '.join(known)}, got `{getattr(self, name)}`.")
+
+
+@strict
+class OwnSegmenterConfig(StrictConfigMixin, PreTrainedConfig):
+    r"""
+    What the configurations of all segmenters have that transformers does not.
+
+    Args:
+        backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to a ResNet-50):
+            Any transformers backbone or `TimmBackboneConfig` that gives four maps with strides 4, 8, 16 and 32. A
+            `timm_kwargs` dict on the latter is handed to timm.
+        hidden_size (`int`, *optional*, defaults to 256): Channels of the pyramid and of the heads.
+    """
+
+    sub_configs_defaults = {
+        "backbone_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="resnet",
+            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
+        )
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    hidden_size: int = 256
+
+
+@strict
+class QuerySegmenterConfig(OwnSegmenterConfig):
+    r"""
+    What the configurations of K-Net and QueryInst share.
+
+    Args:
+        num_queries (`int`, *optional*, defaults to 100): Queries: kernels or learned proposals, one an instance.
+        num_stages (`int`, *optional*): Rounds of updates.
+        num_attention_heads (`int`, *optional*, defaults to 8): Heads of the self-attention over the queries.
+        intermediate_size (`int`, *optional*, defaults to 2048): Width of the feed-forward layer.
+        num_class_layers (`int`, *optional*, defaults to 1): Linear layers before the class predictor.
+        class_weight, class_cost (`float`, *optional*, defaults to 2): Of the focal loss and in the matching.
+        focal_alpha, focal_gamma (`float`, *optional*, defaults to 0.25 and 2): Of the focal losses and of their cost.
+        text_class_weight, text_class_cost (`float`, *optional*, defaults to 2 and 2):
+            Weights of the loss and the matching cost of an optional text class head on the queries.
+        prior_probability (`float`, *optional*, defaults to 0.01): Class probability at initialization.
+        output_auxiliary_logits (`bool`, *optional*): Whether the output holds the predictions of the earlier layers.
+    """
+
+    attribute_map = {"num_hidden_layers": "num_stages"}
+
+    num_queries: int = 100
+    num_stages: int = 3
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    num_class_layers: int = 1
+    class_weight: float | int = 2.0
+    class_cost: float | int = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float | int = 2.0
+    text_class_weight: float | int = 2.0
+    text_class_cost: float | int = 2.0
+    prior_probability: float = 0.01
+    output_auxiliary_logits: bool | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.check(("num_queries", "num_stages"))
+        self.check_divisor("num_attention_heads", self.num_attention_heads)
+        if not 0 < self.prior_probability < 1:
+            raise UserError(f"prior_probability must lie between 0 and 1, got {self.prior_probability}.")
+
+    def check_divisor(self, name: str, divisor: int) -> None:
+        if self.hidden_size % divisor:
+            raise UserError(f"hidden_size {self.hidden_size} is not a multiple of {name}: {divisor}.")
 
 
 def checked_category_ids(id2label: dict[int, str], category_ids: list[int] | None) -> list[int]:

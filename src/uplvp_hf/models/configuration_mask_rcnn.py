@@ -1,27 +1,22 @@
 """Configuration of Mask R-CNN (arXiv 1703.06870), the baseline without queries."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
-from .configuration_base import StrictConfigMixin, checked_category_ids
+from .configuration_base import OwnSegmenterConfig, checked_category_ids
 from .errors import UserError
 
 CLASS_KEYS = ("num_labels", "id2label", "label2id", "category_ids")
 
 
 @strict
-class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
+class MaskRcnnConfig(OwnSegmenterConfig):
     r"""
     Configuration of [`MaskRcnnForInstanceSegmentation`]. Defaults are those of torchvision's `maskrcnn_resnet50_fpn`.
+    `backbone_config` and `hidden_size` are those of [`OwnSegmenterConfig`].
 
     Args:
-        backbone_config (`dict` or `PreTrainedConfig`, *optional*, defaults to a ResNet-50):
-            Any transformers backbone or `TimmBackboneConfig` that gives four maps with strides 4, 8, 16 and 32. A
-            `timm_kwargs` dict on the latter is handed to timm.
         category_ids (`list[int]`, *optional*, defaults to `[1, 2, ..., num_labels]`):
             Original category id of every class, so that results leave with the ids of the dataset.
-        hidden_size (`int`, *optional*, defaults to 256): Channels of the pyramid and of the mask head.
         intermediate_size (`int`, *optional*, defaults to 1024): Width of the two linear layers of the box head.
         num_mask_layers (`int`, *optional*, defaults to 4): 3 x 3 convolutions of the mask head.
         box_pool_size (`int`, *optional*, defaults to 7): Side of the pooled regions of the box head, in cells.
@@ -57,17 +52,7 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
     """
 
     model_type = "mask_rcnn"
-    sub_configs_defaults = {
-        "backbone_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="resnet",
-            init_kwargs={"out_features": ["stage1", "stage2", "stage3", "stage4"]},
-        )
-    }
-
-    backbone_config: dict | PreTrainedConfig | None = None
     category_ids: list[int] | tuple[int, ...] | None = None
-    hidden_size: int = 256
     intermediate_size: int = 1024
     num_mask_layers: int = 4
     box_pool_size: int = 7
@@ -106,15 +91,13 @@ class MaskRcnnConfig(StrictConfigMixin, PreTrainedConfig):
         return 0
 
     def _check_settings(self) -> None:
-        for name in (
-            "hidden_size", "intermediate_size", "num_mask_layers", "box_pool_size", "mask_pool_size",
-            "pool_sampling_ratio", "sampled_anchors", "sampled_proposals", "detections_per_image",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("proposal_nms_threshold", "score_threshold", "nms_threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} lies between 0 and 1, got {getattr(self, name)}.")
+        self.check(
+            (
+                "hidden_size", "intermediate_size", "num_mask_layers", "box_pool_size", "mask_pool_size",
+                "pool_sampling_ratio", "sampled_anchors", "sampled_proposals", "detections_per_image",
+            ),
+            shares=("proposal_nms_threshold", "score_threshold", "nms_threshold"),
+        )  # fmt: skip
         for name, length in (("anchor_sizes", 5), ("proposals_before_nms", 2), ("proposals", 2)):
             if len(getattr(self, name)) != length or min(getattr(self, name)) < 1:
                 raise UserError(f"{name} must hold {length} numbers from 1 on, got {getattr(self, name)}.")

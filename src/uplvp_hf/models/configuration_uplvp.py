@@ -12,7 +12,6 @@ from .errors import UserError
 MATCHING = ("cosine", "sequential", "random", "hungarian", "none")
 POOLING = ("mask", "box")
 INJECTION = ("add", "every_stage", "concat")
-TEXT_FORMS = ("cosine", "reference")
 OWN_SEGMENTERS = {"knet": KNetConfig, "queryinst": QueryInstConfig}
 # Share of queries without prompt in the released recipes; 0.05 for the other segmenters.
 PROMPT_DROP = {"knet": 0.1}
@@ -41,9 +40,6 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
         prompt_slots (`int`, *optional*):
             Repeat the prompts of an image to fill so many slots before matching. The released code does so with 20,
             which changes `sequential` runs where the number of prompts does not divide 20. Not done by default.
-        prompt_slots_shared (`bool`, *optional*, defaults to `False`):
-            Reproduces a defect of the released code, for comparisons only: the slots of every image are filled from
-            the prompts of the first images of its batch. Needs `prompt_slots`, and not with `hungarian`.
         prompt_injection (`str`, *optional*, defaults to `"add"`):
             `add` (once, to the initial queries), `every_stage` (at the start of every stage, the same prompts kept;
             the "conv" variant of the released code) or `concat` (a linear layer on query and prompt, which starts as
@@ -62,9 +58,6 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             Width of the text embeddings of an additional class head for pre-training; none is built by default. Give
             the embeddings with [`UplvpForPreTraining.set_text_features`]. The weights of its loss and matching cost
             are settings of the segmenter (`text_class_weight`, `text_class_cost`; Mask2Former: its `class_weight`).
-        text_form (`str`, *optional*, defaults to `"cosine"`):
-            `cosine` (both sides of unit length, temperature and bias) or `reference` (as released: the visual side
-            rectified, not normalized, no temperature or bias).
         text_temperature (`float`, *optional*, defaults to 0.07):
             Initial temperature of the cosine, learned from there (CLIP's own initial value).
         text_classes (`list[str]`, *optional*):
@@ -93,7 +86,6 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
     num_prompts: int = 20
     prompt_matching: str = "cosine"
     prompt_slots: int | None = None
-    prompt_slots_shared: bool = False
     prompt_injection: str = "add"
     prompt_pooling: str = "mask"
     prompt_drop: float | int | None = None
@@ -101,7 +93,6 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
     guidance_start: float | int = 0.1
     guidance_epochs: float | int = 6.0
     text_dim: int | None = None
-    text_form: str = "cosine"
     text_temperature: float | int = 0.07
     text_classes: list[str] | tuple[str, ...] | None = None
 
@@ -143,26 +134,16 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             self.segmenter_config.label2id = dict(self.label2id)
 
     def _check_settings(self) -> None:
-        choices = {
-            "prompt_matching": MATCHING,
-            "prompt_pooling": POOLING,
-            "prompt_injection": INJECTION,
-            "text_form": TEXT_FORMS,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} must be one of {', '.join(known)}, got `{getattr(self, name)}`.")
-        for name in ("prompt_drop", "guidance_start"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} lies between 0 and 1, got {getattr(self, name)}.")
-        for name in ("num_prompts", "prompt_slots", "text_dim"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        self.check(
+            ("num_prompts", "prompt_slots", "text_dim"),
+            shares=("prompt_drop", "guidance_start"),
+            prompt_matching=MATCHING,
+            prompt_pooling=POOLING,
+            prompt_injection=INJECTION,
+        )
         for name in ("kernel_supervision_weight", "guidance_epochs"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.prompt_slots_shared and (self.prompt_slots is None or self.prompt_matching == "hungarian"):
-            raise UserError("prompt_slots_shared needs prompt_slots, and another prompt_matching than `hungarian`.")
         if self.text_temperature <= 0:
             raise UserError(f"text_temperature must be positive, got {self.text_temperature}.")
 

@@ -66,7 +66,6 @@ class QueryInstStage(GradientCheckpointingLayer):
         super().__init__()
         channels = config.hidden_size
         self.deviations = list(config.box_deviations)
-        self.pooling_gradient = config.pooling_gradient
         self.pooler = PyramidPooler(config.box_pool_size, config.pool_sampling_ratio, config.finest_scale)
         self.attention = SelfAttention(config)
         self.attention_norm = nn.LayerNorm(channels)
@@ -88,12 +87,8 @@ class QueryInstStage(GradientCheckpointingLayer):
         """queries (B, N, D), boxes (B, N, 4); maps and sizes as for `PyramidPooler`. Returns class logits (B, N, K),
         box changes (B, N, 4), boxes, queries, queries after self-attention, attention weights or None."""
         batch, count, channels = queries.shape
-        if self.pooling_gradient and boxes.requires_grad:
-            regions = self.pooler.sample(list(maps), boxes, sizes)
-        else:
-            image = torch.arange(batch, device=boxes.device)[:, None].expand(batch, count).flatten()
-            regions = self.pooler(list(maps), boxes.flatten(0, 1), image, sizes)
-        regions = regions.to(queries.dtype)
+        image = torch.arange(batch, device=boxes.device).repeat_interleave(count)
+        regions = self.pooler(list(maps), boxes.flatten(0, 1), image, sizes).to(queries.dtype)
         mixed, attentions = self.attention(queries, output_attentions)
         attended = self.attention_norm(queries + mixed)
         flat = attended.flatten(0, 1)

@@ -1,19 +1,25 @@
-"""Losses of mask-classification segmenters and of kernel supervision, batched over layers and images.
+"""What the losses of all segmenters share: divisors, kernel supervision, and the terms and matching costs.
 
-Everything is computed in float32 whatever the dtype of the predictions. Formulas: Mask2Former (arXiv 2112.01527),
-section 3.3; kernel supervision: Saliency Prompt (arXiv 2302.01171), eq. 3.
+Terms and costs are unreduced and unweighted, in float32 whatever comes in; callers apply weights and divisors.
+Sources: kernel supervision Saliency Prompt (arXiv 2302.01171), eq. 3; focal loss arXiv 1708.02002; dice arXiv
+1606.04797 (squared form) and the first-power form of MaskFormer (arXiv 2107.06278); GIoU arXiv 1902.09630; costs of
+K-Net (arXiv 2106.14855) and DETR (arXiv 2005.12872).
+
+Letters: N queries, G targets, K classes, P pixels or points, M matched pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import UserError
-from .matching import LabelGuide, hungarian
-from .point_sampling import BinaryMasks, Draw, PointSampler, point_terms, sample_points
+from .matching import pair_up
+from .torchvision_ops import generalized_box_iou, generalized_box_iou_loss
+from .torchvision_ops import sigmoid_focal_loss as focal
 
 
 @dataclass
@@ -48,184 +54,16 @@ class LayerOutput:
     attentions: Tensor | None = None
 
 
-def pairwise_mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean binary cross-entropy and dice cost of every pair: (..., N, P) logits, (G, P) targets -> two (..., N, G)."""
-    # softplus(-x) t + softplus(x) (1 - t) = softplus(x) - x t
-    cross_entropy = (F.softplus(logits).sum(-1, keepdim=True) - logits @ targets.T) / logits.shape[-1]
-    probability = logits.sigmoid()
-    overlap = 2 * (probability @ targets.T)
-    total = probability.sum(-1, keepdim=True) + targets.sum(-1)
-    return cross_entropy, 1 - (overlap + 1) / (total + 1)
-
-
-@dataclass
-class MaskClassificationLoss:
-    """Set loss of Mask2Former: Hungarian matching and class, mask and dice terms for every layer.
-
-    Matching costs and loss terms share `class_weight`, `mask_weight` and `dice_weight` (2, 5, 5 in the paper).
-    `no_object_weight` (0.1) is the cross-entropy weight of the "no object" class, the last one.
-    """
-
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    no_object_weight: float = 0.1
-    num_points: int = 12544
-    oversample_ratio: float = 3.0
-    importance_ratio: float = 0.75
-
-    def __call__(
-        self,
-        layers: list[LayerOutput],
-        mask_labels: list[Tensor],
-        class_labels: list[Tensor],
-        pixel_mask: Tensor | None = None,
-        normalizers: Normalizers | None = None,
-        draw: Draw | None = None,
-        label_guide: LabelGuide | None = None,
-    ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
-        """Loss terms, weighted, by name (`class_0`, `mask_0`, `dice_0`, ... last layer last) and the assignments.
-
-        mask_labels: per image (G_i, H, W) bool at the padded input size; class_labels: per image (G_i,) int.
-        pixel_mask (B, H, W), 1 on the image: points are drawn there only. label_guide changes the matching costs.
-        """
-        with torch.autocast(layers[0].mask_logits.device.type, enabled=False):  # it would multiply in half precision
-            return self._losses(layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide)
-
-    def _losses(self, layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide):
-        device = layers[0].mask_logits.device
-        check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1] - 1)
-        class_labels = [labels.to(device).long() for labels in class_labels]
-        mask_labels = [masks.to(device).bool() for masks in mask_labels]
-        extent = None if pixel_mask is None else image_extent(pixel_mask, len(mask_labels), device)
-        masks, offsets = stack_masks(mask_labels)
-        normalizers = normalizers or Normalizers()
-        num_masks = normalizers.masks or max(sum(len(labels) for labels in class_labels), 1)
-        costs = self._costs(layers, masks, class_labels, extent, draw)
-        if label_guide is not None:
-            costs = [label_guide(cost, i) for i, cost in enumerate(costs)]
-        matches = hungarian(costs)
-        logits = [layer.class_logits for layer in layers]
-        class_terms = self._class_terms(logits, class_labels, matches, normalizers.class_weight)
-        pairs = _pairs(matches, offsets, device)
-        losses = {}
-        for index, (layer, class_term) in enumerate(zip(layers, class_terms, strict=True)):
-            losses[f"class_{index}"] = self.class_weight * class_term
-            mask_term, dice_term = self._mask_terms(index, layer.mask_logits, masks, pairs[index], extent, draw)
-            losses[f"mask_{index}"] = self.mask_weight * mask_term / num_masks
-            losses[f"dice_{index}"] = self.dice_weight * dice_term / num_masks
-        return losses, matches
-
-    @torch.no_grad()
-    def _costs(self, layers, masks: BinaryMasks, class_labels, extent, draw) -> list[Tensor]:
-        """Per image the (L, N, G_i) matching costs. All layers share one set of points unless `draw` differs."""
-        costs, start = [], 0
-        for i, labels in enumerate(class_labels):
-            probability = torch.stack([layer.class_logits[i] for layer in layers]).float().softmax(-1)
-            ids = torch.arange(start, start + len(labels), device=labels.device)
-            start += len(labels)
-            points, target, rows = None, None, []
-            for index, layer in enumerate(layers):
-                if points is None or getattr(draw, "per_layer", False):
-                    shape = (1, self.num_points, 2)
-                    points = draw(index, "match", i, shape) if draw else torch.rand(shape, device=labels.device)
-                    points = points if extent is None else points * extent[i]
-                    target = masks.sample(ids, points.expand(len(labels), -1, -1))
-                if len(labels) == 0:
-                    continue
-                logits = sample_points(layer.mask_logits[i][None], points)[0]  # (N, P)
-                cross_entropy, dice = pairwise_mask_costs(logits, target)
-                rows.append(self.mask_weight * cross_entropy + self.dice_weight * dice)
-            cost = -self.class_weight * probability[..., labels]
-            costs.append(cost + torch.stack(rows) if rows else cost)
-        return costs
-
-    def with_text_cost(self, text_logits: list[Tensor], class_labels: list[Tensor], then: LabelGuide | None):
-        """A guide that adds the class cost of a further head, (B, N, K + 1) a layer, before another guide."""
-
-        def guide(cost: Tensor, image: int) -> Tensor:
-            labels = class_labels[image].to(cost.device).long()
-            probability = torch.stack([logits[image] for logits in text_logits]).detach().float().softmax(-1)
-            cost = cost - self.class_weight * probability[..., labels]
-            return cost if then is None else then(cost, image)
-
-        return guide
-
-    def text_terms(self, text_logits: list[Tensor], class_labels: list[Tensor], matches, normalizers) -> dict:
-        """Weighted cross-entropies of a further class head under the same assignments: `text_class_0`, ..."""
-        divisor = None if normalizers is None else normalizers.class_weight
-        labels = [labels.to(text_logits[0].device).long() for labels in class_labels]
-        terms = self._class_terms(text_logits, labels, matches, divisor)
-        return {f"text_class_{index}": self.class_weight * term for index, term in enumerate(terms)}
-
-    def _class_terms(self, logits: list[Tensor], class_labels: list[Tensor], matches, divisor) -> list[Tensor]:
-        """Cross-entropies of all layers' (B, N, K + 1) logits: weighted sums over their divisors."""
-        stacked = torch.stack(logits).float()  # (L, B, N, K + 1)
-        background = stacked.shape[-1] - 1
-        target = torch.full(stacked.shape[:3], background, dtype=torch.int64, device=stacked.device)
-        offsets = np.cumsum([0, *(len(labels) for labels in class_labels)]).tolist()
-        pairs = torch.cat(_host_pairs(matches, offsets), 1).to(stacked.device)
-        layer, image, query, label = pairs
-        target[layer, image, query] = torch.cat(class_labels)[label]
-        weight = stacked.new_ones(background + 1)
-        weight[background] = self.no_object_weight
-        total = F.cross_entropy(stacked.flatten(0, 2), target.flatten(), weight=weight, reduction="none")
-        if divisor is None:
-            divisor = weight[target].sum((1, 2)).clamp(min=1e-6)
-        return list((total.view(len(logits), -1).sum(1) / divisor).unbind())
-
-    def class_weight_sum(self, num_queries: int, counts: list[int]) -> float:
-        """Sum of the cross-entropy weights of images with `counts` true masks each: known before matching."""
-        matched = sum(min(count, num_queries) for count in counts)
-        return matched + self.no_object_weight * (num_queries * len(counts) - matched)
-
-    def _mask_terms(self, index, logits, masks: BinaryMasks, pairs, extent, draw) -> tuple[Tensor, Tensor]:
-        """Point-sampled cross-entropy and dice of the matched masks of one layer, summed."""
-        image, query, ids = pairs
-        if len(query) == 0:
-            nothing = logits.float().sum() * 0
-            return nothing, nothing
-        sampler = PointSampler(
-            self.num_points, self.oversample_ratio, self.importance_ratio, index,
-            None if extent is None else extent[image], draw,
-        )  # fmt: skip
-        return point_terms(logits, image, query, masks, ids, sampler)
-
-
-def _host_pairs(matches: list, offsets: list[int]) -> list[Tensor]:
-    """Per layer (4, M) int64 on the host: layer, image, query, target counted over the batch."""
-    return [
-        torch.cat(
-            [
-                torch.stack([torch.full_like(query, index), torch.full_like(query, i), query, target + offsets[i]])
-                for i, (query, target) in enumerate(match)
-            ],
-            dim=1,
-        )
-        for index, match in enumerate(matches)
-    ]
-
-
-def _pairs(matches: list, offsets: list[int], device: torch.device) -> list[tuple[Tensor, ...]]:
-    """Per layer: image, query and mask of every matched pair, on the device, in one transfer."""
-    pairs = _host_pairs(matches, offsets)
-    moved = torch.cat(pairs, 1).to(device).split([layer.shape[1] for layer in pairs], 1)
-    return [tuple(layer[1:]) for layer in moved]
-
-
-def image_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """Width and height of every image as shares of the padded input: (B, 2), ones without a pixel mask."""
-    if pixel_mask is None:
-        return torch.ones((batch, 2), device=device)
-    real = pixel_mask.to(device).bool()
-    height, width = real[:, :, 0].float().mean(1), real[:, 0].float().mean(1)
-    return torch.stack([width, height], dim=1)
-
-
-def stack_masks(mask_labels: list[Tensor]) -> tuple[BinaryMasks, list[int]]:
-    """All masks of a batch together, and where each image's begin."""
-    offsets = np.cumsum([0, *(len(masks) for masks in mask_labels)]).tolist()
-    return BinaryMasks(torch.cat(mask_labels)), offsets
+def check_labels(class_labels: list[Tensor], mask_labels: list[Tensor], num_labels: int) -> None:
+    for i, (labels, masks) in enumerate(zip(class_labels, mask_labels, strict=True)):
+        if len(labels) != len(masks):
+            raise UserError(f"Image {i} of the batch has {len(masks)} masks but {len(labels)} class labels.")
+        # Labels that are already on an accelerator are not read back: that would cost a transfer an image.
+        if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
+            raise UserError(
+                f"Image {i} of the batch has class labels {sorted(set(labels.tolist()))}, but the model has "
+                f"{num_labels} classes (0..{num_labels - 1}). Build it with the `id2label` of the data."
+            )
 
 
 def kernel_supervision(
@@ -247,30 +85,100 @@ def kernel_supervision(
         return vectors.float().sum() * 0
     queries = torch.stack([layer.queries for layer in layers]).float()  # (L, B, N, D)
     total = queries.sum() * 0
-    pairs = [
-        torch.stack([torch.full_like(query, index), torch.full_like(query, i), query, target])
-        for index, match in enumerate(matches)
-        for i, (query, target) in enumerate(match)
-    ]
-    layer, image, query, target = torch.cat(pairs, dim=1).to(queries.device)
-    if len(query) == 0 or vectors.shape[1] == 0:
+    pairs = pair_up(matches, None, queries.device)
+    if pairs.query.numel() == 0 or vectors.shape[1] == 0:
         return total
-    prompt = prompt_of_mask[image, target]
+    prompt = prompt_of_mask[pairs.image, pairs.target]
     known = prompt >= 0
-    goal = F.normalize(vectors.detach().float()[image, prompt.clamp(min=0)], dim=-1)
+    goal = F.normalize(vectors.detach().float()[pairs.image, prompt.clamp(min=0)], dim=-1)
     with torch.autocast(queries.device.type, enabled=False):
-        distance = 1 - (F.normalize(queries[layer, image, query], dim=-1) * goal).sum(-1)
+        distance = 1 - (F.normalize(queries[pairs.layer, pairs.image, pairs.query], dim=-1) * goal).sum(-1)
     total = total + torch.where(known, distance, 0.0).sum()
     return total / (num_pairs if num_pairs is not None else known.sum().clamp(min=1))
 
 
-def check_labels(class_labels: list[Tensor], mask_labels: list[Tensor], num_labels: int) -> None:
-    for i, (labels, masks) in enumerate(zip(class_labels, mask_labels, strict=True)):
-        if len(labels) != len(masks):
-            raise UserError(f"Image {i} of the batch has {len(masks)} masks but {len(labels)} class labels.")
-        # Labels that are already on an accelerator are not read back: that would cost a transfer an image.
-        if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
-            raise UserError(
-                f"Image {i} of the batch has class labels {sorted(set(labels.tolist()))}, but the model has "
-                f"{num_labels} classes (0..{num_labels - 1}). Build it with the `id2label` of the data."
-            )
+def _full_precision(function: Callable) -> Callable:
+    """Floating tensors enter as float32, and autocast, which would multiply in half precision, is off."""
+
+    @wraps(function)
+    def wrapped(*arguments, **keywords):
+        device = next(value for value in arguments if isinstance(value, Tensor)).device
+        arguments = [
+            value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments
+        ]
+        with torch.autocast(device.type, enabled=False):
+            return function(*arguments, **keywords)
+
+    return wrapped
+
+
+@_full_precision
+def sigmoid_focal_loss(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss of every class: logits (..., K), labels (...) int64 in 0..K, K for background -> (..., K)."""
+    classes = logits.shape[-1]
+    targets = F.one_hot(labels, classes + 1)[..., :classes].to(logits.dtype)
+    return focal(logits, targets, alpha=alpha, gamma=gamma, reduction="none")
+
+
+@_full_precision
+def focal_cost(logits: Tensor, labels: Tensor, alpha: float = 0.25, gamma: float = 2.0, eps: float = 1e-12) -> Tensor:
+    """Focal loss of "is this class" less that of "is not": (..., N, K) logits, (G,) labels -> (..., N, G)."""
+    probability = logits.sigmoid()
+    negative = -(1 - probability + eps).log() * (1 - alpha) * probability**gamma
+    positive = -(probability + eps).log() * alpha * (1 - probability) ** gamma
+    return (positive - negative)[..., labels]
+
+
+@_full_precision
+def dice_loss(probabilities: Tensor, targets: Tensor, eps: float = 1e-3, form: str = "squared") -> Tensor:
+    """Dice loss of matched pairs: (M, P) and (M, P), values in [0, 1] -> (M,).
+
+    squared (K-Net, QueryInst): 1 - 2<p, t> / (<p, p> + eps + <t, t> + eps).
+    linear (Mask2Former): 1 - (2<p, t> + eps) / (sum p + sum t + eps).
+    """
+    overlap = 2 * (probabilities * targets).sum(-1)
+    if _is_squared(form):
+        return 1 - overlap / ((probabilities.square().sum(-1) + eps) + (targets.square().sum(-1) + eps))
+    return 1 - (overlap + eps) / (probabilities.sum(-1) + targets.sum(-1) + eps)
+
+
+@_full_precision
+def dice_cost(probabilities: Tensor, targets: Tensor, eps: float = 1e-3, form: str = "squared") -> Tensor:
+    """Dice of every pair: (..., N, P) and (G, P) -> (..., N, G). squared: minus the dice coefficient, in [-1, 0];
+    linear: one minus it, in [0, 1], as the two families of segmenters have it."""
+    overlap = 2 * (probabilities @ targets.T)
+    if _is_squared(form):
+        own = probabilities.square().sum(-1, keepdim=True) + eps
+        return -overlap / (own + (targets.square().sum(-1) + eps))
+    return 1 - (overlap + eps) / (probabilities.sum(-1, keepdim=True) + targets.sum(-1) + eps)
+
+
+def _is_squared(form: str) -> bool:
+    if form not in ("squared", "linear"):
+        raise UserError(f"The form of dice must be `squared` or `linear`, got `{form}`.")
+    return form == "squared"
+
+
+@_full_precision
+def mask_cost(probabilities: Tensor, targets: Tensor) -> Tensor:
+    """Minus the share of agreement, -(p t + (1 - p)(1 - t)): (..., N, P) and (G, P) -> (..., N, G) in [-1, 0]."""
+    agreement = probabilities @ targets.T + (1 - probabilities) @ (1 - targets).T
+    return -agreement / probabilities.shape[-1]
+
+
+@_full_precision
+def box_l1_cost(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Sum of absolute differences of the four numbers: (..., N, 4) and (G, 4) -> (..., N, G)."""
+    return torch.cdist(boxes, targets.expand(*boxes.shape[:-2], *targets.shape), p=1)
+
+
+@_full_precision
+def box_giou_cost(boxes: Tensor, targets: Tensor) -> Tensor:
+    """Minus the generalized IoU of x1, y1, x2, y2 boxes: (..., N, 4) and (G, 4) -> (..., N, G) in [-1, 1]."""
+    return -generalized_box_iou(boxes.reshape(-1, 4), targets).reshape(*boxes.shape[:-1], len(targets))
+
+
+@_full_precision
+def giou_loss(boxes: Tensor, targets: Tensor) -> Tensor:
+    """One minus the generalized IoU of matched x1, y1, x2, y2 boxes: (M, 4) and (M, 4) -> (M,)."""
+    return generalized_box_iou_loss(boxes, targets, reduction="none")

@@ -10,9 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .loss_terms import dice_cost, dice_loss, focal_cost, mask_cost, sigmoid_focal_loss
-from .losses import LayerOutput, Normalizers, check_labels
-from .matching import LabelGuide, hungarian
+from .losses import (
+    LayerOutput,
+    Normalizers,
+    check_labels,
+    dice_cost,
+    dice_loss,
+    focal_cost,
+    mask_cost,
+    sigmoid_focal_loss,
+)
+from .matching import LabelGuide, Pairs, hungarian, pair_up
 from .padding import is_padded, valid_cells
 from .torchvision_ops import sigmoid_focal_loss as dense_focal_loss
 
@@ -26,27 +34,6 @@ class KNetStageOutput(LayerOutput):
     """
 
     small_masks: Tensor | None = None
-
-
-@dataclass
-class Pairs:
-    """Matched pairs of the initial masks and of the S stages, M of each, in order of image and query.
-
-    int64 on the device. image (M,); query (1 + S, M); target (1 + S, M): the place among the masks of the batch.
-    """
-
-    image: Tensor
-    query: Tensor
-    target: Tensor
-
-    @classmethod
-    def of(cls, matches: list[list[tuple[Tensor, Tensor]]], targets: list[Tensor], device: torch.device) -> "Pairs":
-        first = [sum(len(target) for target in targets[:i]) for i in range(len(targets))]
-        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(matches[0])])
-        query = [torch.cat([query for query, _ in match]) for match in matches]
-        target = [torch.cat([target + first[i] for i, (_, target) in enumerate(match)]) for match in matches]
-        table = torch.stack([image, *query, *target]).to(device)  # one transfer
-        return cls(table[0], table[1 : 1 + len(matches)], table[1 + len(matches) :])
 
 
 @torch.no_grad()
@@ -147,8 +134,8 @@ class KNetLoss:
             losses = {
                 "semantic": self._semantic(semantic_logits, targets, labels, matches[0], valid, normalizers.cells)
             }
-            pairs = Pairs.of(matches, targets, device)
-            divisor = max(len(pairs.image), 1) if normalizers.masks is None else normalizers.masks
+            pairs = pair_up(matches, [len(target) for target in targets], device)
+            divisor = max(pairs.query.shape[1], 1) if normalizers.masks is None else normalizers.masks
             losses.update(self._mask_terms(masks, torch.cat(targets), pairs, valid, divisor))
             losses.update(self._class_terms(layers, torch.cat(labels), pairs, text_logits, divisor))
         return losses, matches[1:]
@@ -211,16 +198,16 @@ class KNetLoss:
     def _mask_terms(self, masks, targets, pairs: Pairs, valid: Tensor | None, divisor) -> dict[str, Tensor]:
         """Cross-entropy and dice of the matched masks of the kernel head and of all stages in one go."""
         names = ["initial_mask", "initial_dice"], *([f"mask_{s}", f"dice_{s}"] for s in range(len(masks) - 1))
-        if len(pairs.image) == 0:
+        if pairs.query.numel() == 0:
             return {name: mask.float().sum() * 0 for pair, mask in zip(names, masks, strict=True) for name in pair}
-        logits = torch.stack([mask[pairs.image, query] for mask, query in zip(masks, pairs.query, strict=True)])
+        logits = torch.stack([mask[pair] for mask, pair in zip(masks, zip(pairs.image, pairs.query), strict=True)])
         logits, target = logits.float().flatten(2), targets.flatten(1)[pairs.target]  # (1 + S, M, cells)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
         probability = logits.sigmoid()
         if valid is None:
             cross_entropy = cross_entropy.mean(-1)
         else:
-            inside = valid.flatten(1)[pairs.image]
+            inside = valid.flatten(1)[pairs.image[0]]
             cross_entropy = (cross_entropy * inside).sum(-1) / inside.sum(-1)
             probability = probability * inside
         cross_entropy = self.mask_weight * cross_entropy.sum(1) / divisor
@@ -235,8 +222,7 @@ class KNetLoss:
         """Focal loss of all kernels of every stage."""
         logits = torch.stack([layer.class_logits for layer in layers])
         wanted = torch.full(logits.shape[:3], logits.shape[3], dtype=torch.int64, device=logits.device)
-        stages = torch.arange(len(layers), device=logits.device)[:, None]
-        wanted[stages, pairs.image[None], pairs.query[1:]] = labels[pairs.target[1:]]
+        wanted[pairs.layer[:-1], pairs.image[1:], pairs.query[1:]] = labels[pairs.target[1:]]
         heads = [("class", self.class_weight, logits)]
         if text_logits is not None:
             heads.append(("text_class", self.text_class_weight, torch.stack(list(text_logits))))

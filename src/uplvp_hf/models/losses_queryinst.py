@@ -10,9 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .loss_terms import box_giou_cost, box_l1_cost, dice_loss, focal_cost, giou_loss, sigmoid_focal_loss
-from .losses import LayerOutput, Normalizers, check_labels
-from .matching import LabelGuide, hungarian
+from .losses import (
+    LayerOutput,
+    Normalizers,
+    box_giou_cost,
+    box_l1_cost,
+    check_labels,
+    dice_loss,
+    focal_cost,
+    giou_loss,
+    sigmoid_focal_loss,
+)
+from .matching import LabelGuide, Pairs, hungarian, pair_up
 from .prompts import tight_boxes
 from .roi import crop_masks
 
@@ -32,20 +41,6 @@ class QueryInstStageOutput(LayerOutput):
     deltas: Tensor
     attended: Tensor
     roi_mask_logits: Tensor | None = None
-
-
-@dataclass
-class Pairs:
-    """Matched pairs of all S stages, M of each stage, in order of image and query: (S, M) int64 on the device.
-
-    stage, image, query; target: the place among the masks of the whole batch; label: its class.
-    """
-
-    stage: Tensor
-    image: Tensor
-    query: Tensor
-    target: Tensor
-    label: Tensor
 
 
 # (stage among those supervised, image (M,), query (M,)) -> mask logits (M, K, S, S) in the boxes of these queries.
@@ -102,16 +97,16 @@ class QueryInstLoss:
         if label_guide is not None:
             costs = [label_guide(cost, i) for i, cost in enumerate(costs)]
         matches = hungarian(costs)
-        pairs = pair_up(matches, class_labels, device)
+        pairs, labels = pair_up(matches, [len(own) for own in class_labels], device), torch.cat(class_labels)
         # Outside of the terms: the mask heads may run under autocast.
         masks = [predict_masks(stage, pairs.image[stage], pairs.query[stage]) for stage in range(len(layers))]
         with torch.autocast(device.type, enabled=False):  # it would multiply in half precision
-            terms = {"class": self.class_weight * self._class_term(logits, pairs)}
+            terms = {"class": self.class_weight * self._class_term(logits, labels, pairs)}
             if texts is not None:
-                terms["text_class"] = self.text_class_weight * self._class_term(texts, pairs)
+                terms["text_class"] = self.text_class_weight * self._class_term(texts, labels, pairs)
             terms.update(self._box_terms(boxes, torch.cat(target_boxes), factors, pairs))
             targets = mask_targets(mask_labels, boxes.detach(), limits, pairs, masks[0].shape[-1])
-            terms["mask"] = self.mask_weight * self._mask_term(masks, targets, pairs)
+            terms["mask"] = self.mask_weight * self._mask_term(masks, targets, labels[pairs.target])
         known = None if normalizers is None else normalizers.masks
         divisor = torch.as_tensor(pairs.query.shape[1] if known is None else known).clamp(min=1)
         return {
@@ -139,45 +134,30 @@ class QueryInstLoss:
             costs.append(cost + self.giou_cost * box_giou_cost(boxes[:, i], targets))
         return costs
 
-    def _class_term(self, logits: Tensor, pairs: Pairs) -> Tensor:
+    def _class_term(self, logits: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
         """Focal loss summed over images, queries and classes: (S, B, N, K) -> (S,)."""
-        labels = torch.full(logits.shape[:3], logits.shape[-1], dtype=torch.int64, device=logits.device)
-        labels[pairs.stage, pairs.image, pairs.query] = pairs.label
-        return sigmoid_focal_loss(logits, labels, self.focal_alpha, self.focal_gamma).sum((1, 2, 3))
+        wanted = torch.full(logits.shape[:3], logits.shape[-1], dtype=torch.int64, device=logits.device)
+        wanted[pairs.layer, pairs.image, pairs.query] = labels[pairs.target]
+        return sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma).sum((1, 2, 3))
 
     def _box_terms(self, boxes: Tensor, target_boxes: Tensor, factors: Tensor, pairs: Pairs) -> dict[str, Tensor]:
         """L1 over image sizes and GIoU of matched boxes, summed over pairs: (S,) each."""
         if pairs.query.shape[1] == 0:
             nothing = boxes.sum((1, 2, 3)) * 0
             return {"box": nothing, "giou": nothing}
-        predicted, target = boxes[pairs.stage, pairs.image, pairs.query], target_boxes[pairs.target]  # (S, M, 4)
+        predicted, target = boxes[pairs.layer, pairs.image, pairs.query], target_boxes[pairs.target]  # (S, M, 4)
         factor = factors[pairs.image]
         difference = (predicted / factor - target / factor).abs().sum((1, 2))
         overlap = giou_loss(predicted.flatten(0, 1), target.flatten(0, 1)).view(predicted.shape[:2]).sum(1)
         return {"box": self.box_weight * difference, "giou": self.giou_weight * overlap}
 
-    def _mask_term(self, masks: list[Tensor], targets: Tensor, pairs: Pairs) -> Tensor:
+    def _mask_term(self, masks: list[Tensor], targets: Tensor, labels: Tensor) -> Tensor:
         """Dice loss of the channel of the true class, summed over pairs: per stage (M, K, S, S) -> (S,)."""
         terms = []
-        for logits, target, label in zip(masks, targets, pairs.label, strict=True):
+        for logits, target, label in zip(masks, targets, labels, strict=True):
             own = logits[torch.arange(len(label), device=label.device), label].float().sigmoid()
             terms.append(dice_loss(own.flatten(1), target.flatten(1), self.dice_eps).sum())
         return torch.stack(terms)
-
-
-def pair_up(matches: list[list[tuple[Tensor, Tensor]]], class_labels: list[Tensor], device: torch.device) -> Pairs:
-    """The assignments as index tensors, brought to the device in one piece."""
-    offsets = [0]
-    for labels in class_labels:
-        offsets.append(offsets[-1] + len(labels))
-    rows = []
-    for stage, match in enumerate(matches):
-        query = torch.cat([query for query, _ in match])
-        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(match)])
-        target = torch.cat([target + offsets[i] for i, (_, target) in enumerate(match)])
-        rows.append(torch.stack([torch.full_like(query, stage), image, query, target]))
-    stage, image, query, target = torch.stack(rows, dim=1).to(device)
-    return Pairs(stage, image, query, target, torch.cat(class_labels)[target])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -113,3 +114,31 @@ def hungarian(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
         [tuple(torch.as_tensor(part, dtype=torch.int64) for part in solved[i][layer]) for i in range(len(costs))]
         for layer in range(layers)
     ]
+
+
+@dataclass
+class Pairs:
+    """Matched pairs of L layers, M of each layer, in order of image and query: (L, M) int64 each.
+
+    layer, image, query; target: the place among the targets of the whole batch.
+    """
+
+    layer: Tensor
+    image: Tensor
+    query: Tensor
+    target: Tensor
+
+
+def pair_up(matches: list[list[tuple[Tensor, Tensor]]], counts: list[int] | None, device: torch.device) -> Pairs:
+    """The assignments as index tensors, brought to the device in one piece.
+
+    counts: targets of every image; None leaves the place of a target among those of its own image.
+    """
+    offsets = [0] * len(matches[0]) if counts is None else [sum(counts[:i]) for i in range(len(counts))]
+    rows = []
+    for layer, match in enumerate(matches):
+        query = torch.cat([query for query, _ in match])
+        image = torch.cat([torch.full_like(query, i) for i, (query, _) in enumerate(match)])
+        target = torch.cat([target + offset for offset, (_, target) in zip(offsets, match, strict=True)])
+        rows.append(torch.stack([torch.full_like(query, layer), image, query, target]))
+    return Pairs(*torch.stack(rows, dim=1).to(device))

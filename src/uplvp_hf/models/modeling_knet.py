@@ -15,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .backbones import build_backbone
+from .backbones import FeaturePyramid, build_backbone
 from .configuration_knet import KNetConfig
-from .fpn import FeaturePyramid
+from .layers_knet import KernelHead, KNetStage, SemanticPyramid
 from .losses import Normalizers
 from .losses_knet import KNetLoss, KNetStageOutput, count_cells
-from .modules_knet import KernelHead, KNetStage, SemanticPyramid
 from .padding import is_padded, padding_masked, upsample, valid_cells
 from .query_segmenter import Inject, QueryNetwork, QuerySegmenter
 from .remote_code import SavesItsCode

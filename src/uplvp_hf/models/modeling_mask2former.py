@@ -15,7 +15,8 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 from .backbones import build_backbone
 from .deformable_attention import use_deformable_attention
-from .losses import LayerOutput, MaskClassificationLoss, Normalizers
+from .losses import LayerOutput, Normalizers
+from .losses_mask2former import MaskClassificationLoss
 from .padding import extend_edges, is_padded, padding_masked, upsample, valid_cells
 from .point_sampling import mask_products
 from .query_segmenter import Inject, QuerySegmenter

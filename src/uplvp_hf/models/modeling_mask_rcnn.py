@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from transformers import PreTrainedModel
 
-from .backbones import build_backbone
+from .backbones import FeaturePyramid, build_backbone
 from .configuration_mask_rcnn import MaskRcnnConfig
 from .errors import UserError
-from .fpn import FeaturePyramid
 from .layers_mask_rcnn import POOLED, build_heads, build_proposals, init_mask_rcnn_weights
 from .losses import Normalizers, check_labels
 from .padding import extend_edges, padding_masked

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from .backbones import build_backbone
+from .backbones import FeaturePyramid, build_backbone
 from .configuration_queryinst import QueryInstConfig
-from .fpn import FeaturePyramid
 from .layers_queryinst import DynamicMaskHead, QueryInstStage, init_queryinst_weights
 from .losses_queryinst import QueryInstLoss, QueryInstStageOutput
 from .padding import extend_edges, is_padded, padding_masked

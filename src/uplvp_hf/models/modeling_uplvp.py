@@ -21,9 +21,10 @@ from transformers import PreTrainedModel
 
 from .configuration_uplvp import UplvpConfig
 from .errors import UserError
-from .losses import Draw, LayerOutput, Normalizers, kernel_supervision
+from .losses import LayerOutput, Normalizers, kernel_supervision
 from .matching import guidance, label_guide, match_prompts
 from .modeling_base_uplvp import UplvpPreTrainedModel
+from .point_sampling import Draw
 from .prompts import PromptFusion, Prompts, inject_prompts, kept_prompts, pool_prompts
 from .query_segmenter import SegmenterOutput
 from .text_head import TextHeads, checked_text_features
@@ -70,7 +71,6 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
                 num_labels=config.num_labels,
                 text_dim=config.text_dim,
                 channels=wanted,
-                form=config.text_form,
                 temperature=config.text_temperature,
                 no_object=self.segmenter.has_no_object,
                 prior=0.01,
@@ -111,8 +111,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         if prompts is None or self.config.prompt_matching == "none":
             return None
         if self.config.prompt_slots is not None:
-            fill = prompts.shared_slots if self.config.prompt_slots_shared else prompts.to_slots
-            prompts = fill(self.config.prompt_slots)
+            prompts = prompts.to_slots(self.config.prompt_slots)
         return match_prompts(queries, prompts.vectors, prompts.valid, self.config.prompt_matching), prompts
 
     def injection(self, match: Tensor, prompts: Prompts, draw: Draw | None) -> Callable[[Tensor], Tensor]:

@@ -40,24 +40,6 @@ class Prompts:
         vectors = self.vectors.gather(1, chosen[..., None].expand(-1, -1, self.vectors.shape[-1]))
         return Prompts(vectors, self.valid.gather(1, chosen), self.source.gather(1, chosen))
 
-    def shared_slots(self, slots: int) -> "Prompts":
-        """Reproduces a defect of the released code, for comparisons with what it recorded: as `to_slots`, but every
-        image takes its prompts from the start of the list of the whole batch, so from the first images.
-
-        An image without prompts counts as one prompt of zeros in that list, and gets prompts of others all the same.
-        `source` is -1 throughout.
-        """
-        zero = self.vectors.new_zeros((1, self.vectors.shape[-1]))
-        own = [row[known] if known.any() else zero for row, known in zip(self.vectors, self.valid, strict=True)]
-        every, filled = torch.cat(own), []
-        for rows in own:
-            count = min(len(rows), slots)
-            runs = every[:count].repeat_interleave(slots // count, dim=0)
-            filled.append(torch.cat([runs, every[: slots - len(runs)]]))
-        vectors = torch.stack(filled)
-        valid = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-        return Prompts(vectors, valid, torch.full(valid.shape, -1, device=valid.device))
-
     def of_mask(self, count: int) -> Tensor:
         """The prompt of every pseudo mask 0..count-1 of the images, -1 for none: (B, count) int64."""
         table = self.source.new_full((len(self.source), count + 1), -1)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .errors import UserError
-from .losses import Draw, LayerOutput, Normalizers
+from .losses import LayerOutput, Normalizers
 from .matching import LabelGuide
+from .point_sampling import Draw
 from .transfer import TransferReport, transfer_weights
 
 # (queries (B, N, D), features as `encode` gives them, number of the stage) -> the queries that enter the stage.

@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .torchvision_ops import roi_align
 
@@ -114,33 +113,6 @@ class PyramidPooler(nn.Module):
         """Mean of the samples of every cell: (M, C, side * ratio, side * ratio) -> (M, C, side, side)."""
         shape = (*samples.shape[:2], self.side, self.sampling_ratio, self.side, self.sampling_ratio)
         return samples.reshape(shape).mean((3, 5))  # unlike pooling, it keeps no samples for the gradient
-
-    def sample(self, maps: list[Tensor], boxes: Tensor, sizes: Tensor | None = None) -> Tensor:
-        """As `forward` for boxes (B, N, 4), with gradients for the boxes too: (B * N, C, side, side).
-
-        Slower: all boxes from all levels. Gradients as of bilinear interpolation at the samples; none through the
-        choice of the level, nor where a sample is at or beyond the end of the map.
-        """
-        level = self.levels_of(boxes.detach().flatten(0, 1), len(maps))
-        pooled = 0
-        for index, map_ in enumerate(maps):
-            batch, channels, height, width = map_.shape
-            stride = self.finest_stride * 2**index
-            end = map_.new_tensor([height, width]).expand(batch, 2) if sizes is None else (sizes / stride).ceil()
-            grids, inside = [], []
-            for axis, cells in ((1, height), (0, width)):
-                place = self._places(boxes[..., axis::2].to(map_.dtype), stride)  # (B, N, count)
-                last = end[:, 1 - axis, None, None]
-                inside.append((place >= -1) & (place <= last))
-                grids.append((2 * place.clamp(min=0).minimum(last - 1) + 1) / cells - 1)
-            rows, columns = grids[0][..., :, None], grids[1][..., None, :]
-            grid = torch.stack(torch.broadcast_tensors(columns, rows), dim=-1)  # (B, N, count, count, 2)
-            values = F.grid_sample(map_, grid.flatten(1, 2), padding_mode="border", align_corners=False)
-            values = values.view(batch, channels, *grid.shape[1:4]).transpose(1, 2)  # (B, N, C, count, count)
-            kept = (inside[0][..., :, None] & inside[1][..., None, :])[:, :, None]
-            values = self._means(torch.where(kept, values, 0.0).flatten(0, 1))
-            pooled = pooled + torch.where((level == index)[:, None, None, None], values, 0.0)
-        return pooled
 
     def _places(self, ends: Tensor, stride: int | Tensor) -> Tensor:
         """Where samples lie between two ends in pixels, (..., 2) -> (..., side * ratio), in cells from the first."""

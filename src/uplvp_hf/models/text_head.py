@@ -2,7 +2,7 @@
 
 Source: the released "clip" variant of UPLVP (arXiv 2405.13388), which trains such a head beside the ordinary one, with
 its own loss and matching cost, and drops it afterwards. There the visual side is rectified and not normalized, and no
-temperature or prior bias is applied; here both sides have unit length unless `form="reference"` asks for the original.
+temperature or prior bias is applied; here both sides have unit length.
 """
 
 import math
@@ -18,18 +18,17 @@ from .errors import UserError
 class TextHead(nn.Module):
     """Logits (B, N, K) of queries (B, N, D), or (B, N, K + 1) with a learned "no object" logit last.
 
-    cosine: cos(norm(W q), t_k) / temperature + bias, the temperature and the bias being learned. reference:
-    relu(norm(W q)) . t_k. Text features are an argument: all stages share them.
+    cos(norm(W q), t_k) / temperature + bias, the temperature and the bias being learned. Text features are an argument:
+    all stages share them.
     """
 
-    def __init__(self, channels: int, text_dim: int, form: str, temperature: float, no_object: bool, prior: float):
+    def __init__(self, channels: int, text_dim: int, temperature: float, no_object: bool, prior: float):
         super().__init__()
-        self.form, self.temperature, self.prior = form, temperature, prior
+        self.temperature, self.prior = temperature, prior
         self.projection = nn.Linear(channels, text_dim, bias=False)
         self.norm = nn.LayerNorm(text_dim)
-        learned = form == "cosine"
-        self.log_scale = nn.Parameter(torch.empty(())) if learned else None
-        self.bias = nn.Parameter(torch.empty(())) if learned and not no_object else None
+        self.log_scale = nn.Parameter(torch.empty(()))
+        self.bias = None if no_object else nn.Parameter(torch.empty(()))
         self.no_object = nn.Parameter(torch.empty(())) if no_object else None
 
     @torch.no_grad()
@@ -37,8 +36,7 @@ class TextHead(nn.Module):
         init.xavier_uniform_(self.projection.weight)
         init.ones_(self.norm.weight)
         init.zeros_(self.norm.bias)
-        if self.log_scale is not None:
-            init.constant_(self.log_scale, -math.log(self.temperature))
+        init.constant_(self.log_scale, -math.log(self.temperature))
         if self.bias is not None:  # sigmoid of a cosine of 0 is the prior (focal loss, arXiv 1708.02002)
             init.constant_(self.bias, -math.log((1 - self.prior) / self.prior))
         if self.no_object is not None:
@@ -48,12 +46,8 @@ class TextHead(nn.Module):
         """queries (B, N, D), text_features (K, text_dim) of unit length. Float32."""
         visual = self.norm(self.projection(queries.to(self.projection.weight.dtype))).float()
         with torch.autocast(queries.device.type, enabled=False):
-            if self.form == "reference":
-                logits = visual.relu() @ text_features.float().T
-            else:
-                cosine = F.normalize(visual, dim=-1) @ text_features.float().T
-                logits = cosine * self.log_scale.float().exp()
-                logits = logits if self.bias is None else logits + self.bias.float()
+            logits = F.normalize(visual, dim=-1) @ text_features.float().T * self.log_scale.float().exp()
+            logits = logits if self.bias is None else logits + self.bias.float()
             if self.no_object is not None:
                 logits = torch.cat([logits, self.no_object.float().expand(*logits.shape[:-1], 1)], dim=-1)
         return logits

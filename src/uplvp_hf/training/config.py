@@ -126,7 +126,6 @@ class ModelSettings(Settings):
         "text embeddings of the class names, a file of scripts/embed_classes.py: pre-trains with an additional class "
         "head on them",
     )
-    text_form: str | None = setting(None, f"form of that head; {OF_INIT}")
     text_temperature: float | None = setting(None, f"initial temperature of that head; {OF_INIT}")
 
 

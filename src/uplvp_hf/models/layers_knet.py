@@ -12,8 +12,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerSinePositionEmbedding
 
+from .backbones import ConvNormAct
 from .configuration_knet import KNetConfig
-from .fpn import ConvNormAct
 from .padding import is_padded, upsample, valid_cells
 
 
