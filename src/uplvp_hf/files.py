@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 @contextmanager
 def writing(path: str | os.PathLike[str], *drafts: str) -> Iterator[None]:
-    """Around code that writes `path`: a failed write, such as on a full disk, is an OSError that names a file.
+    """For code that writes `path`: turns a failed write, such as on a full disk, into an OSError that names the file.
 
     Python leaves the name out when a write fails after the file was opened; safetensors raises an error of its own.
     drafts: names of temporary files, in place of which `path` is named.
@@ -36,7 +36,7 @@ def writing(path: str | os.PathLike[str], *drafts: str) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
-    """A stream (text is UTF-8) for a draft beside `path`, which is synced and renamed at the end of the block.
+    """Opens a draft beside `path` (text is UTF-8), which is synced and renamed to `path` at the end of the block.
 
     Makes the folder if needed. When the block or a write fails, `path` stays as it was and no draft is left. Raises
     OSError naming `path`.
@@ -57,24 +57,24 @@ def replacing(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes UTF-8 in one step, as `replacing`."""
+    """Writes UTF-8 text in one step, see `replacing`."""
     with replacing(path) as stream:
         stream.write(text)
 
 
 def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 2) -> None:
-    """As `write_text`; ValueError for numbers that JSON cannot hold (nan)."""
+    """Writes JSON as `write_text` does. Raises ValueError for numbers that JSON cannot hold (nan)."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Any]) -> None:
-    """One JSON value a line, as `write_text`."""
+    """Writes one JSON value per line, as `write_text` does."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager
 def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
-    """A draft folder beside `output`, which takes its name at the end of the block: complete or not at all.
+    """Makes a draft folder beside `output`, which becomes `output` at the end of the block: complete or not at all.
 
     Raises FileExistsError when `output` exists and is not an empty folder.
     """
@@ -92,7 +92,7 @@ def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def usual_rights(folder: str | os.PathLike[str]) -> None:
-    """Gives the safetensors in a folder the rights that its other files get: they are written for their owner alone."""
+    """Gives the safetensors in a folder the access rights of its other files: they are written for their owner only."""
     for file in Path(folder).glob("*.safetensors"):
         file.chmod(Path(folder).stat().st_mode & 0o666)
 

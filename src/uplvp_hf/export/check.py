@@ -1,4 +1,4 @@
-"""How far the outputs of an exported model are from those of the model itself."""
+"""Measures how far the outputs of an exported model are from those of the model itself."""
 
 from __future__ import annotations
 

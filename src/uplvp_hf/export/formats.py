@@ -1,4 +1,4 @@
-"""Writing an exported model: the graph, the classes, the image processor and what it takes to run it, in one folder."""
+"""Writes an exported model to one folder: the graph, the classes, the image processor and what is needed to run it."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class TensorModel(nn.Module):
 
 
 def canvas_of(processor: Any, longest_edge: int | None = None) -> tuple[int, int]:
-    """(height, width) that holds every image which `processor` resizes, a multiple of its `size_divisor`.
+    """The smallest (height, width) that holds every image that `processor` resizes, in multiples of its `size_divisor`.
 
     longest_edge: in place of the processor's own size, which has to be given where it is not bounded (a shortest edge
     alone). Raises UserError without such a bound.

@@ -1,4 +1,4 @@
-"""The model card, filled from what a run left in its folder. Nothing is claimed that no file says."""
+"""Fills the model card from what a run left in its folder. Every claim comes from a file."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _facts(architecture: str, segmenter: dict[str, Any], processor: dict[str, An
 
 
 def _results(repo_id: str, summary: dict[str, Any], metrics_file: str | os.PathLike | None) -> dict[str, Any] | None:
-    """What the card says about accuracy: of `uplvp evaluate` if it was run, else of the training's last evaluation."""
+    """The card's accuracy: the numbers of `uplvp evaluate` if it was run, else of the last evaluation in training."""
     settings = summary.get("settings") or {}
     if metrics_file is not None:
         measured = read_json(Path(metrics_file), what="`uplvp evaluate` writes it")

@@ -20,7 +20,7 @@ class HubError(UserError, OSError):
 
 @contextmanager
 def hub_errors(repo_id: str) -> Iterator[None]:
-    """Around calls of `huggingface_hub`: refusals of the Hub and errors of the connection leave as `HubError`.
+    """For calls of `huggingface_hub`: turns refusals of the Hub and errors of the connection into `HubError`.
 
     ValueErrors, such as for a card whose metadata cannot be read, stay as they are.
     """

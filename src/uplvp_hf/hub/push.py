@@ -1,4 +1,4 @@
-"""A trained model as a Hub repository: weights, settings, code and card in one folder, and that folder uploaded."""
+"""Makes a Hub repository of a trained model: weights, settings, code and card in one folder, which is then uploaded."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def check_inside(file: Path, folder: Path) -> None:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises UserError unless it has the form USER/NAME, in letters that the Hub takes."""
+    """Raises UserError unless the id has the form USER/NAME in characters that the Hub accepts."""
     if repo_id.count("/") != 1:
         raise UserError(f"repo id {repo_id!r} is not of the form USER/NAME.")
     try:
@@ -188,7 +188,7 @@ def _add_license(model_dir: Path, folder: Path, license: str) -> None:
 
 
 def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.PathLike]) -> list[tuple[str, str]]:
-    """Example images of at most 1024 pixels and what the model finds in them, for the widget."""
+    """Adds example images of at most 1024 pixels, and what the model finds in them, for the widget."""
     if not examples:
         return []
     from uplvp_hf.data import InstanceDataset, Row, empty_objects, open_image

@@ -1,4 +1,4 @@
-"""What a run left in its folder about itself, as rows of a card: data, split, settings, time, hardware, labels.
+"""Reads what a run recorded about itself, as rows of a card: data, split, settings, time, hardware, labels.
 
 Of paths only the last part is shown: folders of somebody's machine are nobody's business.
 """
@@ -34,18 +34,18 @@ def read_json(path: Path, optional: bool = False, what: str = "a model folder ho
 
 
 def public(value: Any) -> str:
-    """The last part of a path; anything else as it is."""
+    """Reduces a path to its last part, and leaves any other value as it is."""
     text = str(value)
     return Path(text).name if os.sep in text and not is_repository(text) else text
 
 
 def plain(text: Any) -> str:
-    """A name of somebody's data as text of a card: in one line, without a meaning for Markdown's tables or HTML."""
+    """Escapes a name from a user's data for a card: one line, with no meaning in Markdown tables or HTML."""
     return " ".join(str(text).split()).replace("<", "&lt;").replace("|", "\\|")
 
 
 def is_repository(name: str) -> bool:
-    """Whether it is written like USER/NAME of the Hub, and is no folder here, nor a missing one beside others."""
+    """Whether a name looks like USER/NAME on the Hub and is neither a local folder nor a missing one beside others."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not os.path.isdir(os.path.dirname(name))
 
 
@@ -111,7 +111,7 @@ def _split(split: dict[str, Any]) -> str | None:
 
 
 def _steps(summary: dict[str, Any]) -> str | None:
-    """Steps that were taken, epochs if they were asked for, and of which step the weights are, if not of the last."""
+    """The steps taken, the epochs if they were asked for, and the step of the weights if it is not the last."""
     optim, taken = _section(summary, "optim"), summary.get("steps")
     steps, epochs = taken or optim.get("steps"), optim.get("epochs")
     text = [] if steps is None else [str(steps)]
@@ -122,7 +122,7 @@ def _steps(summary: dict[str, Any]) -> str | None:
 
 
 def settings_yaml(summary: dict[str, Any]) -> str | None:
-    """All settings of the run as YAML, without the output folder and the folders of paths."""
+    """All settings of the run as YAML, without the output folder and with paths reduced to their last part."""
     settings = summary.get("settings")
     if not settings:
         return None
@@ -136,7 +136,7 @@ def settings_yaml(summary: dict[str, Any]) -> str | None:
 
 
 def earlier_stages(summary: dict[str, Any]) -> list[tuple[str, Rows]]:
-    """(title, rows) of what the run built on, as far as its folders are still here: pre-training, then its labels."""
+    """(title, rows) of what the run built on, if the folders still exist: the pre-training, then its labels."""
     init = _section(summary, "model").get("init")
     stages: list[tuple[str, Rows]] = []
     before = read_json(Path(init) / "training_summary.json", optional=True) if init and os.path.isdir(init) else {}

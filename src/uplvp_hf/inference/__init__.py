@@ -1,4 +1,4 @@
-"""Predicting: a model called on images, files, folders, addresses; large images in tiles; exported models."""
+"""Prediction on images, files, folders and addresses, in tiles for large images, with trained or exported models."""
 
 from .instances import Instances
 from .onnx_runtime import OnnxSegmenter

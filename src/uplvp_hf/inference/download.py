@@ -1,4 +1,4 @@
-"""Images from http and https addresses: bounded in time, bytes and redirects, and refused when they are none."""
+"""Downloads images from http and https addresses, with limits on time, bytes and redirects; refuses other files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The instances of one image, and the forms that they are wanted in."""
+"""The instances of one image, and conversions to the forms that users want."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Instances:
         return len(self.rle)
 
     def __getitem__(self, chosen: Any) -> Instances:
-        """Some of them: a slice, a list of positions, or a bool tensor (N,)."""
+        """Selects instances by a slice, a list of positions, or a bool tensor (N,)."""
         places = torch.arange(len(self))[torch.as_tensor(chosen) if isinstance(chosen, list) else chosen].tolist()
         if not isinstance(places, list):
             places = [places]
@@ -58,7 +58,7 @@ class Instances:
         )
 
     def above(self, threshold: float) -> Instances:
-        """Those with at least this score."""
+        """The instances with at least this score."""
         return self[self.scores >= threshold]
 
     def mask(self, index: int) -> np.ndarray:
@@ -70,14 +70,14 @@ class Instances:
         return (self.mask(index) for index in range(len(self)))
 
     def masks(self) -> np.ndarray:
-        """(N, height, width) bool: N images in memory; `iter_masks` needs one."""
+        """(N, height, width) bool. All N masks are in memory at once; `iter_masks` holds one."""
         stack = np.zeros((len(self), *self.size), dtype=bool)
         for index, mask in enumerate(self.iter_masks()):
             stack[index] = mask
         return stack
 
     def areas(self) -> np.ndarray:
-        """(N,) int64 numbers of pixels."""
+        """The number of pixels of every mask, (N,) int64."""
         return rle_areas(self.rle)
 
     def to_coco(self, image_id: int | str = 0, first_id: int = 1) -> list[dict[str, Any]]:

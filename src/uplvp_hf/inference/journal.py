@@ -1,4 +1,4 @@
-"""Results of a long run as they come: a line an image, kept when the run is killed and used by the next one."""
+"""Keeps the results of a long run as they come, one line per image, so that a killed run can be resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 
 class Journal:
-    """`predictions.partial.jsonl` of a folder, until `finish` makes `predictions.json` of it.
+    """The file `predictions.partial.jsonl` of a folder, which `finish` turns into `predictions.json`.
 
     Args:
         folder: made if needed.
@@ -81,7 +81,7 @@ class Journal:
         return set(self.places)
 
     def add(self, row: Row, annotations: list[dict[str, Any]]) -> None:
-        """Notes an image as done. In the hands of the system when this returns: a killed process loses nothing."""
+        """Records an image as done. On return the operating system has the line: a killed process loses nothing."""
         image = {"id": row["image_id"], **{key: row[key] for key in ("file_name", "width", "height")}}
         line = json.dumps({"source": fingerprint(row), "image": image, "annotations": annotations}, allow_nan=False)
         with writing(self.file), open(self.file, "ab") as stream:
@@ -107,7 +107,7 @@ class Journal:
 
 
 def fingerprint(row: Row) -> list[Any]:
-    """What tells that an image is the same as at the run before: path, bytes and time of change, or the address."""
+    """Identifies an image between runs: by path, size in bytes and time of change, or by its address."""
     name = row["file_name"]
     if name.startswith(("http://", "https://")):
         return [name]
@@ -116,7 +116,7 @@ def fingerprint(row: Row) -> list[Any]:
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """A whole line's content, or None for one that was cut off."""
+    """The content of a line, or None if it was cut off."""
     if not line.endswith(b"\n"):
         return None
     try:

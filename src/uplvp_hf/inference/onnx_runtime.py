@@ -1,4 +1,4 @@
-"""An exported ONNX model that post-processing and `predict_dataset` take for the model itself."""
+"""An exported ONNX model that can take the model's place in post-processing and `predict_dataset`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trained model as something to call on images: `load(...)`, then `predict(...)`."""
+"""A trained model to call on images: `load(...)`, then `predict(...)`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to predict: files, folders, patterns and addresses as rows of a dataset, with a bound on pixels."""
+"""Turns files, folders, patterns and addresses into rows to predict, with a limit on pixels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _inside: list[int | None] = []  # Pillow's own bound, once for every block that 
 
 @contextmanager
 def pixels_unbounded() -> Iterator[None]:
-    """Pillow's own bound, which warns first and refuses later, set aside: sizes are checked here.
+    """Disables Pillow's own limit, which first warns and then refuses; sizes are checked here instead.
 
     It is one for the whole process: blocks of several threads may overlap, the last to end restores it.
     """
@@ -148,7 +148,7 @@ def _rows_of_files(files: Sequence[tuple[str | Path | ImageError, str]]) -> Inst
 
 
 def _fetch_all(urls: Sequence[str], folder: str | os.PathLike[str] | None, limits: Limits) -> dict:
-    """File of every address, or the ImageError that came in place of it."""
+    """The downloaded file for every address, or the ImageError that came instead."""
     if urls and folder is None:
         raise UserError(f"{urls[0]}: addresses need a folder for downloads.")
 

@@ -62,7 +62,7 @@ class Tiles:
         return [*windows, whole] if self.full else windows
 
     def _starts(self, length: int) -> list[int]:
-        """Evenly spread, the last one flush with the end."""
+        """Start positions, evenly spread, the last window flush with the end."""
         if length <= self.size:
             return [0]
         step = max(1, math.floor(self.size * (1 - self.overlap)))
@@ -92,7 +92,7 @@ class _Piece:
 
 
 def place_rle(rle: dict[str, Any], window: Window, width: int, height: int) -> dict[str, Any]:
-    """Run lengths of a window (its own size) -> those of the image that it was cut from (width, height)."""
+    """Converts the run lengths of a window into those of the image (width, height) that it was cut from."""
     x1, y1, x2, y2 = window
     if (x2 - x1, y2 - y1) == (width, height):
         return rle
@@ -115,7 +115,7 @@ def place_rle(rle: dict[str, Any], window: Window, width: int, height: int) -> d
 def merge_windows(
     found: Sequence[tuple[Window, dict[str, Any]]], width: int, height: int, tiles: Tiles
 ) -> dict[str, Any]:
-    """Results of the windows of one image, each in the pixels of its window, as one result of the image.
+    """Merges the results of the windows of one image, each in its window's pixels, into one result for the image.
 
     found: (window, {"scores", "labels", "boxes", "rle"}) as `predict_dataset` yields them. Masks of one instance are
     united, and it gets their best score and the box around them; an instance of one piece keeps its box, moved.
@@ -156,7 +156,7 @@ def _pieces(window: Window, result: dict[str, Any], width: int, height: int) -> 
 
 
 def _grouped(pieces: list[_Piece], width: int, height: int, agreement: float) -> list[list[int]]:
-    """Indices of pieces that are one instance, by agreement of pairs and what follows from it; best piece first."""
+    """Groups pieces that are one instance, transitively over agreeing pairs; the best piece comes first."""
     leader = list(range(len(pieces)))
 
     def find(index: int) -> int:
@@ -191,7 +191,7 @@ def _neighbors(pieces: list[_Piece]) -> list[tuple[int, int]]:
 
 
 def _agree(first: _Piece, second: _Piece, width: int, height: int, agreement: float) -> bool:
-    """Whether the masks agree within both windows. Where they meet is in both, because each lies in its own."""
+    """Whether two masks agree within the part that both windows saw, which holds their whole intersection."""
     seen = first.area_in(second.window, width, height) + second.area_in(first.window, width, height)
 
     def enough(both: float) -> bool:

@@ -1,4 +1,4 @@
-"""From the micro-batches of a step to the arguments of the model."""
+"""Turns the micro-batches of a step into arguments of the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..models.modeling_uplvp import UplvpPreTrainedModel
 
 
 def model_inputs(batch: dict, device: torch.device, stage: str) -> dict:
-    """What the model of this stage is called with, on the device, masks as dense tensors."""
+    """The arguments for the model of this stage, on the device, with masks as dense tensors."""
     inputs = {key: batch[key].to(device, non_blocking=True) for key in ("pixel_values", "pixel_mask")}
     for key in ("class_labels", "prompt_scores"):
         inputs[key] = [item.to(device, non_blocking=True) for item in batch[key]]
@@ -23,7 +23,7 @@ def model_inputs(batch: dict, device: torch.device, stage: str) -> dict:
 def effective_normalizers(
     model: UplvpPreTrainedModel, accelerator: Accelerator, micro_batches: list[dict]
 ) -> Normalizers:
-    """Divisors over the whole effective batch, so that accumulated gradients equal those of one large batch."""
+    """Divisors over the whole effective batch, with which accumulated gradients equal those of one large batch."""
     masks = [masks for batch in micro_batches for masks in batch["mask_labels"]]
     counts = [len(one) for one in masks]
     # Divisors that have to be counted from the masks are left to the loss where it sees the whole batch.

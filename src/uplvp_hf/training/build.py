@@ -1,4 +1,4 @@
-"""From settings to what a run needs: data, model, image processor."""
+"""Builds what a run needs from its settings: data, model, image processor."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _check_images(dataset: InstanceDataset, which: str) -> None:
 
 
 def with_image_settings(settings: TrainSettings) -> TrainSettings:
-    """`data.size`, `image_mean` and `image_std` filled in: from the processor of `model.init`, else 512 and ImageNet's.
+    """Fills in `data.size`, `image_mean` and `image_std` from the processor of `model.init`, else 512 and ImageNet's.
 
     Raises ConfigError when the mean or deviation given is not the one that the checkpoint was trained with.
     """
@@ -87,7 +87,7 @@ def with_image_settings(settings: TrainSettings) -> TrainSettings:
 
 
 def _processor_settings(init: str | None) -> dict:
-    """What `preprocessor_config.json` of a checkpoint holds; nothing where there is none."""
+    """The content of a checkpoint's `preprocessor_config.json`, or nothing if there is none."""
     if init is None:
         return {}
     try:
@@ -186,7 +186,7 @@ _METHOD = sorted({item.name for item in dataclasses.fields(ModelSettings)} & set
 
 
 def _method(model: ModelSettings) -> dict:
-    """Settings of the method that were given."""
+    """The settings of the method that the user gave."""
     given = {name: getattr(model, name) for name in _METHOD if getattr(model, name) is not None}
     if model.text_features is not None:
         given["text_dim"] = _text_features(model.text_features)[0].shape[1]
@@ -194,7 +194,7 @@ def _method(model: ModelSettings) -> dict:
 
 
 def _for_queries(model: ModelSettings) -> list[str]:
-    """Settings of the pre-training of queries that were given, as words of a message."""
+    """The given settings that only concern the pre-training of queries, as words for a message."""
     names = sorted({*_METHOD, "text_features"} - {"class_agnostic"})
     return [f"`model.{name}`" for name in names if getattr(model, name) is not None]
 
@@ -208,7 +208,7 @@ def _text_features(path: str) -> tuple[torch.Tensor, list[str]]:
 
 
 def _check_baseline(settings: TrainSettings) -> None:
-    """Raises ConfigError for settings that a Mask R-CNN has no use for: it has no queries."""
+    """Raises ConfigError for settings that need queries, which a Mask R-CNN does not have."""
     if settings.stage == "pretrain":
         raise ConfigError(
             "A `mask_rcnn` has no queries, so it cannot be pre-trained with prompts: fine-tune it from a backbone "
@@ -268,7 +268,7 @@ def _refuse_unknown_names(given: dict, kind: type[PreTrainedConfig], prefix: str
 
 
 def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel:
-    """From one of our checkpoints, or from a segmenter's. Prints what was kept."""
+    """Starts from one of our checkpoints, or from a segmenter's, and logs what was kept."""
     from transformers import AutoConfig
 
     id2label, category_ids = classes_of(settings, train)
@@ -297,7 +297,7 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
 
 
 def _differences(wanted: dict, found: dict, prefix: str) -> list[str]:
-    """Settings of `wanted` that `found` has otherwise."""
+    """The settings in which `found` differs from `wanted`."""
     unlike = []
     for key, value in wanted.items():
         if isinstance(value, dict) and isinstance(found.get(key), dict):

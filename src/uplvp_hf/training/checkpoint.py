@@ -77,7 +77,7 @@ class new_folder:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder; killed in the middle, it leaves none that looks whole."""
+    """Removes a folder in such a way that a kill in the middle never leaves one that looks complete."""
     torn = path.with_name(f".{path.name}.old.tmp")
     shutil.rmtree(torn, ignore_errors=True)
     os.replace(path, torn)
@@ -118,7 +118,7 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _fault(path: Path) -> str | None:
-    """What is missing or cut in a checkpoint."""
+    """What is missing or truncated in a checkpoint, or None."""
     try:
         state = json.loads((path / _STATE).read_text())
         files = state["files"]

@@ -188,7 +188,7 @@ class EvaluationSettings(Settings):
 
 @dataclass
 class CheckpointSettings(Settings):
-    """What is kept of a run."""
+    """Which checkpoints of a run are kept."""
 
     every: int = setting(100, "steps between checkpoints, 0 for none but the final model", least=0)
     keep: int = setting(1, "how many of the newest stay", least=1)

@@ -31,7 +31,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the weights as they are now. Call it after every update of them."""
+        """Adds the present weights to the average. Call it after every update."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._average, [value.float() for value in self._values()], 1 - decay)
         self.updates += 1
@@ -42,7 +42,7 @@ class WeightAverage:
         return {name: whole_like(average, parameter) for name, average, parameter in named}
 
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Goes on from what `tensors` gave. Raises UserError when other parameters are trained now."""
+        """Restores what `tensors` gave. Raises UserError when other parameters are trained now."""
         if sorted(tensors) != sorted(self.names):
             unlike = sorted(set(tensors) ^ set(self.names))
             raise UserError(f"The average was taken over other parameters, for example not both have {unlike[0]}.")
@@ -52,13 +52,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """The weights become the averages, rounded to their dtype."""
+        """Overwrites the weights with the averages, rounded to their dtype."""
         for value, average in zip(self._values(), self._average, strict=True):
             value.copy_(average)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the block the model has the averages; afterwards the very weights from before."""
+        """Puts the averages into the model within the block, and restores the exact weights afterwards."""
         kept = [value.clone() for value in self._values()]
         self.copy_to_model()
         try:

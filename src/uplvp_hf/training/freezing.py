@@ -1,4 +1,4 @@
-"""What of a backbone is not trained, and which of its modules stay in evaluation mode."""
+"""Decides which parts of a backbone are not trained, and which of its modules stay in evaluation mode."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .config import ConfigError, ModelSettings
 
 
 def freeze_backbone(backbone: nn.Module, settings: ModelSettings, size: int) -> None:
-    """Takes the gradient from what `freeze_backbone` and `freeze_stages` name, and from what no map depends on.
+    """Freezes what `freeze_backbone` and `freeze_stages` name, and whatever no feature map depends on.
 
     size: side of an image to try it on, pixels. Raises ConfigError when the backbone does not give the map of the last
     stage that is to be frozen.

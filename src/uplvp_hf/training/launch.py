@@ -64,7 +64,7 @@ def hardware(accelerator: Accelerator) -> str:
 
 
 def _leave_process_group() -> None:
-    """Without this a process may abort at its very end.
+    """Leaves the process group; without this a process may abort at its very end.
 
     A thread of the group that lets go of Python objects while the interpreter ends is stopped in the middle of C++,
     which calls `terminate`. So models that hold the group go first, then the group, and its threads get time to end.

@@ -174,7 +174,7 @@ class _Run:
                 yield step, [next(batches) for _ in range(count)]
 
     def _step(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
-        """One update, with the model and the rates as they are to be in this step. Returns the loss terms."""
+        """Sets up model and learning rates for this step and makes one update. Returns the loss terms."""
         settings = self.settings
         training_mode(self.plain, settings.model.freeze_backbone_norm)
         self.plain.set_progress(step * self._images_per_step() / len(self.samples))
@@ -219,7 +219,7 @@ class _Run:
         return totals
 
     def _scaled_step(self) -> bool:
-        """Lets the scaler of float16 make the step. Returns whether it did: with overflown gradients it does not."""
+        """Lets the float16 scaler make the step. Returns whether it did: it skips steps whose gradients overflowed."""
         scale = self.scaler.get_scale()
         self.scaler.unscale_(self.optimizer)
         self._clip()
@@ -228,14 +228,14 @@ class _Run:
         return self.scaler.get_scale() >= scale
 
     def _overflow(self, step: int, micro_batches: list[dict]) -> None:
-        """Overflows are normal until the scaler has found its scale. Below 1 it is the gradients that are at fault."""
+        """Counts an overflow. These are normal until the scaler has found its scale; below 1 the gradients are at fault."""
         if self.scaler.get_scale() < 1:
             self._skip(step, micro_batches)
         else:
             self.result.overflows += 1
 
     def _sync(self, last: bool) -> AbstractContextManager:
-        """Gradients are exchanged with the last micro-batch only."""
+        """Lets the processes exchange gradients with the last micro-batch only."""
         if self.weights.spread:
             self.model.set_requires_gradient_sync(last)
             return nullcontext()
@@ -265,7 +265,7 @@ class _Run:
         self.log.write(step, {f"val_{key}": metrics[key] for key in ("AP", "AP50", "AP75", "training_seconds")})
 
     def _report(self, step: int, bar: tqdm) -> None:
-        """Means over the steps since the last line that were not skipped."""
+        """Logs the means over the steps since the last line, without those that were skipped."""
         means = self.means.take()
         total = [sum(means.values())] if means else []
         loss = {"loss": total[0]} if means else {}
@@ -377,7 +377,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def _facts(self) -> dict:
-        """Of the summary, what only the run knows."""
+        """The entries of the summary that only the run knows."""
         return {
             "images": len(self.samples),
             "parameters_trained": sum(p.numel() for p in self.plain.parameters() if p.requires_grad),

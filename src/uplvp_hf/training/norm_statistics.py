@@ -1,4 +1,4 @@
-"""Running statistics of batch norms, which a forward pass changes even when its step is then left out."""
+"""Protects the running statistics of batch norms, which a forward pass changes even if its step is then skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class NormStatistics:
         self._kept = [buffer.clone() for buffer in self._live]
 
     def keep(self) -> None:
-        """Takes them as they are now."""
+        """Copies the present statistics."""
         if self._live:
             torch._foreach_copy_(self._kept, self._live)
 

@@ -1,4 +1,4 @@
-"""Training on one batch over and over: a loss that does not fall then says that labels, loss or rates are wrong."""
+"""Trains on one batch over and over: if the loss does not fall, then labels, loss or learning rates are wrong."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def on_one_batch(settings: TrainSettings) -> TrainSettings:
 
 
 def describe_one_batch(image_ids: list, settings: TrainSettings) -> None:
-    """Says what is trained on and what to expect."""
+    """Logs what the run trains on and what to expect."""
     logger.info(
         "Every step trains on the same %d images (%s), without augmentation. The loss should fall by more than "
         "%d %% within a few hundred steps; if it does not, look at the masks of these images, then raise optim.lr "

@@ -67,7 +67,7 @@ def learning_rate_factor(step: int, settings: OptimSettings) -> float:
 
 
 def with_steps(settings: TrainSettings, images: int, processes: int) -> TrainSettings:
-    """`optim.epochs`, if set, as `optim.steps`: as many whole steps as are needed to show every image so often."""
+    """Converts `optim.epochs`, if set, into `optim.steps`: the number of whole steps that show every image so often."""
     optim = settings.optim
     if optim.epochs is None:
         return settings

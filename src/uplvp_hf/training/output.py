@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, and with which settings it may be gone on with."""
+"""The output folder of a run: which run it belongs to, and with which settings it may be resumed."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _record(settings: TrainSettings) -> dict:
 
 
 def _filled(record: dict, defaults: dict) -> dict:
-    """A record with the settings that were added since it was written, as they then worked: by default."""
+    """Completes an older record with the settings that were added since, at their defaults."""
     merged = {**defaults, **record}
     for key, value in defaults.items():
         if isinstance(value, dict) and isinstance(record.get(key), dict):
@@ -90,7 +90,7 @@ def _filled(record: dict, defaults: dict) -> dict:
 
 
 def _differences(before: dict, after: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """(key, text) of every setting that is not the same."""
+    """(key, text) for every setting that differs."""
     found = []
     for key in {**before, **after}:
         old, new = before.get(key), after.get(key)

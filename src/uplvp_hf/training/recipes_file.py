@@ -84,7 +84,7 @@ def _find(name: str, beside: Path) -> Path:
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
-    """The file at `path` over its bases; `above`: the files whose bases led here."""
+    """Reads the file at `path` and merges it over its bases. `above`: the files whose bases led here."""
     file = path.resolve()
     if file in above:
         circle = " -> ".join(str(one) for one in (*above[above.index(file) :], file))

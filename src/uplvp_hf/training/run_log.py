@@ -1,4 +1,4 @@
-"""What a run tells while it goes: `log.jsonl` in its folder, and a tracker such as TensorBoard."""
+"""What a run reports while it trains: `log.jsonl` in its folder, and a tracker such as TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from .config import TrainSettings
 
 
 class RunLog:
-    """One line of JSON a report, and the same numbers to the tracker. Written by the main process."""
+    """Writes one line of JSON per report, and the same numbers to the tracker, in the main process."""
 
     def __init__(self, settings: TrainSettings, accelerator: Accelerator):
         self.settings, self.accelerator = settings, accelerator
         self.path = Path(settings.output) / "log.jsonl"
 
     def start(self, step: int) -> None:
-        """Goes on after `step`: what was logged later, by a run that was stopped, is dropped from log and curves."""
+        """Continues after `step`: drops from log and curves what a stopped run logged later."""
         if self.accelerator.is_main_process and self.path.is_file():
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
             write_text(self.path, "".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
@@ -52,20 +52,20 @@ class LossMeans:
         self._updates = 0
 
     def add(self, terms: dict[str, Tensor]) -> None:
-        """The terms of an update; none for one that was skipped."""
+        """Adds the terms of an update, which are empty if it was skipped."""
         self._updates += bool(terms)
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def take(self) -> dict[str, float]:
-        """The means by name, empty when every update was skipped; starts afresh. All processes call it."""
+        """Returns the means by name (empty when every update was skipped) and starts afresh. All processes call it."""
         self._gather()
         means = {name: (value / self._updates).item() for name, value in self._sums.items()}
         self._sums, self._updates = {}, 0
         return means
 
     def state(self) -> dict:
-        """What `load` goes on from. All processes call it."""
+        """The state that `load` restores. All processes call it."""
         self._gather()
         return {"terms": {name: value.item() for name, value in self._sums.items()}, "counted": self._updates}
 

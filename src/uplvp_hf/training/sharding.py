@@ -1,4 +1,4 @@
-"""Weights spread over processes (FSDP2), and whole tensors back from them.
+"""Spreads weights over processes (FSDP2) and gathers whole tensors from them.
 
 Accelerate shards on accelerators only; torch's own `fully_shard`, which it calls there, works on the CPU too. So it is
 called here directly, and what the tests run on two CPU processes is what runs on GPUs. Parameters stay `nn.Parameter`s
@@ -36,17 +36,17 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory."""
+    """The part of a tensor that this process holds, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor. Of a spread one, every process has to ask for it at the same time."""
+    """The whole tensor. If it is spread, all processes have to call this at the same time."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_like(part: Tensor, parameter: Tensor) -> Tensor:
-    """The whole of what a process holds as `part`, spread as `parameter` is; another dtype is fine."""
+    """Gathers the whole tensor of which this process holds `part`, spread like `parameter`; the dtype may differ."""
     if not isinstance(parameter, DTensor):
         return part
     shape, stride = parameter.shape, parameter.stride()
@@ -55,7 +55,7 @@ def whole_like(part: Tensor, parameter: Tensor) -> Tensor:
 
 
 def spread_like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor, the same on every process, on the device of `parameter` and spread as it is."""
+    """Spreads a whole tensor, the same on every process, like `parameter` and on its device."""
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return value

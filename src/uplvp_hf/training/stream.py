@@ -1,4 +1,4 @@
-"""The endless stream of training samples: which image comes when is a function of the seed alone."""
+"""The endless stream of training samples. The order of the images depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .config import TrainSettings
 
 
 class SampleKeys(Sampler):
-    """Lists of (epoch, index), one a micro-batch of this process, from update `start` to `steps`.
+    """Yields one list of (epoch, index) per micro-batch of this process, from update `start` to `steps`.
 
     Every epoch is a permutation drawn from (seed, epoch). All processes walk through the same order, each taking its
     share of every effective batch, so an image is seen once an epoch whatever the number of processes.

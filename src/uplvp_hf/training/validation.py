@@ -1,4 +1,4 @@
-"""Evaluation during training: when, on which weights, and what follows from it (best model, early end)."""
+"""Evaluation during training: when, on which weights, and with what consequences (best model, early end)."""
 
 from __future__ import annotations
 
@@ -77,20 +77,20 @@ class Validation:
         )
 
     def is_exhausted(self, evaluations: dict[int, dict]) -> bool:
-        """Whether the last `evaluation.patience` evaluations brought no better AP than one before."""
+        """Whether none of the last `evaluation.patience` evaluations improved the best AP."""
         patience = self.settings.evaluation.patience
         since = sum(step > best_step(evaluations) for step in evaluations)
         return bool(patience) and since >= patience
 
     def start(self, step: int) -> None:
-        """Drops best models that a stopped run found after the `step` that this one goes on from."""
+        """Drops best models that a stopped run found after `step`, from which this run continues."""
         if self.accelerator.is_main_process:
             for found, folder in self._kept().items():
                 if found > step:
                     remove_folder(folder)
 
     def prune(self, evaluations: dict[int, dict]) -> None:
-        """Removes best models that were surpassed, as far as no checkpoint goes back to before that."""
+        """Removes best models that were surpassed, unless a checkpoint goes back to the time before that."""
         steps = [int(path.name.rsplit("-", 1)[1]) for path in list_checkpoints(self.output)]
         upto = [{k: v for k, v in evaluations.items() if k <= step} for step in steps]
         needed = {best_step(some) for some in (*upto, evaluations) if some}
@@ -131,7 +131,7 @@ def evaluation_steps(settings: TrainSettings, images: int, processes: int) -> se
 
 
 def best_step(evaluations: dict[int, dict]) -> int:
-    """The step of best AP; of equal ones the first."""
+    """The step with the best AP; the first of equal ones."""
     return max(evaluations, key=lambda step: (_score(evaluations[step]), -step))
 
 

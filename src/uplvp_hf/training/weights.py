@@ -34,14 +34,14 @@ class RunWeights:
         self.average = WeightAverage(self.plain, settings.optim.ema) if settings.optim.ema else None
 
     def as_trained(self) -> UplvpPreTrainedModel:
-        """A whole model with the weights as they are trained, to be saved. All processes call it."""
+        """A whole model with the weights that are being trained, for saving. All processes call it."""
         if self._whole is None:
             return self.plain
         self._whole.load_state_dict(whole_state(self.plain))
         return self._whole
 
     def take_from(self, load) -> None:
-        """Weights of a checkpoint: `load(model)` puts them into a whole model."""
+        """Takes over the weights of a checkpoint: `load(model)` puts them into a whole model."""
         load(self._whole or self.plain)
         if self._whole is not None:
             load_whole_state(self.plain, self._whole.state_dict())
@@ -67,7 +67,7 @@ class RunWeights:
             whole.to("cpu")
 
     def finish(self) -> UplvpPreTrainedModel:
-        """The whole model with the weights to use, for good: training ends here. All processes call it."""
+        """Returns the whole model with the weights to use, which ends the training. All processes call it."""
         if self._whole is not None:
             return self._averaged_whole()
         if self.average is not None:
@@ -84,7 +84,7 @@ class RunWeights:
         return whole
 
     def _share_buffers(self) -> None:
-        """Every process has seen other images: the statistics of the main one, which are saved, are taken by all."""
+        """Gives all processes the batch-norm statistics of the main one, which are saved; each saw other images."""
         if self.accelerator.num_processes > 1:
             for buffer in self.plain.buffers():
                 torch.distributed.broadcast(buffer, 0)
