@@ -228,7 +228,7 @@ class _Run:
         return self.scaler.get_scale() >= scale
 
     def _overflow(self, step: int, micro_batches: list[dict]) -> None:
-        """Counts an overflow. These are normal until the scaler has found its scale; below 1 the gradients are at fault."""
+        """Counts an overflow: normal until the scaler has found its scale; below 1 the gradients are at fault."""
         if self.scaler.get_scale() < 1:
             self._skip(step, micro_batches)
         else:
