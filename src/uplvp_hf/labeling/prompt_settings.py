@@ -72,3 +72,60 @@ class ExamplesSettings(LookSettings):
 def look(settings: LookSettings) -> LookSettings:
     """The part of larger settings that says how a mask is looked at."""
     return LookSettings(**{item.name: getattr(settings, item.name) for item in fields(LookSettings)})
+
+
+@dataclass(frozen=True)
+class KeptMasksSettings(Settings):
+    """Which of the masks that a network made are kept."""
+
+    min_area: float = setting(0.0, "share of the image", least=0, most=1)
+    max_area: float = setting(1.0, "share of the image", least=0, most=1)
+    mask_nms: float = setting(
+        0.7, "mask IoU above which the worse of two masks is dropped, whatever their classes", least=0, most=1
+    )
+    top: int = setting(100, "most masks of an image, best scores first", least=1)
+
+
+@dataclass(frozen=True)
+class ConceptSettings(KeptMasksSettings):
+    """Masks of what words name, by SAM 3."""
+
+    threshold: float = setting(
+        0.5, "score that an instance needs, its query's times the class's presence", least=0, most=1
+    )
+    mask_threshold: float = setting(0.5, "probability that a pixel needs", above=0, below=1)
+    phrases_per_pass: int = setting(8, "phrases that are looked for in one pass of the decoder", least=1)
+
+
+@dataclass(frozen=True)
+class BoxesSettings(KeptMasksSettings):
+    """Boxes of a zero-shot detector or a file, turned into masks by a SAM."""
+
+    threshold: float | None = setting(
+        None,
+        "score that a box needs; none: .3 for Grounding DINO and OmDet-Turbo, .2 for OWL, 0 for boxes from a file",
+        least=0,
+        most=1,
+    )
+    box_nms: float = setting(
+        0.7, "box IoU above which the worse of two boxes is dropped, whatever their classes", least=0, most=1
+    )
+    phrases_per_pass: int | None = setting(
+        None,
+        "phrases that the detector is asked for at once; none: as many as its text takes, 20 for OmDet-Turbo",
+        least=1,
+    )
+    boxes_per_pass: int = setting(64, "boxes of an image that the SAM is asked for at once", least=1)
+    match: str = setting(
+        "auto",
+        "what ties the images of a boxes file to the labeled ones: the whole file name (or its last part where that is "
+        "unambiguous), the image id, or auto: the name, else the id of an image of equal size",
+        choices=("auto", "file_name", "image_id"),
+    )
+    categories: str | None = setting(None, "COCO json that names the categories of a list of boxes, which has ids only")
+    missing: str | None = setting(
+        None,
+        "images that a boxes file lacks are listed as failures (fail) or get no masks (empty); none: empty for lists "
+        "of boxes, which leave out images without any, otherwise fail",
+        choices=("fail", "empty"),
+    )

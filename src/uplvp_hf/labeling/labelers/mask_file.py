@@ -99,20 +99,30 @@ class MaskFileLabeler(LabelerBase):
             raise UserError("masks of a file are looked up by the rows of the images: pass rows")
         return [self._proposals(image, row) for image, row in zip(images, rows, strict=True)]
 
-    def _proposals(self, image: Image.Image, row: Row) -> Proposals:
-        size = (image.height, image.width)
+    def locate(self, image: Image.Image, row: Row) -> int | None:
+        """Index of the file's image for a dataset's row; None where the file has none and `missing` is "empty".
+
+        Raises DataError for an image that is missing or has another size in the file.
+        """
         index = self.find(row)
         if index is None:
             if self.missing == "fail":
                 raise DataError(f"is not in {self.dataset.name}", file=row["file_name"])
             self._absent.add(row["image_id"])
-            return Proposals.build([], [], size, labels=[])
+            return None
         known = _size(self.dataset[index])
         if known not in (None, image.size):
             raise DataError(
                 f"has {image.width}x{image.height} pixels, but {known[0]}x{known[1]} in {self.dataset.name}",
                 file=row["file_name"],
             )
+        return index
+
+    def _proposals(self, image: Image.Image, row: Row) -> Proposals:
+        size = (image.height, image.width)
+        index = self.locate(image, row)
+        if index is None:
+            return Proposals.build([], [], size, labels=[])
         objects = self.dataset[index]["objects"]
         order = np.argsort(-np.asarray(objects["score"], dtype=np.float64), kind="stable")
         masks: list[np.ndarray] = []

@@ -28,6 +28,22 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class ExampleImage:
+    """number: of the image in its dataset. covered: (H, W) bool, pixels that any annotation covers, crowd regions
+    included. masks: (H, W) bool of each example. labels: their classes."""
+
+    number: int
+    image: Image.Image
+    covered: np.ndarray
+    masks: list[np.ndarray] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+
+    def boxes(self) -> list[list[float]]:
+        """x1, y1, x2, y2 of each example."""
+        return masks_to_boxes(np.stack(self.masks)).tolist()
+
+
+@dataclass
 class Examples:
     """Annotated images, the classes that they have examples of, and what could not be used.
 
@@ -39,36 +55,30 @@ class Examples:
     names: list[str]
     notes: list[str] = field(default_factory=list)
 
-    def __iter__(self) -> Iterator[tuple[int, Image.Image, np.ndarray, np.ndarray, np.ndarray]]:
-        """Image by image: its number, the image, masks (N, H, W) and labels (N,) of its objects, and the pixels that
-        any annotation covers, crowd regions included (H, W)."""
-        for number in range(len(self.dataset)):
-            yield from self._read(number)
-
-    def _read(self, number: int) -> Iterator[tuple[int, Image.Image, np.ndarray, np.ndarray, np.ndarray]]:
-        objects = self.dataset[number]["objects"]
-        if not objects["category_id"]:
-            return
-        try:
-            image = self.dataset.load_image(number)
-        except DataError as error:
-            self.notes.append(f"the example image {self.dataset[number]['file_name']} cannot be read ({error.reason})")
-            return
+    def images(self) -> Iterator[ExampleImage]:
+        """The images that have usable examples, one after the other."""
         categories = {category["id"]: category["name"] for category in self.dataset.categories}
-        covered = np.zeros((image.height, image.width), dtype=bool)
-        masks, labels = [], []
-        for k, category in enumerate(objects["category_id"]):
-            try:
-                mask = self.dataset.mask(number, k)
-            except DataError as error:
-                self.notes.append(f"an example cannot be used: {error}")
+        for number, row in enumerate(self.dataset.rows):
+            if not row["objects"]["category_id"]:
                 continue
-            covered |= mask
-            if mask.any() and not objects["iscrowd"][k] and categories[category] in self.names:
-                masks.append(mask)
-                labels.append(self.names.index(categories[category]))
-        if masks:
-            yield number, image, np.stack(masks), np.array(labels), covered
+            try:
+                image = self.dataset.load_image(number)
+            except DataError as error:
+                self.notes.append(f"the example image {row['file_name']} cannot be read ({error.reason})")
+                continue
+            example = ExampleImage(number, image, np.zeros((image.height, image.width), dtype=bool))
+            for k, category in enumerate(row["objects"]["category_id"]):
+                try:
+                    mask = self.dataset.mask(number, k)
+                except DataError as error:
+                    self.notes.append(f"an example cannot be used: {error}")
+                    continue
+                example.covered |= mask
+                if mask.any() and not row["objects"]["iscrowd"][k] and categories[category] in self.names:
+                    example.masks.append(mask)
+                    example.labels.append(self.names.index(categories[category]))
+            if example.masks:
+                yield example
 
 
 def read_examples(
@@ -168,16 +178,16 @@ class ExamplesNamer:
         """Describe the examples and the ground around them, one image at a time."""
         vectors, labels, groups = [], [], []
         rest, rest_groups = [], []
-        for number, image, masks, classes, covered in self.examples:
-            vectors.append(self.features([image], [_unscored(masks)]))
-            labels.append(torch.from_numpy(classes))
-            groups += [number] * len(masks)
-            empty = ground_masks(masks, covered, self.config.ground, seed=number)
+        for example in self.examples.images():
+            masks = np.stack(example.masks)
+            vectors.append(self.features([example.image], [_unscored(masks)]))
+            labels += example.labels
+            groups += [example.number] * len(masks)
+            empty = ground_masks(masks, example.covered, self.config.ground, seed=example.number)
             if len(empty):
-                rest.append(self.features([image], [_unscored(empty)]))
-                rest_groups += [number] * len(empty)
-        have = {int(label) for part in labels for label in part}
-        lacking = [name for k, name in enumerate(self.names) if k not in have]
+                rest.append(self.features([example.image], [_unscored(empty)]))
+                rest_groups += [example.number] * len(empty)
+        lacking = [name for k, name in enumerate(self.names) if k not in labels]
         if lacking:
             raise UserError(
                 f"examples {self.examples.dataset.name}: no example of class {lacking[0]!r} can be read; "
@@ -185,7 +195,7 @@ class ExamplesNamer:
             )
         return Prototypes(
             torch.cat(vectors),
-            torch.cat(labels),
+            torch.tensor(labels),
             torch.tensor(groups),
             torch.cat(rest) if rest else None,
             torch.tensor(rest_groups),

@@ -1,0 +1,240 @@
+"""Boxes of a detector, a person or another program, turned into masks by a SAM."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import nms
+
+from ...data import DataError, InstanceDataset, Row, empty_objects
+from ...models.errors import UserError
+from ..cutting.proposals import Proposals, filter_proposals, mask_nms, top_k
+from ..encoders.text import split_synonyms
+from ..fingerprint import fingerprint
+from ..naming.crops import crop_box
+from ..naming.examples import Examples, read_examples
+from ..prompt_settings import BoxesSettings
+from ..protocol import LabelerBase
+from .box_segmenter import BoxSegmenter
+from .detectors import Boxes, load_detector
+from .mask_file import MaskFileLabeler, read_masks
+
+
+class BoxesLabeler(LabelerBase):
+    """Named boxes from a zero-shot detector or from a file, and a mask for each of them.
+
+    Args:
+        model: the SAM that turns boxes into masks, see `BoxSegmenter`.
+        settings, changes: see `BoxesSettings`.
+        detector: folder or Hub id, see `load_detector`. Either this or `boxes` has to be given.
+        entries: of a vocabulary, for the detector; phrases for one class are separated by commas.
+        boxes: a COCO JSON whose annotations have a `bbox`, a list of {"image_id", "category_id", "bbox"}, or whatever
+            else `read_masks` reads; its boxes are used and its masks are not.
+        examples: annotated images, for OWLv2: it also looks for what their crops show. Their classes come after those
+            of `entries` that they do not share.
+        device: where the networks run. dtype: of their weights; None: as stored.
+
+    A mask's score is the IoU that the SAM predicts for it, its confidence the score of its box, so that
+    `min_confidence` is about the box. Boxes are cut at the image; those that lie outside of it, or have no area, are
+    left out and counted in `notes`, as are images in which nothing was found.
+
+    Raises as `BoxSegmenter`, `load_detector` and `read_boxes` do, and UserError for both or none of detector and file.
+    """
+
+    name = "boxes"
+
+    def __init__(
+        self,
+        model: str,
+        settings: BoxesSettings | None = None,
+        detector: str | None = None,
+        entries: Sequence[str] = (),
+        boxes: str | os.PathLike[str] | InstanceDataset | None = None,
+        examples: str | os.PathLike[str] | InstanceDataset | Examples | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        **changes: Any,
+    ) -> None:
+        self.config = config = BoxesSettings.of(settings, **changes)
+        if (detector is None) == (boxes is None):
+            raise UserError("the boxes labeler needs either a detector (--detector) or a file of boxes (--masks)")
+        self.entries, self.detector, self.file = list(entries), None, None
+        phrases = [split_synonyms(entry) for entry in entries]
+        self.vocabulary = [names[0] for names in phrases]
+        self._origin: dict[str, Any] = {"detector": detector, "entries": self.entries}
+        licenses = []
+        if detector is not None:
+            crops = self._crops(examples)
+            phrases += [[] for _ in self.vocabulary[len(phrases) :]]
+            self.detector, known = load_detector(detector, phrases, crops, config.phrases_per_pass, device, dtype)
+            licenses.append((detector, known))
+        else:
+            dataset = read_boxes(boxes, config.categories)
+            self.file = MaskFileLabeler(dataset, match=config.match, missing=config.missing)
+            self.vocabulary = self.file.vocabulary
+            self._origin = {"content": fingerprint(boxes)}
+        self.segmenter = BoxSegmenter(model, device, dtype, config.boxes_per_pass)
+        licenses.append((self.segmenter.name, self.segmenter.license))
+        self.encoder_name = self.segmenter.name if detector is None else f"{detector} + {self.segmenter.name}"
+        known = [f"{text} ({name})" for name, text in licenses if text is not None]
+        self.license = ", ".join(known) or None
+        self._outside, self._empty = 0, 0
+
+    def _crops(self, examples: Any) -> list[tuple[Image.Image, int]]:
+        """A crop of each example, with its class; classes that are not in the vocabulary are added to it."""
+        if examples is None:
+            return []
+        examples = examples if isinstance(examples, Examples) else read_examples(examples)
+        self._origin["examples"] = fingerprint(examples.dataset)
+        self.vocabulary = self.vocabulary + [name for name in examples.names if name not in self.vocabulary]
+        crops = []
+        for example in examples.images():
+            for box, label in zip(example.boxes(), example.labels):
+                area = crop_box(box, example.image.width, example.image.height, 0.1)
+                crops.append((example.image.crop(area), self.vocabulary.index(examples.names[label])))
+        return crops
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the store's header; `content` is a hash of the file of boxes."""
+        return {**self._origin, "model": self.segmenter.name, **self.config.as_dict()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know after a run, one sentence each."""
+        texts = [] if self.file is None else list(self.file.notes)
+        if self._outside:
+            texts.append(f"{self._outside} boxes lie outside of their image or have no area, and were left out")
+        if self._empty:
+            texts.append(f"{self._empty} images have no box and got no masks")
+        return texts
+
+    def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
+        """One `Proposals` with labels and confidences an image, masks at the image's size."""
+        if self.file is None:
+            found = self.detector(images, self.config.threshold)
+        else:
+            if rows is None:
+                raise UserError("boxes of a file are looked up by the rows of the images: pass rows")
+            found = [self._from_file(image, row) for image, row in zip(images, rows, strict=True)]
+        found = [self._usable(image, boxes) for image, boxes in zip(images, found)]
+        masks = self.segmenter(images, [boxes.xyxy for boxes in found])
+        return [self._proposals(boxes, *made) for boxes, made in zip(found, masks)]
+
+    def _from_file(self, image: Image.Image, row: Row) -> Boxes:
+        index = self.file.locate(image, row)
+        objects = empty_objects() if index is None else self.file.dataset[index]["objects"]
+        keep = [k for k, crowd in enumerate(objects["iscrowd"]) if not crowd]
+        xywh = np.array([objects["bbox"][k] for k in keep], dtype=np.float32).reshape(-1, 4)
+        ids = self.file.dataset.category_ids
+        labels = np.array([ids.index(objects["category_id"][k]) for k in keep], dtype=np.int64)
+        scores = np.array([objects["score"][k] for k in keep], dtype=np.float32)
+        boxes = Boxes(np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1), scores, labels)
+        return boxes.take(scores >= (self.config.threshold or 0))
+
+    def _usable(self, image: Image.Image, boxes: Boxes) -> Boxes:
+        """Cut at the image, without empty ones and repetitions, the best first."""
+        limits = np.array([image.width, image.height] * 2, dtype=np.float32)
+        xyxy = boxes.xyxy.clip(0, limits)
+        inside = (xyxy[:, 2:] > xyxy[:, :2]).all(axis=1)
+        self._outside += int((~inside).sum())
+        boxes = Boxes(xyxy, boxes.scores, boxes.labels).take(inside)
+        kept = nms(torch.from_numpy(boxes.xyxy), torch.from_numpy(boxes.scores), self.config.box_nms).numpy()
+        self._empty += int(not len(kept))
+        return boxes.take(kept[: 2 * self.config.top])
+
+    def _proposals(self, boxes: Boxes, masks: np.ndarray, scores: np.ndarray) -> Proposals:
+        proposals = Proposals(masks, scores * boxes.scores, boxes.labels, boxes.scores)
+        filled = proposals.masks.any(axis=(1, 2))
+        proposals, scores = proposals.take(filled), scores[filled]
+        # Suppression goes by the product, which is also what a row's score will be.
+        places = Proposals(proposals.masks, proposals.scores, np.arange(len(proposals)), proposals.confidences)
+        places = filter_proposals(places, self.config.min_area, self.config.max_area)
+        places = top_k(mask_nms(places, self.config.mask_nms, agnostic=True), self.config.top)
+        order = places.labels
+        return Proposals(places.masks, scores[order], proposals.labels[order], places.confidences)
+
+
+def read_boxes(source: str | os.PathLike[str] | InstanceDataset, categories: str | None = None) -> InstanceDataset:
+    """Rows whose objects have a `bbox` (x, y, width, height in pixels), from JSON as detectors and people write it, or
+    from anything else that `read_masks` reads. Segmentations are not looked at.
+
+    Raises DataError naming the entry for a box that is not four finite numbers, an unknown image or category.
+    """
+    if isinstance(source, InstanceDataset):
+        return source
+    path = os.fspath(source)
+    if not path.lower().endswith(".json"):
+        return read_masks(path, categories)
+    content = _json(path)
+    entries, images = content, None
+    if isinstance(content, dict):
+        entries, images = content.get("annotations", []), content.get("images", [])
+    if not isinstance(entries, list):
+        raise DataError("is neither a COCO file nor a list of boxes", file=path)
+    rows: dict[Any, Row] = {}
+    for entry in images or []:
+        size = {"width": int(entry["width"]), "height": int(entry["height"])}
+        rows[entry["id"]] = Row(
+            image="", image_id=entry["id"], file_name=str(entry["file_name"]), objects=empty_objects(), **size
+        )
+    for place, entry in enumerate(entries):
+        _add_box(rows, entry, images is None, path, f"entry {place}")
+    named = content if images is not None else {} if categories is None else _json(categories)
+    return InstanceDataset(list(rows.values()), _categories(rows, named, categories or path, path), path)
+
+
+def _add_box(rows: dict[Any, Row], entry: Any, anywhere: bool, path: str, where: str) -> None:
+    """Put a box of a file into the row of its image."""
+    needed = ("image_id", "category_id", "bbox")
+    lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
+    if lacking:
+        raise DataError(f"has no {lacking[0]!r}", file=path, row=where, remedy=f"A box has {', '.join(needed)}.")
+    box, score = entry["bbox"], entry.get("score", 1.0)
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+        raise DataError(f"a bbox is four finite numbers, got {box!r:.80}", file=path, row=where)
+    if not _is_number(score) or not 0 <= score <= 1:
+        raise DataError(f"a score is a number from 0 to 1, got {score!r:.80}", file=path, row=where)
+    key = entry["image_id"]
+    if key not in rows:
+        if not anywhere:
+            raise DataError(f"names the image {key!r}, which the file does not list", file=path, row=where)
+        rows[key] = Row(image="", image_id=key, file_name=str(key), objects=empty_objects())
+    x, y, width, height = map(float, box)
+    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
+    values = {"segmentation": [corners], "category_id": entry["category_id"], "bbox": [x, y, width, height]}
+    values |= {"area": width * height, "iscrowd": int(entry.get("iscrowd", 0)), "score": float(score)}
+    for name, value in values.items():
+        rows[key]["objects"][name].append(value)
+
+
+def _categories(rows: dict[Any, Row], content: Any, source: str, path: str) -> list[dict[str, Any]]:
+    """The categories that `content` names; without any, those of the boxes, by their ids."""
+    used = sorted({number for row in rows.values() for number in row["objects"]["category_id"]})
+    known = {entry["id"]: str(entry["name"]) for entry in content.get("categories", [])}
+    if not known:
+        return [{"id": number, "name": str(number)} for number in used]
+    for number in used:
+        if number not in known:
+            raise DataError(f"names no category {number!r}, which a box of {path} has", file=source)
+    return [{"id": number, "name": name} for number, name in known.items()]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def _json(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            return json.load(stream)
+    except FileNotFoundError as error:
+        raise DataError("no such file", file=path) from error
+    except ValueError as error:
+        raise DataError(f"is not valid JSON ({error})", file=path) from error
