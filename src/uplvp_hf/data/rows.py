@@ -67,7 +67,8 @@ def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
     path = os.path.abspath(os.fspath(path))
     if not os.path.isdir(path):
         raise DataError("no such folder", file=path)
-    files, others = [], []
+    files: list[str] = []
+    others: list[str] = []
     for file in sorted(walk_files(path)):
         (files if has_image_suffix(file) else others).append(file)
     names = [os.path.relpath(file, path).replace(os.sep, "/") for file in files]

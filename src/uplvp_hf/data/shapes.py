@@ -39,7 +39,7 @@ class Shapes:
         if group not in (None, 0, "", "0") and outline is not None and key in self._groups:
             self._groups[key]["segmentation"].append(outline)
             return
-        entry = {"image_id": image_id, "category_id": category_id, PLACE: place}
+        entry: dict[str, Any] = {"image_id": image_id, "category_id": category_id, PLACE: place}
         entry |= {"bbox": box} if outline is None else {"segmentation": [outline]}
         self.annotations.append(entry)
         if outline is not None:

@@ -90,7 +90,8 @@ class InstanceSegmenter:
         the others go to `from_pretrained`.
         """
         source, settings = cls._source(name_or_dir, kwargs)
-        model = cls(cls._config_for(source, settings, dict(id2label), category_ids)).to(source.dtype)
+        config = cls._config_for(source, settings, dict(id2label), category_ids)
+        model = cls(config).to(source.dtype)  # type: ignore[call-arg]  # the constructor is PreTrainedModel's
         model.transfer_report = transfer_weights(source, model, class_head)
         return model
 
