@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uplvp_hf.data import DataError, InstanceDataset, Row, load_dataset_rows
-from uplvp_hf.data.check import check_dataset, format_report, object_faults
+from uplvp_hf.data import DataError, InstanceDataset, Row, load_dataset_rows, rle_areas
+from uplvp_hf.data.check import box_fault, check_dataset, format_report, object_faults
 from uplvp_hf.data.layouts import OFFICIAL_COUNTS
 from uplvp_hf.data.synthetic import write_scenes
 
@@ -85,6 +85,7 @@ def test_warnings_of_a_coco_file(make_coco, annotation):
     assert [(fault["row"], fault["reason"].split(";")[0]) for fault in report["warnings"]] == [
         ("annotations[1] (id 5)", "the id 5 occurs twice"),
         ("annotations[2] (id 6)", "a polygon reaches from x = -4 to 16 in an image of 40 px"),
+        ("row 0 (image id 10)", "2 objects are exact doubles of others in their image"),
     ]
 
 
@@ -99,22 +100,65 @@ def test_warnings_of_a_coco_file(make_coco, annotation):
         ({"area": -1.0}, "an area must be"),
         ({"segmentation": {"size": [3, 4], "counts": "0"}}, r"size \(height, width\) \[3, 4\]"),
         ({"segmentation": [[5, 5, 5, 5, 5, 5]]}, "no pixel"),
-        ({"bbox": [5, 5, 10]}, "a box must be"),
-        ({"bbox": [5, 5, float("inf"), 1]}, "a box must be"),
-        ({"bbox": [5, 5, -1, 1]}, "negative side"),
-        ({"bbox": [-3, 5, 18, 10]}, "reaches out of the 40x30 image"),
-        ({"bbox": [35, 5, 10, 10]}, "reaches out"),
-        ({"bbox": [15, 15, 10, 10]}, r"is not that of its mask, \[5.0, 5.0, 10.0, 10.0\]"),
-        ({"bbox": [4.6, 5.3, 10.2, 9.9]}, None),
+        ({"bbox": [5, 5, 10]}, None),
     ],
 )
 def test_objects(change, reason):
-    faults, area = object_faults({**GOOD, **change}, 30, 40, {7})
+    faults, rle = object_faults({**GOOD, **change}, 30, 40, {7})
     if reason is None:
-        assert faults == [] and area == 100
+        assert faults == [] and rle_areas([rle]) == 100
     else:
         (fault,) = faults
         assert re.search(reason, fault)
+
+
+@pytest.mark.parametrize(
+    ("bbox", "reason"),
+    [
+        ([5, 5, 10], "a box must be"),
+        ([5, 5, float("inf"), 1], "a box must be"),
+        ([5, 5, -1, 1], "negative side"),
+        ([-3, 5, 18, 10], "reaches out of the 40x30 image"),
+        ([35, 5, 10, 10], "reaches out"),
+        ([15, 15, 10, 10], r"is not that of its mask, \[5.0, 5.0, 10.0, 10.0\]"),
+        ([4.6, 5.3, 10.2, 9.9], None),
+    ],
+)
+def test_boxes(bbox, reason):
+    fault = box_fault(bbox, np.array([5.0, 5.0, 10.0, 10.0]), 30, 40)
+    assert fault is None if reason is None else re.search(reason, fault)
+
+
+@pytest.mark.parametrize("convention", ["corners", "center"])
+def test_a_convention_of_boxes_breaks_no_object(make_coco, annotation, convention):
+    box = [5, 5, 15, 15] if convention == "corners" else [15, 15, 12, 12]
+    low = [[25, 16, 35, 16, 35, 26, 25, 26]]
+    corners = [25, 16, 35, 26] if convention == "corners" else [35, 26, 12, 12]
+    report = report_of(make_coco([annotation(bbox=box), annotation(id=2, segmentation=low, bbox=corners)]))
+    assert report["broken"] == [] and report["instances"] == 2 and report["training"]["objects"] == 2
+    reasons = [fault["reason"] for fault in report["warnings"]]
+    assert len(reasons) == 1 and "boxes are not those of their masks" in reasons[0], "one message, not one an object"
+
+
+def test_exact_doubles_are_named(make_coco, annotation):
+    other = annotation(id=3, category_id=3)
+    folder = make_coco([annotation(), annotation(id=2), other], names=("a.png", "b.png", "c.png"))
+    (folder / "images" / "c.png").write_bytes((folder / "images" / "a.png").read_bytes())
+    report = report_of(folder)
+    assert [(fault["row"], fault["reason"]) for fault in report["warnings"]] == [
+        ("row 0 (image id 10)", "1 objects are exact doubles of others in their image; the first: objects 0 and 1"),
+        ("row 2 (image id 12)", "1 images are exact doubles of others; the first: c.png and a.png"),
+    ]
+    assert report["instances"] == 3
+
+
+def test_what_training_would_use(make_coco, annotation):
+    entries = [annotation(iscrowd=1), annotation(id=2), annotation(id=3, image_id=11, iscrowd=1)]
+    report = report_of(make_coco(entries, names=("a.png", "b.png", "c.png")))
+    used = report["training"]
+    assert (used["images"], used["objects"], used["classes"], used["images_without_objects"]) == (3, 1, 1, 2)
+    assert used["left_out"] == {"crowds (iscrowd = 1)": 2} and used["classes_without_objects"] == ["y"]
+    assert "2 objects: crowds" in format_report(report) and "No object shows 'y'" in format_report(report)
 
 
 def test_rows_without_a_reader(tmp_path):
@@ -155,7 +199,10 @@ def test_rows_that_are_made_when_asked_for(tmp_path):
     (fault,) = report["broken"]
     assert fault["file"].endswith("SegmentationObject/b.png") and fault["row"] == "row 1"
     assert report["images"] == 2 and report["instances"] == 2
-    assert [fault["reason"] for fault in report["warnings"]] == ["has 2 images, the published voc2007 val has 213"]
+    assert [fault["reason"] for fault in report["warnings"]] == [
+        "has 2 images, the published voc2007 val has 213",
+        "1 images are exact doubles of others; the first: JPEGImages/c.jpg and a.jpg",
+    ]
     assert OFFICIAL_COUNTS["voc2007 train"] + OFFICIAL_COUNTS["voc2007 val"] == OFFICIAL_COUNTS["voc2007 trainval"]
     assert OFFICIAL_COUNTS["voc2012 train"] + OFFICIAL_COUNTS["voc2012 val"] == OFFICIAL_COUNTS["voc2012 trainval"]
 

@@ -48,7 +48,7 @@ def _preview(arguments: argparse.Namespace) -> None:
             "write the set with `uplvp data convert --config ...` and preview that"
         )
     source = {"train": arguments.path, "train_split": arguments.split, "train_images": arguments.images}
-    source["train_format"] = arguments.format
+    source |= {"train_format": arguments.format, "crowds_as_objects": arguments.crowds_as_objects or None}
     words = [f"data.{key}={value}" for key, value in source.items() if value is not None]
     settings = load_settings(arguments.recipe, [*arguments.settings, *words, "data.val="])
     write_preview(settings, arguments.output, arguments.count)

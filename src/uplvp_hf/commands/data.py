@@ -60,7 +60,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="picks annotations/SPLIT.json, or a split of a published layout")
     parser.add_argument("--images", metavar="DIR", help="folder that the file names of a COCO file are relative to")
     parser.add_argument(
-        "--format", help="coco, cityscapes, ctw1500, voc, store, images, list or datasets (default: by its looks)"
+        "--format",
+        help="coco, cityscapes, ctw1500, voc, labelme, yolo, cvat, store, images, list or datasets; by its looks if "
+        "not given",
+    )
+    parser.add_argument(
+        "--crowds-as-objects", action="store_true", help="take objects with iscrowd = 1 for single objects"
     )
     parser.add_argument("--config", help="configuration of a dataset of the `datasets` library")
     add_verbosity(parser)
@@ -69,9 +74,11 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 def load_source(arguments: argparse.Namespace, **options: Any) -> InstanceDataset | RowStream:
     """The rows that the arguments of `add_source` mean."""
     from uplvp_hf.data import load_dataset_rows
+    from uplvp_hf.data.usage import crowds_as_objects
 
     given = {name: getattr(arguments, name) for name in ("images", "split", "format", "config")}
-    return load_dataset_rows(arguments.path, **given, **options)
+    dataset = load_dataset_rows(arguments.path, **given, **options)
+    return crowds_as_objects(dataset) if arguments.crowds_as_objects else dataset
 
 
 def _bar(arguments: argparse.Namespace) -> Callable[[Any], Any]:

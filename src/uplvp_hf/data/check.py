@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import warnings
@@ -16,6 +17,7 @@ from .errors import DataError, DataWarning, ImageError
 from .inputs import LIST_SUFFIXES
 from .layouts import OFFICIAL_COUNTS
 from .rle import rle_areas, rle_boxes, segmentation_to_rle
+from .usage import Usage
 
 AREAS = (32**2, 96**2)  # px: COCO's limits of small and medium objects
 _BOX_OVERLAP = 0.5  # IoU below which a box is not that of its mask
@@ -38,7 +40,8 @@ def check_dataset(
     Returns: name, official (the published split that it says it is), images, empty_images, instances, crowds,
     classes [{id, name, images, instances, crowds}], object_sizes {small, medium, large} (pixels of the mask, COCO's
     limits, crowds aside), image_sizes {smallest, median, largest} ([width, height], by area), most_instances,
-    broken and warnings [{file, row, reason}]. What `load` raises passes through.
+    training (what a run would use, `Usage.to_dict`), broken and warnings [{file, row, reason}]. What `load` raises
+    passes through.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", DataWarning)
@@ -83,6 +86,9 @@ class _Survey:
         self.areas = [0, 0, 0]
         self.seen: dict[int | str, int] = {}
         self.files: dict[str, int] = {}
+        self.lengths: dict[int, dict[str, bytes | None]] = {}  # {bytes of a file: {file: its hash, once needed}}
+        self.kinds: dict[str, list[Any]] = {}
+        self.usage = Usage(0, names=self.names)
 
     def add(self, row: Row, index: int) -> None:
         where = f"row {index} (image id {row['image_id']!r})"
@@ -92,8 +98,10 @@ class _Survey:
             self._break(where, f"the size of the image {row['file_name']} cannot be read")
         else:
             self.sizes[row["width"], row["height"]] += 1
-            for fault in self._objects(row):
+            for fault in self._objects(row, where):
                 self._break(where, fault)
+            self.usage.add(row)
+        self._compare_file(row, index, where)
         if self.open_images:
             try:
                 load_row_image(row)
@@ -117,7 +125,28 @@ class _Survey:
                 self.warnings.append({"file": self.dataset.name, "row": where, "reason": reason})
             self.files.setdefault(row["image"], index)
 
-    def _objects(self, row: Row) -> Iterator[str]:
+    def _remark(self, kind: str, where: str, example: str) -> None:
+        """One more of a kind of warning, of which the report tells the number and the first."""
+        self.kinds.setdefault(kind, [0, where, example])[0] += 1
+
+    def _compare_file(self, row: Row, index: int, where: str) -> None:
+        """Notes an image whose content is that of an earlier file; only files of equal length are read."""
+        file = row["image"]
+        if not isinstance(file, str) or not os.path.isfile(file) or self.files[file] != index:
+            return
+        others = self.lengths.setdefault(os.path.getsize(file), {})
+        if others:
+            for other, digest in others.items():
+                others[other] = digest or _digest(other)
+        own = _digest(file) if others else None
+        double = next((other for other, digest in others.items() if digest == own), None)
+        if double is not None:
+            self._remark(
+                "images are exact doubles of others", where, f"{row['file_name']} and {os.path.basename(double)}"
+            )
+        others[file] = own
+
+    def _objects(self, row: Row, where: str) -> Iterator[str]:
         objects = row["objects"]
         count = len(objects["category_id"])
         for key in OBJECT_KEYS:
@@ -126,14 +155,21 @@ class _Survey:
                 return
         self.empty += count == 0
         self.most = max(self.most, count)
-        held = set()
+        held, codes = set(), dict[tuple[Any, int, str], int]()
         for k in range(count):
             values = {key: objects[key][k] for key in OBJECT_KEYS}
-            faults, area = object_faults(values, row["height"], row["width"], self.names)
+            faults, rle = object_faults(values, row["height"], row["width"], self.names)
             yield from (f"object {k}: {fault}" for fault in faults)
-            if faults:
+            if faults or rle is None:
                 continue
-            category_id = values["category_id"]
+            fault = box_fault(values["bbox"], rle_boxes([rle])[0], row["height"], row["width"])
+            if fault is not None:
+                kind = "boxes are not those of their masks; training takes boxes from the masks"
+                self._remark(kind, where, f"object {k}: {fault}")
+            area, category_id = int(rle_areas([rle])[0]), values["category_id"]
+            first = codes.setdefault((category_id, values["iscrowd"], rle["counts"]), k)
+            if first != k:
+                self._remark("objects are exact doubles of others in their image", where, f"objects {first} and {k}")
             (self.crowds if values["iscrowd"] else self.instances)[category_id] += 1
             held.add(category_id)
             if not values["iscrowd"]:
@@ -146,6 +182,14 @@ class _Survey:
         if expected is not None and self.images != expected:
             reason = f"has {self.images} images, the published {official} has {expected}"
             self.warnings.insert(0, {"file": self.dataset.name, "row": None, "reason": reason})
+        for kind, (number, where, example) in self.kinds.items():
+            reason = f"{number} {kind}; the first: {example}"
+            self.warnings.append({"file": self.dataset.name, "row": where, "reason": reason})
+        names = Counter(self.names.values())
+        for name in (name for name, number in names.items() if number > 1):
+            reason = f"{names[name]} classes are called {name!r}"
+            self.warnings.append({"file": self.dataset.name, "row": None, "reason": reason})
+        self.usage.images, self.usage.failures = self.images, len(self.broken)
         return {
             "name": self.dataset.name,
             "official": official,
@@ -161,6 +205,7 @@ class _Survey:
             ],
             "object_sizes": dict(zip(("small", "medium", "large"), self.areas)),
             "image_sizes": _spread(self.sizes),
+            "training": self.usage.to_dict(),
             "broken": self.broken,
             "warnings": self.warnings,
         }  # fmt: skip
@@ -174,8 +219,15 @@ def _spread(sizes: Counter[tuple[int, int]]) -> dict[str, list[int]]:
     return {name: list(ordered[place]) for name, place in places.items()}
 
 
-def object_faults(values: dict[str, Any], height: int, width: int, known: Iterable[int]) -> tuple[list[str], int]:
-    """(what is wrong with one object of an image, pixels of its mask). `known`: category ids."""
+def _digest(file: str) -> bytes:
+    with open(file, "rb") as stream:
+        return hashlib.sha256(stream.read()).digest()
+
+
+def object_faults(
+    values: dict[str, Any], height: int, width: int, known: Iterable[int]
+) -> tuple[list[str], dict[str, Any] | None]:
+    """(what is wrong with one object of an image, its RLE where it has one). `known`: category ids."""
     faults = []
     if values["category_id"] not in known:
         faults.append(f"category id {values['category_id']!r} is not among the classes")
@@ -189,19 +241,18 @@ def object_faults(values: dict[str, Any], height: int, width: int, known: Iterab
     try:
         rle = segmentation_to_rle(values["segmentation"], height, width)
     except DataError as error:
-        return [*faults, error.reason], 0
-    area = int(rle_areas([rle])[0])
-    if not area:
-        return [*faults, "its mask has no pixel"], 0
-    fault = _box_fault(values["bbox"], rle_boxes([rle])[0], height, width)
-    return (faults if fault is None else [*faults, fault]), area
+        return [*faults, error.reason], None
+    if not rle_areas([rle])[0]:
+        return [*faults, "its mask has no pixel"], None
+    return faults, rle
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _box_fault(bbox: Any, mask_box: np.ndarray, height: int, width: int) -> str | None:
+def box_fault(bbox: Any, mask_box: np.ndarray, height: int, width: int) -> str | None:
+    """Why a box cannot be that of a mask with the box `mask_box`, or None. Nothing here reads boxes: it is a remark."""
     if not isinstance(bbox, (list, tuple)) or len(bbox) != 4 or not all(map(_is_number, bbox)):
         return f"a box must be [x, y, width, height], got {bbox!r:.60}"
     left, top, right, bottom = bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3]
@@ -246,5 +297,6 @@ def format_report(report: dict[str, Any], shown: int = 20) -> str:
             lines.append(f"{title}: {where}: {fault['reason']}")
         if len(faults) > shown:
             lines.append(f"{title}: ... and {len(faults) - shown} more; --json FILE lists them all")
-    lines += ["", f"{len(report['broken'])} broken, {len(report['warnings'])} warnings"]
+    lines += ["", report["training"]["summary"]]
+    lines.append(f"{len(report['broken'])} broken, {len(report['warnings'])} warnings")
     return "\n".join(lines)

@@ -298,7 +298,8 @@ def read_content(
             else []
         )
         images = find_images(path, names)
-    finder = ImageFinder(os.fspath(images))
+    # The folder of the file is a guess, and may hold everything that its owner has: no search below it.
+    finder = ImageFinder(os.fspath(images), deep=os.path.abspath(images) != os.path.dirname(path))
     normalize(content, path, finder)
     reader = _read(content, path, finder.root, unlabeled, strict)
     turned = turned_images(reader.rows, content, reader.misfits) if reader.misfits else set()

@@ -111,8 +111,9 @@ def find_images(annotations: str, names: list[str]) -> str:
 class ImageFinder:
     """Finds the images of a folder by names as exporters write them."""
 
-    def __init__(self, root: str) -> None:
-        self.root = os.path.abspath(root)
+    def __init__(self, root: str, deep: bool = True) -> None:
+        """deep: whether the only file of a name is looked for below subfolders too."""
+        self.root, self.deep = os.path.abspath(root), deep
         self._ends: dict[str, list[str]] | None = None
 
     def path(self, name: str) -> str:
@@ -152,7 +153,8 @@ class ImageFinder:
         parts = [part for part in _DRIVE.sub("", name).split("/") if part not in ("", ".", "..")]
         if self._ends is None:
             self._ends = {}
-            for file in walk_files(self.root):
+            near = (entry.path for entry in os.scandir(self.root) if entry.is_file())
+            for file in walk_files(self.root) if self.deep else near:
                 if has_image_suffix(file):
                     relative = os.path.relpath(file, self.root).replace(os.sep, "/")
                     self._ends.setdefault(os.path.basename(file).lower(), []).append(relative)

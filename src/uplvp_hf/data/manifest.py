@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -207,16 +208,20 @@ def _keep(kept: dict[int | str, list[int]], row: Row) -> Row:
     return Row(**{**row, "objects": objects})
 
 
-def take_split(dataset: InstanceDataset, subset: str | SplitSpec, seed: int = 0) -> InstanceDataset:
+def take_split(
+    dataset: InstanceDataset, subset: str | SplitSpec, seed: int = 0, allow_fewer: bool = False
+) -> InstanceDataset:
     """The rows of a low-data split, with its manifest in `manifest`.
 
     Args:
         subset: the path of a manifest (ends in .json), a name such as 1@10 or 5shot (`splits.parse_split`), or a spec.
-        seed: where the name has none.
+        seed: where the name has none. allow_fewer: of a name, as of `SplitSpec`.
 
     Raises DataError as `read_manifest`, `apply_manifest` and `draw_split` do.
     """
     if isinstance(subset, str) and subset.endswith(".json"):
         return apply_manifest(dataset, read_manifest(subset), subset)
-    manifest = draw_split(dataset, parse_split(subset, seed) if isinstance(subset, str) else subset)
+    if isinstance(subset, str):
+        subset = replace(parse_split(subset, seed), allow_fewer=allow_fewer)
+    manifest = draw_split(dataset, subset)
     return _take(dataset, manifest, {dataset.image_id(index): index for index in range(len(dataset))})

@@ -159,7 +159,7 @@ def _check_enough(contents: Contents, available: dict[int, int], spec: SplitSpec
             raise DataError(
                 f"class {name!r} {there}, {spec.amount:g} were asked for",
                 file=contents.source or None,
-                remedy=f"{other}, or take fewer of it: `uplvp data split --allow-fewer`, allow_fewer=True in Python.",
+                remedy=f"{other}, or take fewer of it: `uplvp data split --allow-fewer`, data.allow_fewer=true.",
             )
 
 

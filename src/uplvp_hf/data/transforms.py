@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional
 from ..models.errors import UserError
 from .instance_masks import InstanceMasks
 from .rle import segmentation_to_rle
+from .usage import MIN_AREA
 from .window import Window
 
 _ATTEMPTS = 3
@@ -57,7 +58,7 @@ class TrainTransform:
         scale_range: tuple[float, float] = (0.5, 1.5),
         flip: float = 0.5,
         color_jitter: float = 0.2,
-        min_area: int = 16,
+        min_area: int = MIN_AREA,
         short_edges: Sequence[int] | None = None,
         longest_edge: int | None = None,
         keep_ratio: bool = True,

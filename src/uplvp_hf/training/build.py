@@ -20,6 +20,7 @@ from ..data.splits import SplitSpec
 from ..data.text_embeddings import read_text_matrix
 from ..data.training_set import TrainingSet
 from ..data.transforms import TrainTransform
+from ..data.usage import crowds_as_objects, training_usage
 from ..files import check_model_name
 from ..models.configuration_mask_rcnn import MaskRcnnConfig
 from ..models.configuration_uplvp import OWN_SEGMENTERS, UplvpConfig
@@ -35,26 +36,34 @@ logger = logging.getLogger(__name__)
 TrainedModel = UplvpPreTrainedModel | MaskRcnnForInstanceSegmentation
 
 
+def _load(settings: DataSettings, part: str) -> InstanceDataset:
+    """The rows of `data.train` or `data.val`."""
+    given = {key: getattr(settings, f"{part}_{key}") for key in ("images", "split", "format")}
+    dataset = load_dataset_rows(getattr(settings, part), **given)
+    return crowds_as_objects(dataset) if settings.crowds_as_objects else dataset
+
+
 def build_data(settings: DataSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
-    """Training rows (cut to the low-data split, whose manifest they carry) and validation rows, or None."""
+    """Training rows (cut to the low-data split, whose manifest they carry) and validation rows, or None.
+
+    Raises ConfigError and DataError for data that cannot be used, and where training would have nothing to learn.
+    """
     if settings.train is None:
         raise ConfigError("`data.train` is not set: give a COCO JSON, a folder or a pseudo-label store.")
-    train = load_dataset_rows(
-        settings.train, images=settings.train_images, split=settings.train_split, format=settings.train_format
-    )
+    train = _load(settings, "train")
     if not train.categories:
         raise ConfigError(f"{settings.train} holds images without classes: label it first (`uplvp label`).")
     if settings.labels_per_class is not None:
-        train = take_split(train, SplitSpec("images", settings.labels_per_class, settings.split_seed))
+        rule = SplitSpec("images", settings.labels_per_class, settings.split_seed, allow_fewer=settings.allow_fewer)
+        train = take_split(train, rule)
     elif settings.subset is not None:
-        train = take_split(train, settings.subset, settings.split_seed)
+        train = take_split(train, settings.subset, settings.split_seed, settings.allow_fewer)
     val = None
     if settings.val is not None:
-        val = load_dataset_rows(
-            settings.val, images=settings.val_images, split=settings.val_split, format=settings.val_format
-        )
+        val = _load(settings, "val")
         _check_images(val, "val")
     _check_images(train, "train")
+    training_usage(train, settings.size, settings.max_instances).refuse_nothing(train.name)
     return train, val
 
 

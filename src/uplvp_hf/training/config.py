@@ -36,6 +36,10 @@ class DataSettings(Settings):
         "another low-data split, by name (1@10 for 10 % of the images with seed 1, 5shot, ...: docs/data.md) or as a "
         "manifest of `uplvp data split`; a name without a seed takes `split_seed`",
     )
+    allow_fewer: bool = setting(False, "a class that has less than the split asks for gives all it has")
+    crowds_as_objects: bool = setting(
+        False, "objects with iscrowd = 1 are single objects, as in files that write every run-length mask so (CVAT)"
+    )
     split_seed: int = setting(0, "seed of the low-data split, which is recorded in split.json")
     size: int | None = setting(
         None,

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ..data import DataError
 from ..data.manifest import record_manifest
+from ..data.usage import training_usage
 from ..evaluation.predictor import evaluated_classes
 from ..files import usual_rights, write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
@@ -98,6 +99,7 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
     settings = with_steps(settings, len(train_rows), accelerator.num_processes)
     claim_output(given, accelerator)
     if accelerator.is_main_process:
+        logger.info("%s", training_usage(train_rows, settings.data.size, settings.data.max_instances))
         record_manifest(train_rows.manifest, settings.output)
     if accelerator.process_index:  # all have the same weights, but should not drop the same prompts
         set_seed(settings.seed * 1_000_003 + accelerator.process_index)
