@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -12,6 +14,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from safetensors import SafetensorError
+
+from .models.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -89,6 +100,58 @@ def new_folder(output: str | os.PathLike[str]) -> Iterator[Path]:
         if output.exists():
             output.rmdir()
         os.replace(folder, output)
+
+
+@contextmanager
+def only_run(folder: str | os.PathLike[str], remedy: str = "choose another output folder") -> Iterator[None]:
+    """Around a run that writes into `folder`, which is made if needed: a second run on it is refused.
+
+    The system gives the lock back when the process ends, however it does. A folder that is still empty at the end is
+    removed again if it was made here. Raises UserError when another run, of this process or of another, is in it.
+    """
+    folder = Path(folder)
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as stream:
+        _lock(stream, folder, remedy)
+        _held.add(stream)
+        try:
+            yield
+        finally:
+            _held.discard(stream)
+            with contextlib.suppress(OSError):
+                if not stream.closed:  # in a fork of the run, it is closed
+                    os.unlink(folder / ".lock")
+                if made:
+                    folder.rmdir()
+
+
+_held: set[IO] = set()
+
+
+def _close_held() -> None:
+    """In a forked worker: with the file open there, the lock would outlive a run that is killed."""
+    for stream in _held:
+        stream.close()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_close_held)
+
+
+def _lock(stream: IO, folder: Path, remedy: str) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The run before may have removed the file between its opening and its locking here.
+        free = os.path.exists(stream.name) and os.path.samestat(os.fstat(stream.fileno()), os.stat(stream.name))
+    except BlockingIOError:
+        free = False
+    except OSError as error:  # file systems without locks
+        logger.warning("%s cannot be locked (%s): start no second run on it.", folder, error)
+        return
+    if not free:
+        raise UserError(f"another run is writing into {folder}; wait for it, or {remedy}")
 
 
 def usual_rights(folder: str | os.PathLike[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from uplvp_hf.data import DataError, load_dataset_rows
+from uplvp_hf.data import DataError, InstanceDataset, load_dataset_rows
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.evaluation import evaluate_model, match_category_ids, predict_dataset, to_coco_results
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
@@ -103,6 +103,20 @@ def test_undecodable_image_is_left_out_and_listed(dataset, processor, tmp_path):
     only = broken.subset([2])
     with pytest.raises(DataError, match="none of the 1 images can be decoded"):
         evaluate_model(Oracle(only), processor, only, progress=False)
+
+
+def named(dataset, names):
+    categories = [{"id": 10 + k, "name": name} for k, name in enumerate(names)]
+    return InstanceDataset(dataset.rows, categories)
+
+
+def test_names_that_differ_in_case_alone_are_not_swapped(dataset):
+    config = SimpleNamespace(id2label={0: "Cat", 1: "cat", 2: "Dog"})
+    assert match_category_ids(config, named(dataset, ["Cat", "cat", "Dog"])) == [10, 11, 12]
+    assert match_category_ids(config, named(dataset, ["cat", "dog", "Cat"])) == [12, 10, 11]
+    assert match_category_ids(config, named(dataset, ["dog", "CAT", "Cat"])) == [12, 11, 10]
+    with pytest.raises(DataError, match="the model has 3 classes"):  # which is which?
+        match_category_ids(config, named(dataset, ["CAT", "cAT", "dog"]))
 
 
 def test_classes_are_matched_by_name(dataset):

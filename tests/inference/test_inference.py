@@ -17,6 +17,7 @@ from pycocotools import mask as coco_mask
 from uplvp_hf.commands import predict
 from uplvp_hf.data import ImageError, load_dataset_rows
 from uplvp_hf.evaluation import load_segmenter, predict_dataset, to_coco_results
+from uplvp_hf.files import only_run
 from uplvp_hf.inference import load
 from uplvp_hf.inference.journal import NAME
 
@@ -248,3 +249,17 @@ def test_killed_and_started_again(tiny_model_dir, scenes_dir, tmp_path, capsys):
 
     assert all(of(ours, number) == of(whole, number) for number in range(2, 41))
     assert of(ours, 1) == of(whole, 6)
+
+
+def test_a_second_run_into_one_output_is_refused(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    """While another run holds the folder, and without touching what that run has written so far."""
+    output = tmp_path / "out"
+    with only_run(output):
+        (output / "predictions.partial.jsonl").write_text("of the first run")
+        assert predict.main(words(tiny_model_dir, output, str(scenes_dir / "images"))) == 2
+        assert "another run is writing into" in capsys.readouterr().err
+        assert sorted(path.name for path in output.iterdir()) == [".lock", "predictions.partial.jsonl"]
+        assert (output / "predictions.partial.jsonl").read_text() == "of the first run"
+    (output / "predictions.partial.jsonl").unlink()
+    assert predict.main(words(tiny_model_dir, output, str(scenes_dir / "images"))) == 0
+    assert not (output / ".lock").exists()

@@ -26,6 +26,7 @@ from uplvp_hf.labeling.naming.agnostic import AgnosticNamer
 from uplvp_hf.labeling.naming.classifier import ClassifierNamer
 from uplvp_hf.labeling.pipeline import label_images
 from uplvp_hf.labeling.store import StoreError
+from uplvp_hf.models.errors import UserError
 
 QUIET = {"progress": False, "shard_size": 3, "batch_size": 2}
 
@@ -232,7 +233,7 @@ def test_two_runs_on_one_folder_do_not_mix(tmp_path):
     inner = labeler.begin
 
     def meddle(images, rows=None):
-        with pytest.raises(StoreError, match="another run is writing"):
+        with pytest.raises(UserError, match="another run is writing"):
             label_images(other, foreground(), None, tmp_path / "labels", progress=False)
         seen.append(len(images))
         return inner(images, rows)

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from training_helpers import PROCESS, assert_same_run, environment, log_of, stop_at
 
+from uplvp_hf.files import only_run
+from uplvp_hf.models.errors import UserError
 from uplvp_hf.training.checkpoint import list_checkpoints, new_folder, newest_checkpoint
 from uplvp_hf.training.config import ConfigError
 from uplvp_hf.training.random_state import random_state, restore_random_state
@@ -240,6 +242,18 @@ def test_settings_that_change_updates_may_not_change(run, tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match=r"started with 2 images a step.*now they are 6"):
         run("parts", "optim.schedule=cosine", "optim.batch_size=3", "optim.accumulation=2", resume=True)
     assert run("parts", "optim.schedule=cosine", "optim.batch_size=1", "optim.accumulation=2", resume=True).steps == 6
+
+
+def test_a_second_run_into_one_output_is_refused(run, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run("parts")
+    with only_run(tmp_path / "parts"):  # as the first of two that go on with it
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*")}
+        with pytest.raises(UserError, match=r"another run is writing into .*parts"):
+            run("parts", resume=True)
+        assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").rglob("*")}
+    assert run("parts", resume=True).steps == 6
 
 
 @pytest.mark.slow

@@ -51,10 +51,19 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
     arguments = make_parser().parse_args(argv)
-    return run("predict", lambda: _predict(arguments), arguments.verbose, "run the same command again to go on")
+    return run("predict", lambda: _predict_alone(arguments), arguments.verbose, "run the same command again to go on")
 
 
-def _predict(arguments: argparse.Namespace) -> None:
+def _predict_alone(arguments: argparse.Namespace) -> None:
+    from uplvp_hf.files import only_run
+
+    tiles = _check(arguments)
+    check_device(arguments.device)
+    with only_run(arguments.output, "name another --output"):
+        _predict(arguments, tiles)
+
+
+def _predict(arguments: argparse.Namespace, tiles: Tiles | None) -> None:
     from uplvp_hf.data import DataError
     from uplvp_hf.files import write_json_lines
     from uplvp_hf.inference import load_model, predict_rows
@@ -62,8 +71,6 @@ def _predict(arguments: argparse.Namespace) -> None:
     from uplvp_hf.inference.journal import Journal, check_free
     from uplvp_hf.inference.sources import pixels_unbounded
 
-    tiles = _check(arguments)
-    check_device(arguments.device)
     output = Path(arguments.output)
     check_free(output, arguments.overwrite)  # before anything is fetched or loaded
     dataset = _find(arguments, output)

@@ -7,8 +7,9 @@ Built after the published procedure of `evalInstanceLevelSemanticLabeling.py` (g
 * An annotation that several detections match takes the one of highest confidence, the others are false positives.
 * A detection that matches nothing is a false positive, unless its share of pixels on void, groups and small
   annotations of its class is above the threshold: then it is left out.
-* AP is the area under the raw precision-recall curve, one point a distinct confidence, by the trapezoidal rule. There
-  are no 101 recall points, no envelope and no limit of detections as in COCO.
+* AP is the area under the raw precision-recall curve, one point a distinct confidence, by the trapezoidal rule. The
+  curve begins with precision 1 at recall 0, as in the package since version 2 (before, with the precision of the most
+  confident detection). There are no 101 recall points, no envelope and no limit of detections as in COCO.
 * AP of a class is the mean over the thresholds, AP the mean over the classes that are annotated.
 
 The benchmark's further numbers for objects within 50 m and 100 m need depth maps and are not computed.
@@ -185,7 +186,7 @@ def _judge(image: Overlaps, threshold: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _average_precision(judged: list[tuple[np.ndarray, np.ndarray]], annotations: int) -> float:
-    """Area under the curve of one point a distinct confidence, begun at recall 0 with the first precision."""
+    """Area under the curve of one point a distinct confidence, which begins at recall 0 with precision 1."""
     true, false = (np.sort(np.concatenate(scores)) for scores in zip(*judged))
     levels = np.unique(np.concatenate([true, false]))[::-1]  # most confident first
     if not annotations or not len(levels):
@@ -193,7 +194,7 @@ def _average_precision(judged: list[tuple[np.ndarray, np.ndarray]], annotations:
     hits = len(true) - np.searchsorted(true, levels, side="left")
     misses = len(false) - np.searchsorted(false, levels, side="left")
     precision, recall = hits / (hits + misses), hits / annotations
-    precision, recall = np.concatenate([precision[:1], precision]), np.concatenate([[0.0], recall])
+    precision, recall = np.concatenate([[1.0], precision]), np.concatenate([[0.0], recall])
     return float(np.sum((precision[1:] + precision[:-1]) / 2 * np.diff(recall)))
 
 

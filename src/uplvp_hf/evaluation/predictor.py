@@ -206,25 +206,33 @@ def _ahead(iterator: Iterator) -> Iterator:
 
 
 def match_category_ids(config: Any, dataset: InstanceDataset) -> list[int]:
-    """The dataset's category id of every class of the model, matched by name (case does not matter).
+    """The dataset's category id of every class of the model, matched by name.
+
+    Names that are equal go together; of the others, those that differ only in case or in spaces around them.
 
     Raises:
-        DataError: if the model and the dataset do not have the same class names; both are listed.
+        DataError: if the model and the dataset do not have the same class names, or it is not clear which of several
+            goes with which; both are listed.
     """
     model_names = [config.id2label[index] for index in range(len(config.id2label))]
     data_names = [category["name"] for category in dataset.categories]
-    keys, data_keys = ([name.strip().lower() for name in names] for names in (model_names, data_names))
-    if sorted(keys) != sorted(data_keys):
+    if model_names == data_names:
+        return list(dataset.category_ids)
+    by_name = dict(zip(data_names, dataset.category_ids))
+    left = (
+        [name for name in model_names if name not in by_name],
+        [name for name in data_names if name not in model_names],
+    )
+    folded, data_folded = ([name.strip().lower() for name in names] for names in left)
+    if sorted(folded) != sorted(data_folded) or len({*folded}) < len(folded) or len(by_name) < len(data_names):
         raise DataError(
             f"the model has {len(model_names)} classes {_some(model_names)}, the dataset {len(data_names)} "
             f"{_some(data_names)}",
             file=dataset.name or "dataset",
             remedy="Fine-tune on these classes, rename the categories of the annotations, or evaluate class-agnostic.",
         )
-    if keys == data_keys:
-        return list(dataset.category_ids)
-    by_name = dict(zip(data_keys, dataset.category_ids))
-    return [by_name[key] for key in keys]
+    by_folded = {key: by_name[name] for key, name in zip(data_folded, left[1])}
+    return [by_name[name] if name in by_name else by_folded[name.strip().lower()] for name in model_names]
 
 
 def _some(names: list[str], limit: int = 12) -> str:

@@ -21,21 +21,15 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image
-
-from ..models.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # no such lock on Windows
-    fcntl = None
 
 from ..data.dataset import Row
 from ..data.errors import DataError
 from ..data.store_reader import SCHEMA_VERSION, read_failures, read_header, shard_files
-from ..files import replacing, write_json, write_json_lines, write_text
+from ..files import only_run, replacing, write_json, write_json_lines, write_text
+from ..models.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +125,7 @@ class StoreWriter:
         self.folder = Path(folder)
         self.rank, self.shard_size = rank, shard_size
         self.header = header
-        self._lock: IO | None = None
+        self._lock = contextlib.ExitStack()
         self.resumed = (self.folder / "header.json").is_file()
         if self.resumed:
             self._check(header, resume)
@@ -149,30 +143,6 @@ class StoreWriter:
         self._failed_before = {entry["file"] for entry in before}
         self._failures = {entry["file"]: entry for entry in before} if first else {}
         self._failures_changed = False
-
-    def _locked(self) -> IO | None:
-        """A lock on the folder, which the system gives back when the process ends, however it does."""
-        if fcntl is None:
-            return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        stream = open(self.folder / ".lock", "w")  # noqa: SIM115 (closed with the store)
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            stream.close()
-            raise StoreError(
-                f"another run is writing into {self.folder}; wait for it, or choose another output folder "
-                "(several processes of one run: --processes N)"
-            ) from error
-        except OSError as error:  # file systems without locks
-            logger.warning("%s cannot be locked (%s): start no second run on it.", self.folder, error)
-        return stream
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            with contextlib.suppress(OSError):
-                os.unlink(self.folder / ".lock")
 
     def _check(self, header: dict[str, Any], resume: bool) -> None:
         old = read_header(self.folder)
@@ -311,7 +281,9 @@ class StoreWriter:
             self._failures_changed = False
 
     def __enter__(self) -> StoreWriter:
-        self._lock = self._locked() if self.rank == 0 else None
+        if self.rank == 0:
+            advice = "choose another output folder (several processes of one run: --processes N)"
+            self._lock.enter_context(only_run(self.folder, advice))
         return self
 
     def __exit__(
@@ -322,4 +294,4 @@ class StoreWriter:
             if not isinstance(error, OSError):
                 self.flush()
         finally:
-            self._unlock()
+            self._lock.close()

@@ -9,6 +9,7 @@ numbers), `checkpoint-<step>/`, `best-<step>/` with `checkpoint.best`, and at th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from tqdm.auto import tqdm
 
@@ -25,7 +27,7 @@ from ..data import DataError
 from ..data.manifest import record_manifest
 from ..data.usage import training_usage
 from ..evaluation.predictor import evaluated_classes
-from ..files import usual_rights, write_json, write_text, writing
+from ..files import only_run, usual_rights, write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
 from ..models.modeling_uplvp import UplvpPreTrainedModel
@@ -81,11 +83,18 @@ class TrainResult:
 def train(settings: TrainSettings, resume: bool = False, progress: bool = True) -> TrainResult:
     """Runs the training that `settings` describe and writes the result to `settings.output`.
 
-    With `resume` it continues from the newest complete checkpoint there, if any. Raises ConfigError when the output
-    folder holds another run or a model, DataError for unusable data (all before anything is written),
-    TrainingAborted after `optim.max_skipped` non-finite steps, and OSError naming the file on a full disk.
+    With `resume` it continues from the newest complete checkpoint there, if any.
+
+    Raises ConfigError when the output folder holds another run or a model, UserError while another run is writing into
+    it, DataError for unusable data (all before anything is written), TrainingAborted after `optim.max_skipped`
+    non-finite steps, and OSError naming the file on a full disk.
     """
     accelerator = make_accelerator(settings)
+    with only_run(settings.output) if accelerator.is_main_process else contextlib.nullcontext():
+        return _train(settings, accelerator, resume, progress)
+
+
+def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, progress: bool) -> TrainResult:
     set_seed(settings.seed)
     settings = with_image_settings(settings)
     check_output(settings, resume)
