@@ -69,7 +69,7 @@ def _class_names(content: Any) -> list[str] | None:
 
 def _numpy_scalars() -> list[Any]:
     """What unpickles a number of numpy, such as the best score that mmcv notes beside the weights. Runs no code."""
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else getattr(np, "core").multiarray.scalar  # noqa: B009
     kinds = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")]
     return [(scalar, f"numpy.{place}.multiarray.scalar") for place in ("core", "_core")] + [np.dtype, *kinds]
 

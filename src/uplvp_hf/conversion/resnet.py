@@ -28,8 +28,9 @@ def resnet_name(name: str) -> str | None:
     if match:
         return f"embedder.embedder.{'convolution' if match[1] == 'conv' else 'normalization'}.{match[2]}"
     match = re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)", name)
-    part = _block_part(match[3]) if match else None
-    return f"encoder.stages.{int(match[1]) - 1}.layers.{match[2]}.{part}" if part else None
+    if match is None or (part := _block_part(match[3])) is None:
+        return None
+    return f"encoder.stages.{int(match[1]) - 1}.layers.{match[2]}.{part}"
 
 
 def _block_part(name: str) -> str | None:

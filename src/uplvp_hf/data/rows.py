@@ -7,6 +7,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Literal, overload
 
 from .cityscapes import is_cityscapes, read_cityscapes
 from .coco import read_coco, write_coco
@@ -99,6 +100,34 @@ def _check_images(dataset: InstanceDataset) -> None:
             dataset.failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
 
 
+@overload
+def load_dataset_rows(
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    check_images: bool = False,
+    streaming: Literal[False] = False,
+    config: str | None = None,
+    image_column: str | None = None,
+    id_column: str | None = None,
+    unlabeled: bool = False,
+    format: str | None = None,
+    strict: bool = True,
+) -> InstanceDataset: ...
+@overload
+def load_dataset_rows(
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    split: str | None = None,
+    check_images: bool = False,
+    streaming: bool = False,
+    config: str | None = None,
+    image_column: str | None = None,
+    id_column: str | None = None,
+    unlabeled: bool = False,
+    format: str | None = None,
+    strict: bool = True,
+) -> InstanceDataset | RowStream: ...
 def load_dataset_rows(
     path: str | os.PathLike[str],
     images: str | os.PathLike[str] | None = None,
