@@ -12,10 +12,10 @@ from PIL import Image, ImageDraw
 from uplvp_hf.data import DataError, DataWarning, ImageError, load_dataset_rows, write_coco
 from uplvp_hf.data.cityscapes import draw_polygons, read_cityscapes
 from uplvp_hf.data.manifest import apply_manifest, draw_split, take_split
-from uplvp_hf.data.rle import decode_segmentation, encode_id_map, encode_mask
 from uplvp_hf.data.splits import SplitSpec
 from uplvp_hf.evaluation.cityscapes_ap import CityscapesAP
 from uplvp_hf.evaluation.predictor import as_reference
+from uplvp_hf.models.masks import decode_segmentation, encode_id_map, encode_mask
 
 SIZE = (40, 30)
 

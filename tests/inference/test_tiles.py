@@ -164,12 +164,12 @@ def test_run_lengths_are_moved_as_pixels_are():
 
 
 def result_of(masks, labels, scores):
-    from uplvp_hf.data import encode_masks, masks_to_boxes
+    from uplvp_hf.data import encode_masks, tight_boxes
 
     masks = np.stack(masks)
     return {
         "scores": torch.tensor(scores), "labels": torch.tensor(labels), "rle": encode_masks(masks),
-        "boxes": torch.from_numpy(masks_to_boxes(masks)),
+        "boxes": torch.from_numpy(tight_boxes(masks)),
     }  # fmt: skip
 
 

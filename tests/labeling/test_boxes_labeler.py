@@ -12,13 +12,13 @@ from torchvision.ops import nms
 
 from uplvp_hf.data import DataError, load_dataset_rows
 from uplvp_hf.data.dataset import InstanceDataset
-from uplvp_hf.data.rle import encode_masks
 from uplvp_hf.labeling import label_images
 from uplvp_hf.labeling.labelers import box_segmenter
 from uplvp_hf.labeling.labelers.box_segmenter import BoxSegmenter
 from uplvp_hf.labeling.labelers.boxes import BoxesLabeler, read_boxes
 from uplvp_hf.labeling.labelers.detectors import load_detector
 from uplvp_hf.models.errors import UserError
+from uplvp_hf.models.masks import encode_masks
 
 SAMS = ("sam", "sam_hq", "sam2")
 DETECTORS = {

@@ -10,7 +10,6 @@ from PIL import Image
 
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.dataset import InstanceDataset
-from uplvp_hf.data.rle import encode_masks
 from uplvp_hf.data.synthetic import CLASSES, write_scenes
 from uplvp_hf.demo.pipeline import synthetic_clip_path
 from uplvp_hf.labeling import Proposals, label_images, load_clip
@@ -25,6 +24,7 @@ from uplvp_hf.labeling.naming.examples import (
 from uplvp_hf.labeling.naming.mask_features import MaskFeatures
 from uplvp_hf.labeling.naming.prototypes import Prototypes
 from uplvp_hf.models.errors import UserError
+from uplvp_hf.models.masks import encode_masks
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from uplvp_hf.labeling.cutting.proposals import (
     Proposals,
     apply_nms,
     border_fraction,
-    box_sides,
     connected_components,
     filter_proposals,
     mask_iou_matrix,
@@ -89,11 +88,9 @@ def test_filters_on_box_sides():
     masks[1, 2:6, 2:8] = True  # 4 x 6
     masks[2, 0:20, 5:8] = True  # 20 x 3
     proposals = Proposals(masks, np.ones(4))
-    assert box_sides(masks).tolist() == [[1, 10], [4, 6], [20, 3], [0, 0]]
     assert (filter_proposals(proposals, max_aspect=1.5, min_side=1).masks == masks[[1]]).all()
     assert (filter_proposals(proposals, max_aspect=7, min_side=1).masks == masks[[1, 2]]).all()
     assert (filter_proposals(proposals, min_side=3).masks == masks[[1, 2]]).all()
-    assert box_sides(masks[:0]).shape == (0, 2)
 
 
 def test_kinds_of_suppression():

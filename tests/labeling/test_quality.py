@@ -10,8 +10,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from uplvp_hf.data.dataset import InstanceDataset, empty_objects
-from uplvp_hf.data.rle import encode_masks
 from uplvp_hf.labeling.quality import proposal_quality
+from uplvp_hf.models.masks import encode_masks
 
 
 def dataset(images, names, key="image_id"):

@@ -5,6 +5,7 @@ import torch
 
 from uplvp_hf.labeling.cutting.proposals import Proposals, apply_nms, matrix_nms, top_k
 from uplvp_hf.labeling.labelers import saliency
+from uplvp_hf.models.masks import tight_boxes
 
 pytestmark = pytest.mark.golden
 close = {"atol": 1e-5, "rtol": 1e-5}
@@ -93,6 +94,5 @@ def test_suppression_of_unsorted_masks(recorded):
 
 def test_sides_of_tight_boxes(recorded):
     boxes = recorded["mask2bbox.boxes"]
-    tall, wide = saliency.tight_sides(recorded["mask2bbox.masks"].bool())
-    assert torch.equal(wide.float(), boxes[:, 2] - boxes[:, 0])
-    assert torch.equal(tall.float(), boxes[:, 3] - boxes[:, 1])
+    found = tight_boxes(recorded["mask2bbox.masks"].bool()).float()
+    assert torch.equal(found[:, 2:] - found[:, :2], boxes[:, 2:] - boxes[:, :2])

@@ -7,8 +7,9 @@ from torch.nn import functional as F
 from uplvp_hf.conversion.knet import config_from_mmdet_knet, convert_mmdet_knet
 from uplvp_hf.models.configuration_knet import SEMANTIC_TARGETS, KNetConfig
 from uplvp_hf.models.losses_knet import semantic_targets, soft_targets
+from uplvp_hf.models.masks import tight_boxes
 from uplvp_hf.models.modeling_knet import KNetForInstanceSegmentation, doubled
-from uplvp_hf.models.postprocessing_uplvp import best_scores, boxes_of, input_probabilities
+from uplvp_hf.models.postprocessing_uplvp import best_scores, input_probabilities
 
 pytestmark = pytest.mark.golden
 
@@ -199,7 +200,7 @@ def test_final_scores_labels_and_masks(run):
         probability = input_probabilities(output.masks_queries_logits[i][found["queries"]], sizes[0])
         probability = F.interpolate(probability[None], sizes[1], mode="bilinear")[0]
         found["masks"] = probability > settings["mask_thr"]
-        found["boxes"] = boxes_of(found["masks"])
+        found["boxes"] = tight_boxes(found["masks"]).float()
         close(found["scores"], tensors[f"test.topk_scores.{i}"])
         assert torch.equal(found["labels"], tensors[f"test.topk_labels.{i}"])
         assert torch.equal(found["queries"], tensors[f"test.topk_query.{i}"])

@@ -16,7 +16,7 @@ from uplvp_hf.models.mask_resampling import (
     signed_values,
     window_flips,
 )
-from uplvp_hf.models.postprocessing_uplvp import rle_of
+from uplvp_hf.models.masks import rle_from_borders
 
 
 def whole(values, rows, columns):
@@ -54,7 +54,7 @@ def test_all_ways_give_the_same_bits(seed, monkeypatch):
         assert torch.equal(torch.stack(list(resized_masks(values, rows, columns))), expected)
         for mask, flips in zip(expected.numpy(), resized_flips(values, rows, columns), strict=True):
             encoded = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-            assert rle_of(flips, tuple(target)) == {"size": target, "counts": encoded["counts"].decode()}
+            assert rle_from_borders(flips, *target) == {"size": target, "counts": encoded["counts"].decode()}
 
 
 @pytest.mark.parametrize("target", [(160, 240), (333, 517), (17, 23)])
@@ -108,4 +108,4 @@ def test_runs_of_a_mask_within_an_image(top, left):
     image = np.zeros((10, 16), dtype=np.uint8)
     image[top : top + 4, left : left + 5] = part
     expected = coco_mask.encode(np.asfortranarray(image))["counts"].decode()
-    assert rle_of(window_flips(part, top, left, (10, 16)), (10, 16))["counts"] == expected
+    assert rle_from_borders(window_flips(part, top, left, (10, 16)), 10, 16)["counts"] == expected

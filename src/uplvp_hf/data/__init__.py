@@ -1,5 +1,16 @@
 """Data: COCO rows in, batches out."""
 
+from ..models.masks import (
+    decode_segmentation,
+    encode_mask,
+    encode_masks,
+    mask_area,
+    mask_iou,
+    rle_areas,
+    rle_boxes,
+    segmentation_to_rle,
+    tight_boxes,
+)
 from .cityscapes import read_cityscapes
 from .coco import read_coco, write_coco
 from .collator import collate
@@ -9,17 +20,6 @@ from .errors import DataError, DataWarning, ImageError
 from .images import image_size, open_image, to_rgb
 from .inputs import read_huggingface, read_path_list
 from .instance_masks import InstanceMasks
-from .rle import (
-    decode_segmentation,
-    encode_mask,
-    encode_masks,
-    mask_area,
-    mask_iou,
-    masks_to_boxes,
-    rle_areas,
-    rle_boxes,
-    segmentation_to_rle,
-)
 from .rows import load_dataset_rows, read_image_folder
 from .splits import sample_labels_per_class
 from .store_reader import read_failures, read_header, read_store, shard_files, stream_store
@@ -47,7 +47,6 @@ __all__ = [
     "load_dataset_rows",
     "mask_area",
     "mask_iou",
-    "masks_to_boxes",
     "open_image",
     "read_cityscapes",
     "read_coco",
@@ -65,6 +64,7 @@ __all__ = [
     "segmentation_to_rle",
     "shard_files",
     "stream_store",
+    "tight_boxes",
     "to_rgb",
     "write_coco",
 ]

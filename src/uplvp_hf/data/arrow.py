@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..models.masks import segmentation_to_rle
 from .dataset import OBJECT_KEYS, Row
-from .rle import segmentation_to_rle
 
 if TYPE_CHECKING:
     import datasets

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ..models.masks import rle_areas, rle_boxes, segmentation_to_rle
 from .dataset import OBJECT_KEYS, InstanceDataset, Row, RowStream, load_row_image
 from .errors import DataError, DataWarning, ImageError
 from .inputs import LIST_SUFFIXES
 from .layouts import OFFICIAL_COUNTS
-from .rle import rle_areas, rle_boxes, segmentation_to_rle
 from .usage import Usage
 
 AREAS = (32**2, 96**2)  # px: COCO's limits of small and medium objects

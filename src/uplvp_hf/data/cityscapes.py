@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..models.errors import UserError
+from ..models.masks import encode_id_map, polygon_fault
 from .dataset import InstanceDataset
 from .errors import DataError
 from .fields import read_json, require, require_list, whole_number
@@ -29,7 +30,6 @@ from .layouts import (
     read_id_map,
     stems,
 )
-from .rle import encode_id_map, polygon_fault
 
 CLASSES = {
     24: "person",

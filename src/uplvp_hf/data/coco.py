@@ -11,6 +11,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from ..files import replacing, writing
+from ..models.masks import polygon_fault, polygon_overhang, rle_areas, rle_boxes, segmentation_to_rle
 from .coco_dialects import normalize
 from .coco_files import ImageFinder, find_images
 from .dataset import InstanceDataset, Row, RowStream, empty_objects
@@ -28,7 +29,6 @@ from .fields import (
 from .foreign import refuse_other_formats
 from .frames import fits, turned_images
 from .layouts import OFFICIAL_COUNTS
-from .rle import polygon_fault, rle_areas, rle_boxes, segmentation_to_rle
 
 # Of a row, and of an image entry in files that we write.
 AS_STORED, VOID = "as_stored", "void"
@@ -222,10 +222,8 @@ class _Reader:
         for part in parts if isinstance(parts, list) else ():
             if polygon_fault(part, row["height"], row["width"]) is not None:
                 continue  # is listed as broken
-            for name, values, size in (("x", part[0::2], row["width"]), ("y", part[1::2], row["height"])):
-                if min(values) < -1 or max(values) > size + 1:
-                    reason = f"a polygon reaches from {name} = {min(values):g} to {max(values):g} in an image of {size}"
-                    self.remarks.append(DataWarning(f"{reason} px; it is clipped", self.path, where))
+            if overhang := polygon_overhang(part, row["height"], row["width"]):
+                self.remarks.append(DataWarning(f"{overhang}; it is clipped", self.path, where))
 
     def _bbox(self, entry: dict[str, Any], rle: dict[str, Any], changed: bool, where: str) -> list[float]:
         bbox = entry.get("bbox")

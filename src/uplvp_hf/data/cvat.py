@@ -10,11 +10,11 @@ import os
 from typing import Any
 from xml.etree import ElementTree
 
+from ..models.masks import encode_mask
 from .coco import read_content
 from .coco_files import find_images
 from .dataset import InstanceDataset
 from .errors import DataError
-from .rle import encode_mask
 from .shapes import Shapes, ellipse
 
 _FILE = "annotations.xml"

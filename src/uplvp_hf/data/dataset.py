@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from PIL import Image
 
+from ..models.masks import decode_segmentation
 from .errors import DataError
 from .images import as_rgb, open_bytes, open_image
-from .rle import decode_segmentation
 
 if TYPE_CHECKING:
     import datasets
@@ -24,7 +24,7 @@ OBJECT_KEYS = ("segmentation", "category_id", "bbox", "area", "iscrowd", "score"
 class Objects(TypedDict):
     """The instances of one image, as parallel lists (COCO conventions, pixels of the image)."""
 
-    segmentation: list[Any]  # polygons, or an RLE (data/rle.py)
+    segmentation: list[Any]  # polygons, or an RLE (models/masks.py)
     category_id: list[int]  # original ids, may be sparse
     bbox: list[list[float]]  # x, y, width, height
     area: list[float]

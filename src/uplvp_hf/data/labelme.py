@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..models.masks import encode_mask
 from .coco import read_content
 from .coco_files import walk_files
 from .dataset import InstanceDataset
 from .errors import DataError
 from .fields import read_json, require, require_list
-from .rle import encode_mask
 from .shapes import Shapes, ellipse
 
 _IGNORED = "__ignore__"

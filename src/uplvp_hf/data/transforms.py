@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from ..models.errors import UserError
+from ..models.masks import segmentation_to_rle
 from .instance_masks import InstanceMasks
-from .rle import segmentation_to_rle
 from .usage import MIN_AREA
 from .window import Window
 

@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..models.masks import rle_areas, segmentation_to_rle
 from .dataset import InstanceDataset, LazyRows, Row
 from .errors import DataError
-from .rle import rle_areas, segmentation_to_rle
 
 MIN_AREA = 16  # px; `TrainTransform` drops instances that are smaller after the crop
 _LOOKED_AT = 64  # of rows whose masks are made when they are asked for

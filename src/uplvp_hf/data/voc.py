@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from ..models.masks import encode_id_map, rle_boxes
 from .dataset import InstanceDataset
 from .errors import DataError
 from .fields import inside
@@ -33,7 +34,6 @@ from .layouts import (
     read_id_map,
     stems,
 )
-from .rle import encode_id_map, rle_boxes
 
 CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",

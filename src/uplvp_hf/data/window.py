@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..models.masks import decode_columns, rle_boxes
 from .instance_masks import InstanceMasks, make_patch
-from .rle import decode_columns, rle_boxes
 
 _Box = tuple[int, int, int, int]  # x1, y1, x2, y2, ends exclusive
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.dataset import InstanceDataset, Row
 from ..data.errors import DataError
-from ..data.rle import mask_iou, segmentation_to_rle
+from ..models.masks import mask_iou, segmentation_to_rle
 
 
 def row_keys(predicted: InstanceDataset, true: InstanceDataset) -> tuple[list, list]:

@@ -18,7 +18,7 @@ import torch
 
 from ..data.dataset import InstanceDataset, Row, RowStream
 from ..data.errors import DataError, ImageError
-from ..data.rle import encode_masks, mask_area, masks_to_boxes
+from ..models.masks import encode_masks, mask_area, tight_boxes
 from .blocks import Deal, LoadedBlock, block_count, calibration_blocks, iterate_blocks, load_blocks
 from .cutting.proposals import Proposals
 from .failures import UnexpectedFailure, as_failure, each, one_by_one
@@ -95,7 +95,7 @@ def proposals_to_row(
     count = len(proposals)
     labels = [0] * count if proposals.labels is None else [int(label) for label in proposals.labels]
     confidences = [1.0] * count if proposals.confidences is None else [float(value) for value in proposals.confidences]
-    boxes = masks_to_boxes(proposals.masks).tolist()
+    boxes = tight_boxes(proposals.masks).astype(float).tolist()
     objects = {
         "segmentation": encode_masks(proposals.masks) if count else [],
         "category_id": [category_ids[label] for label in labels],

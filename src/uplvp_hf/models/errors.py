@@ -27,3 +27,31 @@ def reading(what: str, remedy: str = "") -> Iterator[None]:
     except ValueError as error:
         reason = shorten(next(iter(str(error).strip().splitlines()), type(error).__name__), 240, placeholder=" ...")
         raise UserError(f"{what}: {reason}{remedy and ' ' + remedy}") from error
+
+
+class DataError(UserError):
+    """Data on disk, or handed in, that cannot be used.
+
+    Args:
+        reason: what is wrong, with the offending value.
+        file: the file it was found in, or None.
+        row: the row inside that file (such as `annotations[3] (id 17)`), or None.
+        remedy: what the reader can do about it, or None.
+
+    `str(error)` is "file, row: reason. remedy". The error survives pickling, so that it comes out of worker processes.
+    """
+
+    def __init__(self, reason: str, *, file: object = None, row: object = None, remedy: str | None = None) -> None:
+        where = ", ".join(str(part) for part in (file, row) if part is not None)
+        message = f"{where}: {reason}" if where else reason
+        if remedy:
+            message = f"{message.rstrip('.')}. {remedy}"
+        super().__init__(message)
+        self.reason = reason
+        self.file = None if file is None else str(file)
+        self.row = None if row is None else str(row)
+        self.remedy = remedy
+
+
+class ImageError(DataError):
+    """An image that is missing, cannot be decoded, or does not have the size that its annotations say."""

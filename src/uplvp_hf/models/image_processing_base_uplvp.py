@@ -32,7 +32,8 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .coco_targets import annotation_targets
 from .errors import UserError
-from .postprocessing_uplvp import MASK_STRIDE, collect_instances, find_instances, require_pycocotools
+from .masks import require_pycocotools
+from .postprocessing_uplvp import MASK_STRIDE, collect_instances, find_instances
 from .remote_code import name_processor_in_config
 
 

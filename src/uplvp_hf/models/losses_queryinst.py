@@ -21,8 +21,8 @@ from .losses import (
     giou_loss,
     sigmoid_focal_loss,
 )
+from .masks import tight_boxes
 from .matching import LabelGuide, Pairs, hungarian, pair_up
-from .prompts import tight_boxes
 from .roi import crop_masks
 
 

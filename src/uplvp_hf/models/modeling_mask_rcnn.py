@@ -23,8 +23,8 @@ from .configuration_mask_rcnn import MaskRcnnConfig
 from .errors import UserError
 from .layers_mask_rcnn import POOLED, build_heads, build_proposals, init_mask_rcnn_weights
 from .losses import Normalizers, check_labels
+from .masks import tight_boxes
 from .padding import extend_edges, padding_masked
-from .prompts import tight_boxes
 from .query_segmenter import InstanceSegmenter, SegmenterOutput
 from .remote_code import SavesItsCode
 from .roi_masks import paste_masks

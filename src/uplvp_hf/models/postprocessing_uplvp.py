@@ -13,12 +13,8 @@ import torch
 from torch.nn import functional as F
 
 from .mask_resampling import resampling_axis, resized_flips, resized_masks, signed_values, window_flips
+from .masks import decode_segmentation, rle_boxes, rle_from_borders, tight_boxes
 from .roi_masks import paste_masks
-
-try:  # only COCO annotations and RLE results need it; plain inference from the Hub does not
-    from pycocotools import mask as coco_mask
-except ImportError:
-    coco_mask = None
 
 # Masks leave the model at a quarter of the padded input's resolution (as in Mask2Former).
 MASK_STRIDE = 4
@@ -179,14 +175,15 @@ def collect_instances(found: Found, target_size: Size, return_rle: bool, overlap
     unique = list(dict.fromkeys(keys))
     device = found.scores.device
     if return_rle:
-        masks = [rle_of(flips, target_size) for flips in found.flips(unique)]
-        boxes = boxes_of_rle(masks).to(device)
-        painted = (torch.from_numpy(coco_mask.decode(rle)).to(device) > 0 for rle in masks)
+        masks = [rle_from_borders(flips, *target_size) for flips in found.flips(unique)]
+        corners = rle_boxes(masks).reshape(-1, 2, 2).cumsum(1).reshape(-1, 4)  # x, y, width, height -> x1, y1, x2, y2
+        boxes = torch.from_numpy(corners).to(device, torch.float32)
+        painted = (torch.from_numpy(decode_segmentation(rle, *target_size)).to(device) for rle in masks)
     else:
         masks = torch.zeros((len(unique), *target_size), dtype=torch.bool, device=device)
         for slot, mask in enumerate(found.masks(unique)):
             masks[slot] = mask
-        boxes = boxes_of(masks)
+        boxes = tight_boxes(masks).float()
         painted = iter(masks)
     slots = {key: slot for slot, key in enumerate(unique)}
     slot = torch.tensor([slots[key] for key in keys], dtype=torch.int64, device=device)
@@ -228,37 +225,3 @@ def _flat_map(
     values = zip(shown, labels[shown].tolist(), scores[shown].tolist(), strict=True)
     info = [{"id": id_, "label_id": label, "score": score, "was_fused": False} for id_, label, score in values]
     return {"segmentation": segmentation, "segments_info": info}
-
-
-def boxes_of(masks: torch.Tensor) -> torch.Tensor:
-    """(n, H, W) bool to (n, 4) float32 x1, y1, x2, y2 with exclusive ends; zeros for an empty mask."""
-    if not len(masks):
-        return torch.zeros((0, 4), device=masks.device)
-    spans = []
-    for occupied in (masks.any(1), masks.any(2)):  # columns (n, W), rows (n, H)
-        length = occupied.shape[1]
-        occupied = occupied.to(torch.uint8)
-        first, last = occupied.argmax(1), length - occupied.flip(1).argmax(1)
-        spans.append((first, last))
-    boxes = torch.stack([spans[0][0], spans[1][0], spans[0][1], spans[1][1]], 1).to(torch.float32)
-    return boxes * masks.flatten(1).any(1)[:, None]
-
-
-def require_pycocotools(purpose: str) -> None:
-    if coco_mask is None:
-        raise ImportError(f"{purpose} needs pycocotools: pip install pycocotools")
-
-
-def rle_of(flips: np.ndarray, size: Size) -> dict[str, Any]:
-    """Where a mask begins and ends, down the columns -> COCO's compressed run lengths, counts as str."""
-    counts = np.diff(flips, prepend=0, append=size[0] * size[1])
-    rle = coco_mask.frPyObjects({"size": list(size), "counts": counts.tolist()}, *size)
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
-def boxes_of_rle(rles: list[dict[str, Any]]) -> torch.Tensor:
-    """As `boxes_of`, of run lengths."""
-    if not rles:
-        return torch.zeros((0, 4))
-    boxes = torch.from_numpy(coco_mask.toBbox(rles)).to(torch.float32)  # x, y, width, height
-    return torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .masks import tight_boxes
+
 
 @dataclass
 class Prompts:
@@ -57,16 +59,6 @@ def mask_weights(masks: Tensor, size: tuple[int, int]) -> Tensor:
     if masks.shape[0] == 0:
         return masks.new_zeros((0, *size), dtype=torch.float32)
     return F.adaptive_avg_pool2d(masks.float()[:, None], size)[:, 0]
-
-
-def tight_boxes(masks: Tensor) -> Tensor:
-    """(N, H, W) bool -> (N, 4) int64 x1, y1, x2, y2 with exclusive ends; zeros for an empty mask."""
-    ends = []
-    for line in (masks.any(1), masks.any(2)):  # columns (N, W), rows (N, H)
-        bits = line.to(torch.uint8)
-        first, last = bits.argmax(1), line.shape[1] - bits.flip(1).argmax(1)
-        ends.append((first, torch.where(line.any(1), last, 0)))
-    return torch.stack([ends[0][0], ends[1][0], ends[0][1], ends[1][1]], 1)
 
 
 def box_weights(boxes: Tensor, size: tuple[int, int], stride: tuple[float, float]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from scipy import ndimage
 
 from ...models.errors import UserError
+from ...models.masks import tight_boxes
 
 NMS_KINDS = ("mask", "matrix", "none")
 
@@ -112,17 +113,6 @@ def border_fraction(masks: np.ndarray) -> np.ndarray:
     return covered / (height * width - max(height - 2, 0) * max(width - 2, 0))
 
 
-def box_sides(masks: np.ndarray) -> np.ndarray:
-    """Height and width in pixels of the tight boxes: (N, H, W) bool -> (N, 2) int64, zeros for an empty mask."""
-    sides = np.zeros((len(masks), 2), dtype=np.int64)
-    for axis in (0, 1):
-        occupied = masks.any(axis=2 - axis)  # (N, H), then (N, W)
-        length = occupied.shape[1] if len(masks) else 0
-        last = length - occupied[:, ::-1].argmax(axis=1) if length else 0
-        sides[:, axis] = np.where(occupied.any(axis=1), last - occupied.argmax(axis=1), 0) if length else 0
-    return sides
-
-
 def filter_proposals(
     proposals: Proposals,
     min_area: float = 0.0,
@@ -142,7 +132,8 @@ def filter_proposals(
     keep = (share >= min_area) & (share <= max_area) & (proposals.scores >= min_score)
     keep &= border_fraction(proposals.masks) <= max_border
     if np.isfinite(max_aspect) or min_side > 0:
-        sides = box_sides(proposals.masks)
+        boxes = tight_boxes(proposals.masks)
+        sides = boxes[:, 2:] - boxes[:, :2]
         shorter, longer = sides.min(axis=1), sides.max(axis=1)
         keep &= (longer <= max_aspect * np.maximum(shorter, 1)) & (shorter >= min_side)
     return proposals.take(keep)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ...data.rows import Row
 from ...models.errors import UserError
+from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals, matrix_nms, upsample_grid
 from ..encoders.backbone import Encoder
 from ..encoders.pixels import group_by_size
@@ -80,18 +81,6 @@ def mass_boxes(masks: torch.Tensor) -> torch.Tensor:
     return torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=1)
 
 
-def tight_sides(masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Height and width in cells of the tight boxes of (..., h, w) bool masks, each (...,); 0 for an empty mask."""
-    sides = []
-    for dim in (-1, -2):
-        occupied = masks.any(dim=dim)
-        place = torch.arange(1, occupied.shape[-1] + 1, device=masks.device)
-        last = (occupied * place).amax(dim=-1)
-        first = torch.where(occupied, place, occupied.shape[-1] + 1).amin(dim=-1)
-        sides.append((last - first + 1).clamp_min(0))
-    return sides[0], sides[1]
-
-
 def keep_plausible(
     masks: torch.Tensor,
     scores: torch.Tensor,
@@ -112,7 +101,8 @@ def keep_plausible(
     if max_width is not None:
         keep &= width < max_width * width_cells
     if max_extent is not None:
-        tall, wide = tight_sides(masks > 0)
+        boxes = tight_boxes(masks > 0)
+        wide, tall = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
         keep &= ~((tall > max_extent * height_cells) & (wide > max_extent * width_cells))
     return keep
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ...data import InstanceDataset, Row, decode_segmentation, empty_objects
-from ...data.rle import mask_area
+from ...models.masks import mask_area
 from ..cutting.proposals import Proposals, mask_nms
 from ..encoders.license import weights_license
 from ..fingerprint import hash_files

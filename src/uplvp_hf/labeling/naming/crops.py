@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from ...data.rle import masks_to_boxes
 from ...models.errors import UserError
+from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals
 
 SURROUNDINGS = ("none", "blur", "mean")
@@ -35,7 +35,7 @@ def mask_crops(
 ) -> Iterator[Image.Image]:
     """One crop a mask, made when it is asked for. `surroundings`: what becomes of the pixels outside of the mask
     ("none": they stay; "blur": gaussian, an eighth of the crop's longer side; "mean": the color `fill`)."""
-    for box, mask in zip(masks_to_boxes(proposals.masks).tolist(), proposals.masks):
+    for box, mask in zip(tight_boxes(proposals.masks).tolist(), proposals.masks):
         area = crop_box(box, image.width, image.height, context)
         crop = image.crop(area)
         if surroundings != "none":

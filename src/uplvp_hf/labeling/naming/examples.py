@@ -13,9 +13,9 @@ from PIL import Image
 
 from ...data.dataset import InstanceDataset, RowStream
 from ...data.errors import DataError
-from ...data.rle import masks_to_boxes
 from ...data.rows import load_dataset_rows
 from ...models.errors import UserError
+from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals, mask_iou_matrix
 from ..encoders.backbone import Encoder
 from ..fingerprint import fingerprint
@@ -40,7 +40,7 @@ class ExampleImage:
 
     def boxes(self) -> list[list[float]]:
         """x1, y1, x2, y2 of each example."""
-        return masks_to_boxes(np.stack(self.masks)).tolist()
+        return tight_boxes(np.stack(self.masks)).astype(float).tolist()
 
 
 @dataclass
@@ -250,7 +250,7 @@ def ground_masks(masks: np.ndarray, covered: np.ndarray, count: int, seed: int) 
     """
     rng = np.random.default_rng(seed)
     found: list[np.ndarray] = []
-    boxes = masks_to_boxes(masks).astype(int)
+    boxes = tight_boxes(masks)
     for k in rng.permutation(len(masks)).tolist() * count:
         if len(found) == count:
             break

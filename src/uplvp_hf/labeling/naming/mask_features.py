@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ...data.rle import masks_to_boxes
 from ...models.errors import UserError
+from ...models.masks import tight_boxes
 from ...models.prompts import mask_weights
 from ..cutting.proposals import Proposals
 from ..encoders.backbone import Encoder
@@ -62,7 +62,7 @@ class MaskFeatures:
         """(crop as it is, crop with its surroundings painted over, mask within the crop) of each mask."""
         fill = fill_color(self.network.image_mean)
         for image, p in zip(images, proposals):
-            for box, mask in zip(masks_to_boxes(p.masks).tolist(), p.masks):
+            for box, mask in zip(tight_boxes(p.masks).tolist(), p.masks):
                 left, top, right, bottom = crop_box(box, image.width, image.height, self.config.context)
                 plain, inside = image.crop((left, top, right, bottom)), mask[top:bottom, left:right]
                 ground = Image.new("RGB", plain.size, fill)

@@ -1,7 +1,9 @@
-"""Masks as COCO run-length codes: encoding, decoding, boxes, areas, overlaps.
+"""The one home of masks: checks of polygons and run lengths, decoding, encoding, areas, tight boxes, overlaps.
 
 An RLE is `{"size": [height, width], "counts": str}`, the compressed form of the COCO format
 (https://github.com/cocodataset/cocoapi, common/maskApi.h), with `counts` as text so that it can be written as JSON.
+
+Copied to the Hub beside the weights: needs numpy and torch, and pycocotools only where RLEs are read or written.
 """
 
 from __future__ import annotations
@@ -12,12 +14,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from pycocotools import mask as coco_mask
 
 from .errors import DataError
 
+try:  # plain inference from the Hub does without
+    from pycocotools import mask as coco_mask
+except ImportError:
+    coco_mask = None
+
 # A vertex further away than this many image sides is a typing error; rasterizing it takes memory in proportion.
 _FAR = 100
+# Pixels by which exporters round a polygon over the border.
+_ROUNDING = 1.0
+
+
+def require_pycocotools(purpose: str) -> None:
+    """Raises ImportError, with what to install, where pycocotools is missing."""
+    if coco_mask is None:
+        raise ImportError(f"{purpose} needs pycocotools: pip install pycocotools")
 
 
 def _as_bool(masks: np.ndarray | torch.Tensor) -> np.ndarray:
@@ -67,11 +81,16 @@ def encode_id_map(ids: np.ndarray, wanted: Sequence[int]) -> list[dict[str, Any]
     rles = []
     for wanted_id in wanted:
         own = np.flatnonzero(values == wanted_id)
-        # Runs of 0 and 1 in turn, from a run of 0 that may be empty.
         borders = np.stack([starts[own], ends[own]], axis=1).ravel()
-        counts = np.diff(np.concatenate([[0], borders, [len(columns)]]))
-        rles.append(segmentation_to_rle({"size": [height, width], "counts": counts.tolist()}, height, width))
+        rles.append(rle_from_borders(borders, height, width))
     return rles
+
+
+def rle_from_borders(borders: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """The RLE of a mask that begins and ends, by turns, at `borders` (increasing, column * height + row)."""
+    runs = np.diff(borders, prepend=0, append=height * width)  # of 0 and 1 in turn; the first may be empty
+    rle = coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode("ascii")}
 
 
 def _polygons_to_rle(polygons: Sequence[Sequence[float]], height: int, width: int) -> dict[str, Any]:
@@ -105,10 +124,26 @@ def polygon_fault(part: Any, height: int, width: int) -> str | None:
     return None
 
 
-def _unpack_counts(codes: np.ndarray) -> np.ndarray:
-    """Run lengths of a compressed RLE: little-endian groups of 5 bits with a sign and a continuation bit, each run from
-    the fourth on as the difference to the one two before (rleFrString in maskApi.c)."""
-    bits, last = (codes & 0x1F).astype(np.int64), (codes & 0x20) == 0
+def polygon_overhang(part: Sequence[float], height: int, width: int) -> str | None:
+    """How far a polygon without fault leaves the image, where that is more than the rounding of exporters (1 px), or
+    None. Decoding cuts it off at the border."""
+    for name, values, size in (("x", part[0::2], width), ("y", part[1::2], height)):
+        if min(values) < -_ROUNDING or max(values) > size + _ROUNDING:
+            return f"a polygon reaches from {name} = {min(values):g} to {max(values):g} in an image of {size} px"
+    return None
+
+
+def unpacked_runs(counts: str | bytes) -> np.ndarray:
+    """Run lengths (int64) of compressed counts: little-endian groups of 5 bits with a sign and a continuation bit, each
+    run from the fourth on as the difference to the one two before (rleFrString in maskApi.c).
+
+    Raises DataError for text that is cut off or holds other characters.
+    """
+    codes = np.frombuffer(counts.encode("ascii", "replace") if isinstance(counts, str) else bytes(counts), np.uint8)
+    if len(codes) == 0 or codes.min() < 48 or codes.max() > 111 or (int(codes[-1]) - 48) & 0x20:
+        raise DataError("the compressed RLE counts are malformed or cut off")
+    codes = codes.astype(np.int64) - 48
+    bits, last = codes & 0x1F, (codes & 0x20) == 0
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
     places = np.arange(len(codes)) - np.repeat(starts, ends - starts + 1)
@@ -121,30 +156,21 @@ def _unpack_counts(codes: np.ndarray) -> np.ndarray:
 def _check_counts(counts: Any, height: int, width: int) -> None:
     """pycocotools reads past the end of a malformed code, and returns memory it never wrote for one that is too short,
     so codes are checked before they are handed over."""
-    if isinstance(counts, str):
-        try:
-            counts = counts.encode("ascii")
-        except UnicodeEncodeError as error:
-            raise DataError("the RLE counts hold characters that no RLE has") from error
-    if isinstance(counts, (bytes, bytearray)):
-        codes = np.frombuffer(bytes(counts), dtype=np.uint8)
-        if len(codes) == 0 or codes.min() < 48 or codes.max() > 111 or (int(codes[-1]) - 48) & 0x20:
-            raise DataError("the compressed RLE counts are malformed or cut off")
-        runs = _unpack_counts(codes.astype(np.int64) - 48)
-        if runs.min() < 0 or runs.sum() != height * width:
-            raise DataError(
-                f"the compressed RLE counts are malformed: {len(runs)} runs sum to {runs.sum()}, "
-                f"the image has {height}x{width} = {height * width} pixels"
-            )
-        return
-    if not isinstance(counts, (list, tuple, np.ndarray)):
+    if isinstance(counts, (str, bytes, bytearray)):
+        runs = unpacked_runs(counts)
+    elif isinstance(counts, (list, tuple, np.ndarray)):
+        for run in counts:
+            if isinstance(run, bool) or not isinstance(run, (int, np.integer)) or run < 0:
+                raise DataError(f"RLE counts must be whole numbers >= 0, got {run!r}")
+        runs = np.array(counts, dtype=object)  # whole numbers of any length
+    else:
         raise DataError(f"RLE counts must be text or a list of whole numbers, got {type(counts).__name__}")
-    for run in counts:
-        if isinstance(run, bool) or not isinstance(run, (int, np.integer)) or run < 0:
-            raise DataError(f"RLE counts must be whole numbers >= 0, got {run!r}")
-    total = int(sum(counts))
-    if total != height * width:
-        raise DataError(f"the RLE counts sum to {total}, the image has {height}x{width} = {height * width} pixels")
+    total = int(runs.sum())
+    if runs.min(initial=0) < 0 or total != height * width:
+        raise DataError(
+            f"the RLE counts are malformed: {len(runs)} runs sum to {total}, "
+            f"the image has {height}x{width} = {height * width} pixels"
+        )
 
 
 def _rle_to_rle(segmentation: dict[str, Any], height: int, width: int) -> dict[str, Any]:
@@ -163,6 +189,7 @@ def _rle_to_rle(segmentation: dict[str, Any], height: int, width: int) -> dict[s
 
 def _to_coco(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """RLE with bytes counts, as pycocotools passes them around."""
+    require_pycocotools("A COCO segmentation")
     if isinstance(segmentation, dict):
         return _rle_to_rle(segmentation, height, width)
     if isinstance(segmentation, (list, tuple)):
@@ -197,7 +224,7 @@ def decode_columns(rle: dict[str, Any], left: int, right: int) -> np.ndarray:
     that of noise, takes longer.
     """
     height = rle["size"][0]
-    runs = _unpack_counts(np.frombuffer(rle["counts"].encode("ascii"), dtype=np.uint8).astype(np.int64) - 48)
+    runs = unpacked_runs(rle["counts"])
     ends = runs.cumsum().clip(left * height, right * height)
     inside = np.arange(len(runs)) % 2 == 1
     return np.repeat(inside, np.diff(ends, prepend=left * height)).reshape(right - left, height).T
@@ -233,18 +260,22 @@ def mask_area(masks: np.ndarray) -> np.ndarray:
     return np.asarray(masks, dtype=bool).sum(axis=(-2, -1), dtype=np.int64)
 
 
-def masks_to_boxes(masks: np.ndarray) -> np.ndarray:
-    """(N, H, W) bool masks -> (N, 4) float32 boxes x1, y1, x2, y2 in pixels, x2 and y2 exclusive; empty mask: zeros."""
-    masks = np.asarray(masks, dtype=bool)
-    boxes = np.zeros((len(masks), 4), dtype=np.float32)
-    if masks.size == 0:
-        return boxes
-    columns, rows = masks.any(axis=1), masks.any(axis=2)  # (N, W), (N, H)
-    boxes[:, 0], boxes[:, 1] = columns.argmax(axis=1), rows.argmax(axis=1)
-    boxes[:, 2] = masks.shape[2] - columns[:, ::-1].argmax(axis=1)
-    boxes[:, 3] = masks.shape[1] - rows[:, ::-1].argmax(axis=1)
-    boxes[~columns.any(axis=1)] = 0
-    return boxes
+def tight_boxes(masks: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
+    """(..., H, W) bool masks -> (..., 4) int64 boxes x1, y1, x2, y2 in pixels, ends exclusive; zeros for an empty mask.
+
+    Tensors in, tensors out; arrays in, arrays out. `torchvision.ops.masks_to_boxes` has inclusive ends, fails on an
+    empty mask, and is not installed everywhere.
+    """
+    if isinstance(masks, np.ndarray):
+        return tight_boxes(torch.from_numpy(np.require(masks, np.bool_, ["C", "W"]))).numpy()
+    if not masks.numel():
+        return masks.new_zeros((*masks.shape[:-2], 4), dtype=torch.int64)
+    first, last = [], []
+    for line in (masks.any(-2), masks.any(-1)):  # columns (..., W), rows (..., H)
+        place = torch.arange(1, line.shape[-1] + 1, device=masks.device)
+        last.append((line * place).amax(-1))
+        first.append(torch.where(last[-1] > 0, line.shape[-1] - (line * place.flip(0)).amax(-1), 0))
+    return torch.stack([*first, *last], -1)
 
 
 def mask_iou(a_rles: Sequence[dict[str, Any]], b_rles: Sequence[dict[str, Any]]) -> np.ndarray:

@@ -10,12 +10,12 @@ from uplvp_hf.data import (
     encode_masks,
     mask_area,
     mask_iou,
-    masks_to_boxes,
     rle_areas,
     rle_boxes,
     segmentation_to_rle,
+    tight_boxes,
 )
-from uplvp_hf.data.rle import decode_columns
+from uplvp_hf.models.masks import decode_columns
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_polygon_that_leaves_the_image_is_clipped(shift):
         ({"size": [23, 31], "counts": ""}, "malformed"),
         ({"size": [23, 31], "counts": "0~~~"}, "malformed"),
         ({"size": [23, 31], "counts": "n"}, "malformed"),
-        ({"size": [23, 31], "counts": "1é"}, "characters"),
+        ({"size": [23, 31], "counts": "1é"}, "malformed"),
         ({"size": [23, 31], "counts": "123"}, "sum to 6"),
         ({"size": [23, 31], "counts": 4}, "list of whole numbers"),
         ("polygon", "polygons or an RLE"),
@@ -114,7 +114,7 @@ def test_malformed_segmentations_are_named(segmentation, reason):
 
 
 def test_boxes_and_areas_by_brute_force(masks):
-    boxes, areas = masks_to_boxes(masks), mask_area(masks)
+    boxes, areas = tight_boxes(masks), mask_area(masks)
     codes = encode_masks(masks)
     for mask, box, area, rle_box, rle_area in zip(masks, boxes, areas, rle_boxes(codes), rle_areas(codes)):
         ys, xs = np.nonzero(mask)
@@ -122,7 +122,11 @@ def test_boxes_and_areas_by_brute_force(masks):
         assert box.tolist() == expected
         assert area == rle_area == len(xs)
         assert rle_box.tolist() == [*expected[:2], expected[2] - expected[0], expected[3] - expected[1]]
-    assert masks_to_boxes(np.zeros((0, 4, 4), bool)).shape == rle_boxes([]).shape == (0, 4)
+    assert tight_boxes(np.zeros((0, 4, 4), bool)).shape == rle_boxes([]).shape == (0, 4)
+    assert tight_boxes(np.zeros((2, 0, 4), bool)).tolist() == [[0, 0, 0, 0]] * 2
+    stacked = tight_boxes(torch.from_numpy(masks).reshape(2, 3, *masks.shape[1:]))
+    assert stacked.dtype == torch.int64 and stacked.reshape(-1, 4).tolist() == boxes.tolist()
+    np.testing.assert_array_equal(tight_boxes(masks[:, ::-1, ::2]), tight_boxes(masks[:, ::-1, ::2].copy()))
 
 
 def test_columns_of_a_mask(masks):
