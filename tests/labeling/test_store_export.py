@@ -99,10 +99,10 @@ def test_parquet_in_a_second_process(store, tmp_path, embed):
 
 
 def test_dataset_opens_no_image_and_decodes_no_mask(store, tmp_path, monkeypatch):
-    from uplvp_hf.data import rle
+    from uplvp_hf.models import masks
 
-    monkeypatch.setattr(rle.coco_mask, "decode", None)
-    monkeypatch.setattr(rle.coco_mask, "frPyObjects", None)
+    monkeypatch.setattr(masks.coco_mask, "decode", None)
+    monkeypatch.setattr(masks.coco_mask, "frPyObjects", None)
     monkeypatch.setattr("PIL.Image.open", None)
     rows = store_to_dataset(store)
     stored = read_store(store)

@@ -88,7 +88,7 @@ def test_polygons_are_cut_off_at_the_border_as_in_training():
     rounded = [-0.4, -0.4, WIDTH + 0.4, -0.4, WIDTH + 0.4, HEIGHT + 0.4, -0.4, HEIGHT + 0.4]
     record["annotations"][0]["segmentation"] = [rounded]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*clipped")
         found = processor(image, annotations=record, return_tensors="pt")["mask_labels"][0][0]
     np.testing.assert_array_equal(found.numpy()[:HEIGHT, :WIDTH], decode_segmentation([rounded], HEIGHT, WIDTH))
     assert found[:HEIGHT, :WIDTH].float().mean() > 0.9
