@@ -33,6 +33,23 @@ def load_script():
 
 
 @pytest.fixture(scope="session")
+def assert_close():
+    """`assert_close(actual, expected, share)`: no value differs by more than this share of the largest expected one.
+
+    Processors sum in different orders, so float32 agrees to a share of the scale of the tensor, not to a fixed number.
+    """
+    import torch
+
+    def check(actual, expected, share: float, message: str = "") -> None:
+        actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).detach().double()
+        assert actual.shape == expected.shape, message
+        difference, scale = (actual - expected).abs().max().item(), expected.abs().max().item()
+        assert difference <= share * scale, f"{message} differs by {difference:.3g} where the scale is {scale:.3g}"
+
+    return check
+
+
+@pytest.fixture(scope="session")
 def golden():
     """Reads a recorded fixture: `golden("mask2former")` -> (tensors by name, description)."""
     from safetensors.torch import load_file
