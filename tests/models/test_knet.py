@@ -252,6 +252,28 @@ def test_half_precision_trains(make_batch):
     assert half(**batch).class_scores.dtype == torch.float32
 
 
+@pytest.mark.parametrize("pooling", ["sum", "mean"])
+@pytest.mark.parametrize("way", ["weights", "autocast"])
+def test_float16_holds_sums_over_large_images(pooling, way):
+    """What a kernel takes in of a large object is beyond the range of float16, 65504; the results are not."""
+    model = make_model(object_pooling=pooling).eval()
+    with torch.no_grad():
+        for block in [*model.model.kernel_head.localization, *model.model.kernel_head.semantic]:
+            block.norm.bias.fill_(20.0)  # maps of this size, as trained networks have them
+        model.model.kernel_head.kernels.weight.abs_()  # every initial mask covers the whole image
+        pixels = torch.randn(1, 3, 640, 640, generator=torch.Generator().manual_seed(0))
+        exact = model(pixels)
+        assert pooling == "mean" or model.encode(pixels).kernels.max() > 65504
+        if way == "weights":
+            output = copy.deepcopy(model).half()(pixels.half())
+        else:
+            with torch.autocast("cpu", torch.float16):
+                output = model(pixels)
+    for name in ("class_queries_logits", "masks_queries_logits", "queries"):
+        assert torch.isfinite(output[name]).all(), name
+    torch.testing.assert_close(output.class_scores, exact.class_scores, rtol=0, atol=0.02)
+
+
 def test_divisors_of_several_batches_equal_those_of_one(make_batch):
     model = make_model(semantic_weight=2.0)
     batch = make_batch(counts=(3, 0, 2))

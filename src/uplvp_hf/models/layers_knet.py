@@ -101,7 +101,7 @@ def apply_kernels(kernels: Tensor, x: Tensor) -> Tensor:
 
 def gather_objects(x: Tensor, mask_logits: Tensor, valid: Tensor | None = None, pooling: str = "sum") -> Tensor:
     """Sum, or with pooling="mean" the mean, of a map (B, D, h, w) over the cells inside each mask (B, N, h, w)
-    -> (B, N, D); zeros for a mask without cells.
+    -> (B, N, D) float32; zeros for a mask without cells. A sum over a large image is beyond the range of float16.
 
     Inside is a probability above one half, a hard choice: no gradient reaches the masks. valid (B, h, w): cells of
     the images, None for all.
@@ -109,15 +109,17 @@ def gather_objects(x: Tensor, mask_logits: Tensor, valid: Tensor | None = None, 
     inside = mask_logits > 0
     if valid is not None:
         inside = inside & valid[:, None]
-    inside = inside.flatten(2).to(x.dtype)
-    total = inside @ x.flatten(2).transpose(1, 2)
-    if pooling == "sum":
-        return total
-    return total / inside.float().sum(-1, keepdim=True).clamp(min=1).to(x.dtype)  # float: 16 bits cannot count cells
+    inside = inside.flatten(2).float()
+    with torch.autocast(x.device.type, enabled=False):  # it would multiply in half precision
+        total = inside @ x.float().flatten(2).transpose(1, 2)
+    return total if pooling == "sum" else total / inside.sum(-1, keepdim=True).clamp(min=1)
 
 
 class KernelUpdate(nn.Module):
-    """Kernels (B, N, D) and features of their objects (B, N, D) -> new kernels (B, N, D), by two learned gates."""
+    """Kernels (B, N, D) and features of their objects (B, N, D) -> new kernels (B, N, D), by two learned gates.
+
+    In float32 up to the norms, whatever the weights are: the features are sums over whole objects.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -129,13 +131,23 @@ class KernelUpdate(nn.Module):
         self.output, self.output_norm = nn.Linear(channels, channels), nn.LayerNorm(channels)
 
     def forward(self, features: Tensor, kernels: Tensor) -> Tensor:
-        feature_in, feature_out = self.feature_projection(features).chunk(2, -1)
-        kernel_in, kernel_out = self.kernel_projection(kernels).chunk(2, -1)
-        both = kernel_in * feature_in
-        feature_gate = self.feature_gate_norm(self.feature_gate(both)).sigmoid()
-        kernel_gate = self.kernel_gate_norm(self.kernel_gate(both)).sigmoid()
-        mixed = feature_gate * self.feature_norm(feature_out) + kernel_gate * self.kernel_norm(kernel_out)
-        return F.relu(self.output_norm(self.output(mixed)))
+        with torch.autocast(features.device.type, enabled=False):
+            feature_in, feature_out = _exact(self.feature_projection, features).chunk(2, -1)
+            kernel_in, kernel_out = _exact(self.kernel_projection, kernels).chunk(2, -1)
+            both = kernel_in * feature_in
+            feature_gate = _exact(self.feature_gate_norm, _exact(self.feature_gate, both)).sigmoid()
+            kernel_gate = _exact(self.kernel_gate_norm, _exact(self.kernel_gate, both)).sigmoid()
+            mixed = feature_gate * _exact(self.feature_norm, feature_out)
+            mixed = mixed + kernel_gate * _exact(self.kernel_norm, kernel_out)
+        return F.relu(self.output_norm(self.output(mixed.to(self.output.weight.dtype))))
+
+
+def _exact(layer: nn.Linear | nn.LayerNorm, x: Tensor) -> Tensor:
+    """The layer in float32."""
+    weight, bias = layer.weight.float(), layer.bias.float()
+    if isinstance(layer, nn.Linear):
+        return F.linear(x.float(), weight, bias)
+    return F.layer_norm(x.float(), layer.normalized_shape, weight, bias, layer.eps)
 
 
 class KernelAttention(nn.Module):

@@ -133,7 +133,10 @@ class PromptFusion(nn.Module):
         init.zeros_(self.linear.bias)
 
     def forward(self, queries: Tensor, prompts: Tensor) -> Tensor:
-        return self.linear(torch.cat([queries, prompts.to(queries.dtype)], dim=-1))
+        # In float32: K-Net's queries hold sums over whole objects, which are beyond the range of float16.
+        with torch.autocast(queries.device.type, enabled=False):
+            both = torch.cat([queries.float(), prompts.float()], dim=-1)
+            return F.linear(both, self.linear.weight.float(), self.linear.bias.float()).to(queries.dtype)
 
 
 def kept_prompts(match: Tensor, drop: float, uniform: Tensor | None = None) -> Tensor:
