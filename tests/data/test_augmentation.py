@@ -84,7 +84,7 @@ def test_masks_cover_their_color(chain, copy_paste):
             sample = samples.sample(index, epoch)
             pixels = (sample["pixel_values"] * 255).round().permute(1, 2, 0).numpy()
             labels, masks = sample["class_labels"].tolist(), sample["mask_labels"].dense().numpy()
-            np.testing.assert_allclose(sample["scores"], [0.5 + 0.01 * k for k in labels], rtol=1e-5)
+            np.testing.assert_allclose(sample["prompt_scores"], [0.5 + 0.01 * k for k in labels], rtol=1e-5)
             nearest = np.abs(pixels[:, :, None] - np.vstack([COLORS, [[0, 0, 0]]])).sum(axis=3).argmin(axis=2)
             for label, mask in zip(labels, masks, strict=True):
                 box = sample["mask_labels"].boxes[labels.index(label)]
@@ -266,7 +266,7 @@ def test_copy_paste_is_a_function_of_seed_epoch_and_index():
             changed += not torch.equal(one["pixel_values"], two["pixel_values"])
             more += len(two["mask_labels"]) > len(one["mask_labels"])
             assert len(two["mask_labels"]) <= 6 and two["image_id"] == one["image_id"]
-            assert len(two["mask_labels"]) == len(two["class_labels"]) == len(two["scores"])
+            assert len(two["mask_labels"]) == len(two["class_labels"]) == len(two["prompt_scores"])
     assert 20 < changed < 55 and more > 10
 
 

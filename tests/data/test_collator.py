@@ -10,7 +10,7 @@ def sample(height, width, count, image_id):
         "pixel_values": torch.randn(3, height, width, generator=draws) + 5,
         "mask_labels": InstanceMasks.from_dense(torch.rand(count, height, width, generator=draws) > 0.5),
         "class_labels": torch.arange(count),
-        "scores": torch.rand(count, generator=draws),
+        "prompt_scores": torch.rand(count, generator=draws),
         "image_id": image_id,
         "index": image_id,
     }
@@ -37,7 +37,7 @@ def test_padding(keywords, shape):
         assert torch.equal(masks[:, :h, :w], given["mask_labels"].dense()) and not masks[:, ~real].any()
         assert torch.equal(batch["class_labels"][index], given["class_labels"])
         assert batch["class_labels"][index].dtype == torch.int64
-        assert torch.equal(batch["prompt_scores"][index], given["scores"])
+        assert torch.equal(batch["prompt_scores"][index], given["prompt_scores"])
     compact = collate(samples, **keywords, dense=False)
     for masks, code in zip(batch["mask_labels"], compact["mask_labels"], strict=True):
         assert code.shape == masks.shape and torch.equal(code.dense(), masks)

@@ -53,8 +53,8 @@ def test_values_and_types(folder):
     np.testing.assert_allclose(sample["pixel_values"].permute(1, 2, 0), expected, atol=1e-5)
     assert sample["pixel_values"].dtype == torch.float32 and sample["mask_labels"].dense().dtype == torch.bool
     assert sample["class_labels"].dtype == torch.int64 and sample["class_labels"].tolist() == [1, 0, 1]
-    assert sample["scores"].dtype == torch.float32
-    np.testing.assert_allclose(sample["scores"], [0.1, 0.3, 0.5], rtol=1e-6)
+    assert sample["prompt_scores"].dtype == torch.float32
+    np.testing.assert_allclose(sample["prompt_scores"], [0.1, 0.3, 0.5], rtol=1e-6)
     assert sample["image_id"] == 103 and sample["index"] == 3
     for k, mask in enumerate(sample["mask_labels"].dense()):
         expected = torch.zeros((40, 48), dtype=torch.bool)
@@ -66,7 +66,7 @@ def test_crowds_negatives_and_the_best_by_score(folder):
     assert still(folder)[0]["mask_labels"].shape == (0, 40, 48), "only a crowd: a negative"
     assert still(folder)[0]["class_labels"].dtype == torch.int64
     assert len(still(folder, skip_crowd=False)[3]["mask_labels"]) == 4
-    np.testing.assert_allclose(still(folder, max_instances=2)[3]["scores"], [0.3, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(still(folder, max_instances=2)[3]["prompt_scores"], [0.3, 0.5], rtol=1e-6)
     assert still(folder)[3]["class_labels"].tolist() == [0, 0, 0], "class-agnostic"
 
 

@@ -153,9 +153,9 @@ class TrainingSet(torch.utils.data.Dataset):
         """One sample as augmented in `epoch`, with h and w as the transform says:
 
         pixel_values (3, h, w) float32 normalized; mask_labels, `InstanceMasks` of N masks of h x w, `.dense()` is
-        (N, h, w) bool; class_labels (N,) int64; scores (N,) float32, 0 to 1; image_id; index of the row used, which is
-        a later one than asked for when images cannot be opened. Raises DataError when more than 10 images in a row
-        cannot, IndexError beyond the end.
+        (N, h, w) bool; class_labels (N,) int64; prompt_scores (N,) float32, 0 to 1; image_id; index of the row used,
+        which is a later one than asked for when images cannot be opened. Raises DataError when more than 10 images in a
+        row cannot, IndexError beyond the end.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
@@ -169,7 +169,7 @@ class TrainingSet(torch.utils.data.Dataset):
             "pixel_values": values,
             "mask_labels": masks,
             "class_labels": torch.tensor([label for label, _ in objects], dtype=torch.int64),
-            "scores": torch.tensor([score for _, score in objects], dtype=torch.float32),
+            "prompt_scores": torch.tensor([score for _, score in objects], dtype=torch.float32),
             "image_id": self.dataset.image_id(position),
             "index": position,
         }

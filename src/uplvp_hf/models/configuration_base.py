@@ -70,6 +70,10 @@ class StrictConfigMixin:
             logger.warning_once(f"Settings of a configuration that {cls.__name__} does not know: {', '.join(unknown)}.")
         return super().from_dict({key: config_dict[key] for key in config_dict if key not in unknown}, **kwargs)
 
+    def to_dict(self) -> dict:
+        """As in transformers, without `use_cache`, which its `Trainer` sets on every configuration."""
+        return {key: value for key, value in super().to_dict().items() if key != "use_cache"}
+
     @classmethod
     def _is_known(cls, key: str) -> bool:
         return key in cls.__dataclass_fields__ or key in cls.attribute_map or key in COMMON_KEYS or key.startswith("_")
