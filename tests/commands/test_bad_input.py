@@ -22,13 +22,17 @@ from uplvp_hf.training import loop
 
 @pytest.fixture
 def fails(capsys):
-    """fails(words, *parts): the command returns 2 and its only line on stderr, without traceback, has all `parts`."""
+    """fails(words, *parts): the command returns 2 and says in one line, without traceback, all `parts`.
+
+    Before it, training says what it uses.
+    """
 
     def check(words, *parts):
         capsys.readouterr()
         assert main([str(word) for word in words]) == 2
-        line = capsys.readouterr().err
-        assert line.startswith(f"uplvp {words[0]}: error: ") and line.count("\n") == 1, line
+        *before, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"uplvp {words[0]}: error: "), line
+        assert all(words[0] == "finetune" and said.startswith("Training uses") for said in before), before
         for part in parts:
             assert str(part) in line
         return line
@@ -254,8 +258,12 @@ def test_training_that_diverges_is_stopped_in_one_line(recipe, scenes_dir, tmp_p
     monkeypatch.setattr(loop._Run, "_clip", lambda self: torch.tensor(float("nan")))
     words = ["finetune", "--recipe", recipe, "--output", tmp_path / "run", "--quiet", f"data.train={scenes_dir}"]
     assert main([*map(str, words), "optim.max_skipped=2"]) == 2
-    skipped, error = capsys.readouterr().err.splitlines()
-    assert skipped.startswith("Step 1 skipped") and error.startswith("uplvp finetune: error: 2 steps had a non-finite")
+    used, skipped, error = capsys.readouterr().err.splitlines()
+    assert (
+        used.startswith("Training uses 6 images")
+        and skipped.startswith("Step 1 skipped")
+        and error.startswith("uplvp finetune: error: 2 steps had a non-finite")
+    )
 
 
 def test_ctrl_c_says_how_to_go_on(recipe, scenes_dir, tmp_path, capsys, monkeypatch):
@@ -266,7 +274,8 @@ def test_ctrl_c_says_how_to_go_on(recipe, scenes_dir, tmp_path, capsys, monkeypa
     words = ["finetune", "--recipe", recipe, "--output", tmp_path / "run", "--quiet", f"data.train={scenes_dir}"]
     assert main([*map(str, words)]) == 130
     message = "uplvp finetune: interrupted; run the same command again with --resume to go on\n"
-    assert capsys.readouterr().err == message
+    used, _, said = capsys.readouterr().err.partition("\n")
+    assert used.startswith("Training uses 6 images") and said == message
 
 
 @pytest.mark.parametrize("device", ["floppy", "cuda:99"])

@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from uplvp_hf.commands import evaluate, predict
-from uplvp_hf.data import load_dataset_rows
+from uplvp_hf.data import DataWarning, load_dataset_rows
 from uplvp_hf.evaluation import BACKENDS, METRICS, backends, load_segmenter, make_evaluator, predict_dataset
 
 
@@ -148,7 +148,8 @@ def test_predict_writes_json_overlays_and_failures(tiny_model_dir, scenes_dir, t
     assert sorted(failure["file"].rsplit("/", 1)[-1] for failure in failures) == sorted([victim.name, "text.jpg"])
     # what was predicted reads back as labels
     shutil.copy(single, images / "deeper")
-    labels = load_dataset_rows(output / "predictions.json", images=images)
+    with pytest.warns(DataWarning, match=r"found by the end of the name \('single.png' is 'deeper.single.png'"):
+        labels = load_dataset_rows(output / "predictions.json", images=images)
     assert sum(len(row["objects"]["score"]) for row in labels.rows) == len(content["annotations"]) > 0
 
 
