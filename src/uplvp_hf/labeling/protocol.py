@@ -1,4 +1,4 @@
-"""What a mask source and a namer have to be for `label_images`."""
+"""What a labeler and a namer have to be for `label_images`."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ..data.dataset import Row
+from ..settings import Settings
 from .cutting.proposals import Proposals
+from .settings import NoSettings
 
 AGNOSTIC_NAME = "object"
 Finish = Callable[[], Iterable[Proposals]]  # one `Proposals` an image, made when it is asked for
 
 
 class Labeler(Protocol):
-    """A mask source. `vocabulary` is empty for a class-agnostic one; `settings` must survive JSON and hold everything
-    that the labels depend on. `license`: of the weights, where it is known. `LabelerBase` has the rest for a source
+    """What proposes masks. `vocabulary` is empty for a class-agnostic one; `settings` must survive JSON and hold all
+    that the labels depend on. `license`: of the weights, where it is known. `LabelerBase` has the rest for a labeler
     that calibrates nothing.
 
-    `rows` are the dataset's rows of the same images, for sources that look something up; None: there are none.
+    `rows` are the dataset's rows of the same images, for labelers that look something up; None: there are none.
     """
 
     name: str
@@ -51,10 +53,19 @@ class Labeler(Protocol):
 
 
 class LabelerBase:
-    """A labeler without calibration, without classes and of unknown license; subclasses replace what differs."""
+    """A labeler without calibration, without classes and of unknown license; subclasses replace what differs.
+
+    config: its settings dataclass, which becomes the `settings` of the store's header.
+    """
 
     vocabulary: Sequence[str] = ()
     license: str | None = None
+    config: Settings = NoSettings()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the labels depend on, for the store's header."""
+        return self.config.as_dict()
 
     def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
         """Nothing to measure."""

@@ -4,78 +4,20 @@ NMS."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ...models.errors import UserError
+from ..settings import Cutting
 from .normalized_cut import split_by_ncut
-from .proposals import NMS_KINDS, Proposals, apply_nms, filter_proposals, top_k, upsample_grid
+from .proposals import Proposals, apply_nms, filter_proposals, top_k, upsample_grid
 from .refine import pamr
 from .segments import Segment, area_segments, class_layers, class_map, connected_segments, make_segment
 
-SPLITS = ("components", "ncut")
-REFINEMENTS = (None, "pamr")
 MAX_ASPECT = 16  # longer over shorter side up to which `refine_size` is the shorter side
 NACLIP_DILATIONS, NACLIP_SIZE = (8, 16), 336  # pixels; the latter of the shorter side
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """How evidence becomes instances. `threshold`, `peak`, `min_score` None: what the labeler's evidence calls for.
-
-    threshold: evidence that a pixel needs. peak: evidence that an instance needs somewhere. min_score: its least score.
-    exclusive: every pixel belongs to its best class; False cuts each class on its own, and areas may overlap.
-    fill_holes: holes in a component belong to it.
-    split: "components" (4-connected), or "ncut", which also splits components where the encoder's own features fall
-        apart (`split_by_ncut`): at most `max_parts` parts, cells joined above a cosine of `split_tau` after
-        subtracting the image's mean feature, no cut that costs more than `max_ncut`.
-    refine: "pamr", NACLIP's pixel-adaptive refinement of the evidence before the class map, or None. 10 steps at
-        `refine_size` pixels on the shorter side, with dilations of 8 and 16 pixels in 336 (NACLIP's), scaled to that
-        size. 128 pixels give masks as good as 336 at a tenth of the time (docs/labeling.md).
-    min_area, max_area: shares of the image. max_border: share of its outermost pixels. max_aspect: longer over
-        shorter side of the box, None for any. min_side: pixels of the shorter side.
-    nms_kind: "mask" (IoU above `nms` loses), "matrix" (decay with `nms_sigma`, then `min_score`) or "none"; per class,
-        over all when class-agnostic. Exclusive areas never overlap: it matters for `exclusive=False` and `fill_holes`.
-    class_agnostic: forget the classes after cutting. top: most instances an image (20: the papers' number).
-
-    Raises UserError for an unknown choice, or a top, max_parts or refine_size below 1.
-    """
-
-    threshold: float | None = None
-    peak: float | None = None
-    min_score: float | None = None
-    exclusive: bool = True
-    fill_holes: bool = False
-    split: str = "components"
-    max_parts: int = 4
-    split_tau: float = 0.2
-    max_ncut: float = 0.3
-    refine: str | None = "pamr"
-    refine_size: int = 128
-    min_area: float = 0.01
-    max_area: float = 0.9
-    max_border: float = 1.0
-    max_aspect: float | None = None
-    min_side: int = 0
-    nms_kind: str = "mask"
-    nms: float = 0.5
-    nms_sigma: float = 2.0
-    class_agnostic: bool = False
-    top: int = 20
-
-    def __post_init__(self) -> None:
-        if self.top < 1 or self.max_parts < 1 or self.refine_size < 1:
-            raise UserError(
-                f"top {self.top}, max_parts {self.max_parts}, refine_size {self.refine_size}: at least 1 each"
-            )
-        if self.min_area > self.max_area:
-            raise UserError(f"min_area {self.min_area} is above max_area {self.max_area}: nothing would be left")
-        for name, choices in (("split", SPLITS), ("refine", REFINEMENTS), ("nms_kind", NMS_KINDS)):
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name} {getattr(self, name)!r} is unknown; use one of {', '.join(map(str, choices))}")
 
 
 def cut_instances(

@@ -36,39 +36,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...models.errors import UserError
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A last-block recipe and its knobs (module docstring); each is read by its own recipe alone.
-
-    attention: vanilla, maskclip, sclip, clearclip, naclip, gem, proxy or identity. sigma: patches, above 0. scale: of
-    the gaussian. gem_depth: blocks, at most all. gem_temperature: None for the
-    adaptive one. key_smoothing: replace every patch's feature by the mean of all, weighted with the positive cosines of
-    the last block's keys (after MaskCLIP); not for gem and proxy.
-
-    Raises UserError for an unknown name or a knob out of range.
-    """
-
-    attention: str = "naclip"
-    sigma: float = 5.0
-    scale: float = 1.0
-    gem_depth: int = 7
-    gem_iterations: int = 1
-    gem_temperature: float | None = None
-    beta: float = 1.2
-    gamma: float = 3.0
-    key_smoothing: bool = False
-
-    def __post_init__(self) -> None:
-        if self.attention not in RECIPES:
-            raise UserError(f"attention {self.attention!r} is unknown; use one of {', '.join(RECIPES)}")
-        if not self.sigma > 0:
-            raise UserError(f"sigma {self.sigma} is no width of a gaussian; use patches above 0 (NACLIP's is 5)")
-        if self.gem_depth < 1 or self.gem_iterations < 0:
-            raise UserError("gem_depth must be at least 1 and gem_iterations at least 0")
-        if self.key_smoothing and self.attention in ("gem", "proxy"):
-            raise UserError(f"key_smoothing goes with the one-block recipes, not with {self.attention}")
+from ..settings import Recipe
 
 
 @dataclass(frozen=True)
@@ -235,4 +203,3 @@ RECIPES: dict[str, Callable[..., tuple[torch.Tensor, tuple[int, int]]]] = {
     "proxy": proxy,
     "identity": identity,
 }
-ATTENTIONS = tuple(RECIPES)

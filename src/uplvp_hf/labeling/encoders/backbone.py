@@ -90,8 +90,10 @@ class Encoder:
         """Precision of weights and activations, such as "float32"."""
         return str(self.dtype).removeprefix("torch.")
 
-    def cell_offset(self, stride: float) -> float:
-        """Offset of the cells of a stride-`stride` map, in cells (see `instances.upsample_grid`)."""
+    def cell_offset(self, stride: float, given: float | None = None) -> float:
+        """Offset of the cells of a stride-`stride` map, in cells (`proposals.upsample_grid`); `given` wins."""
+        if given is not None:
+            return given
         return self.shift * (stride - 1) / stride
 
     def fit(self, width: int, height: int, longest: int) -> tuple[int, int]:

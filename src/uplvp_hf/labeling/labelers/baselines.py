@@ -1,4 +1,4 @@
-"""Labelers that do not look at the image: what any mask source has to beat."""
+"""Labelers that do not look at the image: what any other labeler has to beat."""
 
 from __future__ import annotations
 
@@ -9,36 +9,26 @@ import numpy as np
 from PIL import Image
 
 from ...data.rows import Row
-from ...models.errors import UserError
 from ..cutting.proposals import Proposals
 from ..protocol import LabelerBase
+from ..settings import CenterBoxSettings
 
 
 class CenterBoxLabeler(LabelerBase):
-    """One box in the middle of every image. Class-agnostic.
-
-    side: of the box, as a share of the image's sides. Raises UserError for a share outside of (0, 1].
-    """
+    """One box in the middle of every image. Class-agnostic."""
 
     name = "center_box"
     encoder_name = "none"
 
-    def __init__(self, side: float = 0.5**0.5) -> None:
-        if not 0 < side <= 1:
-            raise UserError(f"center box: a side of {side} is no share of the image; use more than 0, at most 1")
-        self.side = side
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """For the store's header."""
-        return {"side": self.side}
+    def __init__(self, settings: CenterBoxSettings | None = None, **changes: Any) -> None:
+        self.config = CenterBoxSettings.of(settings, **changes)
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
         """One mask an image, of score 1."""
         results = []
         for image in images:
             mask = np.zeros((1, image.height, image.width), dtype=bool)
-            tall, wide = (max(1, round(length * self.side)) for length in (image.height, image.width))
+            tall, wide = (max(1, round(length * self.config.side)) for length in (image.height, image.width))
             top, left = (image.height - tall) // 2, (image.width - wide) // 2
             mask[0, top : top + tall, left : left + wide] = True
             results.append(Proposals(mask, np.ones(1, dtype=np.float32)))

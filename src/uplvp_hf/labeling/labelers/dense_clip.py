@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
@@ -15,9 +15,8 @@ from PIL import Image
 
 from ...data.dataset import Row
 from ...models.errors import UserError
-from ..cutting.cut import Cutting, cut_instances
+from ..cutting.cut import cut_instances
 from ..cutting.proposals import Proposals
-from ..encoders.attention import Recipe
 from ..encoders.backbone import Encoder
 from ..encoders.clip import RECOMMENDED_FILE, Clip
 from ..encoders.precomputed import PrecomputedFeatures
@@ -25,11 +24,14 @@ from ..encoders.prompt_templates import TEMPLATES, read_background, read_templat
 from ..encoders.text import TextEmbeddings, embed_classes, split_synonyms
 from ..encoders.windows import View, dense_grids
 from ..protocol import Finish, LabelerBase
+from ..settings import DenseClipSettings, Recipe
 
 # Calibration spread below this is a class whose similarity never changes; dividing by it would make noise evidence.
 MIN_STD = 1e-4
 VIEW_SETTINGS = ("templates", "image_size", "side", "window", "stride")
 RECOMMENDABLE = (*VIEW_SETTINGS, *(knob.name for knob in fields(Recipe)))  # an encoder's folder may recommend these
+TOWER_SETTINGS = frozenset(RECOMMENDABLE) - {"templates"}
+WITHOUT_EFFECT = ("window_batch", "cache_mb")  # on the labels
 # Evidence by kind: threshold of a pixel, peak of an instance (None: the threshold), least score.
 # cosine: UPLVP's own values, read off the name of its label file (..._02_015_ann.json): t1 = .2 for pixels, t2 = .15
 # for an instance. They were made for OpenSeg's features and CLIP ViT-L/14@336 text; another encoder's cosines lie
@@ -43,28 +45,14 @@ class DenseClipLabeler(LabelerBase):
     Args:
         clip: see `clip.load_clip`; or `PrecomputedFeatures`, which take the place of an image tower and need `text`.
         entries: vocabulary entries, synonyms separated by commas (the best one counts).
-        templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name; None: "openai7".
-        calibration: "zscore" measures each class's mean and deviation over some images (`measure`, `calibrate`) and
-            takes the deviations above the mean as evidence; None uses `background` if given, else the plain cosine.
-        background: names of what is no object, or the preset "stuff"; evidence is then the softmax probability among
-            all names at `logit_scale`, of a class's best name (SCLIP's order).
-        denoise: drop classes whose best probability in the image, among all names, stays below this (MaskCLIP: .5).
+        settings, changes: see `DenseClipSettings`.
         text: precomputed embeddings of the entries, then the background names (`text.load_text_embeddings`).
         guide: the other backbone for attention "proxy".
-        image_size, side, window, stride: see `dense_clip.View`; image_size None: twice the model's own size; side
-            None: "shorter"; window None: the model's own size, 0: whole images; stride None: half a window.
-        window_batch: windows a forward pass. cache_mb: most memory for maps of calibration images, which are then not
-            encoded again.
-        options: fields of `attention.Recipe` (attention, sigma, scale, gem_depth, ...) and of `cutting.Cutting`
-            (threshold, peak, min_score, split, refine, nms, top, ...). By evidence, threshold, peak and min_score
-            default to 1, 2, 0 deviations (zscore), .5, .5, 0 (background), .2, .2, .15 (cosine; UPLVP's t1 and t2, see
-            DEFAULTS).
 
-    What depends on the encoder (RECOMMENDABLE) is taken from `clip.recommended` where it is not given here, before
-    these defaults; attribute `recommended` says what was. Knobs of a recipe come only with that recipe.
+    What depends on the encoder (RECOMMENDABLE) is taken from `clip.recommended` where it is not given here, before the
+    defaults; attribute `recommended` says what was. Knobs of a recipe come only with that recipe.
 
-    Raises UserError for an empty vocabulary, an unknown choice, background names together with calibration, or text
-    that does not fit; TypeError for an unknown option.
+    Raises UserError for an empty vocabulary, a wrong setting, or text that does not fit.
     """
 
     name = "clip"
@@ -73,56 +61,36 @@ class DenseClipLabeler(LabelerBase):
         self,
         clip: Clip | PrecomputedFeatures,
         entries: Sequence[str],
-        templates: str | Sequence[str] | None = None,
-        calibration: str | None = "zscore",
-        background: str | Sequence[str] = (),
-        logit_scale: float = 50.0,
-        denoise: float = 0.0,
+        settings: DenseClipSettings | None = None,
+        *,
         text: TextEmbeddings | None = None,
         guide: Encoder | None = None,
-        image_size: int | None = None,
-        side: str | None = None,
-        window: int | None = None,
-        stride: int | None = None,
-        window_batch: int = 32,
-        cache_mb: float = 64.0,
-        **options: Any,
+        **changes: Any,
     ) -> None:
         if not entries:
             raise UserError("the vocabulary is empty: give at least one class name")
         self.source, self.encoder_name, self.license = clip, clip.name, clip.license
-        views = {"templates": templates, "image_size": image_size, "side": side, "window": window, "stride": stride}
-        given = {name: value for name, value in views.items() if value is not None} | options
+        config = DenseClipSettings.of(settings, **changes)
         if not isinstance(clip, Clip):
-            _refuse_tower_settings(given)
-        self.recommended = _recommended(clip, given)
-        chosen = given | self.recommended
-        self.entries, self.templates = list(entries), list(read_templates(chosen.get("templates", TEMPLATES)))
-        self.background = read_background(background, entries)
-        _check_calibration(calibration, self.background)
-        self.calibration, self.logit_scale, self.denoise = calibration, logit_scale, denoise
-        view = {name: chosen.pop(name, None) for name in VIEW_SETTINGS}
-        knobs, cuts = _sort_options(chosen)
-        self.recipe, self.guide = Recipe(**knobs), guide
-        if self.recipe.attention == "proxy" and guide is None and isinstance(clip, Clip):
+            _refuse_tower_settings(config.given)
+        self.recommended = _recommended(clip, config)
+        config = DenseClipSettings.of(config, **self.recommended)
+        self.entries, self.templates = list(entries), list(read_templates(config.templates or TEMPLATES))
+        self.background, self.guide = read_background(config.background, entries), guide
+        if config.attention == "proxy" and guide is None and isinstance(clip, Clip):
             raise UserError("attention 'proxy' needs a second backbone: give a guide encoder, such as a DINO")
         self.view = None
         if isinstance(clip, Clip):
-            window = clip.image_size if view["window"] is None else view["window"]
-            side, size = view["side"] or "shorter", view["image_size"] or 2 * clip.image_size
-            self.view = View(size, side, window or None, view["stride"])
+            window = clip.image_size if config.window is None else config.window
+            size = config.image_size or 2 * clip.image_size
+            self.view = View(size, config.side or "shorter", window or None, config.stride)
+        self.config = _with_defaults(config, bool(self.background))
         self.text_digest = None if text is None else _digest(text)
         self.text = self._embed() if text is None else self._check_text(text)
-        self.cutting = _with_defaults(Cutting(**cuts), self._evidence_kind)
-        self.vocabulary = [] if self.cutting.class_agnostic else [split_synonyms(entry)[0] for entry in entries]
-        self.window_batch = window_batch
-        self.cache = MapCache(int(cache_mb * 2**20))
+        self.vocabulary = [] if config.class_agnostic else [split_synonyms(entry)[0] for entry in entries]
+        self.cache = MapCache(int(config.cache_mb * 2**20))
         self.mean: torch.Tensor | None = None
         self.std: torch.Tensor | None = None
-
-    @property
-    def _evidence_kind(self) -> str:
-        return self.calibration or ("softmax" if self.background else "cosine")
 
     @property
     def device(self) -> torch.device:
@@ -131,15 +99,15 @@ class DenseClipLabeler(LabelerBase):
     @property
     def settings(self) -> dict[str, Any]:
         """What the labels depend on, for the store's header."""
-        own = ("entries", "templates", "background", "calibration", "logit_scale", "denoise")
-        values = {name: getattr(self, name) for name in own} | asdict(self.cutting)
+        values = {name: value for name, value in self.config.as_dict().items() if name not in WITHOUT_EFFECT}
+        values |= {name: getattr(self, name) for name in ("entries", "templates", "background")}
         if self.text_digest is not None:
             values |= {"templates": None, "text": self.text_digest}
         if self.view is None:
-            return values | {"features": self.source.name, "layout": self.source.layout}
+            kept = {name: value for name, value in values.items() if name not in TOWER_SETTINGS}
+            return kept | {"features": self.source.name, "layout": self.source.layout}
         guide = None if self.guide is None else self.guide.name
-        dtype = str(self.source.dtype).removeprefix("torch.")
-        return values | asdict(self.view) | asdict(self.recipe) | {"guide": guide, "dtype": dtype}
+        return values | asdict(self.view) | {"guide": guide, "dtype": str(self.source.dtype).removeprefix("torch.")}
 
     def _embed(self) -> TextEmbeddings:
         if not isinstance(self.source, Clip):
@@ -173,14 +141,16 @@ class DenseClipLabeler(LabelerBase):
         self, images: Sequence[Image.Image], rows: Sequence[Row] | None
     ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
         """Similarities, and the features that splitting needs, of every image."""
-        with_features = self.cutting.split == "ncut"
+        with_features = self.config.split == "ncut"
         if self.view is None:
             if rows is None:
                 raise UserError("precomputed features are found by the dataset's rows: call with rows")
             features = self.source(rows, self.text.vectors.shape[1])
         else:
             vectors = None if with_features else self.text.vectors
-            features = dense_grids(self.source, images, vectors, self.view, self.recipe, self.guide, self.window_batch)
+            features = dense_grids(
+                self.source, images, vectors, self.view, self.config, self.guide, self.config.window_batch
+            )
             if not with_features:
                 return [(maps, None) for maps in features]
         vectors = self.text.vectors.to(features[0]) if features else None
@@ -191,7 +161,7 @@ class DenseClipLabeler(LabelerBase):
 
         The maps are kept within `cache_mb`, for the call that labels exactly these images together.
         """
-        if self.calibration is None or not images:
+        if self.config.calibration is None or not images:
             return []
         encoded = self._encode(images, rows)
         self.cache.put(MapCache.key(images, rows), encoded)
@@ -207,7 +177,7 @@ class DenseClipLabeler(LabelerBase):
 
         Raises UserError when there is no image to calibrate on.
         """
-        if self.calibration is None:
+        if self.config.calibration is None:
             return {}
         if not statistics:
             raise UserError("no readable image to calibrate the clip labeler on; use calibration=None")
@@ -222,7 +192,7 @@ class DenseClipLabeler(LabelerBase):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Take over what `calibrate` returned, from this or an earlier run."""
-        if self.calibration is not None:
+        if self.config.calibration is not None:
             values = state["calibration"]
             self.mean = torch.tensor(values["mean"], device=self.device)
             self.std = torch.tensor(values["std"], device=self.device).clamp_min(MIN_STD)
@@ -231,7 +201,7 @@ class DenseClipLabeler(LabelerBase):
         """(T, h, w) cosines -> (K, h, w): deviations above the mean, probabilities, or the cosines; -inf for classes
         that denoising drops."""
         classes = len(self.entries)
-        if self.calibration is not None:
+        if self.config.calibration is not None:
             if self.mean is None or self.std is None:
                 raise UserError("the clip labeler is not calibrated: call restore(calibrate(measure(images))) first")
             values = (self.text.per_class(similarities, dim=0) - self.mean[:, None, None]) / self.std[:, None, None]
@@ -240,13 +210,13 @@ class DenseClipLabeler(LabelerBase):
         else:
             values = self.text.per_class(similarities, dim=0)
         values = values[:classes]
-        if self.denoise > 0:
+        if self.config.denoise > 0:
             best = self._probabilities(similarities)[:classes].amax(dim=(1, 2))
-            values = values.masked_fill((best < self.denoise)[:, None, None], -torch.inf)
+            values = values.masked_fill((best < self.config.denoise)[:, None, None], -torch.inf)
         return values
 
     def _probabilities(self, similarities: torch.Tensor) -> torch.Tensor:
-        return self.text.per_class((similarities * self.logit_scale).softmax(dim=0), dim=0)
+        return self.text.per_class((similarities * self.config.logit_scale).softmax(dim=0), dim=0)
 
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
         """The forward passes; what it returns cuts the instances: one `Proposals` an image, with labels unless
@@ -273,12 +243,12 @@ class DenseClipLabeler(LabelerBase):
         features: torch.Tensor | None = None,
     ) -> Proposals:
         """Class map, threshold, components, filters, NMS: (K, h, w) evidence -> proposals of `size` (H, W)."""
-        return cut_instances(evidence, size, self.cutting, self._score, image, features)
+        return cut_instances(evidence, size, self.config, self._score, image, features)
 
     def _score(self, mean_evidence: float) -> float:
         """Mean evidence as a score in [0, 1]; deviations through a sigmoid, .5 at the threshold."""
-        if self.calibration is not None:
-            return float(1 / (1 + np.exp(self.cutting.threshold - mean_evidence)))
+        if self.config.calibration is not None:
+            return float(1 / (1 + np.exp(self.config.threshold - mean_evidence)))
         return float(np.clip(mean_evidence, 0, 1))
 
 
@@ -326,7 +296,7 @@ def _bytes(encoded: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> int:
     return sum(tensor.numel() * tensor.element_size() for pair in encoded for tensor in pair if tensor is not None)
 
 
-def _recommended(clip: Clip | PrecomputedFeatures, given: Mapping[str, Any]) -> dict[str, Any]:
+def _recommended(clip: Clip | PrecomputedFeatures, config: DenseClipSettings) -> dict[str, Any]:
     """What the encoder recommends and the user did not give. Raises UserError for settings that no encoder decides."""
     values = dict(getattr(clip, "recommended", {}))
     wrong = sorted(values.keys() - set(RECOMMENDABLE))
@@ -336,42 +306,25 @@ def _recommended(clip: Clip | PrecomputedFeatures, given: Mapping[str, Any]) -> 
             f"{', '.join(RECOMMENDABLE)}"
         )
     recipe = values.get("attention", Recipe().attention)
-    if given.get("attention", recipe) != recipe:
+    if "attention" in config.given and config.attention != recipe:
         values = {name: value for name, value in values.items() if name in VIEW_SETTINGS}
-    return {name: value for name, value in values.items() if name not in given}
+    return {name: value for name, value in values.items() if name not in config.given}
 
 
-def _refuse_tower_settings(given: Mapping[str, Any]) -> None:
+def _refuse_tower_settings(given: Collection[str]) -> None:
     """Raises UserError for settings of an image tower where its features are precomputed."""
-    useless = sorted(given.keys() & {*VIEW_SETTINGS, *(field.name for field in fields(Recipe))} - {"templates"})
+    useless = sorted(TOWER_SETTINGS.intersection(given))
     if useless:
         raise UserError(f"{', '.join(useless)}: no effect with precomputed features; leave out")
 
 
-def _sort_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the recipe and of the cutting. Raises TypeError for an unknown one."""
-    groups = [{field.name for field in fields(kind)} for kind in (Recipe, Cutting)]
-    unknown = sorted(set(options) - groups[0] - groups[1])
-    if unknown:
-        raise TypeError(
-            f"unknown option {unknown[0]!r} of the clip labeler; it takes {', '.join(sorted(set.union(*groups)))}"
-        )
-    return tuple({name: value for name, value in options.items() if name in group} for group in groups)
-
-
-def _with_defaults(cutting: Cutting, kind: str) -> Cutting:
-    threshold, peak, min_score = DEFAULTS[kind]
-    threshold = threshold if cutting.threshold is None else cutting.threshold
-    peak = (threshold if peak is None else peak) if cutting.peak is None else cutting.peak
-    min_score = min_score if cutting.min_score is None else cutting.min_score
-    return replace(cutting, threshold=threshold, peak=peak, min_score=min_score)
-
-
-def _check_calibration(calibration: str | None, background: Sequence[str]) -> None:
-    if calibration not in (None, "zscore"):
-        raise UserError(f"calibration {calibration!r} is unknown; use 'zscore' or None")
-    if calibration is not None and background:
-        raise UserError("background names and calibration exclude each other; set calibration=None")
+def _with_defaults(config: DenseClipSettings, background: bool) -> DenseClipSettings:
+    """Thresholds that the kind of evidence calls for, where they are not given."""
+    threshold, peak, min_score = DEFAULTS[config.calibration or ("softmax" if background else "cosine")]
+    threshold = threshold if config.threshold is None else config.threshold
+    peak = (threshold if peak is None else peak) if config.peak is None else config.peak
+    min_score = min_score if config.min_score is None else config.min_score
+    return replace(config, threshold=threshold, peak=peak, min_score=min_score)
 
 
 def _digest(text: TextEmbeddings) -> str:

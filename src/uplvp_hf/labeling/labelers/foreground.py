@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from ...data.rows import Row
-from ...models.errors import UserError
 from ..cutting.proposals import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
 from ..encoders.backbone import Encoder
 from ..encoders.pixels import group_by_size
 from ..protocol import Finish, LabelerBase
+from ..settings import ForegroundSettings
 
 
 def standardize(values: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -96,65 +96,28 @@ class Ridge:
 class ForegroundLabeler(LabelerBase):
     """Foreground components as proposals; class-agnostic.
 
-    Args:
-        encoder: a frozen backbone. stage: the map whose norm and component are taken, counted from the finest (0) or
-            the last (-1). fine_stages: the maps that the regression reads.
-        norm_sizes, component_sizes: longer sides in pixels at which the norm alone, and norm + component, are computed.
-        component: weight of the principal component in the latter.
-        refine: sharpen by regression on the maps of `fine_stages` at the largest size.
-        strength: ridge penalty per pixel. blend: weight of the coarse map in the result.
-        grid: longer side in cells of the map that is thresholded; 160 gives the same masks of large animals, slower.
-        min_area, max_area: shares of the image's area. top: most instances an image.
-        cell_offset: in cells of `stage`; None takes the encoder's.
-
-    Raises UserError when there is no size, or nothing to refine with.
+    encoder: a frozen backbone. settings, changes: see `ForegroundSettings`.
     """
 
     name = "foreground"
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        norm_sizes: Sequence[int] = (256, 384, 512, 768),
-        component_sizes: Sequence[int] = (384, 512, 768),
-        component: float = 1.0,
-        refine: bool = True,
-        strength: float = 3.0,
-        blend: float = 0.5,
-        grid: int = 96,
-        min_area: float = 0.02,
-        max_area: float = 0.95,
-        top: int = 20,
-        stage: int = -1,
-        fine_stages: Sequence[int] = (-3, -2),
-        cell_offset: float | None = None,
-    ) -> None:
-        if not norm_sizes and not component_sizes:
-            raise UserError("foreground labeler: norm_sizes and component_sizes are both empty; give at least one size")
-        if refine and not fine_stages:
-            raise UserError("foreground labeler: refine needs fine_stages; give some, or refine=False")
+    def __init__(self, encoder: Encoder, settings: ForegroundSettings | None = None, **changes: Any) -> None:
         self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
-        self.norm_sizes, self.component_sizes, self.component = tuple(norm_sizes), tuple(component_sizes), component
-        self.refine, self.strength, self.blend, self.grid = refine, strength, blend, grid
-        self.min_area, self.max_area, self.top, self.cell_offset = min_area, max_area, top, cell_offset
-        self.stage, self.fine_stages = stage, tuple(fine_stages)
+        self.config = ForegroundSettings.of(settings, **changes)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the labels depend on, for the store's header."""
-        names = ("component", "refine", "strength", "blend", "grid", "min_area", "max_area", "top", "stage")
-        lists = {name: list(getattr(self, name)) for name in ("norm_sizes", "component_sizes", "fine_stages")}
-        values = lists | {name: getattr(self, name) for name in (*names, "cell_offset")}
-        return values | {"dtype": self.encoder.dtype_name}
+        return self.config.as_dict() | {"dtype": self.encoder.dtype_name}
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
         """The soft maps; what it returns cuts them into components: one `Proposals` an image, masks at its size."""
         if not images:
             return lambda: iter(())
-        sizes = sorted({*self.norm_sizes, *self.component_sizes})
+        sizes = sorted({*self.config.norm_sizes, *self.config.component_sizes})
         groups = {  # (height, width) at the largest size -> images, and the grid that they share
-            size: (indices, tuple(max(1, round(side * self.grid / max(size))) for side in size))
+            size: (indices, tuple(max(1, round(side * self.config.grid / max(size))) for side in size))
             for size, indices in group_by_size(images, sizes[-1], self.encoder.fit).items()
         }
         grids = {index: grid for indices, grid in groups.values() for index in indices}
@@ -168,7 +131,7 @@ class ForegroundLabeler(LabelerBase):
         for size, (indices, grid) in groups.items():
             for chunk in self.encoder.passes(indices, size):
                 chunk_images, totals = [images[k] for k in chunk], [sums[k] for k in chunk]
-                fine = self.fine_stages if self.refine else ()
+                fine = self.config.fine_stages if self.config.refine else ()
                 maps = self._add_coarse(chunk_images, size, sizes[-1], totals, fine)
                 soft = self._sharpen(torch.stack(totals), maps, [self._offset(level, size[0]) for level in maps], grid)
                 for index, values in zip(chunk, soft):
@@ -187,11 +150,11 @@ class ForegroundLabeler(LabelerBase):
         fine_stages: Sequence[int],
     ) -> tuple[torch.Tensor, ...]:
         """Encode images of one size, add their coarse maps to `totals`, and return the maps of `fine_stages`."""
-        encoded = self.encoder(self.encoder.pixels(images, size), stages=(*fine_stages, self.stage)).maps
+        encoded = self.encoder(self.encoder.pixels(images, size), stages=(*fine_stages, self.config.stage)).maps
         *fine, last = (level.float() for level in encoded)
-        offset = self._offset(last, size[0]) if self.cell_offset is None else self.cell_offset
-        wanted = longest in self.norm_sizes, longest in self.component_sizes
-        maps = torch.stack(foreground_maps(last, self.component if wanted[1] else 0.0), dim=1)  # (B, 2, h, w)
+        offset = self.encoder.cell_offset(size[0] / last.shape[2], self.config.cell_offset)
+        wanted = longest in self.config.norm_sizes, longest in self.config.component_sizes
+        maps = torch.stack(foreground_maps(last, self.config.component if wanted[1] else 0.0), dim=1)  # (B, 2, h, w)
         for total, soft in zip(totals, maps):
             large = standardize(upsample_grid(soft, total.shape[1:], offset))
             total += large * torch.tensor(wanted, device=large.device)[:, None, None]
@@ -202,24 +165,24 @@ class ForegroundLabeler(LabelerBase):
     ) -> torch.Tensor:
         """(B, 2, *grid) sums of coarse maps, finer maps (B, C_l, h_l, w_l) -> soft foreground (B, *grid)."""
         coarse = standardize(standardize(sums).sum(dim=1))
-        if not self.refine:
+        if not self.config.refine:
             return coarse
-        ridge = Ridge(regression_inputs(maps, grid, offsets), self.strength)
+        ridge = Ridge(regression_inputs(maps, grid, offsets), self.config.strength)
         first = ridge.fit_predict(coarse)
         # A second fit, to the saturated first one: the outline counts, not how strongly the parts respond.
         thresholds = [otsu_threshold(values) for values in first.cpu().numpy()]
         second = ridge.fit_predict(torch.tanh(first - first.new_tensor(thresholds)[:, None, None]))
-        return standardize(second + self.blend * coarse)
+        return standardize(second + self.config.blend * coarse)
 
     def _components(self, soft: torch.Tensor, size: tuple[int, int]) -> Proposals:
         large = upsample_grid(soft[None], size)[0]
         threshold = otsu_threshold(soft.cpu().numpy())
         spread = float(soft.max()) - threshold
         values = large.cpu().numpy()
-        masks = connected_components(values > threshold, int(self.min_area * values.size), fill_holes=True)
+        masks = connected_components(values > threshold, int(self.config.min_area * values.size), fill_holes=True)
         # Height above the threshold, of what is possible in this image: 0.5 at the threshold, 1 at the summit.
         scores = [
             0.5 + 0.5 * float(np.clip((values[mask].mean() - threshold) / max(spread, 1e-6), 0, 1)) for mask in masks
         ]
         proposals = Proposals.build(masks, scores, size)
-        return top_k(filter_proposals(proposals, self.min_area, self.max_area), self.top)
+        return top_k(filter_proposals(proposals, self.config.min_area, self.config.max_area), self.config.top)

@@ -16,24 +16,16 @@ from ...models.errors import UserError
 from ..cutting.proposals import Proposals
 from ..fingerprint import fingerprint
 from ..protocol import LabelerBase
+from ..settings import MaskFileSettings
 
 
 class MaskFileLabeler(LabelerBase):
     """Masks that another program wrote: a COCO JSON, a COCO results list, a pseudo-label store.
 
-    Args:
-        dataset: the path of one of these, or an `InstanceDataset`.
-        match: what ties the file's images to those being labeled: "file_name" (the whole name, or the last part of
-            it where that is unambiguous), "image_id", or "auto": the file name, else the id of an image of equal size.
-        categories: a COCO JSON that names the categories of a results list, which has ids only. None: the ids.
-        missing: what becomes of images that the file does not have: "fail" lists them among the failures, "empty"
-            gives them no masks and counts them in `notes`. None: "empty" for results lists, which leave out images
-            without results, otherwise "fail".
-        min_score: masks of a lower score are left out. min_area: masks of fewer pixels are left out.
-        top: most masks an image, best scores first.
+    dataset: the path of one of these, or an `InstanceDataset`. settings, changes: see `MaskFileSettings`.
 
-    Crowd regions are left out. Raises DataError for a file that cannot be read, and ValueError for an unknown option;
-    when called, DataError for an image that is missing or has another size in the file.
+    Crowd regions are left out. Raises DataError for a file that cannot be read; when called, for an image that is
+    missing or has another size in the file.
     """
 
     name = "file"
@@ -41,34 +33,25 @@ class MaskFileLabeler(LabelerBase):
     def __init__(
         self,
         dataset: str | os.PathLike[str] | InstanceDataset,
-        match: str = "auto",
-        categories: str | None = None,
-        missing: str | None = None,
-        min_score: float = 0.0,
-        min_area: int = 1,
-        top: int = 100,
+        settings: MaskFileSettings | None = None,
+        **changes: Any,
     ) -> None:
-        if missing not in (None, "fail", "empty"):
-            raise UserError(f"missing {missing!r} is unknown; use 'fail' or 'empty'")
-        if match not in ("auto", "file_name", "image_id"):
-            raise UserError(f"match {match!r} is unknown; use 'auto', 'file_name' or 'image_id'")
-        self.match, self.min_score, self.min_area, self.top = match, min_score, min_area, top
+        self.config = config = MaskFileSettings.of(settings, **changes)
         self.fingerprint = fingerprint(dataset)
-        self.dataset = dataset if isinstance(dataset, InstanceDataset) else read_masks(dataset, categories)
+        self.dataset = dataset if isinstance(dataset, InstanceDataset) else read_masks(dataset, config.categories)
         self.encoder_name = f"file:{os.path.basename(os.path.normpath(self.dataset.name)) or 'rows'}"
         self.vocabulary = list(self.dataset.id2label.values())
         self._class_of = {category_id: index for index, category_id in enumerate(self.dataset.category_ids)}
         self._by_id, self._by_name, self._by_base = _indices(self.dataset.rows)
         has_sizes = not self.dataset.rows or _size(self.dataset[0]) is not None
-        self.missing = missing or ("fail" if has_sizes else "empty")
+        self.missing = config.missing or ("fail" if has_sizes else "empty")
         self._absent: set[int | str] = set()
         self._malformed: set[tuple[int, int]] = set()
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header; `content` is a hash of the file."""
-        own = {name: getattr(self, name) for name in ("match", "missing", "min_score", "min_area", "top")}
-        return {"content": self.fingerprint, **own}
+        return {"content": self.fingerprint, **self.config.as_dict(), "missing": self.missing}
 
     @property
     def notes(self) -> list[str]:
@@ -83,13 +66,13 @@ class MaskFileLabeler(LabelerBase):
     def find(self, row: Row) -> int | None:
         """Index of the file's image for a dataset's row, or None."""
         name, size = row["file_name"].replace(os.sep, "/"), (row["width"], row["height"])
-        if self.match != "image_id":
+        if self.config.match != "image_id":
             for table, key in ((self._by_name, name), (self._by_base, os.path.basename(name))):
                 if table.get(key) is not None:
                     return table[key]
-        if self.match != "file_name":
+        if self.config.match != "file_name":
             index = self._by_id.get(row["image_id"])
-            if index is not None and (self.match == "image_id" or _size(self.dataset[index]) in (None, size)):
+            if index is not None and (self.config.match == "image_id" or _size(self.dataset[index]) in (None, size)):
                 return index
         return None
 
@@ -129,7 +112,7 @@ class MaskFileLabeler(LabelerBase):
         scores: list[float] = []
         labels: list[int] = []
         for k in order:
-            if len(masks) == self.top or objects["score"][k] < self.min_score:
+            if len(masks) == self.config.top or objects["score"][k] < self.config.min_score:
                 break
             if objects["iscrowd"][k]:
                 continue
@@ -138,7 +121,7 @@ class MaskFileLabeler(LabelerBase):
             except DataError:
                 self._malformed.add((index, int(k)))
                 continue
-            if mask.sum() >= max(1, self.min_area):
+            if mask.sum() >= max(1, self.config.min_area):
                 masks.append(mask)
                 scores.append(objects["score"][k])
                 labels.append(self._class_of[objects["category_id"][k]])

@@ -11,13 +11,13 @@ from PIL import Image
 from scipy import ndimage
 
 from ...data.rows import Row
-from ...models.errors import UserError
 from ..cutting.normalized_cut import BATCH_FLOATS, affinity, second_eigenvector
 from ..cutting.proposals import Proposals, filter_proposals, upsample_grid
 from ..cutting.refine import pamr
 from ..encoders.backbone import Encoder
 from ..encoders.pixels import group_by_size, images_to_pixels
 from ..protocol import Finish, LabelerBase
+from ..settings import NcutSettings
 
 
 def cut_cost(weights: torch.Tensor, sides: torch.Tensor) -> torch.Tensor:
@@ -122,63 +122,35 @@ def cut_out(
 class NcutLabeler(LabelerBase):
     """Class-agnostic proposals by normalized cuts of a backbone's features (MaskCut's recipe, on any backbone).
 
-    Args:
-        encoder: a frozen backbone; MaskCut has DINO's ViT-B/8. stage: which of its maps, counted from the finest (0)
-            or the last (-1).
-        image_size: longer side in pixels that images are stretched to (MaskCut: 480). The eigenproblem grows with
-            the third power of the number of cells: 900 (480 pixels at stride 16) take .2 s a mask on a CPU core.
-        masks, tau, min_area, max_iou, center: see `cut_out` (MaskCut: 3 masks, tau .15, 1 %, IoU .5).
-        refine: None, or "pamr": pixel-adaptive refinement at the working size. A mask whose IoU with itself before
-            refinement is below `min_agreement` is dropped, as MaskCut does around its CRF.
-        max_area, max_border: shares of the image. cell_offset: in cells; None takes the encoder's.
-
-    Raises UserError for an unknown refine.
+    encoder: a frozen backbone; MaskCut has DINO's ViT-B/8. settings, changes: see `NcutSettings`; its defaults are
+    MaskCut's. The eigenproblem grows with the third power of the number of cells: 900 (480 pixels at stride 16) take
+    .2 s a mask on a CPU core. Refinement stands in the place of MaskCut's CRF, whose agreement check it keeps.
     """
 
     name = "ncut"
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        image_size: int = 480,
-        stage: int = -1,
-        masks: int = 3,
-        tau: float = 0.15,
-        min_area: float = 0.01,
-        max_iou: float = 0.5,
-        center: bool = False,
-        refine: str | None = None,
-        min_agreement: float = 0.5,
-        max_area: float = 1.0,
-        max_border: float = 1.0,
-        cell_offset: float | None = None,
-    ) -> None:
-        if refine not in (None, "pamr"):
-            raise UserError(f"ncut: refine {refine!r} is unknown; use 'pamr' or None")
+    def __init__(self, encoder: Encoder, settings: NcutSettings | None = None, **changes: Any) -> None:
         self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
-        self.image_size, self.stage, self.cell_offset = image_size, stage, cell_offset
-        self.search = {"masks": masks, "tau": tau, "min_area": min_area, "max_iou": max_iou, "center": center}
-        self.refine, self.min_agreement = refine, min_agreement
-        self.filters = {"max_area": max_area, "max_border": max_border}
+        self.config = config = NcutSettings.of(settings, **changes)
+        self.search = {name: getattr(config, name) for name in ("masks", "tau", "min_area", "max_iou", "center")}
+        self.filters = {"max_area": config.max_area, "max_border": config.max_border}
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the labels depend on, for the store's header."""
-        own = ("image_size", "stage", "cell_offset", "refine", "min_agreement")
-        values = {name: getattr(self, name) for name in own} | self.search | self.filters
-        return values | {"dtype": self.encoder.dtype_name}
+        return self.config.as_dict() | {"dtype": self.encoder.dtype_name}
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
         """The cuts; what it returns enlarges the masks: one `Proposals` an image, in the order they were cut out."""
         found: list[Any] = [None] * len(images)
-        for size, indices in group_by_size(images, self.image_size, self.encoder.fit).items():
+        for size, indices in group_by_size(images, self.config.image_size, self.encoder.fit).items():
             for chunk in self.encoder.passes(indices, size):
                 chunk_images = [images[index] for index in chunk]
-                (features,) = self.encoder(self.encoder.pixels(chunk_images, size), stages=(self.stage,)).maps
+                (features,) = self.encoder(self.encoder.pixels(chunk_images, size), stages=(self.config.stage,)).maps
                 _, soft, scores = cut_out(features, **self.search)
                 stride = size[0] / features.shape[2]
-                offset = self.encoder.cell_offset(stride) if self.cell_offset is None else self.cell_offset
+                offset = self.encoder.cell_offset(stride, self.config.cell_offset)
                 for index, *values in zip(chunk, chunk_images, soft, scores.cpu()):
                     found[index] = (*values, size, offset)
         return lambda: (self._enlarge(*values) for values in found)
@@ -189,7 +161,7 @@ class NcutLabeler(LabelerBase):
         keep = scores >= 0
         soft, kept = soft[keep.to(soft.device)], scores[keep].numpy().astype(np.float32)
         shape = image.size[::-1]
-        if self.refine is None or not len(soft):
+        if self.config.refine is None or not len(soft):
             masks = upsample_grid(soft, shape, offset) > 0
         else:
             before = upsample_grid(soft, size, offset) > 0
@@ -198,6 +170,6 @@ class NcutLabeler(LabelerBase):
             refined = after > 0.5
             agreement = (before & refined).sum(dim=(1, 2)) / (before | refined).sum(dim=(1, 2)).clamp_min(1)
             masks = upsample_grid(after, shape) > 0.5
-            masks &= (agreement >= self.min_agreement)[:, None, None]
+            masks &= (agreement >= self.config.min_agreement)[:, None, None]
         proposals = Proposals(masks.cpu().numpy(), kept)
         return filter_proposals(proposals.take(proposals.masks.any(axis=(1, 2))), **self.filters)

@@ -5,7 +5,7 @@ deliberate: an eps in the min-max division, masks enlarged to the image accordin
 in image pixels downstream, and a trained backbone is insisted upon.
 
 It proposes many masks an image, few of them right; for ImageNet features of single large objects `foreground` is the
-better source.
+better labeler.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ...data.rows import Row
-from ...models.errors import UserError
 from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals, matrix_nms, upsample_grid
 from ..encoders.backbone import Encoder
 from ..encoders.pixels import group_by_size
 from ..protocol import Finish, LabelerBase
+from ..settings import SaliencySettings
 
 # The filters of the authors' three scripts: the offline generator, the one inside the detector, and the supervised one.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -157,70 +157,26 @@ def median_filter(maps: torch.Tensor, size: int = 3) -> torch.Tensor:
 class SaliencyLabeler(LabelerBase):
     """SP's proposals for images. Class-agnostic.
 
-    Args:
-        encoder: a frozen backbone. stage: which of its maps, counted from the finest (0) or the last (-1).
-        image_size: longer side in pixels that images are stretched to, or (height, width) for all of them, which
-            lets images of different shapes share a batch. Sides become multiples of what the encoder needs. On
-            maps of stride 32, 256 finds large animals better (animals7) and balloons worse than 512.
-        scales, threshold, min_cells, kernel, sigma, top: see `propose_batch`.
-        variant: whose filters: "offline" (the authors' generator), "online" (inside their detector), "sup" (their
-            supervised copy). min_center, max_width, max_extent, min_score (see `keep_plausible`; 0, or 1 for the
-            upper bounds, lets everything pass) and when_empty replace the variant's value where given.
-        when_empty: what an image whose masks were all filtered out gets: "skip" nothing, "best" its best mask.
-        median: side in cells of a median filter over the masks (the authors' script has 3 commented out); 0 for none.
-        cell_offset: in cells; None takes the encoder's.
-
-    Raises UserError for an unknown variant, when_empty, kernel or median.
+    encoder: a frozen backbone. settings, changes: see `SaliencySettings`.
     """
 
     name = "saliency"
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        image_size: int | tuple[int, int] = 512,
-        stage: int = -1,
-        scales: Sequence[float] = (1.0, 0.5, 0.25),
-        threshold: float = 0.5,
-        min_cells: int = 2,
-        kernel: str = "gaussian",
-        sigma: float = 2.0,
-        top: int = 20,
-        variant: str = "offline",
-        min_center: float | None = None,
-        max_width: float | None = None,
-        max_extent: float | None = None,
-        min_score: float | None = None,
-        when_empty: str | None = None,
-        median: int = 0,
-        cell_offset: float | None = None,
-    ) -> None:
-        if variant not in VARIANTS:
-            raise UserError(f"saliency variant {variant!r} is unknown; use one of {', '.join(VARIANTS)}")
-        if kernel not in ("gaussian", "linear"):
-            raise UserError(f"saliency: Matrix NMS kernel {kernel!r} is unknown; use 'gaussian' or 'linear'")
-        if median and (median < 3 or median % 2 == 0):
-            raise UserError(f"saliency: a median filter of {median} cells has no middle; use 0, 3, 5, ...")
+    def __init__(self, encoder: Encoder, settings: SaliencySettings | None = None, **changes: Any) -> None:
         self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
-        self.image_size, self.stage, self.cell_offset, self.median = image_size, stage, cell_offset, median
-        self.threshold = threshold
-        self.search = {"scales": tuple(scales), "threshold": threshold, "min_cells": min_cells}
-        self.search |= {"kernel": kernel, "sigma": sigma, "top": top}
-        given = {"min_center": min_center, "max_width": max_width, "max_extent": max_extent, "min_score": min_score}
-        given["when_empty"] = when_empty
-        chosen = VARIANTS[variant] | {name: value for name, value in given.items() if value is not None}
-        self.when_empty = chosen.pop("when_empty")
-        if self.when_empty not in ("skip", "best"):
-            raise UserError(f"saliency: when_empty {when_empty!r} is unknown; use 'skip' or 'best'")
-        self.filters = chosen
+        self.config = config = SaliencySettings.of(settings, **changes)
+        self.search = {name: getattr(config, name) for name in ("scales", "threshold", "min_cells")}
+        self.search |= {"kernel": config.kernel, "sigma": config.sigma, "top": config.top}
+        variant = VARIANTS[config.variant]
+        given = {name: getattr(config, name) for name in variant}
+        self.filters = variant | {name: value for name, value in given.items() if value is not None}
+        self.when_empty = self.filters.pop("when_empty")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the labels depend on, for the store's header."""
-        search = {**self.search, "scales": list(self.search["scales"])}
-        size = self.image_size if isinstance(self.image_size, int) else list(self.image_size)
-        own = {name: getattr(self, name) for name in ("stage", "cell_offset", "median", "when_empty")}
-        return {"image_size": size, "dtype": self.encoder.dtype_name, **own, **search, **self.filters}
+        """For the store's header, with the variant's filters."""
+        filters = {**self.filters, "when_empty": self.when_empty}
+        return self.config.as_dict() | filters | {"dtype": self.encoder.dtype_name}
 
     def _fit(self, width: int, height: int, longest: Any) -> tuple[int, int]:
         if isinstance(longest, int):
@@ -233,18 +189,18 @@ class SaliencyLabeler(LabelerBase):
         """Everything on the grid; what it returns enlarges the masks: one `Proposals` an image, best first, at the
         image's size."""
         found: list[Any] = [None] * len(images)
-        for size, indices in group_by_size(images, self.image_size, self._fit).items():
+        for size, indices in group_by_size(images, self.config.image_size, self._fit).items():
             for chunk in self.encoder.passes(indices, size):
                 pixels = self.encoder.pixels([images[i] for i in chunk], size)
-                (features,) = self.encoder(pixels, stages=(self.stage,)).maps
+                (features,) = self.encoder(pixels, stages=(self.config.stage,)).maps
                 stride = size[0] / features.shape[2]
-                offset = self.encoder.cell_offset(stride) if self.cell_offset is None else self.cell_offset
+                offset = self.encoder.cell_offset(stride, self.config.cell_offset)
                 for index, kept in zip(chunk, self.propose_maps(features.float())):
                     found[index] = (*kept, offset)
 
         def enlarge() -> Iterator[Proposals]:
             for image, (soft, scores, offset) in zip(images, found):
-                large = upsample_grid(soft, image.size[::-1], offset) >= self.threshold
+                large = upsample_grid(soft, image.size[::-1], offset) >= self.config.threshold
                 proposals = Proposals(large.cpu().numpy(), scores)
                 yield proposals.take(proposals.masks.any(axis=(1, 2)))  # a median filter can empty a mask
 
@@ -254,9 +210,9 @@ class SaliencyLabeler(LabelerBase):
     def propose_maps(self, features: torch.Tensor) -> list[tuple[torch.Tensor, np.ndarray]]:
         """(B, C, h, w) -> for each image the soft masks that pass the filters (N, h, w), scores (N,) best first."""
         soft, scores, valid = propose_batch(features, **self.search)
-        if self.median:
-            soft = median_filter(soft, self.median)
-        keep = valid & keep_plausible((soft >= self.threshold).float(), scores, **self.filters)
+        if self.config.median:
+            soft = median_filter(soft, self.config.median)
+        keep = valid & keep_plausible((soft >= self.config.threshold).float(), scores, **self.filters)
         if self.when_empty == "best":
             keep[:, 0] |= valid[:, 0] & ~keep.any(dim=1)
         kept, ranked = keep.cpu(), scores.cpu().numpy().astype(np.float32)  # one transfer for the batch

@@ -16,19 +16,14 @@ from ..cutting.proposals import Proposals, mask_nms
 from ..encoders.license import weights_license
 from ..fingerprint import hash_files
 from ..protocol import LabelerBase
+from ..settings import SegmenterSettings
 
 
 class SegmenterLabeler(LabelerBase):
     """Predictions of a trained segmenter of this library as labels for another round (self-training).
 
-    Args:
-        model: folder or Hub id of a model of `uplvp pretrain` or `uplvp finetune`. device: where it runs.
-        min_score: least score, 0 to 1. min_area: pixels of the image. Both as in the reference's own second round.
-        nms: mask IoU above which the worse of two masks of a class is dropped; None keeps them all.
-        class_agnostic: forget the classes.
-        top: most masks an image.
-
-    Raises FileNotFoundError and DataError as `evaluation.load_segmenter` does.
+    model: folder or Hub id of a model of `uplvp pretrain` or `uplvp finetune`. device: where it runs. settings,
+    changes: see `SegmenterSettings`. Raises FileNotFoundError and DataError as `evaluation.load_segmenter` does.
     """
 
     name = "segmenter"
@@ -36,29 +31,25 @@ class SegmenterLabeler(LabelerBase):
     def __init__(
         self,
         model: str | os.PathLike[str],
+        settings: SegmenterSettings | None = None,
+        *,
         device: str | torch.device | None = None,
-        min_score: float = 0.5,
-        min_area: int = 32,
-        nms: float | None = None,
-        class_agnostic: bool = False,
-        top: int = 100,
+        **changes: Any,
     ) -> None:
         from ...evaluation.predictor import load_segmenter
 
         self.model, self.processor = load_segmenter(os.fspath(model), device)
         self.encoder_name, self.license = os.fspath(model), weights_license(model)
-        self.min_score, self.min_area, self.nms = min_score, min_area, nms
-        self.class_agnostic, self.top = class_agnostic, top
+        self.config = SegmenterSettings.of(settings, **changes)
         id2label = self.model.config.id2label
-        self.vocabulary = [] if class_agnostic else [id2label[index] for index in range(len(id2label))]
+        self.vocabulary = [] if self.config.class_agnostic else [id2label[index] for index in range(len(id2label))]
         # The same folder can be trained again between two runs.
         self.fingerprint = hash_files(sorted(Path(model).glob("*.safetensors"))) if os.path.isdir(model) else None
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header; `weights` is a hash of the model's files, None for a Hub id."""
-        own = ("min_score", "min_area", "nms", "class_agnostic", "top")
-        return {"weights": self.fingerprint} | {name: getattr(self, name) for name in own}
+        return {"weights": self.fingerprint, **self.config.as_dict()}
 
     def __call__(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Proposals]:
         """One `Proposals` an image. A prediction does not depend on the images beside it."""
@@ -73,16 +64,16 @@ class SegmenterLabeler(LabelerBase):
             self.processor,
             InstanceDataset(waiting, []),
             batch_size=max(1, len(images)),
-            threshold=self.min_score,
-            top_k=self.top,
+            threshold=self.config.min_score,
+            top_k=self.config.top,
             progress=False,
         )
         return [self._proposals(result, (row["height"], row["width"])) for row, result in found]
 
     def _proposals(self, result: Mapping[str, Any], size: tuple[int, int]) -> Proposals:
         masks = [decode_segmentation(rle, *size) for rle in result["rle"]]
-        labels = None if self.class_agnostic else result["labels"].tolist()
+        labels = None if self.config.class_agnostic else result["labels"].tolist()
         proposals = Proposals.build(masks, result["scores"].tolist(), size, labels)
-        keep = (mask_area(proposals.masks) >= self.min_area) & (proposals.scores >= self.min_score)
+        keep = (mask_area(proposals.masks) >= self.config.min_area) & (proposals.scores >= self.config.min_score)
         proposals = proposals.take(keep)
-        return proposals if self.nms is None else mask_nms(proposals, self.nms)
+        return proposals if self.config.nms is None else mask_nms(proposals, self.config.nms)

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -16,28 +17,31 @@ _RANGE = re.compile(r"(\d+)\s*-\s*(\d+)")
 ClassMap = dict[str, list[int | str]]
 
 
-def read_class_map(path: str | os.PathLike[str]) -> ClassMap:
-    """{class name: [classes of a classifier]} from YAML or JSON.
+def read_class_map(source: str | os.PathLike[str] | Mapping[str, Any] | None) -> ClassMap:
+    """{class name: [classes of a classifier]} from a YAML or JSON file, or from such a mapping.
 
     An entry may be an index (294), an inclusive range of indices (294-297), a class name of the classifier
     (brown bear), or a list of these. Names are resolved by `resolve_class_map`, which knows the classifier.
     Raises UserError naming the file and the entry.
     """
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
-    except FileNotFoundError as error:
-        raise UserError(f"class map {path}: no such file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"class map {path}: not YAML or JSON ({error})") from error
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"class map {path}: must map class names to classes, such as 'bear: [294, brown bear]'")
-    return {str(name): _entries(value, f"class map {path}, {str(name)!r}") for name, value in content.items()}
+    where, content = "class map", source
+    if isinstance(source, (str, os.PathLike)):
+        where = f"class map {os.fspath(source)}"
+        try:
+            with open(source, encoding="utf-8") as stream:
+                content = yaml.safe_load(stream)
+        except FileNotFoundError as error:
+            raise UserError(f"{where}: no such file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{where}: not YAML or JSON ({error})") from error
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{where}: must map class names to classes, such as 'bear: [294, brown bear]'")
+    return {str(name): _entries(value, f"{where}, {str(name)!r}") for name, value in content.items()}
 
 
 def _entries(value: object, where: str) -> list[int | str]:
     entries: list[int | str] = []
-    for part in value if isinstance(value, list) else [value]:
+    for part in value if isinstance(value, (list, tuple)) else [value]:
         text = part.strip() if isinstance(part, str) else part
         if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
             entries.append(text)

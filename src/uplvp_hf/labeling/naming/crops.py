@@ -10,11 +10,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from ...models.errors import UserError
 from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals
-
-SURROUNDINGS = ("none", "blur", "mean")
 
 
 def crop_box(box: Sequence[float], width: int, height: int, context: float) -> tuple[int, int, int, int]:
@@ -50,15 +47,18 @@ def mask_crops(
         yield crop
 
 
-def check_surroundings(surroundings: str) -> None:
-    """Raises UserError for an unknown word."""
-    if surroundings not in SURROUNDINGS:
-        raise UserError(f"surroundings {surroundings!r} is unknown; use one of {', '.join(SURROUNDINGS)}")
-
-
-def fill_color(mean: Sequence[float]) -> tuple[int, int, int]:
-    """The network's mean color, which is zero after normalization."""
-    return tuple(round(255 * value) for value in mean)
+def crops_of(
+    images: Sequence[Image.Image],
+    proposals: Sequence[Proposals],
+    context: float,
+    surroundings: str,
+    mean: Sequence[float],
+) -> Iterator[Image.Image]:
+    """The crops of all masks of several images (`mask_crops`); mean: the network's mean color, in 0..1, which is zero
+    after normalization."""
+    fill = tuple(round(255 * value) for value in mean)
+    for image, found in zip(images, proposals):
+        yield from mask_crops(image, found, context, surroundings, fill)
 
 
 def name_crops(

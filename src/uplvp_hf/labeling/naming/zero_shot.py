@@ -12,7 +12,8 @@ from ...models.errors import UserError
 from ..cutting.proposals import Proposals
 from ..encoders.prompt_templates import TEMPLATES, read_background, read_templates
 from ..encoders.text import TextEmbeddings, embed_classes, split_synonyms
-from .crops import check_surroundings, fill_color, mask_crops, name_crops
+from ..settings import ZeroShotSettings
+from .crops import crops_of, name_crops
 
 if TYPE_CHECKING:
     from ..encoders.clip import Clip
@@ -23,18 +24,11 @@ class ClipZeroShotNamer:
 
     Args:
         clip: see `load_clip`. entries: vocabulary entries, synonyms separated by commas; the best synonym counts.
-        templates: a preset ("bare", "openai7", "openai80"), a file, or prompts with {} for the name; None: those that
-            `clip.recommended` has, else "openai7".
-        background: names of what is no object, or the preset "stuff". They take their share of the probability: a crop
-            of background keeps its best class at a low confidence, for `min_confidence` to drop or to leave unnamed.
-        context: share of the box's longer side added on every side of the crop.
-        surroundings: pixels of the crop outside of the mask: "none" leaves them, "blur" blurs them, "mean" paints them
-            in CLIP's mean color.
-        temperature: divides the logits, which CLIP's own logit scale multiplies; 1 gives CLIP's probabilities.
-        batch_size: crops a forward pass.
+        settings, changes: see `ZeroShotSettings`; `templates` default to those that `clip.recommended` has. A crop of
+            a background name keeps its best class at a low confidence, for `min_confidence` to drop.
         text: precomputed embeddings of the entries, then the background names (`load_text_embeddings`).
 
-    Raises UserError for an empty vocabulary, unknown surroundings, a temperature of 0 or less.
+    Raises UserError for an empty vocabulary.
     """
 
     name = "clip"
@@ -43,22 +37,16 @@ class ClipZeroShotNamer:
         self,
         clip: Clip,
         entries: Sequence[str],
-        templates: str | Sequence[str] | None = None,
-        background: str | Sequence[str] = (),
-        context: float = 0.1,
-        surroundings: str = "none",
-        temperature: float = 1.0,
-        batch_size: int = 64,
+        settings: ZeroShotSettings | None = None,
+        *,
         text: TextEmbeddings | None = None,
+        **changes: Any,
     ) -> None:
-        check_surroundings(surroundings)
-        if not temperature > 0:
-            raise UserError(f"temperature {temperature} cannot divide logits; use a number above 0")
-        self.clip, self.context, self.surroundings = clip, context, surroundings
-        self.temperature, self.batch_size = temperature, batch_size
-        templates = clip.recommended.get("templates", TEMPLATES) if templates is None else templates
+        self.config = config = ZeroShotSettings.of(settings, **changes)
+        self.clip = clip
+        templates = clip.recommended.get("templates", TEMPLATES) if config.templates is None else config.templates
         self.entries, self.templates = list(entries), list(read_templates(templates)) if text is None else None
-        self.background = read_background(background, entries)
+        self.background = read_background(config.background, entries)
         self.names = [split_synonyms(entry)[0] for entry in entries]
         wanted = [*self.entries, *self.background]
         if text is None:
@@ -73,8 +61,9 @@ class ClipZeroShotNamer:
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header."""
-        own = ("entries", "templates", "background", "context", "surroundings", "temperature")
-        return {"clip": self.clip.name} | {name: getattr(self, name) for name in own}
+        own = ("entries", "templates", "background")
+        values = {name: getattr(self.config, name) for name in ("context", "surroundings", "temperature")}
+        return {"clip": self.clip.name, **values} | {name: getattr(self, name) for name in own}
 
     @torch.inference_mode()
     def probabilities(self, crops: Sequence[Image.Image]) -> torch.Tensor:
@@ -82,13 +71,11 @@ class ClipZeroShotNamer:
         size = (self.clip.image_size, self.clip.image_size)
         features = self.clip.encode_images(self.clip.pixels(crops, size))
         cosine = torch.nn.functional.normalize(features, dim=-1) @ self.text.vectors.T
-        scale = self.clip.model.logit_scale.float().exp() / self.temperature
+        scale = self.clip.model.logit_scale.float().exp() / self.config.temperature
         return (self.text.per_class(cosine) * scale).softmax(dim=-1)[:, : len(self.entries)]
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
         """Name the masks; the labeler's own labels are replaced."""
-        fill = fill_color(self.clip.image_mean)
-        crops = (
-            crop for i, p in zip(images, proposals) for crop in mask_crops(i, p, self.context, self.surroundings, fill)
-        )
-        return name_crops(crops, proposals, self.probabilities, self.batch_size)
+        config = self.config
+        crops = crops_of(images, proposals, config.context, config.surroundings, self.clip.image_mean)
+        return name_crops(crops, proposals, self.probabilities, self.config.batch_size)
