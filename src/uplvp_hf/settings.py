@@ -180,6 +180,9 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str, root: tuple[type, 
         else:
             arguments[key] = _converted(name, value, hints[key], known[key].metadata)
             _check_limits(name, arguments[key], known[key].metadata)
+    for name, item in known.items():
+        if name not in arguments and _default(item) is dataclasses.MISSING:
+            raise ConfigError(f"`{prefix}{name}` has to be given.")
     result = cls(**arguments)
     if isinstance(result, Settings):
         object.__setattr__(result, "_given", frozenset(values))
@@ -361,6 +364,7 @@ def _kind_text(kind: Any) -> str:
 
 
 def _default(item: dataclasses.Field) -> Any:
+    """The default value of a field; MISSING where it has none."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 

@@ -19,6 +19,7 @@ class CenterBoxLabeler(LabelerBase):
 
     name = "center_box"
     encoder_name = "none"
+    Settings = CenterBoxSettings
 
     def __init__(self, settings: CenterBoxSettings | None = None, **changes: Any) -> None:
         self.config = CenterBoxSettings.of(settings, **changes)

@@ -24,11 +24,13 @@ source that must see images before it labels any can have the methods `measure`,
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
 import os
 import sys
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +39,7 @@ from PIL import Image
 
 from ...data import Row
 from ...models.errors import UserError
+from ...settings import Settings, setting
 from ..cutting.proposals import Proposals
 from ..protocol import LabelerBase
 
@@ -67,8 +70,34 @@ def find_factory(reference: str) -> Callable[..., Any]:
     return factory
 
 
+def settings_of_factory(reference: str) -> type:
+    """The settings of a user's factory: its own dataclass in the attribute `Settings`, else the keywords that it takes,
+    with their annotations and defaults. With **keywords it takes any name. Raises UserError as `find_factory` does."""
+    factory = find_factory(reference)
+    own = getattr(factory, "Settings", None)
+    if isinstance(own, type) and dataclasses.is_dataclass(own):
+        return own
+    try:
+        hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except (NameError, AttributeError):  # names that are imported for type checkers only; builtins
+        hints = {}
+    fields: list[Any] = []
+    parameters = inspect.signature(factory).parameters.values()
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        default = dataclasses.field(kw_only=True)
+        if parameter.default is not parameter.empty:
+            default = setting(parameter.default, "")
+        fields.append((parameter.name, hints.get(parameter.name, Any), default))
+    fields.sort(key=lambda item: item[2].default is not dataclasses.MISSING)
+    made = dataclasses.make_dataclass("PluginSettings", fields, bases=(Settings,), kw_only=True)
+    made.open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return made
+
+
 def load_plugin(reference: str, options: Mapping[str, Any] | None = None) -> PluginLabeler:
-    """The source that `package.module:factory` makes of `options`, with its results checked.
+    """The labeler that `package.module:factory` makes of `options`, with its results checked.
 
     Raises UserError as `find_factory` does, and for options that the factory does not take, needs and did not get, or
     JSON cannot hold.
@@ -81,7 +110,7 @@ def load_plugin(reference: str, options: Mapping[str, Any] | None = None) -> Plu
     try:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
-        raise UserError(f"labeler {reference}: {error}; give its options as NAME=VALUE") from error
+        raise UserError(f"labeler {reference}: {error}; give its options as labeler.NAME=VALUE") from error
     return PluginLabeler(factory(**options), reference, options)
 
 
