@@ -1,5 +1,5 @@
 """Text embeddings of class names, written to a file: for labeling without a text tower (`uplvp label
---text-embeddings FILE`) and for the text class head of pre-training (`uplvp pretrain model.text_features=FILE`).
+networks.text_embeddings=FILE`) and for the text class head of pre-training (`uplvp pretrain model.text_features=FILE`).
 
 Commands:
 

@@ -5,17 +5,17 @@ Commands:
     python scripts/label.py images/ --output labels/ --vocabulary bear,deer,otter \\
         --clip openai/clip-vit-base-patch16 --background sky,grass,wall,background --min-confidence 0.5
     python scripts/label.py images/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
-        --backbone-weights mobilenetv2_100.safetensors --pad-type same
+        --backbone-weights mobilenetv2_100.safetensors networks.pad_type=same
     python scripts/label.py images/ --output labels/ --labeler foreground --backbone timm:mobilenetv2_100 \\
-        --backbone-weights mobilenetv2_100.safetensors --pad-type same --namer classifier \\
-        --class-map src/uplvp_hf/assets/animals7_classes.yaml
+        --backbone-weights mobilenetv2_100.safetensors networks.pad_type=same --namer classifier \\
+        namer.class_map=src/uplvp_hf/assets/animals7_classes.yaml
     python scripts/label.py images/ --output labels/ --labeler sam --model facebook/sam-vit-base \\
         --namer clip --clip openai/clip-vit-base-patch16 --vocabulary names.txt --background stuff --min-confidence 0.6
     python scripts/label.py images/ --output labels/ --labeler segmenter --model runs/model
-    python scripts/label.py images/ --output labels/ --labeler file --masks results.json --set min_score=0.3
-    python scripts/label.py images/ --output labels/ --labeler my_package.my_module:factory --set level=3
-    python scripts/label.py labels/ --report --truth few/train.json
-    python scripts/label.py --list-settings --labeler clip
+    python scripts/label.py images/ --output labels/ --labeler file --masks results.json labeler.min_score=0.3
+    python scripts/label.py images/ --output labels/ --labeler my_package.my_module:factory labeler.level=3
+    python scripts/label.py labels/ --report output.truth=few/train.json
+    python scripts/label.py --labeler clip --help
     accelerate launch --num_processes 8 scripts/label.py images/ --output labels/ --vocabulary names.txt \\
         --clip openai/clip-vit-base-patch16 --background sky,grass,wall,background --min-confidence 0.5
 

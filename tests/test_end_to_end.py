@@ -63,7 +63,7 @@ def path(tmp_path_factory, tiny_segmenter):
     recipe.write_text(yaml.safe_dump(content))
     printed = {}
     clip = ["--clip", CLIP, "--vocabulary", ",".join(CLASSES), "--template", "a photo of a {}"]
-    sizes = ["--image-size", "64", "--window", "64", "--stride", "32", "--batch-size", "4", "--quiet"]
+    sizes = ["--image-size", "64", "--window", "64", "--stride", "32", "run.batch_size=4", "--quiet"]
     printed["label"] = call("label", scenes / "images", "--output", base / "labels", *clip, *sizes)
     words = ["--recipe", recipe, "--quiet"]
     printed["pretrain"] = call("pretrain", *words, f"data.train={base / 'labels'}", "--output", base / "pretrain")
@@ -210,7 +210,7 @@ def clean_environment() -> dict:
 @pytest.mark.slow
 def test_labeling_is_shared_among_processes(path, tmp_path):
     clip = ["--clip", CLIP, "--vocabulary", ",".join(CLASSES), "--template", "a photo of a {}", "--processes", "2"]
-    sizes = ["--image-size", "64", "--window", "64", "--stride", "32", "--batch-size", "4", "--quiet"]
+    sizes = ["--image-size", "64", "--window", "64", "--stride", "32", "run.batch_size=4", "--quiet"]
     words = ["label", path.scenes / "images", "--output", "labels", *clip, *sizes, "--device", "cpu"]
     command = [sys.executable, "-m", "uplvp_hf.cli", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=clean_environment())

@@ -106,12 +106,8 @@ class Settings:
     @classmethod
     def of(cls, settings: Any = None, **changes: Any) -> Any:
         """`settings` (None: the defaults) with `changes`, which are converted and checked as words are."""
-        changed = build_settings(cls, changes)
-        if settings is None:
-            return changed
-        result = dataclasses.replace(settings, **{name: getattr(changed, name) for name in changes})
-        object.__setattr__(result, "_given", settings.given | changes.keys())
-        return result
+        given = {} if settings is None else {name: getattr(settings, name) for name in settings.given}
+        return build_settings(cls, given | changes)
 
 
 def merge_words(values: dict[str, Any], words: Sequence[str]) -> None:
@@ -337,7 +333,7 @@ def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:
 def _range_text(limits: Mapping[str, Any]) -> str:
     if {"least", "most"} <= limits.keys():
         return f"from {limits['least']:g} to {limits['most']:g}"
-    words = {"least": "at least", "most": "at most", "above": "above", "below": "below"}
+    words = {"least": "at least", "above": "above", "most": "at most", "below": "below"}
     return " and ".join(f"{text} {limits[name]:g}" for name, text in words.items() if name in limits)
 
 

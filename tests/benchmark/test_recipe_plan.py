@@ -18,7 +18,11 @@ RECIPE = {
     "name": "test",
     "variables": {"weights": None},
     "data": {"train": "data", "val": "data"},
-    "labels": {"named": {"label": {"labeler": "foreground", "set": {"grid": 160}, "backbone_weights": "${weights}"}}},
+    "labels": {
+        "named": {
+            "label": {"labeler": "foreground", "settings": {"labeler.grid": 160}, "backbone_weights": "${weights}"}
+        }
+    },
     "segmenters": {"small": {"pretrain": "scenes_pretrain", "finetune": "scenes_finetune"}},
     "pretrain": {"optim.steps": 40},
     "finetune": {"optim.steps": 20},
@@ -85,8 +89,10 @@ def test_one_pretraining_for_all_seeds(tmp_path):
 
 def test_label_words(tmp_path):
     words = label_words(load(tmp_path).labels["named"])
-    pairs = {tuple(words[place : place + 2]) for place in range(0, len(words), 2)}
-    assert pairs == {("--labeler", "foreground"), ("--set", "grid=160"), ("--backbone-weights", "w.safetensors")}
+    flags = [word for word in words if not word.startswith("labeler.")]
+    pairs = {tuple(flags[place : place + 2]) for place in range(0, len(flags), 2)}
+    assert pairs == {("--labeler", "foreground"), ("--backbone-weights", "w.safetensors")}
+    assert [word for word in words if word not in flags] == ["labeler.grid=160"]
 
 
 def test_words_and_choice(tmp_path):

@@ -320,9 +320,9 @@ def test_label_refuses_other_settings(fails, label, scenes_dir, tmp_path):
     labels = tmp_path / "labels"
     assert main(label(scenes_dir / "images", labels)) == 0
     before = {path.name: path.read_bytes() for path in labels.iterdir()}
-    fails(label(scenes_dir / "images", labels, "--threshold", "0.3"), labels, "settings.threshold", "0.3 now")
+    fails(label(scenes_dir / "images", labels, "labeler.threshold=0.3"), labels, "settings.threshold", "0.3 now")
     fails(label(scenes_dir / "images", labels, vocabulary="orange disc"), labels, "vocabulary", "another output")
-    fails(label(scenes_dir / "images", labels, "--no-resume"), labels, "already holds")
+    fails(label(scenes_dir / "images", labels, "run.resume=false"), labels, "already holds")
     assert {path.name: path.read_bytes() for path in labels.iterdir()} == before
 
 
@@ -335,7 +335,7 @@ def test_going_on_with_few_calibration_images_is_said(label, scenes_dir, tmp_pat
 
 def test_full_disk_while_labeling(fails, label, scenes_dir, tmp_path, full_disk):
     images, labels, whole = scenes_dir / "images", tmp_path / "labels", tmp_path / "whole"
-    more = ["--batch-size", "3", "--calibration", "none"]
+    more = ["run.batch_size=3", "labeler.calibration=none"]
     assert main(label(images, whole, *more)) == 0
     assert main(label(images, labels, *more, "--limit", "3")) == 0
     first = (labels / "rows-00000-00000.jsonl").read_bytes()

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from labeling_helpers import tiny_clip, tiny_siglip
 
-from uplvp_hf.labeling.encoders.attention import ATTENTIONS, Layout, Recipe, gaussian_bias, proxy_weights, run_blocks
+from uplvp_hf.labeling.encoders.attention import Layout, gaussian_bias, proxy_weights, run_blocks
+from uplvp_hf.labeling.settings import ATTENTIONS, Recipe
 
 GRID = 6, 4  # patches, not the native 4 x 4
 KNOBS = {"sigma": 1.5, "scale": 5.0, "gem_depth": 2, "gem_iterations": 2, "beta": 0.9, "gamma": 2.0}
@@ -187,9 +188,9 @@ def test_bfloat16_follows_float32(clip, tokens):
 
 def test_unknown_names_and_impossible_knobs_are_refused(clip, tokens):
     bad = [
-        ({"attention": "qq"}, "attention 'qq' is unknown; use one of vanilla"),
-        ({"sigma": 0.0}, "sigma 0.0 is no width"),
-        ({"attention": "gem", "gem_depth": 0}, "gem_depth must be at least 1"),
+        ({"attention": "qq"}, "`attention` must be one of vanilla, maskclip, .*, got `qq`"),
+        ({"sigma": 0.0}, "`sigma` must be above 0, got 0.0"),
+        ({"attention": "gem", "gem_depth": 0}, "`gem_depth` must be at least 1, got 0"),
         ({"attention": "gem", "key_smoothing": True}, "not with gem"),
     ]
     for knobs, message in bad:

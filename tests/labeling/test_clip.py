@@ -9,10 +9,10 @@ from labeling_helpers import blob_image, tiny_clip, tiny_siglip, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
-from uplvp_hf.labeling.encoders.attention import ATTENTIONS, Recipe
 from uplvp_hf.labeling.encoders.clip import OPENAI_MEAN, load_clip
 from uplvp_hf.labeling.encoders.text import embed_classes
 from uplvp_hf.labeling.encoders.windows import dense_features
+from uplvp_hf.labeling.settings import ATTENTIONS, Recipe
 
 SIZE = 48, 24  # pixels, higher than wide
 

@@ -1,6 +1,5 @@
 """Text embeddings, calibration, and the way from evidence to instances."""
 
-import inspect
 import json
 from dataclasses import fields, replace
 from types import SimpleNamespace
@@ -10,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from labeling_helpers import blob_image, tiny_clip
 
-from uplvp_hf.labeling.cutting.cut import Cutting
-from uplvp_hf.labeling.encoders.attention import Recipe
 from uplvp_hf.labeling.encoders.text import embed_classes, read_vocabulary
 from uplvp_hf.labeling.labelers import dense_clip
 from uplvp_hf.labeling.labelers.dense_clip import DenseClipLabeler, MapCache
 from uplvp_hf.labeling.naming.zero_shot import ClipZeroShotNamer
+from uplvp_hf.labeling.settings import DenseClipSettings, Recipe
+from uplvp_hf.settings import ConfigError
 
 TEMPLATES = ["a photo of a {}", "the {}"]
 
@@ -26,7 +25,7 @@ def clip():
 
 
 def make(clip, entries=("bear", "deer"), **options):
-    return DenseClipLabeler(clip, list(entries), TEMPLATES, image_size=48, window=32, stride=16, **options)
+    return DenseClipLabeler(clip, list(entries), templates=TEMPLATES, image_size=48, window=32, stride=16, **options)
 
 
 def test_templates_are_averaged_then_normalized(clip):
@@ -66,7 +65,7 @@ def test_zscore_calibration(clip):
 
 def test_background_names_take_their_share(clip):
     labeler = make(clip, background=["sky"], calibration=None)
-    assert labeler.measure([]) == [] and labeler.calibrate([]) == {} and labeler.cutting.threshold == 0.5
+    assert labeler.measure([]) == [] and labeler.calibrate([]) == {} and labeler.config.threshold == 0.5
     (grid,) = labeler.similarities([blob_image(0)])
     assert grid.shape[0] == 3
     want = (50 * grid).softmax(0)[:2]
@@ -149,12 +148,13 @@ def test_settings_hold_every_option(clip):
     plain = DenseClipLabeler(clip, ["bear", "deer"], **base).settings
     assert plain == json.loads(json.dumps(plain))
     for name, value in changes.items():
-        assert DenseClipLabeler(clip, ["bear", "deer"], **(base | {name: value})).settings != plain, name
-    accepted = set(inspect.signature(DenseClipLabeler).parameters) | {
-        f.name for k in (Recipe, Cutting) for f in fields(k)
-    }
-    free = {"clip", "entries", "options", "text", "window_batch", "cache_mb"}  # asked below, or without influence
-    assert accepted - free == set(changes)
+        knob = next((f.metadata.get("only") for f in fields(DenseClipSettings) if f.name == name), None)
+        own = base if knob is None else base | dict([knob])  # a knob goes with its own recipe alone
+        extra = {"guide": encoder} if own["attention"] == "proxy" else {}
+        before = DenseClipLabeler(clip, ["bear", "deer"], **(own | extra)).settings
+        assert DenseClipLabeler(clip, ["bear", "deer"], **(own | extra | {name: value})).settings != before, name
+    without_influence = {"window_batch", "cache_mb"}
+    assert {f.name for f in fields(DenseClipSettings)} - without_influence == set(changes) - {"guide"}
     assert DenseClipLabeler(clip, ["bear", "otter"], **base).settings != plain
     text = embed_classes(clip.model, clip.tokenizer, ["bear", "deer"], "bare")
     other = replace(text, vectors=text.vectors.flip(0))
@@ -169,7 +169,7 @@ def test_what_an_encoder_recommends_comes_before_the_defaults(clip):
     settings = labeler.settings
     assert (settings["sigma"], settings["image_size"], settings["templates"]) == (2.0, 56, ["the {}"])
     assert settings["scale"] == Recipe().scale and settings["side"] == "shorter"
-    assert settings == DenseClipLabeler(clip, ["bear"], ["the {}"], sigma=2.0, image_size=56).settings
+    assert settings == DenseClipLabeler(clip, ["bear"], templates=["the {}"], sigma=2.0, image_size=56).settings
     own = DenseClipLabeler(advised, ["bear"], templates="bare", sigma=3.0)
     assert (
         own.recommended == {"image_size": 56} and own.settings["sigma"] == 3.0 and own.settings["templates"] == ["{}"]
@@ -219,9 +219,9 @@ def test_splitting_and_refining_in_the_labeler(clip):
 def test_what_cannot_work_is_refused(clip):
     with pytest.raises(ValueError, match="'proxy' needs a second backbone"):
         make(clip, attention="proxy")
-    with pytest.raises(TypeError, match="unknown option 'tresh' of the clip labeler; it takes attention, beta"):
-        make(clip, tresh=0.3)
-    with pytest.raises(ValueError, match="calibration 'minmax' is unknown"):
+    with pytest.raises(ConfigError, match=r"Unknown setting `treshold`. Did you mean `threshold`\?"):
+        make(clip, treshold=0.3)
+    with pytest.raises(ConfigError, match="`calibration` must be one of zscore, got `minmax`"):
         make(clip, calibration="minmax")
     with pytest.raises(ValueError, match="no readable image to calibrate"):
         make(clip).calibrate([])

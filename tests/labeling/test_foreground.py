@@ -41,7 +41,7 @@ def test_ridge_is_the_normal_equation():
 
 @pytest.mark.parametrize("refine", [False, True])
 def test_foreground_batches_equal_single_images(refine):
-    labeler = ForegroundLabeler(tiny_encoder(), (64, 96), (96,), refine=refine, grid=48)
+    labeler = ForegroundLabeler(tiny_encoder(), norm_sizes=(64, 96), component_sizes=(96,), refine=refine, grid=48)
     images = [blob_image(0), blob_image(1, 64, 80), blob_image(2)]
     for image, together in zip(images, labeler(images)):
         (alone,) = labeler([image])
@@ -54,7 +54,7 @@ def test_foreground_batches_equal_single_images(refine):
 def test_strong_cells_are_found():
     feature = torch.full((3, 8, 12), 0.1)
     feature[:, 3:6, 4:8] = torch.tensor([1.0, 2.0, 1.5])[:, None, None]
-    labeler = ForegroundLabeler(FixedEncoder(feature), (96,), (96,), refine=False)
+    labeler = ForegroundLabeler(FixedEncoder(feature), norm_sizes=(96,), component_sizes=(96,), refine=False)
     (found,) = labeler([blob_image(0, 120, 80)])
     want = np.zeros((80, 120), bool)
     want[30:60, 40:80] = True
@@ -63,8 +63,8 @@ def test_strong_cells_are_found():
 
 def test_refusals_and_settings():
     with pytest.raises(ValueError, match="both empty"):
-        ForegroundLabeler(tiny_encoder(), (), ())
-    with pytest.raises(ValueError, match="refine needs fine_stages"):
+        ForegroundLabeler(tiny_encoder(), norm_sizes=(), component_sizes=())
+    with pytest.raises(ValueError, match="`refine` needs `fine_stages`"):
         ForegroundLabeler(tiny_encoder(), fine_stages=())
     assert ForegroundLabeler(tiny_encoder()).settings["fine_stages"] == [-3, -2]
     assert ForegroundLabeler(tiny_encoder()).settings["dtype"] == "float32"

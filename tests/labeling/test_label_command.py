@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import timm
@@ -10,9 +11,10 @@ import torch
 from labeling_helpers import image_folder, tiny_clip
 from safetensors.torch import save_file
 
-from uplvp_hf.commands._label_build import describe_labeler, describe_namer
-from uplvp_hf.commands.label import LABELERS, main
+from uplvp_hf.commands.label import main
 from uplvp_hf.data import read_store
+from uplvp_hf.labeling.catalog import LABELERS, NAMERS, label_settings
+from uplvp_hf.settings import describe
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
     if namer is not None:
         call += ["--namer", namer]
     if namer == "classifier":
-        call += ["--class-map", str(folder / "map.yaml")]
+        call += [f"namer.class_map={folder / 'map.yaml'}"]
     assert main(call) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (summary["done"], summary["failed"]) == (3, 0)
@@ -79,42 +81,48 @@ def test_every_labeler_writes_a_store(folder, tmp_path, capsys, labeler, namer, 
         (["--labeler", "foreground", "--backbone", "timm:mobilenetv2_035"], "no trained weights"),
         (["--labeler", "clip"], "needs --clip"),
         (["--labeler", "clip", "--clip", "CLIP", "--vocabulary", ""], "names no class"),
-        (["--labeler", "foreground", "--attention", "naclip"], "--attention has no effect"),
-        (["--labeler", "saliency", "--sigma", "2"], "--sigma has no effect with --labeler saliency"),
+        (["--labeler", "foreground", "labeler.attention=naclip"], "Unknown setting `labeler.attention`"),
+        (["--labeler", "saliency", "--window", "2"], "--window has no effect with --labeler saliency"),
         (
-            ["--clip", "CLIP", "--vocabulary", "bear", "--attention", "identity", "--scale", "2"],
-            "--scale has no effect with --attention identity",
+            ["--clip", "CLIP", "--vocabulary", "bear", "labeler.attention=identity", "labeler.scale=2"],
+            "`labeler.scale` has no effect with `labeler.attention=identity`",
         ),
-        (["--clip", "CLIP", "--vocabulary", "bear", "--sigma", "0"], "sigma 0.0 is no width of a gaussian"),
+        (["--clip", "CLIP", "--vocabulary", "bear", "labeler.sigma=0"], "`labeler.sigma` must be above 0, got 0.0"),
         (["--labeler", "foreground", "--template", "a {}"], "--template has no effect"),
         (["--labeler", "clip", "--clip", "CLIP", "--vocabulary", "bear", "--namer", "classifier"], "needs --backbone"),
         (["--labeler", "saliency", "--namer", "map", "--backbone", "x"], "no classes of its own"),
         (["--labeler", "clip", "--clip", "/nowhere/clip", "--vocabulary", "bear"], "/nowhere/clip"),
-        (["--labeler", "clops"], "--labeler clops is unknown; use clip, saliency"),
+        (["--labeler", "clops"], "--labeler clops is unknown. Did you mean clip? Use clip, saliency"),
         (["--labeler", "file"], "needs --masks"),
         (["--labeler", "sam"], "needs --model"),
         (["--labeler", "file", "--masks", "/nowhere.json"], "/nowhere.json: no such file"),
         (["--labeler", "file", "--masks", "x", "--model", "y"], "--model has no effect"),
         (["--labeler", "segmenter", "--model", "/nowhere/model"], "/nowhere/model"),
         (["--labeler", "no_such_module_here:make"], "no module no_such_module_here"),
-        (["--labeler", "saliency", "--set", "treshold=0.3"], "Did you mean threshold?"),
-        (["--labeler", "saliency", "--set", "threshold=high"], "threshold=high: must be float, got 'high'"),
-        (["--labeler", "saliency", "--set", "threshold=0.3", "--threshold", "0.3"], "threshold is given twice"),
-        (["--labeler", "saliency", "--namer", "clip", "--set", "namer.kontext=1"], "Did you mean context?"),
-        (["--labeler", "saliency", "--namer", "classifier", "--set", "image_size=64"], "write labeler.image_size or"),
-        (["--clip", "CLIP", "--vocabulary", "bear", "--set", "gem_depth=3"], "--set gem_depth has no effect with"),
-        (["--clip", "CLIP", "--vocabulary", "bear", "--attention", "proxy"], "needs --guide"),
-        (["--clip", "CLIP", "--vocabulary", "bear", "--features", "f"], "--features needs --text-embeddings"),
-        (["--labeler", "saliency", "--features", "f", "--backbone", "x"], "--features has no effect"),
-        (["--labeler", "file", "--masks", "x", "--dtype", "bf16"], "--dtype has no effect"),
-        (["--labeler", "saliency", "--classify", "crop", "--backbone", "x"], "--classify has no effect"),
-        (["--truth", "t.json"], "--truth is for the report"),
-        (["--truth", "/nowhere.json", "--report"], "--truth /nowhere.json: no such file"),
-        (["--workers", "0"], "--workers must be at least 1"),
-        (["--calibration-images", "0"], "--calibration-images must be at least 1"),
+        (["--labeler", "saliency", "labeler.treshold=0.3"], "Did you mean `labeler.threshold`?"),
+        (["--labeler", "saliency", "labeler.threshold=high"], "`labeler.threshold` must be a number, got 'high'"),
+        (["--labeler", "saliency", "labeler.image_size=9", "--image-size", "9"], "labeler.image_size say the same"),
+        (["--labeler", "saliency", "--namer", "clip", "namer.kontext=1"], "Did you mean `namer.context`?"),
+        (["--labeler", "saliency", "--namer", "classifier", "x.image_size=64"], "Unknown setting `x`"),
+        (["--clip", "CLIP", "--vocabulary", "bear", "labeler.gem_depth=3"], "`labeler.gem_depth` has no effect with"),
+        (["--clip", "CLIP", "--vocabulary", "bear", "labeler.attention=proxy"], "needs networks.guide"),
+        (["--clip", "CLIP", "--vocabulary", "bear", "networks.features=f"], "needs networks.text_embeddings"),
+        (
+            ["--labeler", "saliency", "networks.features=f", "networks.text_embeddings=t", "--backbone", "x"],
+            "networks.features has no effect",
+        ),
+        (["--labeler", "file", "--masks", "x", "networks.dtype=bf16"], "networks.dtype has no effect"),
+        (["--labeler", "saliency", "namer.mode=crop", "--backbone", "x"], "Unknown setting `namer.mode`"),
+        (["output.truth=t.json"], "output.truth is for the report"),
+        (["output.truth=/nowhere.json", "--report"], "output.truth=/nowhere.json: no such file"),
+        (["run.workers=0"], "`run.workers` must be at least 1, got 0"),
+        (["run.calibration_images=0"], "`run.calibration_images` must be at least 1"),
         (["--min-confidence", "nan"], "--min-confidence must be from 0 to 1, got nan"),
         (["--min-confidence", "50"], "--min-confidence must be from 0 to 1, got 50"),
-        (["--clip", "CLIP", "--vocabulary", "bear", "--threshold", "nan"], "threshold=nan: must be float"),
+        (
+            ["--clip", "CLIP", "--vocabulary", "bear", "labeler.threshold=nan"],
+            "`labeler.threshold` must be a number or none",
+        ),
     ],
 )
 def test_mistakes_are_one_line(folder, tmp_path, capsys, more, message):
@@ -128,8 +136,8 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, more, message):
     "more, want",
     [
         ([], ("naclip", 5.0, 1.0)),
-        (["--attention", "naclip", "--sigma", "1.5", "--scale", "5"], ("naclip", 1.5, 5.0)),
-        (["--scale", "2"], ("naclip", 5.0, 2.0)),
+        (["labeler.attention=naclip", "labeler.sigma=1.5", "labeler.scale=5"], ("naclip", 1.5, 5.0)),
+        (["labeler.scale=2"], ("naclip", 5.0, 2.0)),
     ],
 )
 def test_gaussian_of_the_attention(folder, tmp_path, more, want):
@@ -156,9 +164,9 @@ def test_help_does_not_import_torch():
 
 def test_settings_reach_labeler_and_namer(folder, tmp_path, capsys):
     call = arguments(folder, "--output", tmp_path / "labels", "--clip", folder / "clip", "--vocabulary", "bear,deer")
-    call += ["--image-size", "48", "--set", "peak=1.5", "--set", "side=longer", "--set", "nms_kind=matrix"]
-    call += ["--options", '{"top": 3, "namer.context": 0.3, "surroundings": "mean"}', "--set", "max_border=0.5"]
-    call += ["--unnamed", "keep", "--min-confidence", "0.99", "--workers", "1", "--calibration-images", "2"]
+    call += ["--image-size", "48", "labeler.peak=1.5", "labeler.side=longer", "labeler.nms_kind=matrix"]
+    call += ["labeler.top=3", "namer.context=0.3", "namer.surroundings=mean", "labeler.max_border=0.5"]
+    call += ["run.unnamed=keep", "--min-confidence", "0.99", "run.workers=1", "run.calibration_images=2"]
     assert main(call) == 0
     header = json.loads((tmp_path / "labels" / "header.json").read_text())
     settings = header["settings"]
@@ -174,34 +182,54 @@ def test_settings_reach_labeler_and_namer(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, lines",
     [
-        (["--labeler", "clip"], ["attention = 'naclip'", "peak = None", "surroundings = 'none'", "logit_scale = 50.0"]),
-        (["--labeler", "saliency", "--namer", "classifier"], ["threshold = 0.5", "others = 'ignore'"]),
-        (["--labeler", "segmenter"], ["min_score = 0.5", "min_area = 32"]),
-        (["--labeler", "uplvp_hf.labeling.labelers.baselines:CenterBoxLabeler"], ["side = "]),
+        (["--labeler", "clip"], ["labeler.attention", "labeler.peak", "namer.surroundings", "labeler.logit_scale"]),
+        (["--labeler", "saliency", "--namer", "classifier"], ["labeler.threshold", "namer.others", "run.batch_size"]),
+        (["--labeler", "segmenter"], ["labeler.min_score", "labeler.min_area", "networks.dtype", "output.coco"]),
+        (["--labeler", "uplvp_hf.labeling.labelers.baselines:CenterBoxLabeler"], ["labeler.side"]),
     ],
 )
-def test_settings_are_listed(capsys, words, lines):
-    assert main(["--list-settings", *words]) == 0
+def test_help_lists_the_settings_of_labeler_and_namer(capsys, words, lines):
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, "--help"])
+    assert stopped.value.code == 0
     output = capsys.readouterr().out
-    assert all(f"\n  {line}" in output for line in lines)
+    assert all(f"\n  {line}\n      " in output for line in lines)
+
+
+def test_help_says_what_a_setting_means(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    output = capsys.readouterr().out
+    assert "  labeler.top\n      a whole number, at least 1; default 20. most instances of an image" in output
+    assert "--min-confidence" in output and "settings of labeler clip and namer clip" in output
 
 
 @pytest.mark.parametrize("labeler", LABELERS)
 def test_every_setting_has_a_meaning(labeler):
-    for part in (describe_labeler(labeler), describe_namer("clip"), describe_namer("classifier")):
-        assert part.settings and [name for name, setting in part.settings.items() if not setting.meaning] == []
+    for namer in NAMERS:
+        for section in fields(label_settings(labeler, namer)):
+            assert all(item.metadata["meaning"] for item in fields(section.default_factory)), (labeler, namer)
+    assert "labeler." in describe(label_settings(labeler, "none"))
+
+
+def test_words_and_flags_come_in_any_order(folder, tmp_path, capsys):
+    more = ["--labeler", "center_box", "--quiet", "run.batch_size=2", "--output", str(tmp_path / "labels")]
+    assert main(["labeler.side=0.5", *more, str(folder / "images"), "--limit", "1"]) == 0
+    assert json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]["side"] == 0.5
+    assert main([str(folder / "images"), "other/", *more]) == 2
+    assert "`other/` is not of the form section.name=value" in capsys.readouterr().err
 
 
 def test_self_training_and_files_in_turn(tiny_model_dir, scenes_dir, tmp_path, capsys):
-    base = [str(scenes_dir / "images"), "--quiet", "--device", "cpu", "--batch-size", "4"]
+    base = [str(scenes_dir / "images"), "--quiet", "--device", "cpu", "run.batch_size=4"]
     one, two, three = (str(tmp_path / name) for name in ("one", "two", "three"))
-    call = ["--labeler", "segmenter", "--model", str(tiny_model_dir), "--set", "min_score=0.05"]
-    assert main([*base, "--output", one, *call, "--export-coco", str(tmp_path / "one.json")]) == 0
+    call = ["--labeler", "segmenter", "--model", str(tiny_model_dir), "labeler.min_score=0.05"]
+    assert main([*base, "--output", one, *call, f"output.coco={tmp_path / 'one.json'}"]) == 0
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert first["instances"] > 0 and first["export_coco"] == str(tmp_path / "one.json")
     assert main([*base, "--output", two, "--labeler", "file", "--masks", str(tmp_path / "one.json")]) == 0
     parquet = str(tmp_path / "one.parquet")
-    assert main([one, "--export-parquet", parquet]) == 0
+    assert main([one, f"output.parquet={parquet}"]) == 0
     assert main([*base, "--output", three, "--labeler", "file", "--masks", parquet]) == 0
     stores = [read_store(folder) for folder in (one, two, three)]
     assert list(stores[0].rows) == list(stores[1].rows) == list(stores[2].rows)
@@ -218,13 +246,13 @@ def test_a_source_of_ones_own(folder, tmp_path, monkeypatch, capsys):
     )
     monkeypatch.chdir(tmp_path)
     call = arguments(folder, "--output", tmp_path / "labels", "--labeler", "own_masks:bright")
-    assert main([*call, "--set", "level=120", "--set", "other=x"]) == 0
+    assert main([*call, "labeler.level=120", "labeler.other=x"]) == 0
     stored = read_store(tmp_path / "labels")
     assert [category["name"] for category in stored.categories] == ["object"]
     assert [len(row["objects"]["score"]) for row in stored.rows] == [1, 1, 1]
     assert json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]["options"]["level"] == 120
-    assert main([*call, "--set", "level=dark"]) == 2
-    assert "level=dark: must be int" in capsys.readouterr().err
+    assert main([*call, "labeler.level=dark"]) == 2
+    assert "`labeler.level` must be a whole number, got 'dark'" in capsys.readouterr().err
 
 
 def test_classes_by_name_and_half_precision(folder, tmp_path, capsys):
@@ -236,8 +264,8 @@ def test_classes_by_name_and_half_precision(folder, tmp_path, capsys):
     ViTImageProcessor().save_pretrained(tmp_path / "classifier")
     (tmp_path / "map.yaml").write_text("bear: Bruin\ndeer: red deer\n")
     call = arguments(folder, "--output", tmp_path / "labels", "--labeler", "foreground", *backbone(folder))
-    call += ["--namer", "classifier", "--class-map", str(tmp_path / "map.yaml"), "--dtype", "bf16"]
-    call += ["--classifier", str(tmp_path / "classifier"), "--classify", "crop", "--set", "others=count"]
+    call += ["--namer", "classifier", f"namer.class_map={tmp_path / 'map.yaml'}", "networks.dtype=bf16"]
+    call += [f"networks.classifier={tmp_path / 'classifier'}", "namer.mode=crop", "namer.others=count"]
     assert main(call) == 0
     settings = json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]["namer"]
     assert settings["class_map"] == {"bear": [0], "deer": [1]} and settings["mode"] == "crop"
@@ -255,14 +283,16 @@ def test_precomputed_features_and_text(folder, tmp_path, capsys):
         save_file({"map": torch.randn(12, 5, 7)}, tmp_path / "features" / f"{k:03d}.safetensors")
     names = ("deer", "bear", "sky", "grass")
     save_text_embeddings(tmp_path / "text.safetensors", TextEmbeddings(torch.randn(4, 12), torch.arange(4), 4, names))
-    call = arguments(folder, "--vocabulary", "bear,deer", "--features", tmp_path / "features")
-    call += ["--text-embeddings", str(tmp_path / "text.safetensors"), "--set", "logit_scale=5"]
-    assert main([*call, "--output", str(tmp_path / "one"), "--calibration", "none", "--background", "sky,grass"]) == 0
+    call = arguments(folder, "--vocabulary", "bear,deer", f"networks.features={tmp_path / 'features'}")
+    call += [f"networks.text_embeddings={tmp_path / 'text.safetensors'}", "labeler.logit_scale=5"]
+    assert (
+        main([*call, "--output", str(tmp_path / "one"), "labeler.calibration=none", "--background", "sky,grass"]) == 0
+    )
     header = json.loads((tmp_path / "one" / "header.json").read_text())
     assert header["settings"]["background"] == ["sky", "grass"] and header["settings"]["namer"] is None
     assert header["settings"]["features"] == "features" and header["settings"]["logit_scale"] == 5.0
     assert [category["name"] for category in read_store(tmp_path / "one").categories] == ["bear", "deer"]
-    assert main([*call, "--output", str(tmp_path / "two"), "--features-layout", "hwd"]) == 2
+    assert main([*call, "--output", str(tmp_path / "two"), "networks.features_layout=hwd"]) == 2
     assert "channels" in capsys.readouterr().err
     assert main([*call, "--output", str(tmp_path / "two"), "--clip", str(folder / "clip")]) == 2
     assert "12 numbers" in capsys.readouterr().err  # the namer's CLIP has another text space
@@ -276,7 +306,7 @@ def test_proxy_attention_with_a_guide(folder, tmp_path):
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "guide")
     ViTImageProcessor().save_pretrained(tmp_path / "guide")
     call = arguments(folder, "--output", tmp_path / "labels", "--clip", folder / "clip", "--vocabulary", "bear,deer")
-    call += ["--attention", "proxy", "--guide", str(tmp_path / "guide"), "--set", "gamma=2", "--image-size", "48"]
+    call += ["labeler.attention=proxy", f"networks.guide={tmp_path / 'guide'}", "labeler.gamma=2", "--image-size", "48"]
     assert main([*call, "--limit", "1"]) == 0
     settings = json.loads((tmp_path / "labels" / "header.json").read_text())["settings"]
     assert settings["guide"] == str(tmp_path / "guide") and (settings["attention"], settings["gamma"]) == ("proxy", 2.0)

@@ -1,5 +1,6 @@
 """docs/labeling.md: its commands have options and settings that exist, its Python runs."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -10,8 +11,8 @@ import yaml
 from labeling_helpers import image_folder
 
 from uplvp_hf.cli import VERBS
-from uplvp_hf.commands._label_build import describe_labeler, describe_namer, read_settings
-from uplvp_hf.commands.label import _default_namer, build_parser
+from uplvp_hf.commands.label import build_parser, parse, read_settings
+from uplvp_hf.labeling.catalog import LABELERS, NAMERS, label_settings, labeler_entry
 from uplvp_hf.labeling.naming.class_map import read_class_map
 
 GUIDE = Path(__file__).parents[2] / "docs" / "labeling.md"
@@ -38,19 +39,32 @@ def test_there_are_commands():
 def test_options_and_settings_exist(words, tmp_path, monkeypatch):
     (tmp_path / "my_masks.py").write_text(next(block for block in blocks("python") if "my_masks.py" in block))
     monkeypatch.chdir(tmp_path)
-    args = build_parser().parse_args(words)
+    if "--help" in words:
+        with pytest.raises(SystemExit) as stopped:
+            parse(words)
+        assert stopped.value.code == 0
+        return
+    args = parse(words)
     if args.output is None:
+        assert args.report is not None or any(word.startswith("output.") for word in args.settings)
         return
     args.labeler = args.labeler or "clip"
-    args.namer = args.namer or _default_namer(args.labeler)
-    read_settings(args, describe_labeler(args.labeler), describe_namer(args.namer))
+    args.namer = args.namer or labeler_entry(args.labeler).namer
+    settings = read_settings(args)
+    for word in args.settings:
+        section, name = word.partition("=")[0].split(".")
+        assert name in getattr(settings, section).given
 
 
 def test_settings_in_the_text_exist():
-    known = set().union(*(describe_labeler(name).settings for name in ("clip", "file", "sam", "segmenter")))
-    known |= describe_namer("clip").settings.keys() | describe_namer("classifier").settings.keys() | {"NAME", "level"}
-    named = re.findall(r"--set (\w+)=", TEXT)
-    assert len(named) > 10 and set(named) <= known
+    known = {"section.name", "labeler.level"}
+    for labeler in LABELERS:
+        for namer in NAMERS:
+            for section in dataclasses.fields(label_settings(labeler, namer)):
+                known |= {f"{section.name}.{item.name}" for item in dataclasses.fields(section.default_factory)}
+    sections = "labeler|namer|run|networks|images|output"
+    named = re.findall(rf"(?<![\w./-])((?:{sections})\.[a-z_]+)\b(?!\.)", TEXT)
+    assert len(named) > 30 and set(named) <= known, set(named) - known
     options = {word for action in build_parser()._actions for word in action.option_strings} | {"--processes"}
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", TEXT)) - {"--num_processes", "--num"}
     assert used <= options, used - options

@@ -120,9 +120,9 @@ def test_damaged_results(images, tmp_path):
         MaskFileLabeler(file)
     with pytest.raises(DataError, match="no such file"):
         MaskFileLabeler(tmp_path / "missing.json")
-    with pytest.raises(ValueError, match="missing 'skip' is unknown"):
+    with pytest.raises(ValueError, match="`missing` must be one of fail, empty, got `skip`"):
         MaskFileLabeler(file, missing="skip")
-    with pytest.raises(ValueError, match="match 'name' is unknown"):
+    with pytest.raises(ValueError, match="`match` must be one of auto, file_name, image_id, got `name`"):
         MaskFileLabeler(file, match="name")
 
 
@@ -186,7 +186,7 @@ def test_a_mask_generator(sam_folder, images, tmp_path):
     assert [len(p) for p in call(nothing, images)] == [0, 0, 0, 0]
     summary = label_images(images, source, None, tmp_path / "labels", **QUIET)
     header = json.loads((tmp_path / "labels" / "header.json").read_text())
-    assert summary.done == 4 and header["settings"]["points_per_crop"] == 4 and header["encoder"] == str(sam_folder)
+    assert summary.done == 4 and header["settings"]["points"] == 4 and header["encoder"] == str(sam_folder)
 
 
 def test_not_every_model_generates_masks(tmp_path):
@@ -206,7 +206,7 @@ def test_self_training_keeps_what_is_sure_and_large(tiny_model_dir, scenes_dir, 
     every = np.sort(np.concatenate([result["scores"].numpy() for result in raw]))
     sizes = [decode_segmentation(rle, 96, 96).sum() for result in raw for rle in result["rle"]]
     floor, least = float(every[len(every) // 2]), int(np.median(sizes))
-    source = SegmenterLabeler(tiny_model_dir, "cpu", min_score=floor, min_area=least)
+    source = SegmenterLabeler(tiny_model_dir, device="cpu", min_score=floor, min_area=least)
     got = [p for start in (0, 4) for p in call(source, dataset, range(start, min(start + 4, len(dataset))))]
     kept = 0
     for proposals, result in zip(got, raw, strict=True):
@@ -219,9 +219,9 @@ def test_self_training_keeps_what_is_sure_and_large(tiny_model_dir, scenes_dir, 
             assert proposals.scores[k] == pytest.approx(float(result["scores"][index]), abs=1e-6)
     assert 0 < kept < len(every)
     assert source.vocabulary == [model.config.id2label[k] for k in range(len(model.config.id2label))]
-    plain = SegmenterLabeler(tiny_model_dir, "cpu")
+    plain = SegmenterLabeler(tiny_model_dir, device="cpu")
     assert (plain.settings["min_score"], plain.settings["min_area"]) == (0.5, 32)
-    agnostic = SegmenterLabeler(tiny_model_dir, "cpu", min_score=0.0, class_agnostic=True, nms=0.5, top=5)
+    agnostic = SegmenterLabeler(tiny_model_dir, device="cpu", min_score=0.0, class_agnostic=True, nms=0.5, top=5)
     label_images(dataset, agnostic, None, tmp_path / "labels", **QUIET)
     stored = read_store(tmp_path / "labels")
     assert [category["name"] for category in stored.categories] == ["object"]

@@ -57,7 +57,7 @@ def test_classifier_namer(mode, others):
     images = [blob_image(k, *size) for k, size in enumerate(sizes)]
     proposals = [proposals_of(image.size[::-1], k, seed=k) for k, image in enumerate(images)]
     encoder = tiny_encoder()
-    namer = ClassifierNamer(encoder, CLASS_MAP, mode, image_size=64, others=others, batch_size=2)
+    namer = ClassifierNamer(encoder, class_map=CLASS_MAP, mode=mode, image_size=64, others=others, batch_size=2)
     for image, before, after in zip(images, proposals, namer(images, proposals), strict=True):
         assert (after.masks == before.masks).all() and (after.scores == before.scores).all()
         assert len(after.labels) == len(after.confidences) == len(before)
@@ -79,22 +79,28 @@ def test_classifier_namer(mode, others):
 def test_a_classifier_is_mapped_by_name():
     encoder = tiny_encoder()
     encoder.id2label = dict(enumerate(["brown bear, bruin", "red deer", "tench", "polar bear", "crane", "otter"]))
-    by_name = ClassifierNamer(encoder, {"bear": ["bruin", "Polar Bear"], "deer": ["red deer"], "otter": ["otter"]})
-    assert by_name.settings == ClassifierNamer(encoder, CLASS_MAP).settings
+    by_name = ClassifierNamer(
+        encoder, class_map={"bear": ["bruin", "Polar Bear"], "deer": ["red deer"], "otter": ["otter"]}
+    )
+    assert by_name.settings == ClassifierNamer(encoder, class_map=CLASS_MAP).settings
     with pytest.raises(ValueError, match="'deer': tiny has no class named 'roe deer'; it has red deer"):
-        ClassifierNamer(encoder, {"deer": ["roe deer"]})
+        ClassifierNamer(encoder, class_map={"deer": ["roe deer"]})
     encoder.num_classes = 0
     with pytest.raises(ValueError, match="tiny has no classifier head"):
-        ClassifierNamer(encoder, CLASS_MAP)
+        ClassifierNamer(encoder, class_map=CLASS_MAP)
 
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"mode": "mask"}, "mode 'mask'"), ({"others": "x"}, "others 'x'"), ({"surroundings": "x"}, "surroundings 'x'")],
+    [
+        ({"mode": "mask"}, "`mode` must be one of image, crop, got `mask`"),
+        ({"others": "x"}, "`others` must be one of ignore, count"),
+        ({"surroundings": "x"}, "`surroundings` must be one of none, blur, mean"),
+    ],
 )
 def test_unknown_options(options, message):
     with pytest.raises(ValueError, match=message):
-        ClassifierNamer(tiny_encoder(), CLASS_MAP, **options)
+        ClassifierNamer(tiny_encoder(), class_map=CLASS_MAP, **options)
 
 
 def test_clip_namer_probabilities():
@@ -113,7 +119,7 @@ def test_clip_namer_probabilities():
     shared = ClipZeroShotNamer(clip, ["bear, grizzly", "deer"], background=["sky"]).probabilities([image])[0]
     assert shared.shape == (2,) and shared.sum() < 1
     assert (shared[0] / shared[1]).item() == pytest.approx(want[0] / want[1], rel=1e-3)
-    with pytest.raises(ValueError, match="temperature 0"):
+    with pytest.raises(ValueError, match="`temperature` must be above 0, got 0"):
         ClipZeroShotNamer(clip, ["bear"], temperature=0)
 
 

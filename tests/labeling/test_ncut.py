@@ -167,5 +167,5 @@ def test_labeler_keeps_images_in_their_place():
         assert found.masks.shape == alone.masks.shape and (found.masks != alone.masks).mean() < 0.01
     assert labeler.settings["dtype"] == "float32"
     assert labeler.settings["tau"] == 0.0 and labeler.settings["masks"] == 3
-    with pytest.raises(ValueError, match="'crf' is unknown"):
+    with pytest.raises(ValueError, match="`refine` must be one of pamr, got `crf`"):
         NcutLabeler(tiny_encoder(), refine="crf")

@@ -28,15 +28,18 @@ from uplvp_hf.labeling.pipeline import label_images
 from uplvp_hf.labeling.store import StoreError
 from uplvp_hf.models.errors import UserError
 
+CLASS_MAP = {"bear": [0, 3], "deer": [1], "otter": [5]}
 QUIET = {"progress": False, "shard_size": 3, "batch_size": 2}
 
 
 def foreground(**options):
-    return ForegroundLabeler(tiny_encoder(), (64,), (64,), grid=48, min_area=0.001, **options)
+    return ForegroundLabeler(
+        tiny_encoder(), norm_sizes=(64,), component_sizes=(64,), grid=48, min_area=0.001, **options
+    )
 
 
 def classifier_namer(mode="image"):
-    return ClassifierNamer(tiny_encoder(), {"bear": [0, 3], "deer": [1], "otter": [5]}, mode, image_size=64)
+    return ClassifierNamer(tiny_encoder(), class_map=CLASS_MAP, mode=mode, image_size=64)
 
 
 def rows_of(folder):

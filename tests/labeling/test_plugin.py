@@ -7,11 +7,11 @@ import pytest
 import torch
 from labeling_helpers import image_folder
 
-from uplvp_hf.commands._label_build import describe_labeler
 from uplvp_hf.data import read_store
 from uplvp_hf.labeling.cutting.proposals import Proposals
-from uplvp_hf.labeling.labelers.plugin import PluginLabeler, find_factory, load_plugin
+from uplvp_hf.labeling.labelers.plugin import PluginLabeler, find_factory, load_plugin, settings_of_factory
 from uplvp_hf.labeling.pipeline import label_images
+from uplvp_hf.settings import ConfigError, build_settings
 
 MODULE = """
 import numpy as np
@@ -174,8 +174,10 @@ def test_options_that_are_needed(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="needy:source: missing a required argument: 'level'"):
         load_plugin("needy:source")
     assert load_plugin("needy:source", {"level": 3}).settings["options"] == {"level": 3}
-    part = describe_labeler("needy:source")
-    assert part.settings["level"].kind is int  # hence can be given by --set
+    kind = settings_of_factory("needy:source")
+    assert build_settings(kind, {"level": "3"}).options == {"level": 3}
+    with pytest.raises(ConfigError, match=r"`labeler.level` has to be given"):
+        build_settings(kind, {}, "labeler.")
 
 
 def test_calibration_must_be_json():

@@ -174,5 +174,5 @@ def test_settings_of_an_image_tower_are_refused(tmp_path):
     for option in ({"window": 64}, {"image_size": 128}, {"sigma": 2.0}):
         with pytest.raises(ValueError, match=rf"{next(iter(option))}: no effect with precomputed features"):
             DenseClipLabeler(features, ["a", "b"], text=text, **option)
-    with pytest.raises(ValueError, match=r"min_area 0\.5 is above max_area 0\.1"):
+    with pytest.raises(ValueError, match=r"`min_area` 0\.5 is above `max_area` 0\.1"):
         DenseClipLabeler(features, ["a", "b"], text=text, min_area=0.5, max_area=0.1)

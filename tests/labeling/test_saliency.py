@@ -59,7 +59,7 @@ def test_images_of_several_sizes_keep_their_place():
         assert (together.masks != alone.masks).mean() < 0.01
         assert together.scores == pytest.approx(alone.scores, abs=1e-4)
     stretched = SaliencyLabeler(tiny_encoder(), image_size=(100, 120), **everything())
-    assert stretched._fit(640, 480, stretched.image_size) == (96, 128)
+    assert stretched._fit(640, 480, stretched.config.image_size) == (96, 128)
     assert [p.masks.shape[1:] for p in stretched(images)] == [i.size[::-1] for i in images]
 
 
@@ -118,9 +118,9 @@ def test_settings_and_refusals():
     assert labeler.settings["when_empty"] == "best" and labeler.settings["scales"] == [1.0, 0.5, 0.25]
     assert labeler.calibrate(labeler.measure([])) == {}
     for options, message in [
-        ({"variant": "paper"}, "'paper' is unknown"),
-        ({"kernel": "cubic"}, "'cubic' is unknown"),
-        ({"when_empty": "all"}, "'all' is unknown"),
+        ({"variant": "paper"}, "`variant` must be one of offline, online, sup, got `paper`"),
+        ({"kernel": "cubic"}, "`kernel` must be one of gaussian, linear, got `cubic`"),
+        ({"when_empty": "all"}, "`when_empty` must be one of skip, best, got `all`"),
         ({"median": 4}, "has no middle"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 
-from uplvp_hf.labeling.cutting.cut import Cutting, cut_instances
+from uplvp_hf.labeling.cutting.cut import cut_instances
 from uplvp_hf.labeling.cutting.proposals import Proposals
 from uplvp_hf.labeling.cutting.refine import pamr
 from uplvp_hf.labeling.cutting.segments import class_layers, class_map, connected_segments
+from uplvp_hf.labeling.settings import Cutting
 
 SIZE = 53, 71
 unrefined = partial(Cutting, refine=None)  # without an image
@@ -193,8 +194,8 @@ def test_nothing_above_the_threshold():
 
 
 def test_unknown_choices_are_refused():
-    with pytest.raises(ValueError, match="top 0, max_parts 4"):
+    with pytest.raises(ValueError, match="`top` must be at least 1, got 0"):
         Cutting(top=0)
     for name, value in (("split", "watershed"), ("refine", "crf"), ("nms_kind", "soft")):
-        with pytest.raises(ValueError, match=f"{name} '{value}' is unknown; use one of"):
+        with pytest.raises(ValueError, match=f"`{name}` must be one of .*, got `{value}`"):
             Cutting(**{name: value})

@@ -9,10 +9,11 @@ from labeling_helpers import blob_image, tiny_clip
 from PIL import Image
 from torch import nn
 
-from uplvp_hf.labeling.encoders.attention import ATTENTIONS, Layout, Recipe, run_blocks
+from uplvp_hf.labeling.encoders.attention import Layout, run_blocks
 from uplvp_hf.labeling.encoders.backbone import Encoder
 from uplvp_hf.labeling.encoders.pixels import images_to_pixels
 from uplvp_hf.labeling.encoders.windows import View, dense_features, dense_grids, guide_features, window_starts
+from uplvp_hf.labeling.settings import ATTENTIONS, Recipe
 
 H, W = 48, 40  # not the native 32 x 32, not square: 6 x 5 patches
 

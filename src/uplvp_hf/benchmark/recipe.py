@@ -60,7 +60,8 @@ class BenchmarkData:
 @dataclass
 class LabelSet:
     """One of: store, a pseudo-label store (or COCO file) that exists; label, the arguments of `uplvp label` by name
-    (lists repeat an argument, true is a flag, `set` holds --set values); truth, the labels of the unlabeled images.
+    (lists repeat an argument, true is a flag, `settings` holds section.key: value); truth, the labels of the unlabeled
+    images.
     """
 
     store: str | None = None

@@ -245,8 +245,8 @@ def label_words(labels: LabelSet) -> list[str]:
     words: list[str] = []
     for key, value in labels.label.items():
         name = f"--{key.replace('_', '-')}"
-        if key == "set":
-            words += [word for setting, number in value.items() for word in (name, f"{setting}={_word(number)}")]
+        if key == "settings":
+            words += [f"{setting}={_word(number)}" for setting, number in value.items()]
         elif isinstance(value, list):
             words += [word for item in value for word in (name, _word(item))]
         elif value is True:

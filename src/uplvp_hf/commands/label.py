@@ -95,6 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.epilog = EPILOG.format(labeler=known.labeler, namer=namer, settings=text)
     args = parser.parse_intermixed_args(words)
     given = [args.images, *args.settings] if args.images is not None else []
+    if args.report and _WORD.match(args.report):  # its path may be left out: this is a word behind it
+        given, args.report = [*given, args.report], ""
     args.settings = [word for word in given if _WORD.match(word) and not os.path.exists(word)]
     images = [word for word in given if word not in args.settings]
     if len(images) > 1:
@@ -111,7 +113,7 @@ def read_settings(args: argparse.Namespace) -> Any:
     kind = label_settings(args.labeler, args.namer)
     values: dict[str, Any] = {name: {} for name in ("labeler", "namer")}
     merge_words(values, args.settings)
-    sections = {name: getattr(kind(), name) for name in values} if ":" not in args.labeler else {}
+    sections = {} if ":" in args.labeler else {name: getattr(kind(), name) for name in ("labeler", "namer")}
     for flag, owners in SHORTCUTS.items():
         value = getattr(args, flag)
         if value is None:
@@ -176,8 +178,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _finished_store(args)
     args.labeler = args.labeler or "clip"
     entry = labeler_entry(args.labeler)
-    default = "map" if any(word.startswith("networks.features=") for word in args.settings) else entry.namer
-    args.namer = args.namer or (default if args.clip is None else entry.namer)
+    # Features that are precomputed come without an image tower that could name crops.
+    alone = entry.names and args.clip is None and any(word.startswith("networks.features=") for word in args.settings)
+    args.namer = args.namer or ("map" if alone else entry.namer)
     _check(args)
     settings = read_settings(args)
     _check_output(settings.output, args.report)

@@ -19,12 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from ...models.errors import UserError
-from .attention import ATTENTIONS, Layout, Recipe, run_blocks
+from ..settings import Recipe
+from .attention import Layout, run_blocks
 from .backbone import Encoder
-from .clip import Clip, load_clip
-
-__all__ = ["ATTENTIONS", "Clip", "Recipe", "View", "dense_features", "dense_grids", "load_clip"]
-
+from .clip import Clip
 
 MAX_ASPECT = 16  # longer over shorter side up to which an image is looked at at full size
 
