@@ -47,6 +47,12 @@ def mask_crops(
         yield crop
 
 
+def fill_color(mean: Sequence[float]) -> tuple[int, int, int]:
+    """A network's mean color, which is zero after normalization."""
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
+
+
 def crops_of(
     images: Sequence[Image.Image],
     proposals: Sequence[Proposals],
@@ -54,11 +60,9 @@ def crops_of(
     surroundings: str,
     mean: Sequence[float],
 ) -> Iterator[Image.Image]:
-    """The crops of all masks of several images (`mask_crops`); mean: the network's mean color, in 0..1, which is zero
-    after normalization."""
-    fill = tuple(round(255 * value) for value in mean)
+    """The crops of all masks of several images (`mask_crops`); mean: the network's mean color, in 0..1."""
     for image, found in zip(images, proposals):
-        yield from mask_crops(image, found, context, surroundings, fill)
+        yield from mask_crops(image, found, context, surroundings, fill_color(mean))
 
 
 def name_crops(
