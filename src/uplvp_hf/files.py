@@ -20,7 +20,7 @@ from .models.errors import UserError
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
