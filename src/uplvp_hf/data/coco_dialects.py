@@ -101,7 +101,7 @@ def _segmentation(value: Any) -> Any:
     if all(isinstance(part, dict) and "counts" in part for part in value):
         return _united([_run_lengths(part) for part in value], value)
     parts = _polygons(value)
-    return value if parts is None else parts
+    return value if parts is None or parts == value else parts
 
 
 def _polygons(value: list[Any]) -> list[list[Any]] | None:
@@ -246,11 +246,13 @@ def _fill_size(entry: dict[str, Any], finder: ImageFinder, where: str, repairs: 
     name = entry.get("file_name")
     if (entry.get("width") and entry.get("height")) or not isinstance(name, str) or not finder.has(name):
         return
+    given = "width" in entry or "height" in entry
     try:
         entry["width"], entry["height"] = image_size(finder.path(name))
     except ImageError:
         return  # the reader complains of the size, and opening the image says why
-    repairs.note("images have no size, which is read from their files", where)
+    if given:
+        repairs.note("sizes of images are 0 or null and are read from the files", where)
 
 
 def _match_image_ids(content: dict[str, Any], repairs: Repairs) -> None:

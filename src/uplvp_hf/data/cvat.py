@@ -10,12 +10,13 @@ import os
 from typing import Any
 from xml.etree import ElementTree
 
-from ..models.masks import encode_mask
+import numpy as np
+
 from .coco import read_content
 from .coco_files import find_images
 from .dataset import InstanceDataset
 from .errors import DataError
-from .shapes import Shapes, ellipse
+from .shapes import Shapes, ellipse, placed
 
 _FILE = "annotations.xml"
 _LINES = ("polyline", "points", "cuboid", "skeleton")
@@ -59,9 +60,13 @@ def read_cvat(path: str | os.PathLike[str], split: str | None = None, unlabeled:
     shapes, failures = Shapes(label for label in labels if label), []
     for number, image in enumerate(images):
         where = f"image[{number}] ({image.get('name')})"
-        shapes.add_image(int(image.get("id", number)), image.get("name", ""), image.get("width"), image.get("height"))
+        try:
+            image_id, width, height = (int(image.attrib[key]) for key in ("id", "width", "height"))
+        except (KeyError, ValueError) as error:
+            raise DataError(f"has no number {error}", file=path, row=where) from error
+        shapes.add_image(image_id, image.get("name", ""), width, height)
         for index, shape in enumerate(image):
-            failures += _add(shapes, int(image.get("id", number)), shape, path, f"{where}, {shape.tag}[{index}]", image)
+            failures += _add(shapes, image_id, shape, (width, height), path, f"{where}, {shape.tag}[{index}]")
     names = [image.get("name", "") for image in images[:20]]
     dataset = read_content(shapes.content(), path, find_images(path, names), unlabeled)
     dataset.failures += failures
@@ -69,7 +74,7 @@ def read_cvat(path: str | os.PathLike[str], split: str | None = None, unlabeled:
 
 
 def _add(
-    shapes: Shapes, image_id: int, shape: ElementTree.Element, path: str, where: str, image: ElementTree.Element
+    shapes: Shapes, image_id: int, shape: ElementTree.Element, size: tuple[int, int], path: str, where: str
 ) -> list[dict[str, Any]]:
     """Adds a shape. Returns it as a failure where it outlines nothing."""
     box, outline = None, None
@@ -79,7 +84,7 @@ def _add(
         elif shape.tag == "ellipse":
             outline = ellipse(*(float(shape.attrib[key]) for key in ("cx", "cy", "rx", "ry")))
         elif shape.tag == "mask":
-            outline = _mask(shape, int(image.attrib["width"]), int(image.attrib["height"]))
+            outline = _mask(shape, *size)
         elif shape.tag == "box":
             left, top, right, bottom = (float(shape.attrib[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
             box = [left, top, right - left, bottom - top]
@@ -94,12 +99,7 @@ def _add(
 
 def _mask(shape: ElementTree.Element, width: int, height: int) -> dict[str, Any]:
     """Runs of 0 and 1 in turn along the rows of the mask's box."""
-    import numpy as np
-
     runs = [int(run) for run in shape.attrib["rle"].split(",")]
     left, top, w, h = (int(float(shape.attrib[key])) for key in ("left", "top", "width", "height"))
     inner = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(h, w)
-    mask = np.zeros((height, width), dtype=bool)
-    window = mask[top : top + h, left : left + w]
-    window[:] = inner[: window.shape[0], : window.shape[1]]
-    return encode_mask(mask)
+    return placed(inner, left, top, width, height)

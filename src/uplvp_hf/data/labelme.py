@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..models.masks import encode_mask
 from .coco import read_content
-from .coco_files import walk_files
+from .coco_files import ImageFinder, walk_files
 from .dataset import InstanceDataset
 from .errors import DataError
 from .fields import read_json, require, require_list
-from .shapes import Shapes, ellipse
+from .images import image_size
+from .shapes import Shapes, ellipse, placed
 
 _IGNORED = "__ignore__"
 
@@ -76,7 +76,11 @@ def _add(shapes: Shapes, content: dict[str, Any], file: str, folder: str) -> lis
     place = os.path.relpath(os.path.dirname(file), folder)
     relative = os.path.normpath(os.path.join(place, name)).replace(os.sep, "/")
     image_id = os.path.splitext(os.path.relpath(file, folder).replace(os.sep, "/"))[0]
-    shapes.add_image(image_id, relative, content.get("imageWidth"), content.get("imageHeight"))
+    size = content.get("imageWidth"), content.get("imageHeight")
+    if not all(size):
+        found = ImageFinder(folder).find(relative)
+        size = image_size(os.path.join(folder, found)) if found is not None else (None, None)
+    shapes.add_image(image_id, relative, *size)
     failures = []
     for index, shape in enumerate(content["shapes"]):
         where = f"{os.path.basename(file)}, shapes[{index}]"
@@ -92,7 +96,7 @@ def _add(shapes: Shapes, content: dict[str, Any], file: str, folder: str) -> lis
                 radius = math.dist((x, y), edge)
                 outline = ellipse(x, y, radius, radius)
             elif kind == "mask":
-                outline = _mask(shape, content)
+                outline = _mask(shape, *size)
             elif kind == "rectangle":
                 (x0, y0), (x1, y1) = points[0], points[-1]
                 outline, box = None, [min(x0, x1), min(y0, y1), abs(x1 - x0), abs(y1 - y0)]
@@ -105,12 +109,9 @@ def _add(shapes: Shapes, content: dict[str, Any], file: str, folder: str) -> lis
     return failures
 
 
-def _mask(shape: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+def _mask(shape: dict[str, Any], width: int, height: int) -> dict[str, Any]:
     """A mask of the AI tools: a PNG of the box between the two points."""
     with Image.open(io.BytesIO(base64.b64decode(shape["mask"]))) as image:
         inner = np.asarray(image) > 0
-    mask = np.zeros((content["imageHeight"], content["imageWidth"]), dtype=bool)
     left, top = (round(side) for side in shape["points"][0])
-    window = mask[top : top + inner.shape[0], left : left + inner.shape[1]]
-    window[:] = inner[: window.shape[0], : window.shape[1]]
-    return encode_mask(mask)
+    return placed(inner, left, top, width, height)

@@ -6,6 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
+from ..models.masks import encode_mask
 from .coco import PLACE
 
 
@@ -13,6 +16,14 @@ def ellipse(x: float, y: float, radius_x: float, radius_y: float, corners: int =
     """The outline of an ellipse around (x, y) as a polygon."""
     angles = (2 * math.pi * k / corners for k in range(corners))
     return [side for angle in angles for side in (x + radius_x * math.cos(angle), y + radius_y * math.sin(angle))]
+
+
+def placed(inner: np.ndarray, left: int, top: int, width: int, height: int) -> dict[str, Any]:
+    """The RLE of a (h, w) bool mask with its corner at (left, top) of an image of width x height pixels."""
+    mask = np.zeros((height, width), dtype=bool)
+    window = mask[top : top + inner.shape[0], left : left + inner.shape[1]]
+    window[:] = inner[: window.shape[0], : window.shape[1]]
+    return encode_mask(mask)
 
 
 class Shapes:
@@ -24,9 +35,12 @@ class Shapes:
         self.ids = {name: number for number, name in enumerate(dict.fromkeys(names), start=1)}
         self._groups: dict[Any, dict[str, Any]] = {}
 
-    def add_image(self, image_id: int | str, file_name: str, width: Any = None, height: Any = None) -> None:
+    def add_image(
+        self, image_id: int | str, file_name: str, width: int | None = None, height: int | None = None
+    ) -> None:
         """An image; without a size it is read from the file."""
-        self.images.append({"id": image_id, "file_name": file_name, "width": width, "height": height})
+        size = {"width": width, "height": height} if width and height else {}
+        self.images.append({"id": image_id, "file_name": file_name, **size})
 
     def add(self, image_id: int | str, name: str, place: str, outline: Any, box: Any = None, group: Any = None) -> None:
         """An object of the class `name`, or a further part of one.
