@@ -48,7 +48,7 @@ def small() -> KNetForInstanceSegmentation:
 
 @pytest.fixture
 def folder(tmp_path):
-    small().save_pretrained(tmp_path / "model")
+    small().save_pretrained(tmp_path / "model", with_code=True)
     UplvpImageProcessor(size={"longest_edge": 64}).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -78,15 +78,15 @@ def test_every_file_that_is_named_is_there(folder):
 def test_the_order_of_saving_does_not_matter(tmp_path, processor_first):
     parts = [small(), UplvpImageProcessor()]
     for part in reversed(parts) if processor_first else parts:
-        part.save_pretrained(tmp_path)
+        part.save_pretrained(tmp_path, **({} if isinstance(part, UplvpImageProcessor) else {"with_code": True}))
     assert "image_processor_type" not in json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert type(AutoImageProcessor.from_pretrained(tmp_path)) is UplvpImageProcessor  # no question about remote code
     assert type(AutoModelForInstanceSegmentation.from_pretrained(tmp_path)) is KNetForInstanceSegmentation
 
 
-def test_without_code_nothing_is_named(folder, tmp_path):
+def test_a_saved_folder_has_no_code_unless_asked(folder, tmp_path):
     model = KNetForInstanceSegmentation.from_pretrained(folder)
-    model.save_pretrained(tmp_path / "bare", with_code=False)
+    model.save_pretrained(tmp_path / "bare")
     config = json.loads((tmp_path / "bare" / "config.json").read_text())
     assert not list((tmp_path / "bare").glob("*.py")) and not {"auto_map", "custom_pipelines"} & set(config)
     UplvpImageProcessor().save_pretrained(tmp_path / "alone")

@@ -1,4 +1,4 @@
-"""A saved model carries its source files, so that it loads where this library is not installed."""
+"""A pushed model carries its source files, so that it loads where this library is not installed; a saved one can."""
 
 from __future__ import annotations
 
@@ -45,20 +45,30 @@ _COMMON_FILES = ("image_processing_uplvp.py", "image_processing_pil_uplvp.py", "
 
 
 class SavesItsCode:
-    """For models: `save_pretrained`, and so `push_to_hub`, add the source files, see `add_code`."""
+    """For models: `push_to_hub`, and `save_pretrained` when asked, add the source files, see `add_code`."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args, with_code: bool = True, **kwargs) -> None:
-        """As of transformers. `with_code=False` leaves the source files out: this library is needed to load then."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, *args, with_code: bool | None = None, **kwargs
+    ) -> None:
+        """As of transformers. `with_code=True` adds the source files, without which loading needs this library.
+
+        The default is to add them only where the model itself was loaded from such files.
+        """
         push = kwargs.pop("push_to_hub", False)
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", args[0] if args else True):
-            if with_code:
+            if type(self).__module__.startswith("transformers_modules.") if with_code is None else with_code:
                 add_code(Path(save_directory), self.config.model_type, self.config.name_or_path)
             else:
                 without_code(Path(save_directory))
         if push:  # now that the files are there
             options = {key: kwargs[key] for key in _PUSH_OPTIONS if key in kwargs}
             self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **options)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, *args, **kwargs):
+        """The last step of `push_to_hub`, on the temporary folder that it has saved the model to."""
+        add_code(Path(working_dir), self.config.model_type, self.config.name_or_path)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
 def add_code(folder: Path, model_type: str, origin: str = "") -> None:

@@ -40,7 +40,7 @@ def save_checkpoint(
     for torn in folder.glob(".checkpoint-*.tmp"):  # left by a run that was killed here
         shutil.rmtree(torn)
     with writing(final), new_folder(final) as draft:
-        model.save_pretrained(draft, with_code=False)
+        model.save_pretrained(draft)
         for name, content in tensors.items():
             save_file({key: value.contiguous() for key, value in content.items()}, draft / f"{name}.safetensors")
         write_json(draft / _STATE, {**state, "step": step, "files": _sizes(draft)})
