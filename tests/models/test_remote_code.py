@@ -6,9 +6,17 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
 
-from uplvp_hf import KNetConfig, KNetForInstanceSegmentation, UplvpImageProcessor
+from uplvp_hf import (
+    KNetConfig,
+    KNetForInstanceSegmentation,
+    UplvpConfig,
+    UplvpForInstanceSegmentation,
+    UplvpImageProcessor,
+)
+from uplvp_hf.models.modeling_base_uplvp import SEGMENTERS
 from uplvp_hf.models.remote_code import OWN_MODELS
 
 BACKBONE = {
@@ -59,6 +67,42 @@ def test_pipelines_of_a_saved_folder_without_the_library(folder, tmp_path):
     command = [sys.executable, "-c", HIDDEN, str(folder), str(tmp_path / "again")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+LOAD = """
+import sys
+class Hidden:
+    def find_spec(self, name, *rest, **further):
+        if name.split(".")[0] == "uplvp_hf":
+            raise ImportError("hidden")
+sys.meta_path.insert(0, Hidden())
+import torch
+from transformers import AutoModelForInstanceSegmentation
+model = AutoModelForInstanceSegmentation.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+print(type(model.segmenter).__name__, model(torch.ones(1, 3, 64, 96)).class_queries_logits.double().sum().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", SEGMENTERS)
+def test_a_saved_model_carries_the_code_of_its_own_segmenter_only(kind, tiny_segmenter, tmp_path):
+    small = {"hidden_size": 16, "num_attention_heads": 2, "num_queries": 6, "num_stages": 1, "intermediate_size": 16}
+    further = {"knet": {"norm_groups": 4}, "queryinst": {"dynamic_channels": 4, "num_mask_layers": 1}}
+    settings = tiny_segmenter()
+    if kind != "mask2former":
+        settings = {"model_type": kind, "backbone_config": settings["backbone_config"], **small, **further[kind]}
+    model = UplvpForInstanceSegmentation(UplvpConfig(segmenter_config=settings, id2label={0: "cat", 1: "dog"})).eval()
+    model.save_pretrained(tmp_path / "model", with_code=True)
+    files = [file.stem for file in (tmp_path / "model").glob("*.py")]
+    assert {file.rpartition("_")[2] for file in files if file.rpartition("_")[2] in SEGMENTERS} == {kind}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "model")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    name, total = done.stdout.split()[-2:]
+    with torch.no_grad():
+        expected = model(torch.ones(1, 3, 64, 96)).class_queries_logits.double().sum().item()
+    assert name == type(model.segmenter).__name__ and float(total) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_file_that_is_named_is_there(folder):

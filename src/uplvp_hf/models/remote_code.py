@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ _PIPELINES = {
     }
 }
 _PUSH_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "max_shard_size")
+# The files that list segmenters of which a UPLVP model wraps one, each in a dict of one line an entry.
+_LISTS = ("configuration_uplvp.py", "modeling_base_uplvp.py")
 _COMMON_FILES = ("image_processing_uplvp.py", "image_processing_pil_uplvp.py", "pipeline_uplvp.py")
 
 
@@ -82,9 +84,10 @@ def add_code(folder: Path, model_type: str, origin: str = "") -> None:
     the model itself needs lie beside it. Raises OSError for a file that is in neither place.
     """
     module, prefix, further = OWN_MODELS[model_type]
-    for file in _files((f"configuration_{module}.py", f"modeling_{module}.py", *_COMMON_FILES), origin):
-        if file.resolve() != (folder / file.name).resolve():
-            shutil.copyfile(file, folder / file.name)
+    segmenter = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("segmenter_config") or {}
+    named = (f"configuration_{module}.py", f"modeling_{module}.py", *_COMMON_FILES)
+    for name, text in _sources(named, origin, segmenter.get("model_type")).items():
+        (folder / name).write_text(text, encoding="utf-8")
     config: dict[str, Any] = {"AutoConfig": f"configuration_{module}.{prefix}Config"}
     config |= dict.fromkeys(_AUTO_MODELS, f"modeling_{module}.{prefix}ForInstanceSegmentation")
     config |= {auto: f"modeling_{module}.{name}" for auto, name in further.items()}
@@ -93,20 +96,28 @@ def add_code(folder: Path, model_type: str, origin: str = "") -> None:
     name_processor_in_config(folder)
 
 
-def _files(names: Sequence[str], origin: str) -> list[Path]:
-    """These files and all that they import, by `from .name import`."""
-    from transformers.dynamic_module_utils import get_relative_imports
+def _sources(names: Sequence[str], origin: str, segmenter: str | None) -> dict[str, str]:
+    """The text of these files and of all that they import by `from .name import`; of the segmenters, the one used."""
     from transformers.utils import cached_file
 
-    found: dict[str, Path] = {}
+    found: dict[str, str] = {}
     waiting = list(names)
     while waiting:
         name = waiting.pop()
         if name not in found:
             beside = Path(__file__).with_name(name)
-            found[name] = beside if beside.is_file() else Path(cached_file(origin, name))
-            waiting += [f"{module}.py" for module in get_relative_imports(found[name])]
-    return [found[name] for name in sorted(found)]
+            text = (beside if beside.is_file() else Path(cached_file(origin, name))).read_text(encoding="utf-8")
+            found[name] = text = _without_other_segmenters(text, segmenter) if name in _LISTS else text
+            waiting += [f"{module}.py" for module in re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)]
+    return found
+
+
+def _without_other_segmenters(text: str, segmenter: str | None) -> str:
+    """Takes the entries of other segmenters, and the imports of their classes, out of the source."""
+    for key, name in re.findall(r'^    "(\w+)": (\w+),$', text, re.MULTILINE):
+        if key != segmenter:
+            text = re.sub(rf'^(    "{key}": {name},|from \.\w+ import {name})\n', "", text, flags=re.MULTILINE)
+    return text
 
 
 def without_code(folder: Path) -> None:
