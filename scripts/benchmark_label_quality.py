@@ -8,6 +8,8 @@ Commands:
     python scripts/benchmark_label_quality.py --clip --scenes 100
     python scripts/benchmark_label_quality.py --clip --only clearclip naclip --output rows.jsonl
     python scripts/benchmark_label_quality.py --clip --variants-of identity --only "without PAMR" --seed 1
+    python scripts/benchmark_label_quality.py --examples photos/animals7:train:val photos/nuts scenes \
+        --backbone timm:mobilenetv2_100 --backbone-weights mobilenetv2.safetensors --pad-type same
 
 Images: COCO-style folders, as FOLDER or FOLDER:SPLIT, each labeled without classes by the saliency labeler (every
 variant), the foreground labeler, a MaskCut-style normalized cut on the same backbone, and two sources that do not look
@@ -18,10 +20,17 @@ evidence and with a background name, then what options of cutting and naming cha
 All other settings are the defaults of the library; those of the windows are what this CLIP's folder recommends. A real
 CLIP may rank the recipes differently (see `labeling.attention`).
 
-Columns: mean best IoU of the true instances, recall and precision at IoU .5 whatever the class (several proposals may
-cover an instance), COCO's AP at IoU .5 (which counts repetitions as wrong), proposals an image; with --clip also the
-share of the covering proposals that carry the right class, recall and AP at IoU .5 with the class. Then images a
-second with labels written. Images are drawn, and scenes made, with --seed. --output appends each row to a file.
+--examples: true masks named after K examples a class of the first split, drawn --draws times, on the second one (of a
+folder without splits: on every other image). "scenes" are synthetic scenes, looked at by the CLIP that ships with the
+package. The share that is named rightly, with every mask named; with the defaults, where a mask like no example stays
+unnamed; masks named with a confidence of .5, and how many of these rightly; and how many places without an object, in
+the objects' shapes, fall below it. Mean and standard deviation over the draws.
+
+Columns of the others: mean best IoU of the true instances, recall and precision at IoU .5 whatever the class (several
+proposals may cover an instance), COCO's AP at IoU .5 (which counts repetitions as wrong), proposals an image; with
+--clip also the share of the covering proposals that carry the right class, recall and AP at IoU .5 with the class. Then
+images a second with labels written. Images are drawn, and scenes made, with --seed. --output appends each row to a
+file.
 
 The last line is one JSON object.
 """
@@ -84,6 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scenes", type=int, default=100, help="for --clip (default: 100)")
     add("--proxy-backbone", help="a vision transformer such as DINO, for recipe proxy (default: it is left out)")
     add("--variants-of", nargs="+", default=["naclip"], help="recipes that the options are tried on (default: naclip)")
+    add(
+        "--examples", nargs="+", metavar="FOLDER[:POOL:TEST]", default=[], help="sets whose masks examples name; scenes"
+    )
+    add("--shots", type=int, nargs="+", default=[1, 3, 5, 10], help="examples a class (default: 1 3 5 10)")
+    add("--draws", type=int, default=10, help="of the examples (default: 10)")
     add("--only", nargs="+", help="names of sources, recipes or options (default: all)")
     add("--output", help="append a line of JSON for every row of the tables to this file")
     add("--batch-size", type=int, default=8)
@@ -209,6 +223,60 @@ def measure_clip(arguments: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
+def example_sets(arguments: argparse.Namespace, place: str, folder: str) -> list[Any]:
+    """The images that examples are drawn from, and those whose masks they name."""
+    from uplvp_hf.data import load_dataset_rows
+    from uplvp_hf.data.synthetic import write_scenes
+
+    if place == "scenes":
+        paths = [Path(folder) / str(seed) for seed in (arguments.seed, arguments.seed + 1)]
+        return [load_dataset_rows(write_scenes(path, arguments.scenes, int(path.name))) for path in paths]
+    path, *splits = place.split(":")
+    if splits:
+        return [load_dataset_rows(path, split=split) for split in splits]
+    every = load_dataset_rows(path)
+    return [every.subset(range(start, len(every), 2)) for start in (0, 1)]
+
+
+def measure_examples(arguments: argparse.Namespace) -> dict[str, Any]:
+    """{set: {examples a class: numbers}}: features once a set, then all draws."""
+    from uplvp_hf.demo.pipeline import synthetic_clip_path
+    from uplvp_hf.labeling import load_clip, load_encoder
+    from uplvp_hf.labeling.naming.example_quality import mean_and_deviation, naming_quality
+    from uplvp_hf.labeling.naming.examples import describe, read_examples
+    from uplvp_hf.labeling.naming.mask_features import MaskFeatures
+
+    results: dict[str, Any] = {}
+    for place in arguments.examples:
+        scenes = place == "scenes"
+        if scenes:
+            network: Any = load_clip(synthetic_clip_path(), device=arguments.device)
+        else:
+            backbone = (arguments.backbone, arguments.backbone_weights, arguments.pad_type)
+            network = load_encoder(*backbone, device=arguments.device)
+        features, name = MaskFeatures(network), "synthetic scenes" if scenes else Path(place.split(":")[0]).name
+        with tempfile.TemporaryDirectory() as folder:
+            pool, test = (describe(read_examples(part), features) for part in example_sets(arguments, place, folder))
+        print(f"\n{name}: {len(pool.labels)} masks to draw from, {len(test.labels)} to name", flush=True)
+        where = {"set": name, "split": place.partition(":")[2] or None}
+        where |= {
+            "network": "the package's CLIP" if scenes else arguments.backbone,
+            "pool": len(pool.labels),
+            "masks": len(test.labels),
+        }
+        results[name] = {}
+        for shots in arguments.shots:
+            draws = [naming_quality(pool, test, shots, arguments.seed + draw) for draw in range(arguments.draws)]
+            values = mean_and_deviation(draws)
+            results[name][shots] = values
+            print_line(f"{shots} examples a class", values)
+            if arguments.output is not None:
+                row = {**where, "examples": shots, "draws": arguments.draws, "seed": arguments.seed, **values}
+                with open(arguments.output, "a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(row) + "\n")
+    return results
+
+
 def print_head(title: str, named: tuple[str, ...]) -> None:
     words = {"class_accuracy": "class acc.", "recall_named": "class R@.5", "ap50_named": "class AP50"}
     columns = ["mean IoU", "recall@.5", "prec.@.5", "AP50", "masks/pic", *(words[key] for key in named), "pics/s"]
@@ -224,10 +292,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Arguments that go together; ends the program with a message where they do not."""
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    if arguments.data and arguments.backbone is None:
+    if (arguments.data or set(arguments.examples) - {"scenes"}) and arguments.backbone is None:
         parser.error("images need a --backbone")
-    if not arguments.data and not arguments.clip:
-        parser.error("nothing to measure: give data folders, --clip, or both")
+    if not arguments.data and not arguments.clip and not arguments.examples:
+        parser.error("nothing to measure: give data folders, --clip, or --examples")
+    if wrong := [place for place in arguments.examples if place.count(":") not in (0, 2)]:
+        parser.error(f"--examples {wrong[0]}: write FOLDER:POOL:TEST with two splits, or FOLDER")
+    if arguments.draws < 2 or min(arguments.shots) < 1:
+        parser.error("--draws must be at least 2, --shots at least 1")
     unknown = sorted(set(arguments.variants_of) - set(RECIPES))
     if unknown:
         parser.error(f"--variants-of: no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}")
@@ -244,6 +316,8 @@ def measure_all(arguments: argparse.Namespace) -> dict[str, Any]:
         results["images"] = measure_images(arguments, load_encoder(*backbone, device=arguments.device))
     if arguments.clip:
         results["clip"] = measure_clip(arguments)
+    if arguments.examples:
+        results["examples"] = measure_examples(arguments)
     return results
 
 

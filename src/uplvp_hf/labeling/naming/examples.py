@@ -126,6 +126,46 @@ def shared_images(examples: InstanceDataset, dataset: InstanceDataset | RowStrea
     return len(files[0] & files[1])
 
 
+@dataclass(frozen=True)
+class Described:
+    """Vectors of examples (N, D), their classes `labels` (N,) into `names` and their images `groups` (N,); vectors of
+    the ground around them (M, D) and its images (M,)."""
+
+    names: list[str]
+    vectors: torch.Tensor
+    labels: torch.Tensor
+    groups: torch.Tensor
+    ground: torch.Tensor
+    ground_groups: torch.Tensor
+
+
+def describe(examples: Examples, features: MaskFeatures, ground: int = 4) -> Described:
+    """The vectors of examples and of up to `ground` places without an object in each image, one image at a time."""
+    vectors: list[torch.Tensor] = []
+    rest: list[torch.Tensor] = []
+    labels: list[int] = []
+    groups: list[int] = []
+    rest_groups: list[int] = []
+    for example in examples.images():
+        masks = np.stack(example.masks)
+        vectors.append(features([example.image], [_unscored(masks)]))
+        labels += example.labels
+        groups += [example.number] * len(masks)
+        empty = ground_masks(masks, example.covered, ground, seed=example.number)
+        if len(empty):
+            rest.append(features([example.image], [_unscored(empty)]))
+            rest_groups += [example.number] * len(empty)
+    every = torch.cat(vectors) if vectors else torch.zeros(0, 1)
+    return Described(
+        examples.names,
+        every,
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(groups, dtype=torch.int64),
+        torch.cat(rest) if rest else every[:0],
+        torch.tensor(rest_groups, dtype=torch.int64),
+    )
+
+
 class ExamplesNamer:
     """Names masks after the annotated examples that look most like them; no class names are needed, and no training.
 
@@ -175,32 +215,15 @@ class ExamplesNamer:
         return [f"examples a class: {listed}", *dict.fromkeys(self.examples.notes)]
 
     def _learn(self) -> Prototypes:
-        """Describe the examples and the ground around them, one image at a time."""
-        vectors, labels, groups = [], [], []
-        rest, rest_groups = [], []
-        for example in self.examples.images():
-            masks = np.stack(example.masks)
-            vectors.append(self.features([example.image], [_unscored(masks)]))
-            labels += example.labels
-            groups += [example.number] * len(masks)
-            empty = ground_masks(masks, example.covered, self.config.ground, seed=example.number)
-            if len(empty):
-                rest.append(self.features([example.image], [_unscored(empty)]))
-                rest_groups += [example.number] * len(empty)
-        lacking = [name for k, name in enumerate(self.names) if k not in labels]
+        found = describe(self.examples, self.features, self.config.ground)
+        lacking = [name for k, name in enumerate(self.names) if k not in found.labels.tolist()]
         if lacking:
             raise UserError(
                 f"examples {self.examples.dataset.name}: no example of class {lacking[0]!r} can be read; "
                 + "; ".join(self.examples.notes[:3])
             )
-        return Prototypes(
-            torch.cat(vectors),
-            torch.tensor(labels),
-            torch.tensor(groups),
-            torch.cat(rest) if rest else None,
-            torch.tensor(rest_groups),
-            self.config.neighbors,
-        )
+        rest = (found.ground, found.ground_groups)
+        return Prototypes(found.vectors, found.labels, found.groups, *rest, self.config.neighbors)
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
         """Name the masks; the labeler's own labels are replaced. Masks like no example get the label -1."""
