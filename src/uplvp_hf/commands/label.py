@@ -58,15 +58,26 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--namer",
         choices=tuple(NAMERS),
-        help="clip: zero-shot on each mask's crop; classifier; map: the labeler's own classes; none: one class. "
-        "Default: clip for clip, map for file, segmenter and your own, none for the others",
+        help="clip: zero-shot on each mask's crop; classifier; examples: after the --examples; map: the labeler's own "
+        "classes; none: one class. Default: examples where there are any, clip for clip, map for file, segmenter, "
+        "concept, boxes and your own, none for the others",
     )
     add("--vocabulary", help="file with one class a line (synonyms after commas), or bear,deer,otter")
     add("--clip", help="CLIP, SigLIP or SigLIP 2: folder or hub id, for the clip labeler or namer")
     add("--backbone", help="timm:NAME, timm:hf-hub:REPO or a transformers backbone, for saliency, foreground and ncut")
     add("--backbone-weights", help="safetensors file for timm:NAME")
-    add("--model", help="for sam: a mask generator of transformers; for segmenter: a trained model. Folder or hub id")
-    add("--masks", help="for file: COCO json, COCO results list, pseudo-label store or Parquet file")
+    add(
+        "--model",
+        help="for sam and boxes: a SAM of transformers; for concept: a SAM 3; for segmenter: a trained model. Folder "
+        "or hub id",
+    )
+    add("--masks", help="for file and boxes: COCO json, COCO results list, pseudo-label store or Parquet file")
+    add("--detector", help="for boxes: a zero-shot detector of transformers, such as IDEA-Research/grounding-dino-tiny")
+    add(
+        "--examples",
+        help="a few annotated images, as COCO json or anything else that is read: their classes name the masks. "
+        "Without --labeler, masks come from sam where there is a --model, else from foreground",
+    )
     add("--background", help="names of what is no object (sky,wall,grass), or stuff; for the clip namer and labeler")
     add("--template", action="append", help="prompt such as 'a photo of a {}', repeatable; or a preset, or a file")
     add("--min-confidence", type=float, default=0.0, help="of the namer; what becomes of masks below: run.unnamed")
@@ -176,11 +187,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Label, report, export; returns the summary. Raises UserError and OSError for what the user can put right."""
     if args.images is not None and args.output is None:
         return _finished_store(args)
-    args.labeler = args.labeler or "clip"
+    args.labeler = args.labeler or _default_labeler(args)
     entry = labeler_entry(args.labeler)
     # Features that are precomputed come without an image tower that could name crops.
     alone = entry.names and args.clip is None and any(word.startswith("networks.features=") for word in args.settings)
-    args.namer = args.namer or ("map" if alone else entry.namer)
+    args.namer = args.namer or ("map" if alone else _default_namer(args, entry.namer))
     _check(args)
     settings = read_settings(args)
     _check_output(settings.output, args.report)
@@ -190,12 +201,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..labeling.build import Builder, Names
 
     flags = ("labeler", "namer", "vocabulary", "clip", "backbone", "backbone_weights", "model", "masks", "device")
+    flags += ("examples", "detector")
     builder = Builder(Names(**{flag: getattr(args, flag) for flag in flags}), settings)
     dataset = load_dataset_rows(args.images, split=args.split, unlabeled=True, **settings.images.options)
     namer, labeler = builder.namer(), builder.labeler()
     licenses = _licenses(labeler, namer)
     if is_main_process() and not args.quiet:
-        _introduce(labeler, licenses)
+        _introduce(labeler, namer, licenses)
+        _introduce_examples(builder.examples, dataset)
     run = {name: value for name, value in vars(settings.run).items() if not name.startswith("_")}
     summary = label_images(
         dataset,
@@ -213,13 +226,35 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return summary | (_write_more(args.report, settings.output, args.output) if is_main_process() else {})
 
 
-def _introduce(labeler: Any, licenses: dict[str, str]) -> None:
+def _default_labeler(args: argparse.Namespace) -> str:
+    """Examples alone need masks of anything: a SAM's, else those of the best labeler of our own."""
+    if args.examples is None:
+        return "clip"
+    return "sam" if args.model is not None else "foreground"
+
+
+def _default_namer(args: argparse.Namespace, usual: str) -> str:
+    if args.examples is None or (args.labeler == "boxes" and args.detector is not None):
+        return usual  # a detector is told by the examples what to find, and knows the names
+    return "examples"
+
+
+def _introduce(labeler: Any, namer: Any, licenses: dict[str, str]) -> None:
     recommended = getattr(labeler, "recommended", {})
     if recommended:
         words = ", ".join(f"{name}={value}" for name, value in recommended.items())
         print(f"Settings that {labeler.encoder_name} recommends: {words}", flush=True)
     for name, license in licenses.items():
         print(f"License of the weights of {name}: {license}", flush=True)
+    for note in getattr(namer, "notes", ()):
+        print(note[:1].upper() + note[1:], flush=True)
+
+
+def _introduce_examples(examples: Any, dataset: Any) -> None:
+    from ..labeling.naming.examples import shared_images
+
+    if examples is not None and (shared := shared_images(examples.dataset, dataset)):
+        print(f"{shared} of the images to label are examples too: they get pseudo labels like the others", flush=True)
 
 
 def _licenses(labeler: Any, namer: Any) -> dict[str, str]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .encoders.windows import dense_features as dense_features
     from .labelers.baselines import CenterBoxLabeler as CenterBoxLabeler
     from .labelers.baselines import WholeImageLabeler as WholeImageLabeler
+    from .labelers.boxes import BoxesLabeler as BoxesLabeler
+    from .labelers.concept import ConceptLabeler as ConceptLabeler
     from .labelers.dense_clip import DenseClipLabeler as DenseClipLabeler
     from .labelers.foreground import ForegroundLabeler as ForegroundLabeler
     from .labelers.mask_file import MaskFileLabeler as MaskFileLabeler
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
     from .naming.class_map import read_class_map as read_class_map
     from .naming.class_map import resolve_class_map as resolve_class_map
     from .naming.classifier import ClassifierNamer as ClassifierNamer
+    from .naming.examples import ExamplesNamer as ExamplesNamer
+    from .naming.examples import read_examples as read_examples
     from .naming.zero_shot import ClipZeroShotNamer as ClipZeroShotNamer
     from .pipeline import LabelSummary as LabelSummary
     from .pipeline import label_images as label_images
@@ -55,13 +59,16 @@ if TYPE_CHECKING:
 _NAMES = {
     "ATTENTIONS": "settings",
     "AgnosticNamer": "naming.agnostic",
+    "BoxesLabeler": "labelers.boxes",
     "CenterBoxLabeler": "labelers.baselines",
     "ClassifierNamer": "naming.classifier",
     "Clip": "encoders.clip",
     "ClipZeroShotNamer": "naming.zero_shot",
+    "ConceptLabeler": "labelers.concept",
     "Cutting": "settings",
     "DenseClipLabeler": "labelers.dense_clip",
     "Encoder": "encoders.backbone",
+    "ExamplesNamer": "naming.examples",
     "ForegroundLabeler": "labelers.foreground",
     "LabelSummary": "pipeline",
     "MaskFileLabeler": "labelers.mask_file",
@@ -91,6 +98,7 @@ _NAMES = {
     "proposal_quality": "quality",
     "read_background": "encoders.prompt_templates",
     "read_class_map": "naming.class_map",
+    "read_examples": "naming.examples",
     "read_templates": "encoders.prompt_templates",
     "read_vocabulary": "encoders.text",
     "resolve_class_map": "naming.class_map",

@@ -28,6 +28,7 @@ SOURCES = {
     "classifier": ("backbone", "classifier"),
     "masks": ("masks", None),
     "model": ("model", None),
+    "examples": ("examples", None),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -44,6 +45,8 @@ class Names:
     backbone_weights: str | None = None
     model: str | None = None
     masks: str | None = None
+    examples: str | None = None
+    detector: str | None = None
     device: str | None = None
 
 
@@ -68,7 +71,9 @@ class Builder:
         return f"--labeler {self.names.labeler} with --namer {self.names.namer}"
 
     def _check(self) -> None:
-        for part in sorted(self.parts):
+        if "network" in self.parts and self.names.backbone is None and self.names.clip is None:
+            raise UserError(f"{self._who} needs --backbone or --clip")
+        for part in sorted(self.parts - {"network"}):
             flag, instead = SOURCES[part]
             if getattr(self.names, flag) is None and (instead is None or getattr(self.networks, instead) is None):
                 other = "" if instead is None else f" (or networks.{instead})"
@@ -89,7 +94,8 @@ class Builder:
         self._check_unused(proxy)
 
     def _check_unused(self, proxy: bool) -> None:
-        loads = self.parts & {"encoder", "clip", "dense_clip", "classifier"} or "dtype" in self.entries_of[0].extras
+        networks = {"encoder", "clip", "dense_clip", "classifier", "network"}
+        loads = self.parts & networks or "dtype" in self.entries_of[0].extras
         reads = {
             "features": "dense_clip" in self.parts,
             "features_layout": self.networks.features is not None,
@@ -98,10 +104,14 @@ class Builder:
             "classifier_weights": self.networks.classifier is not None,
             "guide": proxy,
             "dtype": bool(loads),
-            "pad_type": bool(self.parts & {"encoder", "classifier"}),
+            "pad_type": bool(self.parts & {"encoder", "classifier", "network"}),
         }
         unused = [f"networks.{name}" for name in sorted(self.networks.given) if not reads[name]]
-        unused += [f"--{name}" for name in ("model", "masks") if getattr(self.names, name) and name not in self.parts]
+        read = self.parts.union(*(entry.extras for entry in self.entries_of))
+        files = {"model": {"model"}, "masks": {"masks", "boxes"}, "examples": {"examples"}, "detector": {"detector"}}
+        unused += [f"--{name}" for name, parts in files.items() if getattr(self.names, name) and not parts & read]
+        if self.names.vocabulary and self.names.namer == "examples" and "entries" not in read:
+            unused.append("--vocabulary (namer.classes chooses among the classes of the examples)")
         if unused:
             raise UserError(f"{unused[0]} has no effect with {self._who}; leave it out")
 
@@ -158,6 +168,40 @@ class Builder:
         """Folder or Hub id of the model that makes the masks."""
         return self.names.model
 
+    @property
+    def boxes(self) -> str | None:
+        """The file with boxes."""
+        return self.names.masks
+
+    @property
+    def detector(self) -> str | None:
+        """Folder or Hub id of the model that finds boxes."""
+        return self.names.detector
+
+    @cached_property
+    def examples(self) -> Any:
+        """The annotated images, with the classes that the namer is to know, or None."""
+        from .naming.examples import read_examples
+
+        if self.names.examples is None:
+            return None
+        return read_examples(self.names.examples, getattr(self.settings.namer, "classes", None))
+
+    @property
+    def network(self) -> Encoder | Clip:
+        """What looks at examples and masks: of the backbone and the CLIP the one that is named; of both, the one that
+        the labeler leaves."""
+        if self.names.clip is None or (self.names.backbone is not None and "dense_clip" in self.parts):
+            return self.encoder
+        return self.clip
+
+    def _extra(self, name: str, config: Any) -> Any:
+        if name == "text":
+            return self._text(config)
+        if name == "examples" and self.names.namer == "examples":
+            return None  # they name what the labeler finds; they do not tell it what to find
+        return getattr(self, name)
+
     def _text(self, config: Any) -> Any:
         """Embeddings of the class names, then of the background names, from a file."""
         if self.networks.text_embeddings is None:
@@ -166,7 +210,7 @@ class Builder:
         return load_text_embeddings(self.networks.text_embeddings, names)
 
     def _make(self, entry: Entry, config: Any) -> Any:
-        extras = {name: self._text(config) if name == "text" else getattr(self, name) for name in entry.extras}
+        extras = {name: self._extra(name, config) for name in entry.extras}
         return entry.load()(*[getattr(self, part) for part in entry.parts], config, **extras)
 
     def labeler(self) -> Any:

@@ -76,12 +76,29 @@ LABELERS: dict[str, Entry] = {
     "segmenter": Entry(
         "labelers.segmenter:SegmenterLabeler", "settings:SegmenterSettings", ("model",), ("device",), "map", True
     ),
+    "concept": Entry(
+        "labelers.concept:ConceptLabeler",
+        "prompt_settings:ConceptSettings",
+        ("model", "entries"),
+        ("device", "dtype"),
+        namer="map",
+        names=True,
+    ),
+    "boxes": Entry(
+        "labelers.boxes:BoxesLabeler",
+        "prompt_settings:BoxesSettings",
+        ("model",),
+        ("detector", "entries", "boxes", "examples", "device", "dtype"),
+        namer="map",
+        names=True,
+    ),
     "center_box": Entry("labelers.baselines:CenterBoxLabeler", "settings:CenterBoxSettings"),
 }
 NAMERS: dict[str, Entry | None] = {
     "none": Entry("naming.agnostic:AgnosticNamer"),
     "clip": Entry("naming.zero_shot:ClipZeroShotNamer", "settings:ZeroShotSettings", ("clip", "entries"), ("text",)),
     "classifier": Entry("naming.classifier:ClassifierNamer", "settings:ClassifierSettings", ("classifier",)),
+    "examples": Entry("naming.examples:ExamplesNamer", "prompt_settings:ExamplesSettings", ("network", "examples")),
     "map": None,  # the labeler's own classes
 }
 
