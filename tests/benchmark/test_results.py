@@ -2,6 +2,7 @@
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
@@ -44,17 +45,33 @@ def test_verdicts_are_paired_over_seeds():
     full = found["full", "scratch"]
     assert full.differences == pytest.approx([0.10, 0.11, 0.10])
     assert full.error == pytest.approx(0.0057735 / math.sqrt(3), rel=1e-4)
-    assert full.word == "supported"
+    assert full.word == "supported" and full.p_value == pytest.approx(paired_t_test(full.differences), rel=1e-9)
     assert found["pseudo", "scratch"].word == "undecided"  # +10, -7 and 0 points
     turned = [{**one, "arm": {"full": "scratch", "scratch": "full"}.get(one["arm"], one["arm"])} for one in ROWS]
     assert next(one for one in judge(turned) if one.worse == "scratch").word == "contradicted"
     assert judge([row("full", 0, 0.5), row("scratch", 1, 0.1)]) == []  # no seed in common
     single = judge([row("full", 0, 0.5), row("scratch", 0, 0.1)])[0]
-    assert single.error is None and single.word == "undecided"
+    assert single.error is None and single.p_value is None and single.word == "undecided"
     tie = Verdict("cosine matching is at least random", "full", "full random", "knet", 10, [0.01, -0.01, 0.0])
     assert tie.word == "not contradicted"
     assert Verdict(tie.claim, "", "", "knet", 10, [-0.02, -0.03, -0.02]).word == "contradicted"
     assert Verdict(tie.claim, "", "", "knet", 10, [0.02, 0.03, 0.02]).word == "supported"
+
+
+def paired_t_test(differences: list[float]) -> float:
+    """Two-sided p-value for three seeds: Student's distribution with two degrees of freedom in closed form."""
+    assert len(differences) == 3
+    t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(3))
+    return 1 - abs(t) / math.sqrt(2 + t * t)
+
+
+def test_two_standard_errors_are_not_enough_for_three_seeds():
+    wide = Verdict("pseudo labels alone help", "pseudo", "scratch", "knet", 10, [0.05, 0.20, 0.12])
+    assert wide.mean > 2 * wide.error and wide.p_value == pytest.approx(paired_t_test(wide.differences))
+    assert wide.p_value > 0.05 and wide.word == "undecided"
+    same = Verdict(wide.claim, "pseudo", "scratch", "knet", 10, [0.03, 0.03, 0.03])
+    assert same.word == "supported"
+    assert Verdict(wide.claim, "pseudo", "scratch", "knet", 10, [0.0, 0.0]).word == "undecided"
 
 
 def test_claims_name_arms_of_the_shipped_recipe():

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from scipy import stats
+
 from .rows import label_counts, labels_text
+
+LEVEL = 0.05
+"""Largest p-value, two-sided, at which a difference counts."""
 
 # What is claimed (SP and UPLVP, papers and released ablation settings; the last four are ours), the arm that should be
 # better, and the other.
@@ -52,12 +57,21 @@ class Verdict:
         return statistics.stdev(self.differences) / count**0.5 if count > 1 else None
 
     @property
+    def p_value(self) -> float | None:
+        """Of the paired t-test over seeds, two-sided; None for one seed."""
+        if len(self.differences) < 2:
+            return None
+        if len(set(self.differences)) == 1:  # no spread at all: the statistic is infinite, or 0 / 0
+            return 0.0 if self.mean else 1.0
+        return float(stats.ttest_rel(self.differences, [0.0] * len(self.differences)).pvalue)
+
+    @property
     def word(self) -> str:
-        """`supported` or `contradicted` where the mean is more than two standard errors from zero, else `undecided`,
-        or `not contradicted` where the claim is "at least" and there are several seeds."""
-        if self.error is None:
+        """`supported` or `contradicted` where the p-value is at most `LEVEL`, else `undecided`, or `not contradicted`
+        where the claim is "at least" and there are several seeds."""
+        if self.p_value is None:
             return "undecided"
-        if abs(self.mean) <= 2 * self.error:
+        if self.p_value > LEVEL:
             return "not contradicted" if " is at least " in self.claim else "undecided"
         return "supported" if self.mean > 0 else "contradicted"
 
@@ -83,16 +97,17 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
 
 
 def claims_table(verdicts: Sequence[Verdict]) -> str:
-    """Markdown: difference in AP points, its standard error, seeds in favor, verdict."""
+    """Markdown: difference in AP points, its standard error, seeds in favor, p-value, verdict."""
     lines = [
-        "| claim | segmenter | labels | difference in AP | seeds in favor | verdict |",
-        "|---|---|---|---:|---:|---|",
+        "| claim | segmenter | labels | difference in AP | seeds in favor | p | verdict |",
+        "|---|---|---|---:|---:|---:|---|",
     ]
     for one in verdicts:
         spread = "" if one.error is None else f" ± {100 * one.error:.1f}"
         won = f"{sum(value > 0 for value in one.differences)} of {len(one.differences)}"
+        p_value = "-" if one.p_value is None else f"{one.p_value:.3f}" if one.p_value >= 0.0005 else "< 0.001"
         lines.append(
             f"| {one.claim} (`{one.better}` - `{one.worse}`) | {one.segmenter} | {labels_text(one.labels_per_class)} | "
-            f"{100 * one.mean:+.1f}{spread} | {won} | {one.word} |"
+            f"{100 * one.mean:+.1f}{spread} | {won} | {p_value} | {one.word} |"
         )
     return "\n".join(lines)
