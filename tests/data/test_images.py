@@ -30,12 +30,35 @@ def test_16_bit_grey_is_scaled_to_8_bits(tmp_path):
             np.testing.assert_array_equal(opened[..., channel], np.rint(values / 65535 * 255))
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_fewer_bits_in_a_16_bit_file_are_guessed_with_a_warning(tmp_path, bits):
+    white = 2**bits - 1
+    values = np.array([[0, white // 2, white]], dtype=np.uint16)
+    for name in ("few.png", "few.tif"):
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.warns(UserWarning, match=rf"few\..*end at {white}.*{bits} bits"):
+            opened = np.asarray(open_image(tmp_path / name))
+        assert opened[0, :, 0].tolist() == [0, round(white // 2 / white * 255), 255]
+
+
+def test_a_file_that_states_its_range_needs_no_guess(tmp_path):
+    values = np.array([[0, 100, 1000]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "stated.tif", tiffinfo={281: 4095})
+    assert np.asarray(open_image(tmp_path / "stated.tif"))[0, :, 0].tolist() == [0, 6, 62]
+    Image.fromarray(values * 0).save(tmp_path / "black.png")
+    assert not np.asarray(open_image(tmp_path / "black.png")).any()
+
+
 def test_float_pixels(tmp_path):
     Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)).save(tmp_path / "unit.tif")
     assert np.asarray(open_image(tmp_path / "unit.tif"))[0, :, 0].tolist() == [0, 128, 255]
-    Image.fromarray(np.array([[0.0, 300.0]], dtype=np.float32)).save(tmp_path / "wide.tif")
-    with pytest.raises(ImageError, match=r"wide\.tif.*300"):
-        open_image(tmp_path / "wide.tif")
+    Image.fromarray(np.array([[0.0, 99.6, 255.0]], dtype=np.float32)).save(tmp_path / "eight.tif")
+    with pytest.warns(UserWarning, match=r"eight\.tif.*end at 255.*0\.\.255"):
+        assert np.asarray(open_image(tmp_path / "eight.tif"))[0, :, 0].tolist() == [0, 100, 255]
+    for value in (300.0, -1.0, np.nan):
+        Image.fromarray(np.array([[0.0, value]], dtype=np.float32)).save(tmp_path / "wide.tif")
+        with pytest.raises(ImageError, match=rf"wide\.tif.*{value:g}"):
+            open_image(tmp_path / "wide.tif")
 
 
 def test_cmyk_jpeg(tmp_path, pixels):

@@ -227,7 +227,7 @@ def test_addresses_that_are_none_are_named(module, url):
 
 
 def test_images_become_rgb_as_in_the_library(module):
-    from uplvp_hf.data.images import to_rgb
+    from uplvp_hf.models.images import to_rgb
 
     values = np.random.default_rng(0).integers(0, 65536, (5, 7)).astype(np.uint16)
     clear = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 4)).astype(np.uint8))

@@ -298,3 +298,18 @@ def test_stock_pipeline():
     for entry in found:
         assert entry["mask"].size == (90, 50) and 0 <= entry["score"] <= 1
         assert np.asarray(entry["mask"]).any()
+
+
+def test_deep_and_float_images_are_not_scaled_twice():
+    processor = UplvpImageProcessor(do_resize=False, size_divisor=1)
+    eight = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    expected = processor(eight, return_tensors="pt")["pixel_values"]
+    unit, deep = eight.astype(np.float32) / 255, eight.astype(np.uint16) * 257
+    channels_first = torch.from_numpy(unit).permute(2, 0, 1)
+    for given in (unit, unit * 255, deep, channels_first, channels_first * 255):
+        torch.testing.assert_close(processor(given, return_tensors="pt")["pixel_values"], expected)
+    unscaled = processor(unit, do_rescale=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(unscaled, expected)
+    gray = processor(Image.fromarray(deep[..., 0]), return_tensors="pt")["pixel_values"]
+    again = processor(Image.fromarray(eight[..., 0]), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(gray, again)

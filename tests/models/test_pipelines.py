@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 from transformers import AutoConfig, AutoModelForInstanceSegmentation, pipeline
 
 import uplvp_hf
+from uplvp_hf.data import open_image
 from uplvp_hf.hub.push import prepare_folder
 
 SHAPES = [(90, 50), (40, 70), (64, 64), (31, 80)]  # (width, height)
@@ -90,8 +91,39 @@ def test_kinds_of_input(segmenter, images, tmp_path):
     assert [entries[0]["rle"]["size"] for entries in stream] == [[h, w] for w, h in SHAPES]
     gray = np.array(image.convert("L"))
     same(segmenter(gray), segmenter(image.convert("L")))
-    with pytest.raises(ValueError, match=r"uint8 and \(H, W\).*got float32"):
-        segmenter(np.zeros((20, 20, 3), dtype=np.float32))
+    same(segmenter(np.array(image, dtype=np.float32) / 255), reference)
+    with pytest.raises(ValueError, match=r"shape \(3, 20, 20\).*\(H, W, 3\)"):
+        segmenter(np.zeros((3, 20, 20), dtype=np.float32))
+
+
+def test_images_are_seen_as_in_training(segmenter, tmp_path, monkeypatch):
+    """16-bit, transparent and rotated files, from each kind of input."""
+    noise = np.random.default_rng(0).integers(0, 65536, (20, 30))
+    Image.fromarray(noise.astype(np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray((noise % 256).astype(np.uint8)).convert("RGBA").resize((9, 9)).rotate(45).save(tmp_path / "a.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image((30, 20)).save(tmp_path / "turned.jpg", exif=turned)
+    seen = []
+    process = segmenter.image_processor.preprocess
+    monkeypatch.setattr(segmenter.image_processor, "preprocess", lambda x, **k: seen.append(x) or process(x, **k))
+    for name in ("deep.png", "a.png", "turned.jpg"):
+        file = tmp_path / name
+        for kind in (str(file), file, file.read_bytes(), Image.open(file)):
+            segmenter(kind)
+            assert np.array_equal(np.asarray(seen.pop()), np.asarray(open_image(file))), (name, type(kind))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_stock_pipeline_takes_batches(tiny_model_dir, images, batch_size):
+    stock = pipeline("image-segmentation", model=str(tiny_model_dir))
+    answers = stock([images[0]] * 4, batch_size=batch_size, threshold=0.0)
+    assert len(answers) == 4 and answers[0]
+    for answer in answers:
+        assert [(e["label"], e["score"]) for e in answer] == [
+            (e["label"], pytest.approx(e["score"], abs=1e-5)) for e in answers[0]
+        ]
+        assert all(entry["mask"].size == images[0].size for entry in answer)
 
 
 def test_what_is_no_image_is_refused(segmenter, tmp_path, monkeypatch):
@@ -107,7 +139,7 @@ def test_what_is_no_image_is_refused(segmenter, tmp_path, monkeypatch):
         segmenter(str(tmp_path / "large.png"), max_pixels=199_999)
     assert segmenter(str(tmp_path / "large.png"), max_pixels=200_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90_000)  # Pillow refuses twice as many
-    with pytest.raises(ValueError, match=r"cannot be read as an image .DecompressionBombError"):
+    with pytest.raises(ValueError, match=r"cannot be read as an image .*DecompressionBombError"):
         segmenter(str(tmp_path / "large.png"))
 
 

@@ -1,5 +1,6 @@
 """Data: COCO rows in, batches out."""
 
+from ..models.images import image_size, open_image, to_rgb
 from ..models.masks import (
     decode_segmentation,
     encode_mask,
@@ -17,7 +18,6 @@ from .collator import collate
 from .ctw1500 import read_ctw1500
 from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
 from .errors import DataError, DataWarning, ImageError
-from .images import image_size, open_image, to_rgb
 from .inputs import read_huggingface, read_path_list
 from .instance_masks import InstanceMasks
 from .rows import load_dataset_rows, read_image_folder

@@ -17,10 +17,10 @@ from typing import Any
 
 from pycocotools import mask as coco_mask
 
+from ..models.images import image_size
 from ..models.masks import segmentation_to_rle
 from .coco_files import ImageFinder
 from .errors import DataError, DataWarning, ImageError
-from .images import image_size
 
 _MISSING = object()  # a field that is not there; as a result: leave the field out
 _FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "": 0, "none": 0, "null": 0}

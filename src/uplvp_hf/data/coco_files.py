@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
+from ..models.images import IMAGE_SUFFIXES
 from .errors import DataError
-from .images import IMAGE_SUFFIXES
 
 _HEAD = 65536  # bytes at each end of a file that are searched for the keys of COCO
 _DRIVE = re.compile(r"^[A-Za-z]:")

@@ -16,11 +16,11 @@ import os
 import warnings
 from xml.etree import ElementTree
 
+from ..models.images import image_size
 from ..models.masks import polygon_fault
 from .coco import clean_segmentation
 from .dataset import InstanceDataset
 from .errors import DataError, DataWarning
-from .images import image_size
 from .layouts import Labels, Pair, PairReader, choose_split, image_files, lazy_dataset, missing, objects_of, stems
 
 # Folders of a split: as the archives unpack, as mmocr arranges them, and as the first release of 2017 had them.

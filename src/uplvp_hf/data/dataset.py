@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 from PIL import Image
 
+from ..models.images import as_rgb, open_bytes, open_image
 from ..models.masks import decode_segmentation
 from .errors import DataError
-from .images import as_rgb, open_bytes, open_image
 
 if TYPE_CHECKING:
     import datasets

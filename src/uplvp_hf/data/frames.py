@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..models.images import image_size
 from .dataset import Row
 from .errors import ImageError
-from .images import image_size
 
 _ROUNDING = 1  # px that an outline may reach out of its image
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from ..models.images import bytes_size, image_size
 from .dataset import InstanceDataset, LazyRows, Row, RowStream, empty_objects
 from .errors import DataError, ImageError
 from .hf_objects import ReadObjects, find_objects
-from .images import bytes_size, image_size
 
 if TYPE_CHECKING:
     import datasets

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from ..models.images import IMAGE_SUFFIXES, image_size
 from ..models.masks import rle_areas, rle_boxes
 from .dataset import InstanceDataset, LazyRows, Objects, Row, empty_objects
 from .errors import DataError, ImageError
-from .images import IMAGE_SUFFIXES, image_size
 
 # Images of each published split. Cityscapes: cityscapes-dataset.com (fine annotations); CTW1500: Liu et al., "Curved
 # scene text detection via transverse and longitudinal sequence connection"; VOC: host.robots.ox.ac.uk, statistics of

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal, overload
 
+from ..models.images import IMAGE_SUFFIXES, open_image
 from .cityscapes import is_cityscapes, read_cityscapes
 from .coco import read_coco, write_coco
 from .coco_files import coco_files, find_annotations, has_image_suffix, looks_like_coco, walk_files
@@ -17,7 +18,6 @@ from .cvat import is_cvat, read_cvat
 from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
 from .errors import DataError, DataWarning, ImageError
 from .foreign import other_files, refuse_file
-from .images import IMAGE_SUFFIXES, open_image
 from .inputs import LIST_SUFFIXES, is_hub_name, is_saved_dataset, read_huggingface, read_path_list, rows_of_files
 from .labelme import is_labelme, read_labelme
 from .store_reader import read_store

@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
+from ..models.images import image_size
 from .coco import read_content
 from .coco_files import has_image_suffix, walk_files
 from .dataset import InstanceDataset
 from .errors import DataError, ImageError
-from .images import image_size
 from .layouts import choose_split
 from .shapes import Shapes
 

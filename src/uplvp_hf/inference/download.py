@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import httpx
 
 from uplvp_hf.data import ImageError
-from uplvp_hf.data.images import bytes_size
+from uplvp_hf.models.images import bytes_size
 
 SCHEMES = ("http://", "https://")
 _HEADERS = {"User-Agent": "uplvp_hf", "Accept": "image/*", "Accept-Encoding": "identity"}

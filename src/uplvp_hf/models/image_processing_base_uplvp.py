@@ -32,6 +32,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .coco_targets import annotation_targets
 from .errors import UserError
+from .images import scaled_array, to_rgb
 from .masks import require_pycocotools
 from .postprocessing_uplvp import MASK_STRIDE, collect_instances, find_instances
 from .remote_code import name_processor_in_config
@@ -112,7 +113,8 @@ class UplvpProcessing:
         r"""
         Args:
             images (`ImageInput`):
-                One image or a list of B images: PIL, numpy or torch, gray, RGB or RGBA, of any sizes.
+                One image or a list of B images: PIL, numpy or torch, gray, RGB or RGBA, of any sizes. Arrays are
+                uint8, 16-bit integers, or floats, of which 0..1 are taken as they are and not divided by 255 again.
             annotations (`dict` or `list[dict]`, *optional*):
                 One COCO record an image: `{"image_id", "annotations": [{"segmentation", "category_id", "iscrowd"}]}`.
                 Segmentations are polygons or RLE in the pixels of the original image. Crowds are left out, and so
@@ -133,10 +135,14 @@ class UplvpProcessing:
         """
         return super().preprocess(images, annotations, label_map, **kwargs)
 
-    def process_image(self, image: Any, max_pixels: int | None = None, **kwargs) -> Any:
+    def process_image(self, image: Any, max_pixels: int | None = None, do_rescale: bool | None = None, **kwargs) -> Any:
         """One image to the backend's (3, H, W). Raises UserError if it has more than `max_pixels`."""
         if isinstance(image, Image):
             _check_pixels(image.height, image.width, max_pixels)
+            if kwargs.get("do_convert_rgb"):
+                image = to_rgb(image)
+        elif do_rescale:  # pixels of 0..1 or 16 bits must not be taken for 0..255
+            image = scaled_array(image)
         image = super().process_image(image, **kwargs)
         height, width = image.shape[-2:]
         _check_pixels(height, width, max_pixels)
@@ -144,7 +150,7 @@ class UplvpProcessing:
 
     def _preprocess_image_like_inputs(self, images, annotations, label_map, **kwargs) -> BatchFeature:
         return_tensors = kwargs.pop("return_tensors", None)
-        names = ("do_convert_rgb", "input_data_format", "device", "max_pixels")
+        names = ("do_convert_rgb", "input_data_format", "device", "max_pixels", "do_rescale")
         images = self._prepare_image_like_inputs(images=images, **{name: kwargs.get(name) for name in names})
         if isinstance(annotations, Mapping):
             annotations = [annotations]

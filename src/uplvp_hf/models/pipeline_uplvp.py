@@ -7,18 +7,21 @@ The stock `pipeline("image-segmentation")` paints instances onto one flat map, s
 loses pixels, needs a score of 0.9, and pads no batches.
 """
 
+import base64
 import math
+import os
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers.image_utils import load_image
 from transformers.pipelines.base import Pipeline
 
 from .errors import UserError
+from .images import array_to_rgb, as_rgb, open_bytes, open_image
 
 # What post-processing reads of a model's outputs.
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "class_scores", "roi_mask_logits", "boxes")
@@ -31,9 +34,9 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     r"""
     Instances of images: class, score, box and mask of each, in the pixels of the image.
 
-    Inputs: an image, a list, or a generator or dataset of them; an image is a path, a URL, a base64 string, a PIL
-    image, or a numpy array (H, W), (H, W, 3) or (H, W, 4) of 8-bit pixels. With `batch_size` images of equal padded
-    shape go through the model together; results do not depend on it.
+    Inputs: an image, a list, or a generator or dataset of them; an image is a path, a URL, a base64 string, bytes, a
+    PIL image, or a numpy array (H, W), (H, W, 3) or (H, W, 4). All become upright 8-bit RGB as in training. With
+    `batch_size` images of equal padded shape go through the model together; results do not depend on it.
 
     Args, of the call or of `pipeline(...)`:
         threshold (`float`, *optional*, defaults to 0.3):
@@ -83,7 +86,7 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     def preprocess(
         self, image: Any, timeout: float | None = None, max_pixels: int | None = None
     ) -> dict[str, list[Any]]:
-        image = _from_array(image) if isinstance(image, np.ndarray) else _opened(image, timeout)
+        image = _opened(image, timeout)
         limit = {} if max_pixels is None else {"max_pixels": max_pixels}
         pixels = self.image_processor(image, do_pad=False, return_tensors="pt", **limit)["pixel_values"][0]
         # In lists, which transformers puts together as they are; tensors it would want in one shape.
@@ -150,24 +153,31 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
 
 
 def _opened(image: Any, timeout: float | None) -> Image.Image:
-    """What transformers reads, upright and RGB. Raises UserError for what is no image."""
+    """Upright 8-bit RGB of what may be passed for an image. Raises UserError for what is none."""
+    if isinstance(image, np.ndarray):
+        return array_to_rgb(image)
+    if isinstance(image, Image.Image):
+        return as_rgb(image)
     try:
-        return load_image(image, timeout=timeout)
-    except Exception as error:  # httpx, base64 and Pillow's decoders raise classes of many kinds
+        if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.isfile(image)):
+            return open_image(image)
+        if isinstance(image, str) and image.startswith(("http://", "https://")):
+            answer = httpx.get(image, timeout=timeout, follow_redirects=True)
+            content = answer.raise_for_status().content
+        elif isinstance(image, str):
+            text = image.partition(",")[2] if image.startswith("data:image/") else image
+            content = base64.b64decode("".join(text.split()), validate=True)
+        else:
+            content = bytes(memoryview(image))
+        if not content:
+            raise UserError("it is empty")
+        return open_bytes(content, file=image[:100] if isinstance(image, str) else "image in memory")
+    except Exception as error:  # httpx and base64 raise classes of many kinds
         name = image if isinstance(image, str) else type(image).__name__
         raise UserError(
             f"{name:.100} cannot be read as an image ({type(error).__name__}: {error!s:.200}). Pass the path, address "
             "or base64 string of an image, or open it and pass the PIL image."
         ) from error
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
-        raise UserError(
-            f"An image as a numpy array is uint8 and (H, W), (H, W, 3) or (H, W, 4), got {array.dtype} of shape "
-            f"{array.shape}."
-        )
-    return Image.fromarray(array).convert("RGB")
 
 
 def _flat(values: list[Any]) -> list[Any]:

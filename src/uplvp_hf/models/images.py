@@ -1,10 +1,16 @@
-"""Opening images: whatever the file holds, an 8-bit RGB image in the frame of its annotations, or an ImageError."""
+"""The one way to see an image: whatever a file or an array holds becomes 8-bit RGB, or an ImageError.
+
+Copied to the Hub beside the weights: no other module of the library is imported but siblings.
+Pixels deeper than 8 bits are scaled by their full range; where a file does not say what that is, it is guessed from the
+largest value, and a warning names the guess (see `to_rgb`). Transparent pixels show white.
+"""
 
 from __future__ import annotations
 
 import io
 import os
 import warnings
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,34 +44,100 @@ def _orientation(image: Image.Image, file: str) -> int:
     return orientation if orientation in _TURNS else 1
 
 
-def _from_deep(image: Image.Image, file: str) -> Image.Image:
-    """Images of 16 bits (all of 0..65535 onto 0..255) or of floats in 0..1, as 8-bit gray."""
-    values = np.asarray(image)
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "F":
-        if not (low >= 0 and high <= 1):
-            raise ImageError(f"float pixels from {low:g} to {high:g}", file=file, remedy="Convert it to 8 or 16 bits.")
-        return Image.fromarray(np.rint(values * 255).astype(np.uint8))
+def _full_range(values: np.ndarray, stated: int | None, file: str) -> int:
+    """The value that stands for white in integers deeper than 8 bits: what the file states, or a guess."""
+    low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
-        raise ImageError(f"pixels from {low:g} to {high:g}", file=file, remedy="Convert it to 8 or 16 bits.")
-    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+        raise ImageError(f"pixels from {low} to {high}", file=file, remedy="Convert it to 8 or 16 bits.")
+    if stated is not None and high <= stated <= 65535:
+        return stated
+    for bits in (8, 10, 12, 14):
+        if 0 < high < 2**bits:
+            warnings.warn(
+                f"{file}: its 16-bit pixels end at {high}, so it is taken as an image of {bits} bits and brightened. "
+                "If it is only dark, convert it to 8 bits.",
+                stacklevel=5,
+            )
+            return 2**bits - 1
+    return 65535
+
+
+def _to_8_bits(values: np.ndarray, file: str, stated: int | None = None) -> np.ndarray:
+    """Pixels of any number type as uint8: see `to_rgb` for the rule."""
+    if values.dtype == np.uint8 or not values.size:
+        return values.astype(np.uint8)
+    if values.dtype == bool:
+        return values.astype(np.uint8) * np.uint8(255)
+    if np.issubdtype(values.dtype, np.integer):
+        white = _full_range(values, stated, file)
+        return ((values.astype(np.uint32) * 255 + white // 2) // white).astype(np.uint8)
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= 255):  # written so that NaN is refused too
+        raise ImageError(
+            f"float pixels from {low:g} to {high:g}", file=file, remedy="Scale them to 0..1, or convert them to 8 bits."
+        )
+    if high > 1:
+        warnings.warn(f"{file}: its float pixels end at {high:g}, so they are taken as 0..255, not 0..1", stacklevel=4)
+        return np.rint(values).astype(np.uint8)
+    return np.rint(values * 255).astype(np.uint8)
+
+
+def _stated_white(image: Image.Image) -> int | None:
+    """The TIFF tag MaxSampleValue."""
+    value = getattr(image, "tag_v2", {}).get(281)
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def to_rgb(image: Image.Image, file: str = "image in memory") -> Image.Image:
     """Any PIL image as 8-bit RGB.
 
-    16-bit gray is scaled by 1/257; transparent pixels show white; palettes, CMYK, gray and two-level images are
-    converted. Raises ImageError for 32-bit values outside of 0..65535 and for floats outside of 0..1.
+    Transparent pixels show white; palettes, CMYK, gray and two-level images are converted. Gray of 16 bits is scaled
+    from 0..65535, or from 0 to what the TIFF tag MaxSampleValue states. Without that tag an image whose pixels all fit
+    8, 10, 12 or 14 bits is taken to have that depth, with a warning. Floats are 0..1; if any is larger all are taken
+    as 0..255, with a warning. Raises ImageError for integers outside of 0..65535 and floats outside of 0..255.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return _from_deep(image, file).convert("RGB")
+        return Image.fromarray(_to_8_bits(np.asarray(image), file, _stated_white(image))).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     return image.convert("RGB")
+
+
+def array_to_rgb(array: np.ndarray, name: str = "image in memory") -> Image.Image:
+    """An array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of any number type as 8-bit RGB, by the rules of `to_rgb`.
+
+    Raises ImageError for other shapes and ranges.
+    """
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or not array.size:
+        raise ImageError(
+            f"an array of shape {array.shape}", file=name, remedy="An image is (H, W), (H, W, 3) or (H, W, 4)."
+        )
+    return to_rgb(Image.fromarray(_to_8_bits(array, name)), name)
+
+
+def scaled_array(pixels: Any) -> Any:
+    """A numpy or torch image in which 255 is white: deep integers become uint8, floats of 0..1 are multiplied by 255.
+
+    Shape and kind stay; uint8 and floats of 0..255 come back as they are.
+    """
+    if isinstance(pixels, np.ndarray):
+        floating, eight = np.issubdtype(pixels.dtype, np.floating), pixels.dtype == np.uint8
+    else:
+        floating, eight = pixels.is_floating_point(), str(pixels.dtype) == "torch.uint8"
+    if eight or 0 in pixels.shape:
+        return pixels
+    if floating:
+        return pixels * 255 if pixels.min() >= 0 and pixels.max() <= 1 else pixels
+    if isinstance(pixels, np.ndarray):
+        return _to_8_bits(pixels, "image in memory")
+    return pixels.new_tensor(_to_8_bits(pixels.cpu().numpy(), "image in memory")).byte()
 
 
 def _turn(image: Image.Image, orientation: int, size: tuple[int, int] | None, file: str) -> Image.Image:
