@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..models.images import image_size
 from .coco import read_content
 from .coco_files import ImageFinder, walk_files
 from .dataset import InstanceDataset
 from .errors import DataError
 from .fields import read_json, require, require_list
-from .images import image_size
 from .shapes import Shapes, ellipse, placed
 
 _IGNORED = "__ignore__"
