@@ -27,6 +27,7 @@ from uplvp_hf.labeling.naming.classifier import ClassifierNamer
 from uplvp_hf.labeling.pipeline import label_images
 from uplvp_hf.labeling.store import StoreError
 from uplvp_hf.models.errors import UserError
+from uplvp_hf.settings import ConfigError
 
 CLASS_MAP = {"bear": [0, 3], "deer": [1], "otter": [5]}
 QUIET = {"progress": False, "shard_size": 3, "batch_size": 2}
@@ -308,7 +309,7 @@ def test_unnamed_masks_are_dropped_or_kept_as_objects(tmp_path):
         named = [k for k, category in enumerate(keep[name]["objects"]["category_id"]) if category == 1]
         for key, values in drop[name]["objects"].items():
             assert values == [keep[name]["objects"][key][k] for k in named]
-    with pytest.raises(ValueError, match="unnamed 'maybe'"):
+    with pytest.raises(ConfigError, match="`unnamed` must be one of drop, keep, got `maybe`"):
         label_images(dataset, foreground(), None, tmp_path / "x", unnamed="maybe", **QUIET)
 
 

@@ -209,16 +209,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if is_main_process() and not args.quiet:
         _introduce(labeler, namer, licenses)
         _introduce_examples(builder.examples, dataset)
-    run = {name: value for name, value in vars(settings.run).items() if not name.startswith("_")}
     summary = label_images(
         dataset,
         labeler,
         namer,
         args.output,
+        settings.run,
         progress=not args.quiet,
         limit=args.limit,
         min_confidence=args.min_confidence,
-        **run,
     ).as_dict()
     for note in getattr(labeler, "notes", ()):
         logger.warning("%s", note)

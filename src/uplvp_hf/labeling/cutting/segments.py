@@ -1,7 +1,4 @@
-"""From maps of class evidence on a grid to masks in image pixels, without enlarging every class's map.
-
-Enlarging is bilinear with the grid covering the image, as `instances.upsample_grid` does it.
-"""
+"""From maps of class evidence on a grid to masks in image pixels; one class is enlarged at a time."""
 
 from __future__ import annotations
 
@@ -10,17 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from .proposals import upsample_grid
-
-# Below this share of places that still have a class to try, picking their pixels out is faster than trying all.
-DENSE_SHARE = 0.15
-# Evidence of a class that a place does not have: interpolates without NaN, loses against everything.
-NOWHERE = -1e30
 
 
 @dataclass(frozen=True)
@@ -41,79 +32,24 @@ class Segment:
         return mask
 
 
-def _positions(length: int, cells: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every pixel the first of the two cells it lies between (of a row padded by one on both sides), and the share
-    of the second."""
-    place = (torch.arange(length, device=device) + 0.5) * (cells / length) + 0.5
-    first = place.floor().clamp(0, cells)
-    return first.long(), (place - first).float()
-
-
 def class_map(evidence: torch.Tensor, size: tuple[int, int], threshold: float) -> tuple[np.ndarray, np.ndarray]:
     """The best class of every pixel and its evidence, where that exceeds the threshold.
 
     evidence: (K, h, w); size: (H, W). Returns owners (H, W) int32, -1 where no class exceeds the threshold, and values
-    (H, W) float32, the winner's enlarged evidence (-inf there).
-
-    Between four neighboring cells a bilinear map stays between its smallest and largest corner, so a class can win
-    there only if its largest corner exceeds the threshold and reaches the best of all classes' smallest corners. Mostly
-    few classes are left: the work grows with those, not with K.
+    (H, W) float32, the winner's enlarged evidence (-inf there). Of equal classes the first one wins.
     """
-    device = evidence.device
-    padded = F.pad(evidence[None].float(), (1, 1, 1, 1), mode="replicate")[0]
-    corners = torch.stack([padded[:, :-1, :-1], padded[:, :-1, 1:], padded[:, 1:, :-1], padded[:, 1:, 1:]])
-    highest, lowest = corners.amax(dim=0), corners.amin(dim=0)  # (K, h + 1, w + 1)
-    alive = ((highest > threshold) & (highest >= lowest.amax(dim=0))).flatten(1)
-    corners = corners.flatten(2)
-    place, label = torch.nonzero(alive.T, as_tuple=True)  # by place between cells, then by class
-    counts = alive.sum(dim=0)
-    offsets = counts.cumsum(dim=0) - counts
-    (iy, fy), (ix, fx) = (_positions(length, cells, device) for length, cells in zip(size, evidence.shape[1:]))
-    between = (evidence.shape[1] + 1, evidence.shape[2] + 1)
-
-    best = torch.full(size, -torch.inf, device=device)
-    winner = torch.zeros(size, dtype=torch.int64, device=device)  # which of its place's classes a pixel belongs to
-    turns = torch.bincount(counts).flip(0).cumsum(0).flip(0)[1:].tolist()  # places with more than 0, 1, ... classes
-    dense = sum(places > DENSE_SHARE * len(counts) for places in turns)
-    columns = torch.arange(between[1], device=device)[:, None] == ix  # (w + 1, W)
-    left, right = torch.where(columns, 1 - fx, 0.0), torch.where(columns, fx, 0.0)
-    for turn in range(dense):  # the turn-th class of every place, all pixels at once
-        pair = (offsets + turn).clamp_max(len(label) - 1)
-        corner = torch.where(counts > turn, corners[:, label[pair], place[pair]], NOWHERE)
-        corner = corner.view(4, *between)[:, iy]  # (4, H, w + 1)
-        sides = (torch.lerp(corner[k], corner[k + 2], fy[:, None]) for k in (0, 1))
-        value = next(sides) @ left + next(sides) @ right
-        winner = torch.where(value > best, turn, winner) if turn else winner
-        best = torch.maximum(best, value)
-    home = (iy[:, None] * between[1] + ix).view(-1)
-    if dense < len(turns):  # further classes of the few places that have them
-        rest = range(dense, len(turns))
-        _contest(corners, place, label, counts, offsets, home, (fy, fx), rest, best.view(-1), winner.view(-1))
-    owner = torch.full(size, -1, dtype=torch.int32, device=device)
-    if len(label):
-        above = best > threshold
-        winners = (offsets[home] + winner.view(-1)).clamp_max(len(label) - 1)
-        owner = torch.where(above, label.int()[winners].view(size), owner)
-        best = torch.where(above, best, -torch.inf)
-    return owner.cpu().numpy(), best.cpu().numpy()
+    best = torch.full(size, threshold, dtype=torch.float32, device=evidence.device)
+    owner = torch.full(size, -1, dtype=torch.int32, device=evidence.device)
+    for label in _classes_above(evidence, threshold):
+        values = upsample_grid(evidence[label], size)
+        owner.masked_fill_(values > best, label)
+        best = torch.fmax(best, values)
+    return owner.cpu().numpy(), best.masked_fill_(owner < 0, -torch.inf).cpu().numpy()
 
 
-def _contest(corners, place, label, counts, offsets, home, shares, turns, best, winner) -> None:
-    """Turns of `class_map` that concern few pixels, which are picked out; `best` and `winner` are changed in place."""
-    width = len(shares[1])
-    pixels = torch.nonzero((counts > turns[0])[home])[:, 0]
-    home, down, right = home[pixels], shares[0][pixels // width], shares[1][pixels % width]
-    for turn in turns:
-        if turn > turns[0]:
-            keep = torch.nonzero((counts > turn)[home])[:, 0]
-            pixels, home, down, right = pixels[keep], home[keep], down[keep], right[keep]
-        pair = offsets[home] + turn
-        corner = corners[:, label[pair], place[pair]]
-        value = torch.lerp(torch.lerp(corner[0], corner[2], down), torch.lerp(corner[1], corner[3], down), right)
-        better = value > best[pixels]
-        pixels_won = pixels[better]
-        best[pixels_won] = value[better]
-        winner[pixels_won] = turn
+def _classes_above(evidence: torch.Tensor, threshold: float) -> list[int]:
+    """Classes that exceed the threshold somewhere; a bilinear map exceeds its cells nowhere."""
+    return torch.nonzero(evidence.amax(dim=(1, 2)) > threshold)[:, 0].tolist()
 
 
 def class_layers(
@@ -121,8 +57,8 @@ def class_layers(
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Every class on its own, so that areas of different classes may overlap: (label, area (H, W) bool, values (H, W)).
     One class is enlarged at a time; classes that exceed the threshold nowhere are left out."""
-    for label in torch.nonzero(evidence.amax(dim=(1, 2)) > threshold)[:, 0].tolist():
-        values = upsample_grid(evidence[label : label + 1].float(), size)[0].cpu().numpy()
+    for label in _classes_above(evidence, threshold):
+        values = upsample_grid(evidence[label], size).cpu().numpy()
         yield label, values > threshold, values
 
 

@@ -198,6 +198,32 @@ def load_clip(
     """
     import transformers
 
+    model, kind = _load_towers(name_or_path, dtype, text_tower)
+    with reading(str(name_or_path)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path) if text_tower else None
+    if (image_mean is None or image_std is None) and _has_preprocessor(name_or_path):
+        processor = transformers.AutoImageProcessor.from_pretrained(name_or_path)
+        image_mean = image_mean or processor.image_mean
+        image_std = image_std or processor.image_std
+    *_, family_mean, family_std = FAMILIES[kind]
+    clip = Clip(
+        model.to(device),
+        tokenizer,
+        str(name_or_path),
+        tuple(image_mean or family_mean),
+        tuple(image_std or family_std),
+        weights_license(name_or_path),
+        _read_recommended(name_or_path),
+    )
+    if kind != "clip" and not hasattr(clip.vision, "head"):
+        raise UserError(f"{name_or_path} has no pooling head (vision_use_head false): its patches have no text space")
+    return clip
+
+
+def _load_towers(name_or_path: str, dtype: torch.dtype | str | None, text_tower: bool) -> tuple[Any, str]:
+    """Both towers, or the image tower alone, frozen; and which of the FAMILIES they are of."""
+    import transformers
+
     with reading(str(name_or_path)):
         config = transformers.AutoConfig.from_pretrained(name_or_path)
     kind = config.model_type.removesuffix("_vision_model")
@@ -206,7 +232,7 @@ def load_clip(
             f"{name_or_path} is a {kind} model; the clip labeler reads {', '.join(FAMILIES)} (for other encoders, give "
             "precomputed features and text embeddings)"
         )
-    both, vision_only, family_mean, family_std = FAMILIES[kind]
+    both, vision_only, *_ = FAMILIES[kind]
     if text_tower and not hasattr(config, "text_config"):
         raise UserError(f"{name_or_path} has no text tower; load it with text_tower=False")
     if not text_tower and hasattr(config, "vision_config"):
@@ -220,25 +246,7 @@ def load_clip(
     missing = sorted(info["missing_keys"])
     if missing:
         raise UserError(f"{name_or_path}: {len(missing)} tensors are not in the checkpoint, such as {missing[:3]}")
-    with reading(str(name_or_path)):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path) if text_tower else None
-    if (image_mean is None or image_std is None) and _has_preprocessor(name_or_path):
-        processor = transformers.AutoImageProcessor.from_pretrained(name_or_path)
-        image_mean = image_mean or processor.image_mean
-        image_std = image_std or processor.image_std
-    model = model.eval().requires_grad_(False).to(device)
-    clip = Clip(
-        model,
-        tokenizer,
-        str(name_or_path),
-        tuple(image_mean or family_mean),
-        tuple(image_std or family_std),
-        weights_license(name_or_path),
-        _read_recommended(name_or_path),
-    )
-    if kind != "clip" and not hasattr(clip.vision, "head"):
-        raise UserError(f"{name_or_path} has no pooling head (vision_use_head false): its patches have no text space")
-    return clip
+    return model.eval().requires_grad_(False), kind
 
 
 def _dtype(value: torch.dtype | str | None) -> torch.dtype:
