@@ -16,16 +16,6 @@ def backend(request):
     return request.param
 
 
-def same(backend, found, expected):
-    """Equal to the last bit; from faster_coco_eval to 5e-16, see backends.py."""
-    if backend != "faster_coco_eval" or not isinstance(expected, (dict, list, float)):
-        return found == expected
-    if isinstance(expected, float):
-        return abs(found - expected) <= 5e-16
-    keys = list(expected) if isinstance(expected, dict) else range(len(expected))
-    return len(found) == len(expected) and all(same(backend, found[key], expected[key]) for key in keys)
-
-
 def computed(backend, pairs, **options):
     evaluator = make_evaluator(backend)
     for prediction, reference in pairs:
@@ -39,19 +29,19 @@ def test_equals_pycocotools_to_the_last_digit(backend, make, seed, class_agnosti
     pairs = make(seed, images=12)
     stats, per_class = pycocotools_stats(pairs, class_agnostic)
     found = computed(backend, pairs, class_agnostic=class_agnostic)
-    assert same(backend, [-1 if found[name] is None else found[name] for name in NAMES], stats.tolist())
-    assert same(backend, found["per_class"], {category: ap for category, ap in per_class.items() if ap is not None})
+    assert [-1 if found[name] is None else found[name] for name in NAMES] == stats.tolist()
+    assert found["per_class"] == {category: ap for category, ap in per_class.items() if ap is not None}
 
 
 def test_details_are_equal_for_all(backend):
     pairs = hard_data(13, images=10)
     found, streamed = (computed(name, pairs, details=True)["details"] for name in (backend, "streaming"))
-    assert same(backend, found, streamed)
+    assert found == streamed
     agnostic, _ = pycocotools_stats(pairs, class_agnostic=True)
-    assert same(backend, list(found["class_agnostic"].values()), agnostic.tolist())
+    assert list(found["class_agnostic"].values()) == agnostic.tolist()
     _, per_class = pycocotools_stats(pairs)
     found_ap = {category: row["AP"] for category, row in found["classes"].items() if row["annotations"]}
-    assert same(backend, found_ap, {category: ap for category, ap in per_class.items() if ap is not None})
+    assert found_ap == {category: ap for category, ap in per_class.items() if ap is not None}
     crowds = sum(sum(reference["iscrowd"]) for _, reference in pairs)
     assert sum(row["crowds"] for row in found["classes"].values()) == crowds > 0
     assert sum(row["detections"] for row in found["classes"].values()) == sum(len(p["rle"]) for p, _ in pairs)
@@ -65,7 +55,7 @@ def test_text_ids_and_images_without_anything(backend):
         prediction["image_id"] = reference["image_id"] = name
     pairs.append(({"image_id": "void", "scores": [], "labels": [], "rle": []}, empty_reference("void")))
     found = computed(backend, pairs)
-    assert same(backend, [found[name] for name in NAMES], pycocotools_stats(pairs)[0].tolist())
+    assert [found[name] for name in NAMES] == pycocotools_stats(pairs)[0].tolist()
 
 
 def empty_reference(image_id):

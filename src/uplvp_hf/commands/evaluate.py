@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from uplvp_hf.labeling.processes import Processes
 
 # Written here so that --help does not load the library; a test compares them with uplvp_hf.evaluation.
-BACKENDS = ("streaming", "pycocotools", "hotcoco", "faster_coco_eval", "fastest")
+BACKENDS = ("streaming", "pycocotools", "hotcoco", "fastest")
 METRICS = ("coco", "cityscapes")
 
 

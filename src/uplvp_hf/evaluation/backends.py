@@ -1,16 +1,13 @@
 """COCO mask AP by an evaluator chosen by name: our streaming one, pycocotools, or a faster library.
 
-streaming, pycocotools and hotcoco give the same numbers to the last bit; those of faster_coco_eval differ by at most
-5e-16, because it leaves out the tiny number that pycocotools adds to the divisor of a precision
-(tests/evaluation/test_backends.py). The libraries want the masks of the whole dataset at once, as run lengths: some
-100 bytes to a few kilobytes a mask. hotcoco (Rust) and faster_coco_eval (C++) come with
+All give the same numbers to the last bit (tests/evaluation/test_backends.py). The libraries want the masks of the whole
+dataset at once, as run lengths: some 100 bytes to a few kilobytes a mask. hotcoco (Rust) comes with
 `pip install uplvp_hf[fast_eval]`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import io
 import warnings
@@ -21,11 +18,9 @@ import numpy as np
 from ..models.errors import UserError
 from .coco_map import AREA_RANGES, NAMES, CocoMaskMap, Curves, Image, check_image, mask_areas
 
-BACKENDS = ("streaming", "pycocotools", "hotcoco", "faster_coco_eval")
+BACKENDS = ("streaming", "pycocotools", "hotcoco")
 FASTEST = ("hotcoco", "streaming")
-"""Order of preference of "fastest"; the others were slower than streaming in scripts/benchmark_evaluate.py."""
-
-_EVALUATORS = {"pycocotools": "COCOeval", "hotcoco": "COCOeval", "faster_coco_eval": "COCOeval_faster"}
+"""Order of preference of "fastest"; pycocotools was slower than streaming in scripts/benchmark_evaluate.py."""
 
 
 class Evaluator(Protocol):
@@ -89,10 +84,10 @@ def make_evaluator(backend: str = "streaming", metric: str = "coco", across_clas
 
 
 class LibraryMap:
-    """COCO mask AP by pycocotools or one of its replacements, with the interface of `CocoMaskMap`.
+    """COCO mask AP by pycocotools or hotcoco, with the interface of `CocoMaskMap`.
 
     Args:
-        backend: "pycocotools", "hotcoco" or "faster_coco_eval", installed.
+        backend: "pycocotools" or "hotcoco", installed.
     """
 
     def __init__(self, backend: str) -> None:
@@ -165,9 +160,9 @@ class LibraryMap:
 
             ours, theirs = _indexed(COCO, truth), _indexed(COCO, {**truth, "annotations": results})
             return COCOeval(ours, theirs, "segm")
-        library = importlib.import_module(self.backend)
-        evaluator = getattr(library, _EVALUATORS[self.backend])
-        return evaluator(library.COCO(truth), library.COCO({**truth, "annotations": results}), "segm")
+        import hotcoco
+
+        return hotcoco.COCOeval(hotcoco.COCO(truth), hotcoco.COCO({**truth, "annotations": results}), "segm")
 
 
 def _indexed(kind: type, content: dict[str, list]) -> Any:

@@ -186,7 +186,7 @@ class EvaluationSettings(Settings):
     backend: str = setting(
         "streaming",
         "what computes the AP; streaming needs no package",
-        choices=("streaming", "pycocotools", "hotcoco", "faster_coco_eval"),
+        choices=("streaming", "pycocotools", "hotcoco"),
     )
 
 
