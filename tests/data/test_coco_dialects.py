@@ -97,11 +97,14 @@ VALUES = {
     "crowd false": ("annotations", {"iscrowd": lambda _: False}),
     "crowd null": ("annotations", {"iscrowd": lambda _: None}),
     "crowd text": ("annotations", {"iscrowd": lambda _: "0"}),
+    "crowd text of a float": ("annotations", {"iscrowd": lambda _: "0.0"}),
     "crowd word": ("annotations", {"iscrowd": lambda _: "False"}),
     "box empty": ("annotations", {"bbox": lambda _: []}),
     "box null": ("annotations", {"bbox": lambda _: None}),
     "box with nan": ("annotations", {"bbox": lambda box: [*box[:3], float("nan")]}),
     "box text": ("annotations", {"bbox": lambda box: [str(side) for side in box]}),
+    "box JSON in a text": ("annotations", {"bbox": json.dumps}),
+    "area empty": ("annotations", {"area": lambda _: ""}),
     "area text": ("annotations", {"area": str}),
     "area nan": ("annotations", {"area": lambda _: float("nan")}),
     "area infinite": ("annotations", {"area": lambda _: float("inf")}),
@@ -114,6 +117,8 @@ VALUES = {
     "sizes 0": ("images", {"width": lambda _: 0, "height": lambda _: 0}),
     "sizes text": ("images", {"width": str, "height": lambda side: f"{side}.0"}),
     "sizes empty": ("images", {"width": lambda _: "", "height": lambda _: ""}),
+    "sizes words": ("images", {"width": lambda _: "wide", "height": lambda _: float("nan")}),
+    "sizes negative": ("images", {"width": lambda _: -1, "height": lambda _: -1}),
     "height alone": ("images", {"width": lambda _: 0}),
 }
 NAMES = {
@@ -124,6 +129,8 @@ NAMES = {
     "slash": lambda name: "/" + name,
     "escapes": lambda name: name.replace(" ", "%20").replace("a", "%61"),
     "local files": lambda name: "/data/local-files/?d=set/" + name,
+    "signed address": lambda name: f"https://host/bucket/{name}?X-Signature=a%2Fb&b=1",
+    "spaces": lambda name: f" {name} ",
     "last part": lambda name: "elsewhere/" + name.rpartition("/")[2],
     "beside": lambda name: "images/" + name,
     "case": lambda name: "/" + name.upper(),
@@ -170,12 +177,30 @@ def test_file_names(folder, form):
     assert len(said) == (form != "beside")
 
 
-@pytest.mark.parametrize("key", ["path", "filename"])
+@pytest.mark.parametrize("key", ["path", "filename", "fileName", "coco_url"])
 def test_file_names_under_another_key(folder, key):
     content = plain()
     for entry in content["images"]:
         entry[key] = entry.pop("file_name")
     check(read(folder, content)[0])
+
+
+def test_accents_may_be_written_in_two_ways(folder):
+    """macOS takes letters and accents apart, other systems do not."""
+    (folder / "images" / "a.png").rename(folder / "images" / "cafe\u0301.png")
+    content = plain()
+    content["images"][0]["file_name"] = "caf\u00e9.png"
+    dataset, said = read(folder, content)
+    assert dataset.load_image(0).size == (40, 30) and len(said) == 1
+
+
+def test_images_one_folder_above_their_annotations(tmp_path):
+    for name in ("a.png", "deep/b c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / name)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_default.json").write_text(json.dumps(plain()))
+    check(load_dataset_rows(tmp_path))
 
 
 def test_names_that_could_mean_two_images_are_left_alone(folder):

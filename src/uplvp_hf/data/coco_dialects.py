@@ -23,9 +23,10 @@ from .coco_files import ImageFinder
 from .errors import DataError, DataWarning, ImageError
 
 _MISSING = object()  # a field that is not there; as a result: leave the field out
-_FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "": 0, "none": 0, "null": 0}
+_FLAGS = {"false": 0, "true": 1, "": 0, "none": 0, "null": 0}
 _SCALARS = (str, int, float)
 _SAMPLE = 50  # images whose names say whether those of a file lead to its images
+_NAMES = ("path", "filename", "fileName", "name", "image", "coco_url")  # of images, where there is no "file_name"
 _BACKGROUND = ("_background_", "__background__", "__ignore__")
 
 
@@ -62,22 +63,27 @@ def _flag(value: Any) -> Any:
     """True, false, null and text."""
     if value is None or isinstance(value, bool):
         return int(bool(value))
-    return _FLAGS.get(value.strip().lower(), value) if isinstance(value, str) else value
+    return _FLAGS.get(value.strip().lower(), _whole(value)) if isinstance(value, str) else value
 
 
 def _number(value: Any) -> Any:
-    """Numbers written as text; null, nan and infinity are left out."""
+    """Numbers written as text; null, empty text, nan and infinity are left out."""
     if isinstance(value, str):
         try:
-            value = float(value)
+            value = float(value) if value.strip() else None
         except ValueError:
             return value
     return _MISSING if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
 def _box(value: Any) -> Any:
-    """An empty box is left out, as is one with a null or nan in it; numbers may be text."""
-    if value is None or value == []:
+    """An empty box is left out, as is one with a null or nan in it; numbers may be text, the list JSON in a text."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    if value in (None, [], ""):
         return _MISSING
     if not isinstance(value, list) or all(type(side) in (int, float) and math.isfinite(side) for side in value):
         return value
@@ -123,7 +129,7 @@ def _polygons(value: list[Any]) -> list[list[Any]] | None:
 
 def _scalar(value: Any) -> Any:
     value = _number(value) if isinstance(value, str) else value
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    return value if type(value) in (int, float) else None
 
 
 def _point(value: Any) -> list[Any] | None:
@@ -225,7 +231,7 @@ def normalize(content: Any, path: str, finder: ImageFinder) -> None:
 def _repair_names(content: dict[str, Any], finder: ImageFinder, repairs: Repairs) -> None:
     entries = _entries(content, "images")
     for where, entry in entries:
-        other = next((key for key in ("path", "filename") if isinstance(entry.get(key), str)), None)
+        other = next((key for key in _NAMES if isinstance(entry.get(key), str)), None)
         if "file_name" not in entry and other is not None:
             entry["file_name"] = entry[other]
             repairs.note(f"images have no 'file_name'; {other!r} is taken", where)
@@ -243,16 +249,19 @@ def _repair_names(content: dict[str, Any], finder: ImageFinder, repairs: Repairs
 
 
 def _fill_size(entry: dict[str, Any], finder: ImageFinder, where: str, repairs: Repairs) -> None:
-    name = entry.get("file_name")
-    if (entry.get("width") and entry.get("height")) or not isinstance(name, str) or not finder.has(name):
+    if all(_is_size(entry.get(side)) for side in ("width", "height")) or not finder.has(entry.get("file_name")):
         return
     given = "width" in entry or "height" in entry
     try:
-        entry["width"], entry["height"] = image_size(finder.path(name))
+        entry["width"], entry["height"] = image_size(finder.path(entry["file_name"]))
     except ImageError:
         return  # the reader complains of the size, and opening the image says why
     if given:
-        repairs.note("sizes of images are 0 or null and are read from the files", where)
+        repairs.note("sizes of images are null or no positive number and are read from the files", where)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value > 0
 
 
 def _match_image_ids(content: dict[str, Any], repairs: Repairs) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
@@ -93,19 +94,33 @@ def find_annotations(folder: str, split: str | None) -> str:
 
 def find_images(annotations: str, names: list[str]) -> str:
     """The image folder of an annotation file: the first of images/ beside annotations/ or beside the file, a folder
-    named like the split (COCO's own instances_train2017.json and train2017/) and the file's own folder (Roboflow) that
-    holds one of `names`; else the first that is there."""
+    named like the split (COCO's own instances_train2017.json and train2017/), the file's own folder (Roboflow) and the
+    one above that holds one of `names`; else the first that is there."""
     folder, file = os.path.split(annotations)
     split = os.path.splitext(file)[0].removeprefix("instances_").removeprefix("image_info_")
     above = os.path.dirname(folder)
     bases = [os.path.join(above, "images"), os.path.join(folder, "images"), above]
     candidates = [os.path.join(base, split) for base in bases] + bases[:2] if split != "images" else bases[:2]
-    there = [candidate for candidate in [*candidates, folder] if os.path.isdir(candidate)]
+    there = [candidate for candidate in [*candidates, folder, above] if os.path.isdir(candidate)]
     for candidate in there:
         finder = ImageFinder(candidate)
         if any(finder.has(name) for name in names):
             return candidate
     return there[0]
+
+
+def _files(folder: str) -> list[str]:
+    return [path for path in (os.path.join(folder, name) for name in os.listdir(folder)) if os.path.isfile(path)]
+
+
+def _key(name: str) -> str:
+    """What two spellings of a file name have in common."""
+    return unicodedata.normalize("NFC", unquote(name)).strip().lower()
+
+
+def _folder_ends(name: str) -> list[int]:
+    """Where the folders of a name end, without the last one: dropping them leaves a folder and a file."""
+    return [start for start, letter in enumerate(name) if letter == "/"][:-1]
 
 
 class ImageFinder:
@@ -134,11 +149,14 @@ class ImageFinder:
 
     def find(self, name: str) -> str | None:
         """The relative name of the image that `name` means: itself, with `/` in place of backslashes, without escapes
-        (%20) or the address around it (/data/local-files/?d=...), or else the only image whose path ends as `name`
-        does. None where no image or several could be meant."""
+        (%20) or the address around it (/data/local-files/?d=..., ?signature=...), without leading folders, or else the
+        only image whose path ends as `name` does; case, escapes and the form of accents do not count in its last part.
+        None where no image or several could be meant."""
         forms = [name, name.replace("\\", "/")]
         forms += [unquote(form) for form in forms]
         forms += [form.partition("?d=")[2] for form in forms if "?d=" in form]
+        forms += [form.partition("?")[0] for form in forms if "://" in form and "?d=" not in form]
+        forms += [form[start + 1 :] for form in forms for start in _folder_ends(form)]
         forms = [form for form in dict.fromkeys(forms) if "\0" not in form]
         for form in forms:
             if self.has(form):
@@ -153,12 +171,11 @@ class ImageFinder:
         parts = [part for part in _DRIVE.sub("", name).split("/") if part not in ("", ".", "..")]
         if self._ends is None:
             self._ends = {}
-            near = (entry.path for entry in os.scandir(self.root) if entry.is_file())
-            for file in walk_files(self.root) if self.deep else near:
+            for file in walk_files(self.root) if self.deep else _files(self.root):
                 if has_image_suffix(file):
                     relative = os.path.relpath(file, self.root).replace(os.sep, "/")
-                    self._ends.setdefault(os.path.basename(file).lower(), []).append(relative)
-        candidates = self._ends.get(parts[-1].lower(), []) if parts else []
+                    self._ends.setdefault(_key(os.path.basename(file)), []).append(relative)
+        candidates = self._ends.get(_key(parts[-1]), []) if parts else []
         for count in range(1, len(parts) + 1):
             if len(candidates) <= 1:
                 break
