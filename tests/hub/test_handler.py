@@ -123,7 +123,8 @@ def test_parameters(handler, image_path):
     middle = scores[len(scores) // 2]
     some = handler({"inputs": content, "parameters": {"threshold": middle, "subtask": "instance"}})
     assert 0 < len(some) < len(everything) and some == everything[: len(some)]
-    wide = handler({"inputs": content, "parameters": {**LOW, "mask_threshold": 0.2}})
+    assert handler({"inputs": content, "parameters": {"threshold": f"{middle!r}"}}) == some  # ?threshold=...
+    wide = handler({"inputs": content, "parameters": {**LOW, "mask_threshold": "0.2"}})
     assert sum(mask.sum() for mask in masks_of(wide)) > sum(mask.sum() for mask in masks_of(everything))
     flat = masks_of(handler({"inputs": content, "parameters": {**LOW, "overlap_mask_area_threshold": 0.0}}))
     assert np.max(np.sum(np.stack(flat) > 0, axis=0)) == 1  # every pixel at most once
@@ -135,7 +136,9 @@ def test_parameters(handler, image_path):
     [
         ({"treshold": 0.5}, "treshold"),
         ({"threshold": 1.5}, "threshold is 1.5; a number from 0 to 1"),
-        ({"mask_threshold": "0.5"}, "mask_threshold is '0.5'"),
+        ({"mask_threshold": "half"}, "mask_threshold is 'half'; a number"),
+        ({"threshold": "1.5"}, "threshold is 1.5; a number"),
+        ({"threshold": "nan"}, "threshold is nan"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"subtask": "panoptic"}, "'panoptic' is not what this model does"),
         ([0.5], '"parameters" is a list'),

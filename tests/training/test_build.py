@@ -53,6 +53,25 @@ def test_other_normalization_than_the_checkpoint_is_refused(scenes, checkpoint):
         build(f"data.train={scenes}", f"model.init={checkpoint}", "data.image_mean=[0.5, 0.5, 0.5]")
 
 
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("{", "cannot be read"),
+        ('{"image_mean": [0.5, "x", 0.5]}', "image_mean is .*three numbers"),
+        ('{"image_std": 0.5}', "image_std is 0.5"),
+        ('{"size": 512}', "size is 512"),
+    ],
+)
+def test_broken_image_settings_of_a_checkpoint_are_refused(scenes, checkpoint, content, said):
+    file = checkpoint / "preprocessor_config.json"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match=rf"model\.init.*{said}.*Restore its preprocessor_config\.json"):
+        build(f"data.train={scenes}", f"model.init={checkpoint}")
+    file.unlink()
+    settings, _ = build(f"data.train={scenes}", f"model.init={checkpoint}")
+    assert settings.data.size == 512 and settings.data.image_mean == [0.485, 0.456, 0.406]
+
+
 def test_another_segmenter_than_the_checkpoint_holds_is_refused(scenes, checkpoint, tiny_segmenter):
     same = {"segmenter": tiny_segmenter(), "init": str(checkpoint)}
     build(f"data.train={scenes}", model=same)

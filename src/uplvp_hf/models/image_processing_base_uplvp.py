@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL.Image import Image
-from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_base import BatchFeature, ImageProcessingMixin
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
@@ -29,6 +29,7 @@ from transformers.image_utils import (
     get_max_height_width,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import cached_file
 
 from .coco_targets import annotation_targets
 from .errors import UserError
@@ -36,6 +37,33 @@ from .images import scaled_array, to_rgb
 from .masks import require_pycocotools
 from .postprocessing_uplvp import MASK_STRIDE, collect_instances, find_instances
 from .remote_code import name_processor_in_config
+
+
+def _three_numbers(values: Any) -> bool:
+    return isinstance(values, list) and len(values) == 3 and all(type(value) in (int, float) for value in values)
+
+
+def stored_settings(name_or_path: str) -> dict[str, Any]:
+    """What a checkpoint says about its images; empty where it has no such file.
+
+    Raises UserError for a file that cannot be read or holds no three means and deviations, and OSError where a
+    repository cannot be reached: other means than those of training would be taken without a word.
+    """
+    names = ("preprocessor_config.json", "processor_config.json")
+    if not any(cached_file(name_or_path, name, _raise_exceptions_for_missing_entries=False) for name in names):
+        return {}
+    where, remedy = f"the image settings of {name_or_path}", "Restore its preprocessor_config.json, or delete it."
+    try:
+        found = ImageProcessingMixin.get_image_processor_dict(name_or_path)[0]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where} cannot be read ({error!s:.200}). {remedy}") from error
+    for key in ("image_mean", "image_std"):
+        numbers = found.get(key)
+        if numbers is not None and not _three_numbers(numbers):
+            raise UserError(f"{where}: {key} is {numbers!r}, not three numbers such as [0.5, 0.5, 0.5]. {remedy}")
+    if not isinstance(found.get("size", {}), dict):
+        raise UserError(f'{where}: size is {found["size"]!r}, not an object such as {{"longest_edge": 512}}. {remedy}')
+    return found
 
 
 class UplvpImageProcessorKwargs(ImagesKwargs, total=False):

@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.image_processing_base import ImageProcessingMixin
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import InstanceDataset, load_dataset_rows
@@ -25,6 +24,7 @@ from ..files import check_model_name
 from ..models.configuration_mask_rcnn import MaskRcnnConfig
 from ..models.configuration_uplvp import OWN_SEGMENTERS, UplvpConfig
 from ..models.errors import UserError, reading
+from ..models.image_processing_base_uplvp import stored_settings
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
@@ -104,9 +104,9 @@ def _processor_settings(init: str | None) -> dict:
     except FileNotFoundError as error:
         raise ConfigError(f"`model.init`: {error}") from error
     try:
-        return ImageProcessingMixin.get_image_processor_dict(init)[0]
-    except (OSError, ValueError):
-        return {}
+        return stored_settings(init)
+    except (OSError, UserError) as error:
+        raise ConfigError(f"`model.init`: {error}") from error
 
 
 def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel:

@@ -11,6 +11,7 @@ Downloads take no proxy and no passwords from the environment.
 
 import base64
 import binascii
+import contextlib
 import io
 import ipaddress
 import os
@@ -97,6 +98,9 @@ def read_parameters(given: dict | None) -> dict:
         raise ValueError(f"subtask {options['subtask']!r} is not what this model does; leave it out.")
     for name in ("threshold", "mask_threshold", "overlap_mask_area_threshold"):
         value = options[name]
+        if isinstance(value, str):  # of a query such as ?threshold=0.2
+            with contextlib.suppress(ValueError):  # refused below, as it was sent
+                value = options[name] = float(value)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and 0 <= value <= 1):
             raise ValueError(f"{name} is {value!r}; a number from 0 to 1 is needed.")

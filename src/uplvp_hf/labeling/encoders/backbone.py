@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ...models.errors import UserError, reading
+from ...models.image_processing_base_uplvp import stored_settings
 from .folding import fold_batch_norms
 from .license import weights_license
 from .pixels import fit_longest, images_to_pixels
@@ -259,7 +260,9 @@ def _size_multiple(config: Any, default: int) -> int:
 def _mean_and_std(name_or_path: str) -> tuple[Sequence[float], Sequence[float]]:
     from transformers import AutoImageProcessor
 
-    try:
+    if stored := stored_settings(name_or_path):
+        return stored.get("image_mean") or IMAGENET_MEAN, stored.get("image_std") or IMAGENET_STD
+    try:  # timm keeps them in the configuration of the model
         processor = AutoImageProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError):  # a bare backbone folder: the ImageNet numbers
         return IMAGENET_MEAN, IMAGENET_STD
