@@ -139,11 +139,13 @@ class KernelUpdate(nn.Module):
             kernel_gate = _exact(self.kernel_gate_norm, _exact(self.kernel_gate, both)).sigmoid()
             mixed = feature_gate * _exact(self.feature_norm, feature_out)
             mixed = mixed + kernel_gate * _exact(self.kernel_norm, kernel_out)
-        return F.relu(self.output_norm(self.output(mixed.to(self.output.weight.dtype))))
+        return F.relu(self.output_norm(self.output(mixed.to(self.output_norm.weight.dtype))))
 
 
 def _exact(layer: nn.Linear | nn.LayerNorm, x: Tensor) -> Tensor:
-    """The layer in float32."""
+    """The layer in float32. One with weights of this type, or with quantized ones, which are no tensors, is called."""
+    if not isinstance(layer.weight, Tensor) or layer.weight.dtype == torch.float32:
+        return layer(x.float())
     weight, bias = layer.weight.float(), layer.bias.float()
     if isinstance(layer, nn.Linear):
         return F.linear(x.float(), weight, bias)

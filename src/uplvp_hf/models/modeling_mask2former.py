@@ -114,7 +114,7 @@ class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
         With a convolutional backbone in eval mode (or with fixed batch norms) the features of an image depend neither
         on the canvas nor on its batch mates.
         """
-        pixel_values = pixel_values.to(self.class_predictor.weight.dtype)
+        pixel_values = pixel_values.to(self.model.transformer_module.queries_features.weight.dtype)
         with padding_masked(self.backbone, pixel_mask):
             maps = self.backbone(pixel_values).feature_maps
         decoder = self.model.pixel_level_module.decoder
@@ -152,13 +152,14 @@ class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
             blocked = self._blocked(blocked, features, level)
             if inject is not None and index > 0:
                 hidden = inject(hidden.transpose(0, 1), features, index).transpose(0, 1)
+            # Tensors, not lists of all levels: reentrant checkpointing follows gradients of tensor arguments only.
             hidden, *weights = layer(
                 hidden,
-                level,
+                0,
                 None,
-                positions,
+                positions[level][None],
                 query_positions,
-                keys,
+                keys[level][None],
                 encoder_attention_mask=blocked,
                 output_attentions=output_attentions,
             )
@@ -247,16 +248,13 @@ def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], pixel_mask: Tens
         positions.append(position.flatten(2).transpose(1, 2) + decoder.level_embed[level].view(1, 1, -1))
     sizes = [tuple(embed.shape[-2:]) for embed in embeds]
     blocked = None if padding is None else torch.cat([mask.flatten(1) for mask in padding], 1)
-    hidden = decoder.encoder(
-        inputs_embeds=torch.cat([embed.flatten(2).transpose(1, 2) for embed in embeds], 1),
-        attention_mask=blocked,
-        position_embeddings=torch.cat(positions, 1),
-        spatial_shapes_list=sizes,
-        # Ones: all levels share the canvas, so a point has the same relative place on each. Valid ratios, which are
-        # rounded to whole cells level by level, would shift the levels against each other by up to a cell.
-        valid_ratios=maps[-1].new_ones((maps[-1].shape[0], len(embeds), 2)),
-        return_dict=True,
-    ).last_hidden_state
+    # Ones: all levels share the canvas, so a point has the same relative place on each. Valid ratios, which are rounded
+    # to whole cells level by level, would shift the levels against each other by up to a cell.
+    ratios = maps[-1].new_ones((maps[-1].shape[0], len(embeds), 2))
+    reference = decoder.encoder.get_reference_points(sizes, ratios, device=ratios.device)
+    hidden, places = torch.cat([embed.flatten(2).transpose(1, 2) for embed in embeds], 1), torch.cat(positions, 1)
+    for layer in decoder.encoder.layers:  # by position, which is what reentrant checkpointing needs
+        (hidden,) = layer(hidden, blocked, places, reference, sizes)
     pieces = hidden.split([height * width for height, width in sizes], dim=1)
     outputs = [
         piece.transpose(1, 2).reshape(hidden.shape[0], -1, *size) for piece, size in zip(pieces, sizes, strict=True)

@@ -44,7 +44,7 @@ class TextHead(nn.Module):
 
     def forward(self, queries: Tensor, text_features: Tensor) -> Tensor:
         """queries (B, N, D), text_features (K, text_dim) of unit length. Float32."""
-        visual = self.norm(self.projection(queries.to(self.projection.weight.dtype))).float()
+        visual = self.norm(self.projection(queries.to(self.norm.weight.dtype))).float()
         with torch.autocast(queries.device.type, enabled=False):
             logits = F.normalize(visual, dim=-1) @ text_features.float().T * self.log_scale.float().exp()
             logits = logits if self.bias is None else logits + self.bias.float()
