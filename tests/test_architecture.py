@@ -159,3 +159,13 @@ def test_errors_are_for_users_or_bugs():
                 if getattr(name, "id", None) in ("ValueError", "Exception"):
                     raising.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not raising
+
+
+def test_editors_see_the_names_that_python_finds():
+    """The `TYPE_CHECKING` block of the package imports each public name from the module that it is loaded from."""
+    import uplvp_hf
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.asname: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
+    assert seen == uplvp_hf._NAMES
