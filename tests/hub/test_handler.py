@@ -137,8 +137,8 @@ def test_parameters(handler, image_path):
         ({"treshold": 0.5}, "treshold"),
         ({"threshold": 1.5}, "threshold is 1.5; a number from 0 to 1"),
         ({"mask_threshold": "half"}, "mask_threshold is 'half'; a number"),
-        ({"threshold": "1.5"}, "threshold is 1.5; a number"),
-        ({"threshold": "nan"}, "threshold is nan"),
+        ({"threshold": "1.5"}, "threshold is '1.5'; a number"),
+        ({"threshold": "nan"}, "threshold is 'nan'"),
         ({"threshold": float("nan")}, "threshold is nan"),
         ({"subtask": "panoptic"}, "'panoptic' is not what this model does"),
         ([0.5], '"parameters" is a list'),
@@ -149,7 +149,7 @@ def test_wrong_parameters(handler, image_path, parameters, said):
         handler({"inputs": image_path.read_bytes(), "parameters": parameters})
 
 
-def test_bad_images_are_refused_with_a_sentence(module, image_path, serve, monkeypatch):
+def test_bad_images_are_refused_with_a_sentence(handler, module, image_path, serve, monkeypatch):
     content = image_path.read_bytes()
     text = base64.b64encode(content).decode()
     huge = io.BytesIO()
@@ -164,14 +164,14 @@ def test_bad_images_are_refused_with_a_sentence(module, image_path, serve, monke
     cases = [
         (text[:-3], "base64"), ("?" + text, "base64"), ("", "is empty"), ("data:image/png,abc", "data URL"),
         (b"GIF89a", "not an image"), (base64.b64encode(b"hello there").decode(), "not an image"),
-        (content[: len(content) // 2], "damaged|not an image"), ([text], "is a list"), (7, "is a int"),
+        (content[: len(content) // 2], "cannot be decoded|not an image"), ([text], "is a list"), (7, "is a int"),
         (huge.getvalue(), "too large|more than the 50,000,000"), (f"{url}/page", "not an image"),
         (f"{url}/loop", "redirects more than"), (f"{url}/none", "answered 404"), (f"{url}/long", "gives more than"),
         ("http://127.0.0.1:9/x.png", "cannot be fetched"),
     ]  # fmt: skip
     for source, said in cases:
         with pytest.raises(ValueError, match=said):
-            module.read_image(source)
+            handler({"inputs": source})
     monkeypatch.setenv("MAX_PIXELS", "100")
     with pytest.raises(ValueError, match="more than the 100"):
         module.read_image(content)
@@ -229,15 +229,20 @@ def test_addresses_that_are_none_are_named(module, url):
         module.read_image(url)
 
 
-def test_images_become_rgb_as_in_the_library(module):
-    from uplvp_hf.models.images import to_rgb
+def test_images_become_rgb_as_in_the_library(handler, monkeypatch):
+    from uplvp_hf.data import to_rgb
 
+    seen = []
+    processor = handler.segmenter.image_processor
+    process = processor.preprocess
+    monkeypatch.setattr(processor, "preprocess", lambda image, **how: seen.append(image) or process(image, **how))
     values = np.random.default_rng(0).integers(0, 65536, (5, 7)).astype(np.uint16)
     clear = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 4)).astype(np.uint8))
     for image in (Image.fromarray(values), clear, clear.convert("LA"), clear.convert("CMYK"), clear.convert("1")):
         stream = io.BytesIO()
         image.save(stream, "TIFF")
-        assert np.array_equal(module.read_image(stream.getvalue()), to_rgb(image)), image.mode
+        handler(stream.getvalue())
+        assert np.array_equal(seen.pop(), to_rgb(image)), image.mode
 
 
 def test_no_program_is_started_for_an_image(module):

@@ -22,6 +22,7 @@ from transformers.pipelines.base import Pipeline
 
 from .errors import UserError
 from .images import array_to_rgb, as_rgb, open_bytes, open_image
+from .masks import encode_masks, tight_boxes
 
 # What post-processing reads of a model's outputs.
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "class_scores", "roi_mask_logits", "boxes")
@@ -44,6 +45,9 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
             pipeline's, leaves next to nothing of them.
         mask_threshold (`float`, *optional*, defaults to 0.5):
             A pixel belongs to a mask when its probability is above this.
+        overlap_mask_area_threshold (`float`, *optional*):
+            With it every pixel goes to the best instance, and instances of which less than this share is left are
+            dropped, as in the stock pipeline. Without it masks may overlap.
         top_k (`int`, *optional*, defaults to 100):
             Most instances an image.
         masks (`str`, *optional*, defaults to `"rle"`):
@@ -75,7 +79,15 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     _load_video_processor = False
 
     def _sanitize_parameters(self, **kwargs) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        known = {"timeout", "max_pixels", "threshold", "mask_threshold", "top_k", "masks"}
+        known = {
+            "timeout",
+            "max_pixels",
+            "threshold",
+            "mask_threshold",
+            "overlap_mask_area_threshold",
+            "top_k",
+            "masks",
+        }
         if unknown := kwargs.keys() - known:
             raise UserError(f"No such setting of the pipeline: {', '.join(sorted(unknown))}. It has {sorted(known)}.")
         if kwargs.get("masks", "rle") not in FORMATS:
@@ -114,6 +126,7 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
         outputs: dict[str, Any],
         threshold: float = 0.3,
         mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float | None = None,
         top_k: int = 100,
         masks: str = "rle",
     ) -> list[dict[str, Any]]:
@@ -128,9 +141,16 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
             target_sizes=[target],
             input_sizes=[size],
             top_k=top_k,
-            return_rle=masks == "rle",
-            return_segmentation=False,
+            return_rle=masks == "rle" and overlap_mask_area_threshold is None,
+            return_segmentation=overlap_mask_area_threshold is not None,
+            **(
+                {}
+                if overlap_mask_area_threshold is None
+                else {"overlap_mask_area_threshold": overlap_mask_area_threshold}
+            ),
         )[0]
+        if overlap_mask_area_threshold is not None:
+            result = _apart(result, masks == "rle")
         return self._entries(result, masks)
 
     def _entries(self, result: dict[str, Any], masks: str) -> list[dict[str, Any]]:
@@ -150,6 +170,15 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
                 entry["mask"] = Image.fromarray(result["masks"][index].cpu().numpy().astype(np.uint8) * 255)
             entries.append(entry)
         return entries
+
+
+def _apart(result: dict[str, Any], rle: bool) -> dict[str, Any]:
+    """The instances of the flat map, each with what it shows there."""
+    flat, shown = result["segmentation"], result["segments_info"]
+    masks = torch.stack([flat == info["id"] for info in shown]) if shown else result["masks"][:0]
+    kept = [info["id"] for info in shown]
+    apart = {"scores": result["scores"][kept], "labels": result["labels"][kept], "boxes": tight_boxes(masks).float()}
+    return {**apart, "rle": encode_masks(masks.cpu().numpy())} if rle else {**apart, "masks": masks}
 
 
 def _opened(image: Any, timeout: float | None) -> Image.Image:

@@ -20,13 +20,11 @@ import time
 from urllib.parse import urljoin, urlsplit
 
 import httpx
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from pycocotools import mask as coco_mask
-from transformers import AutoImageProcessor, AutoModelForImageSegmentation
+from PIL import Image
+from transformers import pipeline
 
-DEFAULTS = {"threshold": 0.3, "mask_threshold": 0.5, "overlap_mask_area_threshold": None, "subtask": "instance"}
+PARAMETERS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
 MAX_REDIRECTS = 5
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 TIMEOUT = 20  # seconds, for every answer and for a download as a whole
@@ -41,10 +39,8 @@ class EndpointHandler:
 
     def __init__(self, path: str = "") -> None:
         path = path or os.path.dirname(os.path.abspath(__file__))
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=True)
-        model = AutoModelForImageSegmentation.from_pretrained(path, trust_remote_code=True)
-        self.model = model.to(self.device).eval()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.segmenter = pipeline("instance-segmentation", model=path, device=device, trust_remote_code=True)
 
     def __call__(self, data: dict | bytes) -> list[dict]:
         """The instances of one image.
@@ -61,54 +57,34 @@ class EndpointHandler:
         if not isinstance(data, dict) or data.get("inputs") is None:
             raise ValueError('The request has no "inputs". Send {"inputs": IMAGE} or the bytes of an image.')
         options = read_parameters(data.get("parameters"))
-        image = read_image(data["inputs"])
-        inputs = self.processor(image, return_tensors="pt").to(self.device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        with torch.inference_mode():
-            outputs = self.model(**inputs)
-        overlap = options["overlap_mask_area_threshold"]
-        found = self.processor.post_process_instance_segmentation(
-            outputs,
-            threshold=options["threshold"],
-            mask_threshold=options["mask_threshold"],
-            target_sizes=[(image.height, image.width)],
-            return_rle=True,
-            return_segmentation=overlap is not None,
-            **({} if overlap is None else {"overlap_mask_area_threshold": overlap}),
-        )[0]
-        names = self.model.config.id2label
-        if overlap is None:
-            entries = zip(found["labels"].tolist(), found["scores"].tolist(), map(coco_mask.decode, found["rle"]))
-        else:
-            flat = found["segmentation"].cpu().numpy()
-            entries = ((info["label_id"], info["score"], flat == info["id"]) for info in found["segments_info"])
-        return [{"label": names[label], "score": float(score), "mask": to_png(mask)} for label, score, mask in entries]
+        found = self.segmenter(read_image(data["inputs"]), masks="pil", **options)
+        return [{"label": item["label"], "score": item["score"], "mask": to_png(item["mask"])} for item in found]
 
 
 def read_parameters(given: dict | None) -> dict:
-    """The parameters of a request with defaults. Raises ValueError, naming the parameter."""
+    """The parameters of a request as numbers. Raises ValueError, naming the parameter."""
     if not isinstance(given, (dict, type(None))):
         raise ValueError(f'"parameters" is a {type(given).__name__}; an object such as {{"threshold": 0.5}} is needed.')
     given = {name: value for name, value in (given or {}).items() if value is not None}
-    unknown = sorted(set(given) - set(DEFAULTS))
-    if unknown:
-        raise ValueError(f"Unknown parameters {unknown}; there are {sorted(DEFAULTS)}.")
-    options = {**DEFAULTS, **given}
-    if options["subtask"] != "instance":
-        raise ValueError(f"subtask {options['subtask']!r} is not what this model does; leave it out.")
-    for name in ("threshold", "mask_threshold", "overlap_mask_area_threshold"):
-        value = options[name]
+    subtask = given.pop("subtask", "instance")
+    if subtask != "instance":
+        raise ValueError(f"subtask {subtask!r} is not what this model does; leave it out.")
+    if unknown := sorted(set(given) - set(PARAMETERS)):
+        raise ValueError(f"Unknown parameters {unknown}; there are {sorted((*PARAMETERS, 'subtask'))}.")
+    options = {}
+    for name, value in given.items():
+        number = value
         if isinstance(value, str):  # of a query such as ?threshold=0.2
             with contextlib.suppress(ValueError):  # refused below, as it was sent
-                value = options[name] = float(value)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 <= value <= 1):
+                number = float(value)
+        if not isinstance(number, (int, float)) or isinstance(number, bool) or not 0 <= number <= 1:
             raise ValueError(f"{name} is {value!r}; a number from 0 to 1 is needed.")
+        options[name] = number
     return options
 
 
 def read_image(source) -> Image.Image:
-    """An RGB image, upright, from anything that a request may hold. Raises ValueError."""
+    """The opened, not yet decoded image of anything that a request may hold. Raises ValueError."""
     if isinstance(source, str):
         source = read_text(source.strip())
     if isinstance(source, (bytes, bytearray)):
@@ -127,21 +103,7 @@ def read_image(source) -> Image.Image:
             f"The image has {source.width} x {source.height} pixels, more than the {limit:,} that are taken here. "
             "Scale it down, or set MAX_PIXELS of the endpoint."
         )
-    try:
-        return to_rgb(ImageOps.exif_transpose(source))
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
-        raise ValueError(f"The image is damaged and cannot be decoded ({error}).") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16-bit gray is scaled, transparent pixels show white."""
-    if image.mode == "I" or image.mode.startswith("I;"):
-        deep = np.asarray(image).clip(0, 65535).astype(np.uint32)
-        image = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return source  # the pipeline decodes it as training does
 
 
 def read_text(text: str) -> bytes:
@@ -229,8 +191,8 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address.is_global and not address.is_multicast
 
 
-def to_png(mask: np.ndarray) -> str:
-    """(H, W) mask to base64 PNG, 255 inside."""
+def to_png(mask: Image.Image) -> str:
+    """A mask as base64 PNG, 255 inside."""
     stream = io.BytesIO()
-    Image.fromarray(np.asarray(mask, dtype=np.uint8) * 255).save(stream, "PNG")
+    mask.save(stream, "PNG")
     return base64.b64encode(stream.getvalue()).decode("ascii")
