@@ -279,7 +279,7 @@ def test_other_images_are_refused(run, scenes_dir, tmp_path, monkeypatch):
     gone = content["images"].pop()["id"]
     content["annotations"] = [one for one in content["annotations"] if one["image_id"] != gone]
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"with 6 training images, now `data\.train` has 5.*Restore the data"):
+    with pytest.raises(ConfigError, match=r"with 6 training images, now there are 5.*Restore the data"):
         run("parts", f"data.train={tmp_path / 'data'}", resume=True)
 
 

@@ -30,6 +30,7 @@ from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
 from .freezing import freeze_backbone
+from .mixture import MixedSamples
 
 logger = logging.getLogger(__name__)
 
@@ -151,8 +152,15 @@ def build_processor(data: DataSettings) -> UplvpImageProcessor:
     return UplvpImageProcessor(size=size, image_mean=list(data.image_mean), image_std=list(data.image_std), **canvas)
 
 
-def build_samples(settings: TrainSettings, rows: InstanceDataset) -> TrainingSet:
+def build_samples(
+    settings: TrainSettings, rows: InstanceDataset, extra: InstanceDataset | None = None
+) -> TrainingSet | MixedSamples:
     """The augmented samples that a run with these settings sees (`with_image_settings` filled in)."""
+    if extra is not None:
+        alone = dataclasses.replace(settings, seed=settings.seed + 1)
+        labeled, more = build_samples(settings, rows), build_samples(alone, extra)
+        assert isinstance(labeled, TrainingSet) and isinstance(more, TrainingSet)
+        return MixedSamples(labeled, more)
     data = settings.data
     label_map = {category: index for index, category in enumerate(rows.category_ids)}
     transform = TrainTransform(

@@ -41,6 +41,16 @@ class DataSettings(Settings):
         False, "objects with iscrowd = 1 are single objects, as in files that write every run-length mask so (CVAT)"
     )
     split_seed: int = setting(0, "seed of the low-data split, which is recorded in split.json")
+    extra: str | None = setting(
+        None,
+        f"{READABLE}, with the same class names: mixed into fine-tuning, such as the pseudo labels of pre-training",
+    )
+    extra_share: list[float] = setting(
+        [0.5],
+        "share of the images of every step that come from `extra`; two numbers: at the first and at the last step",
+        least=0,
+        most=1,
+    )
     size: int | None = setting(
         None,
         "side of the square training canvas and longer side at inference, pixels, a multiple of 32; none: that of "
@@ -242,6 +252,8 @@ class TrainSettings(Settings):
 def _check_data(data: DataSettings) -> None:
     if data.subset is not None and data.labels_per_class is not None:
         raise ConfigError("Set `data.subset` or `data.labels_per_class`, not both: each draws a low-data split.")
+    if len(data.extra_share) not in (1, 2):
+        raise ConfigError(f"`data.extra_share` must be one or two shares, got {data.extra_share}.")
     if data.size is not None and data.size % 32:
         raise ConfigError(f"`data.size` must be a multiple of 32 pixels, got {data.size}.")
     if len(data.scale_range) != 2 or not 0 < data.scale_range[0] <= data.scale_range[1]:

@@ -44,6 +44,7 @@ from .checkpoint import (
 from .config import ConfigError, TrainingAborted, TrainSettings
 from .freezing import training_mode
 from .launch import hardware, make_accelerator
+from .mixture import MixedSamples, load_extra
 from .norm_statistics import NormStatistics
 from .one_batch import describe_one_batch, on_one_batch, report_one_batch
 from .optim import images_per_step, learning_rate_factor, make_optimizer, with_steps
@@ -102,6 +103,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
     if settings.overfit_one_batch:
         settings = on_one_batch(settings)
     train_rows, val_rows = build_data(settings.data)
+    extra_rows = load_extra(settings.data, train_rows, val_rows)
     model = build_model(settings, train_rows)
     if val_rows is not None:
         evaluated_classes(model.config, val_rows, evaluates_agnostic(settings))  # now, not after hours of training
@@ -109,10 +111,13 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
     claim_output(given, accelerator)
     if accelerator.is_main_process:
         logger.info("%s", training_usage(train_rows, settings.data.size, settings.data.max_instances))
+        if extra_rows is not None:
+            used = training_usage(extra_rows, settings.data.size, settings.data.max_instances)
+            logger.info("Mixed in from data.extra: %s", str(used).removeprefix("Training uses "))
         record_manifest(train_rows.manifest, settings.output)
     if accelerator.process_index:  # all have the same weights, but should not drop the same prompts
         set_seed(settings.seed * 1_000_003 + accelerator.process_index)
-    run = _Run(settings, accelerator, model, build_samples(settings, train_rows), val_rows, progress)
+    run = _Run(settings, accelerator, model, build_samples(settings, train_rows, extra_rows), val_rows, progress)
     return run.go(resume)
 
 
@@ -192,6 +197,11 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * learning_rate_factor(step, settings.optim)
         return self._update(step, micro_batches)
+
+    def _image_count(self) -> int:
+        """Labeled and extra images."""
+        extra = len(self.samples.extra) if isinstance(self.samples, MixedSamples) else 0
+        return len(self.samples) + extra
 
     def _images_per_step(self) -> int:
         return images_per_step(self.settings.optim, self.accelerator.num_processes)
@@ -297,7 +307,7 @@ class _Run:
             "evaluations": {str(key): value for key, value in result.evaluations.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "images_per_step": self._images_per_step(),
-            "images": len(self.samples),
+            "images": self._image_count(),
             "processes": accelerator.num_processes,
         }
         tensors = {"optimizer": optimizer_tensors(self.plain, self.optimizer)}
@@ -341,10 +351,10 @@ class _Run:
         """Raises ConfigError when the checkpoint lies beyond the end, or the data or a step have other images."""
         if state["step"] > self.settings.optim.steps:
             raise ConfigError(f"{path} is beyond optim.steps={self.settings.optim.steps}, where the run is to end.")
-        before, now = state.get("images", len(self.samples)), len(self.samples)  # older versions did not record it
+        before, now = state["images"], self._image_count()
         if before != now:
             raise ConfigError(
-                f"The run was started with {before} training images, now `data.train` has {now}: the order of the "
+                f"The run was started with {before} training images, now there are {now}: the order of the "
                 "images would be another. Restore the data, or start again in another folder."
             )
         before, now = state["images_per_step"], self._images_per_step()

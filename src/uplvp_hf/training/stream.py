@@ -11,42 +11,67 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from ..data.collator import collate
 from ..data.training_set import TrainingSet
 from .config import TrainSettings
+from .mixture import MixedSamples, extra_count
 
 
 class SampleKeys(Sampler):
     """Yields one list of (epoch, index) per micro-batch of this process, from update `start` to `steps`.
 
     Every epoch is a permutation drawn from (seed, epoch). All processes walk through the same order, each taking its
-    share of every effective batch, so an image is seen once an epoch whatever the number of processes.
+    share of every effective batch, so an image is seen once an epoch whatever the number of processes. With `extra`
+    images, `data.extra_share` of every effective batch, spread evenly over it, has indices from `count` on.
     """
 
-    def __init__(self, count: int, settings: TrainSettings, start: int, rank: int = 0, world: int = 1):
-        self.count, self.settings, self.start, self.rank, self.world = count, settings, start, rank, world
-        self._epoch = -1
-        self._order: list[int] = []
+    def __init__(
+        self, count: int, settings: TrainSettings, start: int, rank: int = 0, world: int = 1, extra: int = 0
+    ) -> None:
+        self.settings, self.start, self.rank, self.world, self.extra = settings, start, rank, world, extra
+        self._orders = {False: _Order(count, settings.seed), True: _Order(extra, settings.seed + 1, count)}
 
     def __len__(self) -> int:
         return (self.settings.optim.steps - self.start) * self.settings.optim.accumulation
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batch, accumulation = self.settings.optim.batch_size, self.settings.optim.accumulation
-        for step in range(self.start, self.settings.optim.steps):
-            for micro in range(accumulation):
-                first = ((step * accumulation + micro) * self.world + self.rank) * batch
-                yield [self._key(position) for position in range(first, first + batch)]
+        optim, size = self.settings.optim, self.settings.optim.batch_size
+        whole = size * optim.accumulation * self.world
+        share = self.settings.data.extra_share if self.extra else [0.0]
+        extra_before = sum(extra_count(step, optim.steps, share, whole) for step in range(self.start))
+        for step in range(self.start, optim.steps):
+            count = extra_count(step, optim.steps, share, whole)
+            # How many of the first k places of this step are extra: k * count / whole, rounded down.
+            for micro in range(optim.accumulation):
+                first = (micro * self.world + self.rank) * size
+                keys = []
+                for place in range(first, first + size):
+                    before, after = place * count // whole, (place + 1) * count // whole
+                    extra = extra_before + before
+                    position = extra if after > before else step * whole + place - extra
+                    keys.append(self._orders[after > before].key(position))
+                yield keys
+            extra_before += count
 
-    def _key(self, position: int) -> tuple[int, int]:
+
+class _Order:
+    """The images of one source, epoch after epoch, each a permutation. offset: of their indices."""
+
+    def __init__(self, count: int, seed: int, offset: int = 0) -> None:
+        self.count, self.seed, self.offset = count, seed, offset
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def key(self, position: int) -> tuple[int, int]:
+        """(epoch, index) of the image at a position of the endless order."""
         epoch, place = divmod(position, self.count)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self.count, generator=generator).tolist()
-        return epoch, self._order[place]
+        return epoch, self.offset + self._order[place]
 
 
 class _Keyed(Dataset):
-    """Samples of a `TrainingSet` by (epoch, index)."""
+    """Samples by (epoch, index)."""
 
-    def __init__(self, samples: TrainingSet):
+    def __init__(self, samples: TrainingSet | MixedSamples):
         self.samples = samples
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
@@ -54,12 +79,15 @@ class _Keyed(Dataset):
         return self.samples.sample(index, epoch)
 
 
-def make_loader(samples: TrainingSet, settings: TrainSettings, start: int, rank: int, world: int) -> DataLoader:
+def make_loader(
+    samples: TrainingSet | MixedSamples, settings: TrainSettings, start: int, rank: int, world: int
+) -> DataLoader:
     """Micro-batches of this process, on the canvas that `data.canvas` says. Their `mask_labels` are `InstanceMasks`:
     dense masks would be copied between processes, and be held for all micro-batches of a step at once."""
+    extra = len(samples.extra) if isinstance(samples, MixedSamples) else 0
     return DataLoader(
         _Keyed(samples),
-        batch_sampler=SampleKeys(len(samples), settings, start, rank, world),
+        batch_sampler=SampleKeys(len(samples), settings, start, rank, world, extra),
         collate_fn=partial(collate, pad_to=settings.data.size if settings.data.square else None, dense=False),
         num_workers=settings.data.workers,
         persistent_workers=settings.data.workers > 0,
