@@ -187,3 +187,19 @@ def test_a_format_that_the_path_does_not_have(folder):
     for path in (folder, folder / "x.json"):
         with pytest.raises(DataError, match=r"is no Parquet file.*Choose another `format`"):
             load_dataset_rows(path, format="datasets")
+
+
+def test_the_frame_of_an_image_survives_saving(tmp_path):
+    """Outlines of the stored image must not come back on the one that EXIF turns upright."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    image = {"id": 1, "file_name": "a.jpg", "width": 40, "height": 30, "as_stored": True}
+    outline = {"id": 1, "image_id": 1, "category_id": 1, "segmentation": [[20, 2, 36, 2, 36, 12, 20, 12]]}
+    content = {"images": [image], "annotations": [outline], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    dataset = load_dataset_rows(tmp_path / "a.json")
+    dataset.to_hf_dataset().save_to_disk(tmp_path / "saved")
+    for rows in (dataset, load_dataset_rows(tmp_path / "saved")):
+        assert rows[0]["as_stored"] is True and rows.load_image(0).size == (40, 30)
+        assert rows.mask(0, 0)[2:12, 20:36].all() and rows.mask(0, 0).sum() == 160

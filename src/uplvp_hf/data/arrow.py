@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from ..models.masks import segmentation_to_rle
+from .coco import AS_STORED
 from .dataset import OBJECT_KEYS, Row
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def row_features(text_ids: bool, categories: Sequence[Mapping[str, Any]]) -> dat
             "file_name": datasets.Value("string"),
             "width": integer,
             "height": integer,
+            AS_STORED: datasets.Value("bool"),
             "objects": {
                 "segmentation": datasets.List({"size": datasets.List(integer), "counts": datasets.Value("string")}),
                 "category_id": datasets.List(integer),
@@ -79,7 +81,8 @@ def _entry(row: Row, text_ids: bool, classes: dict[int, int], embed: bool) -> di
     ]
     objects["category"] = [classes[category_id] for category_id in objects["category_id"]]
     image_id = str(row["image_id"]) if text_ids else row["image_id"]
-    return {**row, "image": _image(row["image"], embed), "image_id": image_id, "objects": objects}
+    changed = {"image": _image(row["image"], embed), "image_id": image_id, "objects": objects}
+    return {**row, **changed, AS_STORED: row.get(AS_STORED, False)}
 
 
 def _image(image: str | bytes | Image.Image, embed: bool) -> dict[str, Any]:

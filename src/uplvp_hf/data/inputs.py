@@ -139,7 +139,7 @@ def read_huggingface(
         id_column = "image_id"
     if id_column is not None and id_column not in features:
         raise DataError(f"has no column {id_column!r}, only {sorted(features)}", file=source)
-    kept = {image, id_column, "file_name", "width", "height", "objects"}
+    kept = {image, id_column, "file_name", "width", "height", "as_stored", "objects"}
     data = data.select_columns([name for name in features if name in kept])  # others may hold more images
     if _is_image(features[image]):
         import datasets
@@ -249,7 +249,10 @@ def _row(
     objects = empty_objects()
     if read_objects is not None:
         objects = read_objects(example["objects"], height, width, f"image id {image_id!r}")
-    return Row(image=image, image_id=image_id, file_name=name, width=width, height=height, objects=objects)
+    row = Row(image=image, image_id=image_id, file_name=name, width=width, height=height, objects=objects)
+    if example.get("as_stored") is True:
+        row["as_stored"] = True
+    return row
 
 
 def _encoded_image(value: Any, source: str) -> tuple[str | bytes, str | None]:
