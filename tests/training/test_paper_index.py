@@ -52,7 +52,8 @@ def test_other_commands_are_accepted_by_their_parsers(command):
     if program == "uplvp":
         module = importlib.import_module(f"uplvp_hf.commands.{words[0]}")
         make_parser = getattr(module, "build_parser", None) or module.make_parser
-        make_parser().parse_args(words[1:])
+        parse = getattr(module, "parse", None) or make_parser().parse_args
+        parse(words[1:])
     elif words[0] == "-c":
         assert words[1].startswith("from uplvp_hf.data.coco_classes import COCO_CLASSES") and len(COCO_CLASSES) == 80
     else:
