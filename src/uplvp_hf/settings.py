@@ -383,7 +383,7 @@ def describe(cls: type, prefix: str = "", width: int = 100) -> str:
         bounds = "" if "choices" in limits or not _range_text(limits) else f", {_range_text(limits)}"
         text = f"{kind}{bounds}; {shown}. {limits.get('meaning', '')}".strip()
         lines.append(f"  {prefix}{item.name}")
-        lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(text, width, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False)
     return "\n".join(line for line in lines if line)
 
 

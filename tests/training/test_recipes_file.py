@@ -1,12 +1,13 @@
 """Recipes that build on one another."""
 
+import dataclasses
 import re
 
 import pytest
 import yaml
 
-from uplvp_hf.commands import pretrain
-from uplvp_hf.training.config import ConfigError, load_settings
+from uplvp_hf.commands import finetune, pretrain
+from uplvp_hf.training.config import ConfigError, TrainSettings, load_settings
 from uplvp_hf.training.recipes_file import merge_settings, read_recipe, shipped_parts, shipped_recipes
 
 
@@ -75,6 +76,19 @@ def test_recipes_and_parts_are_told_apart():
     assert {"small_pretrain", "paper/knet_pretrain", "one_gpu_finetune"} <= set(recipes)
     assert {"paper/init_mocov2", "parts/knet_r50"} <= set(parts)
     assert all(name.startswith(("parts/", "paper/init_")) for name in parts)
+
+
+def test_the_help_of_the_commands_says_what_every_setting_does(capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    sections = [item for item in dataclasses.fields(TrainSettings) if dataclasses.is_dataclass(item.default_factory)]
+    assert len(sections) == 5
+    for section in sections:
+        for item in dataclasses.fields(section.default_factory):
+            assert item.metadata["meaning"], item.name
+            shown = text.split(f" {section.name}.{item.name} ", 1)[1]
+            assert item.metadata["meaning"] in shown[:600], item.name
 
 
 def test_the_help_of_the_commands_names_recipes_that_can_be_combined(capsys):

@@ -34,99 +34,110 @@ import yaml
 
 from ..data.errors import DataError
 from ..data.splits import parse_split
-from ..settings import ConfigError, build_settings, merge_words, plain
+from ..settings import ConfigError, Settings, build_settings, merge_words, plain, setting
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")
 
 
 @dataclass
-class BenchmarkData:
-    """train, val: as `data.train` and `data.val` of training; labels of `train` are drawn from it, `val` is only
-    evaluated on. unlabeled: images for label sets and pre-training; None: those of `train`, without their labels.
-    scenes: counts {unlabeled, train, val} of synthetic scenes that are generated in place of all that.
-    """
+class BenchmarkData(Settings):
+    """The images of a benchmark."""
 
-    train: str | None = None
-    train_split: str | None = None
-    train_images: str | None = None
-    val: str | None = None
-    val_split: str | None = None
-    val_images: str | None = None
-    unlabeled: str | None = None
-    scenes: dict[str, Any] | None = None
-
-
-@dataclass
-class LabelSet:
-    """One of: store, a pseudo-label store (or COCO file) that exists; label, the arguments of `uplvp label` by name
-    (lists repeat an argument, true is a flag, `settings` holds section.key: value); truth, the labels of the unlabeled
-    images.
-    """
-
-    store: str | None = None
-    label: dict[str, Any] | None = None
-    truth: bool = False
+    train: str | None = setting(None, "as `data.train` of training; the few labels are drawn from it")
+    train_split: str | None = setting(None, "as `data.train_split` of training")
+    train_images: str | None = setting(None, "as `data.train_images` of training")
+    val: str | None = setting(None, "as `data.val` of training; it is only evaluated on")
+    val_split: str | None = setting(None, "as `data.val_split` of training")
+    val_images: str | None = setting(None, "as `data.val_images` of training")
+    unlabeled: str | None = setting(
+        None, "images for label sets and pre-training; none: those of `train`, without their labels"
+    )
+    scenes: dict[str, Any] | None = setting(
+        None, "counts {unlabeled, train, val} of synthetic scenes that are generated in place of all that"
+    )
 
 
 @dataclass
-class SegmenterRecipes:
-    """Recipes of training by name or file, and settings (section.key: value) of both stages with this segmenter."""
+class LabelSet(Settings):
+    """Labels to pre-train on: one of the three."""
 
-    pretrain: str = ""
-    finetune: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Arm:
-    """labels: the label set to pre-train on; None: no pre-training. pretrain, finetune: settings of this arm alone.
-
-    steps: fine-tuning steps as a factor of the usual number; 0 evaluates the pre-trained model as it is. equal_total:
-    as many steps more as a pre-training takes. segmenters, labels_per_class, seeds: of the benchmark's, only those that
-    are named here. about: for tables.
-    """
-
-    labels: str | None = None
-    pretrain: dict[str, Any] = field(default_factory=dict)
-    finetune: dict[str, Any] = field(default_factory=dict)
-    steps: float = 1.0
-    equal_total: bool = False
-    segmenters: list[str] | None = None
-    labels_per_class: list[int | str] | None = None
-    seeds: list[int] | None = None
-    about: str = ""
+    store: str | None = setting(None, "a pseudo-label store (or COCO file) that exists")
+    label: dict[str, Any] | None = setting(
+        None,
+        "the arguments of `uplvp label` by name: lists repeat an argument, true is a flag, `settings` holds "
+        "section.key: value",
+    )
+    truth: bool = setting(False, "the true labels of the unlabeled images")
 
 
 @dataclass
-class Benchmark:
-    """A whole benchmark, see the head of this file.
+class SegmenterRecipes(Settings):
+    """How a segmenter is trained."""
 
-    labels_per_class: numbers, or names of low-data splits as `data.subset` takes them, such as 1@5 for 5 % of the
-    images. processes: of every training, one a GPU.
-    shared_pretraining: one pre-training (with the smallest seed) for all fine-tuning seeds; otherwise one a seed.
-    curve: fractions of the fine-tuning steps at which `val` is evaluated, the end apart (of epochs: at every multiple
-    of the smallest). validation: fraction of the training images that stand in for `val` and are kept out of
-    everything else, to choose settings by. variables: what `${name}` in any text stands for; null has to be given.
-    """
+    pretrain: str = setting("", "recipe of training, by name or file")
+    finetune: str = setting("", "recipe of training, by name or file")
+    settings: dict[str, Any] = setting({}, "section.key: value, of both stages with this segmenter")
 
-    name: str = ""
-    variables: dict[str, Any] = field(default_factory=dict)
+
+@dataclass
+class Arm(Settings):
+    """One way to train, which is compared with the others."""
+
+    labels: str | None = setting(None, "the label set to pre-train on; none: no pre-training")
+    pretrain: dict[str, Any] = setting({}, "settings of pre-training in this arm alone")
+    finetune: dict[str, Any] = setting({}, "settings of fine-tuning in this arm alone")
+    steps: float = setting(
+        1.0, "fine-tuning steps as a factor of the usual number; 0 evaluates the pre-trained model as it is", least=0
+    )
+    equal_total: bool = setting(False, "fine-tune for as many steps more as a pre-training takes")
+    segmenters: list[str] | None = setting(None, "only these of the benchmark's")
+    labels_per_class: list[int | str] | None = setting(None, "only these of the benchmark's")
+    seeds: list[int] | None = setting(None, "only these of the benchmark's")
+    about: str = setting("", "a remark for tables")
+
+
+@dataclass
+class Benchmark(Settings):
+    """A whole benchmark, see the head of this file."""
+
+    name: str = setting("", "of the benchmark, for folders and tables")
+    variables: dict[str, Any] = setting({}, "what `${name}` in any text stands for; null has to be given")
     data: BenchmarkData = field(default_factory=BenchmarkData)
-    labels: dict[str, LabelSet] = field(default_factory=dict)
-    segmenters: dict[str, SegmenterRecipes] = field(default_factory=dict)
-    arms: dict[str, Arm] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    pretrain: dict[str, Any] = field(default_factory=dict)
-    finetune: dict[str, Any] = field(default_factory=dict)
-    labels_per_class: list[int | str] = field(default_factory=lambda: [10])
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    shared_pretraining: bool = False
-    curve: list[float] = field(default_factory=lambda: [0.25, 0.5])
-    validation: float = 0.0
-    processes: int = 1
+    labels: dict[str, LabelSet] = setting({}, "label sets that arms pre-train on")
+    segmenters: dict[str, SegmenterRecipes] = setting({}, "segmenters that every arm trains")
+    arms: dict[str, Arm] = setting({}, "what is compared")
+    settings: dict[str, Any] = setting({}, "section.key: value, of every training")
+    pretrain: dict[str, Any] = setting({}, "section.key: value, of every pre-training")
+    finetune: dict[str, Any] = setting({}, "section.key: value, of every fine-tuning")
+    labels_per_class: list[int | str] = setting(
+        [10],
+        "labeled images of a class, or names of low-data splits as `data.subset` takes them, such as 1@5 for 5 % of "
+        "the images",
+        least=1,
+    )
+    seeds: list[int] = setting([0, 1, 2], "every one trains all arms once more")
+    shared_pretraining: bool = setting(
+        False, "one pre-training (with the smallest seed) for all fine-tuning seeds; otherwise one a seed"
+    )
+    curve: list[float] = setting(
+        [0.25, 0.5],
+        "fractions of the fine-tuning steps at which `val` is evaluated, the end apart (of epochs: at every multiple "
+        "of the smallest)",
+        above=0,
+        below=1,
+    )
+    validation: float = setting(
+        0.0,
+        "fraction of the training images that stand in for `val` and are kept out of everything else, to choose "
+        "settings by",
+        least=0,
+        below=1,
+    )
+    processes: int = setting(1, "of every training, one a GPU", least=1)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for section in ("name", "segmenters", "arms", "seeds", "labels_per_class"):
             if not getattr(self, section):
                 raise ConfigError(f"A benchmark needs `{section}`.")
@@ -140,14 +151,6 @@ class Benchmark:
                     parse_split(count)
                 except DataError as error:
                     raise ConfigError(f"`labels_per_class`: {error}") from error
-            elif not isinstance(count, int) or count < 1:
-                raise ConfigError(f"`labels_per_class` holds numbers from 1, or names of splits, got {count!r}.")
-        if self.processes < 1:
-            raise ConfigError(f"`processes` must be at least 1, got {self.processes}.")
-        if any(not 0 < part < 1 for part in self.curve):
-            raise ConfigError(f"`curve` holds fractions of the steps, between 0 and 1, got {self.curve}.")
-        if not 0 <= self.validation < 1:
-            raise ConfigError(f"`validation` is a fraction of the training images, got {self.validation}.")
         if self.data.scenes is None and not (self.data.train and self.data.val):
             raise ConfigError("`data` needs `train` and `val`, or `scenes`.")
         for name, labels in self.labels.items():
@@ -165,7 +168,7 @@ class Benchmark:
         if arm.labels is not None and arm.labels not in self.labels:
             known = ", ".join(self.labels) or "none"
             raise ConfigError(f"`arms.{name}.labels`: no label set `{arm.labels}`; there are: {known}.")
-        if arm.steps < 0 or (arm.steps == 0 and arm.labels is None):
+        if arm.steps == 0 and arm.labels is None:
             raise ConfigError(f"`arms.{name}.steps`: 0 needs `labels`, as only a pre-trained model can be evaluated.")
         if arm.pretrain and arm.labels is None:
             raise ConfigError(f"`arms.{name}.pretrain` has no effect without `labels`.")

@@ -117,7 +117,7 @@ def show_plan(benchmark: Benchmark, folder: Path) -> str:
 def _claim(benchmark: Benchmark, folder: Path) -> None:
     """Makes the folder this benchmark's own. More seeds, arms, labels and segmenters may be asked for later."""
     marker = folder / "benchmark.json"
-    record = {"name": benchmark.name, "data": vars(benchmark.data), "validation": benchmark.validation}
+    record = {"name": benchmark.name, "data": benchmark.data.as_dict(), "validation": benchmark.validation}
     if marker.is_file():
         if json.loads(marker.read_text()) != record:
             raise ConfigError(f"{folder} holds another benchmark, see {marker}: choose another output or remove it.")

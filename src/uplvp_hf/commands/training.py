@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from ..settings import describe
+from ..training.config import TrainSettings
 from ._data_preview import write_preview
 from ._terminal import add_verbosity, is_main_process, run
 
 _EPILOG = """settings:
   Any setting of a recipe can be overridden by section.key=value, for example
     data.train=runs/labels  data.val=photos/val.json  optim.steps=500  optim.lr=1e-3  model.init=runs/pretrain
-  Sections: data, model, optim, evaluation, checkpoint (see docs/training.md). Without a recipe the
-  defaults of that file hold.
+  docs/training.md says more. Without a recipe these defaults hold:
+
+{settings}
 
 recipes:
   YAML files of settings. --recipe can be given several times, the later one wins key by key, and words win
@@ -28,7 +31,7 @@ def run_training(stage: str, description: str, argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(
         prog=f"uplvp {stage}",
         description=description,
-        epilog=_EPILOG,
+        epilog=_EPILOG.format(settings=describe(TrainSettings)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, see below")
