@@ -56,7 +56,7 @@ def test_every_step_has_its_share_whatever_the_processes():
 
 def test_classes_go_by_name_and_validation_images_stay_out(more, scenes_dir):
     train = load_dataset_rows(scenes_dir)
-    extra = load_extra(load_settings(None, [f"data.extra={more}"]).data, train, None)
+    extra = load_extra(load_settings(None, [f"data.extra={more}"]), train, None)
     names = {c["id"]: c["name"] for c in load_dataset_rows(more).categories}
     for row, before in zip(extra.rows, load_dataset_rows(more).rows, strict=True):
         kept = [names[k] for k in before["objects"]["category_id"] if names[k] != "unheard of"]
@@ -64,14 +64,14 @@ def test_classes_go_by_name_and_validation_images_stay_out(more, scenes_dir):
         assert len(row["objects"]["segmentation"]) == len(kept)
     assert extra.categories == train.categories
     val = load_dataset_rows(more).subset([0, 1])
-    without = load_extra(load_settings(None, [f"data.extra={more}"]).data, train, val)
+    without = load_extra(load_settings(None, [f"data.extra={more}"]), train, val)
     assert [row["image_id"] for row in without.rows] == [row["image_id"] for row in extra.rows[2:]]
     assert "2 images are left out" in without.failures[-1]["reason"]
-    with pytest.raises(DataError, match="validation images only"):
-        load_extra(load_settings(None, [f"data.extra={more}"]).data, train, load_dataset_rows(more))
+    with pytest.raises(DataError, match="validation images and labeled images only"):
+        load_extra(load_settings(None, [f"data.extra={more}"]), train, load_dataset_rows(more))
     train.categories = [{"id": 1, "name": "otter"}]
     with pytest.raises(ConfigError, match=r"none of the classes of `data\.train` \(otter\)"):
-        load_extra(load_settings(None, [f"data.extra={more}"]).data, train, None)
+        load_extra(load_settings(None, [f"data.extra={more}"]), train, None)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from ..settings import ConfigError, Settings, build_settings, merge_words, setti
 from .recipes_file import merge_settings, read_recipe
 
 READABLE = "anything that load_dataset_rows reads: COCO JSON, folder, pseudo-label store"
+PRETRAINING = "pretraining"
 OF_INIT = "none keeps the value of `model.init`; see UplvpConfig"
 
 
@@ -43,7 +44,8 @@ class DataSettings(Settings):
     split_seed: int = setting(0, "seed of the low-data split, which is recorded in split.json")
     extra: str | None = setting(
         None,
-        f"{READABLE}, with the same class names: mixed into fine-tuning, such as the pseudo labels of pre-training",
+        f"{READABLE}, with the same class names: mixed into fine-tuning; {PRETRAINING}: the labels that `model.init` was "
+        "pre-trained on, where it is a pre-training of ours and they are still there",
     )
     extra_share: list[float] = setting(
         [0.5],

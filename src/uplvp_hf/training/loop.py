@@ -103,7 +103,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
     if settings.overfit_one_batch:
         settings = on_one_batch(settings)
     train_rows, val_rows = build_data(settings.data)
-    extra_rows = load_extra(settings.data, train_rows, val_rows)
+    extra_rows = load_extra(settings, train_rows, val_rows)
     model = build_model(settings, train_rows)
     if val_rows is not None:
         evaluated_classes(model.config, val_rows, evaluates_agnostic(settings))  # now, not after hours of training

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -12,7 +15,10 @@ from ..data import InstanceDataset, load_dataset_rows
 from ..data.dataset import Row
 from ..data.errors import DataError
 from ..data.training_set import TrainingSet
-from .config import ConfigError, DataSettings
+from ..models.errors import reading
+from .config import PRETRAINING, ConfigError, TrainSettings
+
+logger = logging.getLogger(__name__)
 
 
 class MixedSamples(Dataset):
@@ -46,36 +52,94 @@ def extra_count(step: int, steps: int, share: list[float], batch: int) -> int:
     return round(now * batch)
 
 
-def load_extra(settings: DataSettings, train: InstanceDataset, val: InstanceDataset | None) -> InstanceDataset | None:
+def load_extra(settings: TrainSettings, train: InstanceDataset, val: InstanceDataset | None) -> InstanceDataset | None:
     """The rows of `data.extra` with the classes of the training data, or None.
 
-    Classes go by name; objects of classes that the training data lacks are left out, and so are validation images.
-    Raises ConfigError where no class is shared, DataError where nothing is left.
+    Classes go by name; objects of classes that the training data lacks are left out, and so are validation images and
+    labeled images. Raises ConfigError where no class is shared, DataError where nothing is left.
     """
-    if settings.extra is None:
+    given = settings.data.extra
+    if given is None:
         return None
-    extra = load_dataset_rows(settings.extra)
+    if given == PRETRAINING:
+        extra = _labels_of_pretraining(settings, train)
+        if extra is None:
+            return None
+    else:
+        extra = load_dataset_rows(given)
     wanted = {category["name"]: category["id"] for category in train.categories}
     ids = {c["id"]: wanted[c["name"]] for c in extra.categories if c["name"] in wanted}
     if not ids:
         raise ConfigError(
-            f"`data.extra`: {settings.extra} has none of the classes of `data.train` ({', '.join(wanted)}), but "
+            f"`data.extra`: {extra.name} has none of the classes of `data.train` ({', '.join(wanted)}), but "
             f"{', '.join(c['name'] for c in extra.categories) or 'no class'}: label with these class names."
         )
-    held_out = {os.path.realpath(row["image"]) for row in val.rows if isinstance(row["image"], str)} if val else set()
-    kept = [
-        index
-        for index, row in enumerate(extra.rows)
-        if not (isinstance(row["image"], str) and os.path.realpath(row["image"]) in held_out)
-    ]
+    if len(ids) < len(wanted):
+        lacking = ", ".join(name for name, identity in wanted.items() if identity not in ids.values())
+        logger.warning("`data.extra` has no class %s: on its images these objects count as background.", lacking)
+    return _without_known_images(extra.map(partial(_with_classes, ids)), train, val)
+
+
+def _labels_of_pretraining(settings: TrainSettings, train: InstanceDataset) -> InstanceDataset | None:
+    """What `model.init` was pre-trained on, where that can be mixed in; None with a line of the log where not."""
+    init = settings.model.init
+    record = Path(init or "") / "training_summary.json"
+    if init is None or not record.is_file():
+        return None
+    with reading(str(record)):
+        before = json.loads(record.read_text(encoding="utf-8"))["settings"]
+    if before["stage"] != "pretrain":
+        return None
+    data = before["data"]
+    path, why = data["train"], None
+    if before["model"]["class_agnostic"]:
+        why = "it was pre-trained without classes"
+    elif not os.path.exists(path):
+        why = f"they are no longer at {path}"
+    else:
+        extra = load_dataset_rows(path, **{key: data.get(f"train_{key}") for key in ("images", "split", "format")})
+        lacking = sorted({c["name"] for c in train.categories} - {c["name"] for c in extra.categories})
+        if not lacking:
+            logger.info(
+                "Mixing in the labels of pre-training, %s, in %s of every step (data.extra=null leaves them out).",
+                path, " falling to ".join(f"{share:.0%}" for share in settings.data.extra_share),
+            )  # fmt: skip
+            return extra
+        why = f"{path} has no class {', '.join(lacking)}, so that its images would teach that these are background"
+    logger.warning(
+        "The labels of the pre-training %s are not mixed into fine-tuning: %s. Set data.extra=STORE to mix in others.",
+        init, why,
+    )  # fmt: skip
+    return None
+
+
+def _without_known_images(
+    extra: InstanceDataset, train: InstanceDataset, val: InstanceDataset | None
+) -> InstanceDataset:
+    """`extra`, in the categories of `train`, without the images of the other two."""
+    known = {"validation": _files(val) if val else set(), "labeled": _files(train)}
+    kept, left = [], dict.fromkeys(known, 0)
+    for index, row in enumerate(extra.rows):
+        file = os.path.realpath(row["image"]) if isinstance(row["image"], str) else None
+        which = next((name for name, files in known.items() if file in files), None)
+        if which is None:
+            kept.append(index)
+        else:
+            left[which] += 1
     if not kept:
-        raise DataError("holds validation images only", file=settings.extra, remedy="Label other images.")
-    chosen = extra.subset(kept).map(partial(_with_classes, ids))
+        raise DataError(
+            "holds validation images and labeled images only", file=extra.name, remedy="Label other images."
+        )
+    chosen = extra.subset(kept)
     failures = list(chosen.failures)
-    if len(kept) < len(extra):
-        reason = f"{len(extra) - len(kept)} images are left out of `data.extra`, as they are validation images"
-        failures.append({"file": settings.extra, "row": None, "reason": reason})
+    if left["validation"]:
+        reason = f"{left['validation']} images are left out of `data.extra`, as they are validation images"
+        failures.append({"file": extra.name, "row": None, "reason": reason})
     return InstanceDataset(chosen.rows, train.categories, extra.name, failures)
+
+
+def _files(dataset: InstanceDataset) -> set[str]:
+    return {os.path.realpath(row["image"]) for row in dataset.rows if isinstance(row["image"], str)}
 
 
 def _with_classes(ids: dict[int, int], row: Row) -> Row:
