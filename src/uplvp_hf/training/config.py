@@ -44,8 +44,8 @@ class DataSettings(Settings):
     split_seed: int = setting(0, "seed of the low-data split, which is recorded in split.json")
     extra: str | None = setting(
         None,
-        f"{READABLE}, with the same class names: mixed into fine-tuning; {PRETRAINING}: the labels that `model.init` was "
-        "pre-trained on, where it is a pre-training of ours and they are still there",
+        f"{READABLE}, with the same class names: mixed into fine-tuning; {PRETRAINING}: the labels that `model.init` "
+        "was pre-trained on, where it is a pre-training of ours and they are still there",
     )
     extra_share: list[float] = setting(
         [0.5],
