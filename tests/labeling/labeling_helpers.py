@@ -17,8 +17,9 @@ from transformers import (
 
 from uplvp_hf.data.dataset import InstanceDataset
 from uplvp_hf.data.rows import read_image_folder
-from uplvp_hf.labeling.encoders.backbone import Encoded, Encoder
+from uplvp_hf.labeling.encoders.backbone import Encoder
 from uplvp_hf.labeling.encoders.clip import Clip
+from uplvp_hf.labeling.labelers.saliency import propose_batch
 
 WORDS = ["a", "photo", "of", "the", "bear", "deer", "grizzly", "sky", ".", "itap", "bad", "large", "small"]
 
@@ -101,8 +102,14 @@ class FixedEncoder(Encoder):
         super().__init__(nn.Identity(), "fixed", (0.5,) * 3, (0.5,) * 3, shift)
         self.feature = feature
 
-    def __call__(self, pixels: torch.Tensor, stages=None, with_logits: bool = False) -> Encoded:
-        return Encoded((self.feature[None].expand(len(pixels), -1, -1, -1),))
+    def __call__(self, pixels: torch.Tensor, stages=None) -> tuple[torch.Tensor, ...]:
+        return (self.feature[None].expand(len(pixels), -1, -1, -1),)
+
+
+def propose(feature: torch.Tensor, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """Saliency's `propose_batch` for one map (C, h, w): soft masks (N, h, w) and their scores (N,), best first."""
+    soft, scores, valid = propose_batch(feature[None], **options)
+    return soft[0, valid[0]], scores[0, valid[0]]
 
 
 def blob_image(seed: int, width: int = 96, height: int = 64) -> Image.Image:

@@ -44,19 +44,18 @@ def test_weights_that_do_not_fit(weights):
 def test_classifier_and_headless(weights):
     whole = load_encoder("timm:mobilenetv2_035", weights / "whole.safetensors")
     pixels = whole.pixels([blob_image(0), blob_image(1)], (64, 96))
-    encoded = whole(pixels, with_logits=True)
-    assert encoded.maps[-1].shape[2:] == (2, 3) and whole(pixels).logits is None
-    torch.testing.assert_close(encoded.logits, whole.classify(pixels))
-    some = whole(pixels, stages=(-2, -1)).maps
-    assert len(some) == 2 and torch.equal(some[0], encoded.maps[-2]) and torch.equal(some[1], encoded.maps[-1])
+    maps = whole(pixels)
+    assert maps[-1].shape[2:] == (2, 3)
+    torch.testing.assert_close(whole.classify(pixels), whole.model.forward_head(whole.model.forward_features(pixels)))
+    some = whole(pixels, stages=(-2, -1))
+    assert len(some) == 2 and torch.equal(some[0], maps[-2]) and torch.equal(some[1], maps[-1])
     with pytest.raises(ValueError, match="has 5 feature maps: stage 7"):
         whole(pixels, stages=(7,))
     headless = load_encoder("timm:mobilenetv2_035", weights / "trunk.safetensors")
-    assert headless.num_classes == 0 and headless(pixels).logits is None
-    torch.testing.assert_close(headless(pixels).maps[-1], encoded.maps[-1])
-    for use in (headless.classify, lambda pixels: headless(pixels, with_logits=True)):
-        with pytest.raises(ValueError, match="no classifier head"):
-            use(pixels)
+    assert headless.num_classes == 0
+    torch.testing.assert_close(headless(pixels)[-1], maps[-1])
+    with pytest.raises(ValueError, match="no classifier head"):
+        headless.classify(pixels)
     with pytest.raises(ValueError, match="no classifier head"):
         load_classifier("timm:mobilenetv2_035", weights / "trunk.safetensors")
 
@@ -67,8 +66,8 @@ def test_same_padding_moves_the_cells(weights):
     plain = load_encoder("timm:mobilenetv2_035", weights / "whole.safetensors")
     assert same.cell_offset(32) == pytest.approx(15.5 / 32) and plain.cell_offset(32) == 0
     pixels = torch.randn(1, 3, 1024 + 31, 1024 + 31, generator=torch.Generator().manual_seed(0))
-    a = same(pixels[..., :1024, :1024]).maps[-1]
-    b = plain(pixels[..., 31:, 31:]).maps[-1]
+    a = same(pixels[..., :1024, :1024])[-1]
+    b = plain(pixels[..., 31:, 31:])[-1]
     inner = slice(14, 18)
     torch.testing.assert_close(a[..., inner, inner], b[..., inner, inner], atol=1e-4, rtol=1e-3)
 
@@ -80,7 +79,7 @@ def test_transformers_backbone_folder(tmp_path):
     torch.manual_seed(0)
     ResNetBackbone(config).save_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path))
-    maps = encoder(encoder.pixels([blob_image(0)], (64, 96))).maps
+    maps = encoder(encoder.pixels([blob_image(0)], (64, 96)))
     assert [tuple(m.shape[1:]) for m in maps] == [(8, 16, 24), (16, 8, 12), (24, 4, 6), (32, 2, 3)]
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError):
@@ -103,7 +102,7 @@ def test_dinov2_folder(tmp_path):
     encoder = load_encoder(str(tmp_path))
     assert encoder.size_multiple == 14 and encoder.fit(100, 70, 140) == (98, 140)
     pixels = encoder.pixels([blob_image(0)], (70, 98))
-    (last,) = encoder(pixels, stages=(-1,)).maps
+    (last,) = encoder(pixels, stages=(-1,))
     tokens = model(pixels).last_hidden_state[:, 1:]
     torch.testing.assert_close(last.flatten(2).transpose(1, 2), tokens, atol=1e-5, rtol=1e-5)
     drop_tensor(tmp_path, "layer.1.mlp.fc1.weight")
@@ -120,7 +119,7 @@ def test_plain_vit_folder(tmp_path):
     model.save_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path))
     pixels = encoder.pixels([blob_image(0)], encoder.fit(96, 64, 72))
-    maps = encoder(pixels).maps
+    maps = encoder(pixels)
     assert [tuple(m.shape) for m in maps] == [(1, 32, 6, 9)] * 2
     output = model(pixels, interpolate_pos_encoding=True)
     torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), output.last_hidden_state[:, 1:])
@@ -134,7 +133,7 @@ def test_timm_vision_transformer_of_any_size():
     assert (encoder.size_multiple, encoder.fixed_size) == (16, None)
     size = encoder.fit(90, 60, 96)
     assert size == (64, 96)
-    assert encoder(encoder.pixels([blob_image(0)], size), stages=(-1,)).maps[0].shape == (1, 192, 4, 6)
+    assert encoder(encoder.pixels([blob_image(0)], size), stages=(-1,))[0].shape == (1, 192, 4, 6)
 
 
 def test_transformers_classifier(tmp_path):

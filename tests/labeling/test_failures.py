@@ -14,13 +14,13 @@ from uplvp_hf.labeling import DenseClipLabeler, Proposals, StoreError, label_ima
 from uplvp_hf.labeling.cutting.proposals import upsample_grid
 from uplvp_hf.labeling.encoders.windows import MAX_ASPECT, working_size
 from uplvp_hf.labeling.failures import as_failure
-from uplvp_hf.labeling.protocol import LabelerBase
+from uplvp_hf.labeling.protocol import Labeler
 from uplvp_hf.models.errors import UserError
 
 QUIET = {"progress": False, "batch_size": 2}
 
 
-class Fragile(LabelerBase):
+class Fragile(Labeler):
     """One mask an image, and an error for images of certain names."""
 
     name, encoder_name, settings = "fragile", "none", {}
@@ -115,7 +115,7 @@ def test_images_that_were_annotated_as_stored_stay_so(tmp_path, orientation):
     row = {"image": str(tmp_path / "a.png"), "image_id": 1, "file_name": "a.png", "width": 20, "height": 20}
     row |= {"as_stored": True, "objects": {}}
 
-    class Bright(LabelerBase):
+    class Bright(Labeler):
         name, encoder_name, settings = "bright", "none", {}
 
         def __call__(self, images, rows=None):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from uplvp_hf.labeling.cutting.proposals import Proposals
-from uplvp_hf.labeling.protocol import LabelerBase
+from uplvp_hf.labeling.protocol import Labeler
 from uplvp_hf.settings import Settings, setting
 
 
@@ -27,7 +27,7 @@ class BrightSettings(Settings):
     percentile: float = setting(90.0, "share of the pixels that are darker, percent", least=0, below=100)
 
 
-class BrightLabeler(LabelerBase):
+class BrightLabeler(Labeler):
     name, encoder_name = "bright", "none"
 
     def __init__(self, settings=None, **changes):

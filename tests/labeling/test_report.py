@@ -12,12 +12,12 @@ from labeling_helpers import image_folder
 from uplvp_hf.data import DataError, load_dataset_rows, read_store
 from uplvp_hf.labeling.cutting.proposals import Proposals
 from uplvp_hf.labeling.labelers.mask_file import MaskFileLabeler
-from uplvp_hf.labeling.pipeline import LabelerBase, label_images
+from uplvp_hf.labeling.pipeline import Labeler, label_images
 from uplvp_hf.labeling.quality import proposal_quality
 from uplvp_hf.labeling.report import AREA_EDGES, SCORE_EDGES, Statistics, write_report
 
 
-class Squares(LabelerBase):
+class Squares(Labeler):
     """As many squares as the image's number modulo 4; `calls` is one score an image."""
 
     name, encoder_name, vocabulary, license = "squares", "none at all", ("bear", "<deer>"), "cc-by-4.0"

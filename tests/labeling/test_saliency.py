@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from labeling_helpers import FixedEncoder, blob_image, tiny_encoder
+from labeling_helpers import FixedEncoder, blob_image, propose, tiny_encoder
 
 from uplvp_hf.labeling.labelers import saliency
 from uplvp_hf.labeling.labelers.saliency import SaliencyLabeler
@@ -44,7 +44,7 @@ def test_a_batch_of_maps_equals_its_maps():
     soft, scores, valid = saliency.propose_batch(features, min_cells=3)
     assert valid.sum(dim=1)[1] == 0 and valid.sum() > 3
     for feature, s, c, v in zip(features, soft, scores, valid):
-        alone = saliency.propose(feature, min_cells=3)
+        alone = propose(feature, min_cells=3)
         torch.testing.assert_close(s[v], alone[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(c[v], alone[1], atol=1e-5, rtol=1e-5)
         assert torch.equal(c[v], c[v].sort(descending=True).values)

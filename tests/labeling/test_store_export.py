@@ -15,11 +15,11 @@ from pycocotools.coco import COCO
 from uplvp_hf.data import DataError, load_dataset_rows, read_store
 from uplvp_hf.files import replacing
 from uplvp_hf.labeling.cutting.proposals import Proposals
-from uplvp_hf.labeling.pipeline import LabelerBase, label_images
+from uplvp_hf.labeling.pipeline import Labeler, label_images
 from uplvp_hf.labeling.store_export import export_coco, export_parquet, store_to_dataset
 
 
-class Rectangles(LabelerBase):
+class Rectangles(Labeler):
     """None, one, two, ... overlapping rectangles an image, of classes in turn."""
 
     name, encoder_name, vocabulary, settings = "rectangles", "none", ("bear", "otter"), {}

@@ -135,7 +135,7 @@ def test_proxy_runs_its_guide_on_the_same_windows_of_non_square_images(clip):
         for top in (0, 16):
             for left in (0, 16, 32, 48):
                 cut = (..., slice(top, top + 32), slice(left, left + 32))
-                layout = Layout((4, 4), 1, guide(plain[cut]).maps[-1])
+                layout = Layout((4, 4), 1, guide(plain[cut])[-1])
                 tokens, grid = run_blocks(clip.vision.encoder.layers, clip.embed(pixels[cut]), layout, recipe)
                 part = F.normalize(clip.project(tokens), dim=-1)[0].T.reshape(-1, *grid)
                 total[:, top // 4 : top // 4 + 8, left // 4 : left // 4 + 8] += torch.einsum(
@@ -154,7 +154,7 @@ def test_a_dino_guide_sees_pixels_that_fit_its_own_patches(clip):
     torch.manual_seed(0)
     sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 14, "image_size": 56}
     model = Dinov2Backbone(Dinov2Config(**sizes)).eval()
-    guide = Encoder(model, "dino", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    guide = Encoder(model, "dino", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), size_multiple=14)
     pixels = clip.pixels([blob_image(0)], (64, 96))
     plain = images_to_pixels([blob_image(0)], (64, 96), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     with torch.inference_mode():

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..data.dataset import InstanceDataset, RowStream
 from .processes import Processes, decode_workers
-from .protocol import AGNOSTIC_NAME, Labeler, LabelerBase, Namer
+from .protocol import AGNOSTIC_NAME, Labeler, Namer
 from .run import LabelSummary, Run, apply_floor, proposals_to_row
 from .settings import RunSettings
 from .store import StoreWriter, make_header
@@ -23,7 +23,6 @@ __all__ = [
     "AGNOSTIC_NAME",
     "LabelSummary",
     "Labeler",
-    "LabelerBase",
     "Namer",
     "apply_floor",
     "choose_categories",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,14 @@ from torch import nn
 
 from ...models.errors import UserError, reading
 from ...models.image_processing_base_uplvp import stored_settings
-from .folding import fold_batch_norms
 from .license import weights_license
-from .pixels import fit_longest, images_to_pixels
+from .pixels import Size, fit_longest, group_by_size, images_to_pixels
 
 # timm modules behind the last feature map: a weights file without them is a headless backbone, not a broken one.
 HEAD_MODULES = ("conv_head", "bn2", "norm_head", "classifier", "head", "head_fc", "head_drop", "fc", "fc_norm")
 # Plain vision transformers that AutoBackbone does not read; DINO's and MAE's checkpoints are of type "vit".
 TOKEN_MODELS = ("vit", "vit_msn", "deit")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """maps: feature maps (B, C_l, h_l, w_l), finest first. logits: (B, K) of the whole image, or None."""
-
-    maps: tuple[torch.Tensor, ...]
-    logits: torch.Tensor | None = None
 
 
 class Encoder:
@@ -75,16 +65,11 @@ class Encoder:
     ) -> None:
         # Channels last, as the pixels are: a third less time for MobileNetV2 on a CPU.
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-        self.name = name
+        self.device, self.dtype = torch.device(device), next((p.dtype for p in model.parameters()), torch.float32)
+        self.name, self.license, self.maps, self.shift = name, license, maps, shift
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
-        self.shift = shift
-        self.num_classes = num_classes
-        self.device = torch.device(device)
-        self.dtype = next((p.dtype for p in model.parameters()), torch.float32)
+        self.num_classes, self.id2label = num_classes, id2label
         self.size_multiple, self.fixed_size = size_multiple, fixed_size
-        self.id2label = None if id2label is None else dict(id2label)
-        self.license = license
-        self.maps = maps
 
     @property
     def dtype_name(self) -> str:
@@ -93,81 +78,73 @@ class Encoder:
 
     def cell_offset(self, stride: float, given: float | None = None) -> float:
         """Offset of the cells of a stride-`stride` map, in cells (`proposals.upsample_grid`); `given` wins."""
-        if given is not None:
-            return given
-        return self.shift * (stride - 1) / stride
+        return self.shift * (stride - 1) / stride if given is None else given
 
     def fit(self, width: int, height: int, longest: int) -> tuple[int, int]:
         """(height, width) that an image is stretched to: longer side about `longest`, multiples of what it needs."""
         return self.fixed_size or fit_longest(width, height, longest, self.size_multiple)
 
-    def passes(self, indices: Sequence[int], size: tuple[int, int]) -> Iterator[list[int]]:
-        """`indices` of images of one (height, width) in chunks for one forward pass each: about a megapixel at a time
-        on a CPU, where that is fastest, 16 on an accelerator."""
+    def passes(self, images: Sequence[Image.Image], longest: Any, fit: Any = None) -> Iterator[tuple[list[int], Size]]:
+        """The images that share a forward pass, as indices, with the (height, width) that they are stretched to: about
+        a megapixel at a time on a CPU, where that is fastest, 16 on an accelerator. fit: in place of `self.fit`."""
         budget = 1 << (20 if self.device.type == "cpu" else 24)
-        step = max(1, budget // (size[0] * size[1]))
-        for start in range(0, len(indices), step):
-            yield list(indices[start : start + step])
+        for size, indices in group_by_size(images, longest, fit or self.fit).items():
+            step = max(1, budget // (size[0] * size[1]))
+            for start in range(0, len(indices), step):
+                yield indices[start : start + step], size
 
-    def pixels(self, images: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
+    def pixels(self, images: Sequence[Image.Image], size: Size) -> torch.Tensor:
         """Stretch PIL images to `size` (height, width) and normalize: (B, 3, H, W) on the device, in its dtype."""
         pixels = images_to_pixels(images, size, self.image_mean, self.image_std, self.device)
         return pixels.to(self.dtype)
 
     @torch.inference_mode()
-    def __call__(self, pixels: torch.Tensor, stages: Sequence[int] | None = None, with_logits: bool = False) -> Encoded:
-        """pixels: (B, 3, H, W), normalized, sides multiples of `size_multiple`.
+    def __call__(self, pixels: torch.Tensor, stages: Sequence[int] | None = None) -> tuple[torch.Tensor, ...]:
+        """Feature maps (B, C_l, h_l, w_l), finest first.
 
-        stages: which maps, in ascending order, counted from the finest (0) or from the last (-1); None: all.
-        with_logits: of the whole image too, from the same pass; it costs the classifier's own layers.
-        Raises UserError for a network without maps, without that stage, or without a classifier.
+        pixels: (B, 3, H, W), normalized, sides multiples of `size_multiple`. stages: which maps, in ascending order,
+        counted from the finest (0) or from the last (-1); None: all.
+        Raises UserError for a network without maps, or without that stage.
         """
         if not self.maps:
             raise UserError(f"{self.name} was loaded as a classifier; load_encoder gives feature maps")
-        if with_logits:
-            self._check_classifier()
         if hasattr(self.model, "forward_intermediates"):
-            return self._timm(pixels, stages, with_logits)
-        if with_logits:
-            raise UserError(f"{self.name} gives maps or logits, not both; use classify")
-        return Encoded(_pick(tuple(self.model(pixels).feature_maps), stages, self.name))
+            # Without the final map: convolutional families compute it by a wide layer that only the classifier needs.
+            maps = tuple(self.model.forward_intermediates(pixels, intermediates_only=True))
+        else:
+            maps = tuple(self.model(pixels).feature_maps)
+        for stage in stages or ():
+            if not -len(maps) <= stage < len(maps):
+                raise UserError(f"{self.name} has {len(maps)} feature maps: stage {stage} is none of them")
+        return maps if stages is None else tuple(maps[stage] for stage in stages)
 
-    def _timm(self, pixels: torch.Tensor, stages: Sequence[int] | None, with_logits: bool) -> Encoded:
-        if with_logits:
-            final, maps = self.model.forward_intermediates(pixels)
-            return Encoded(_pick(tuple(maps), stages, self.name), self.model.forward_head(final))
-        # Without the final map: convolutional families compute it by a wide layer that only the classifier needs.
-        maps = self.model.forward_intermediates(pixels, intermediates_only=True)
-        return Encoded(_pick(tuple(maps), stages, self.name))
+    def map_of(
+        self, images: Sequence[Image.Image], size: Size, stage: int, cell_offset: float | None
+    ) -> tuple[torch.Tensor, float]:
+        """One feature map of images stretched to `size`, float32, and the offset of its cells."""
+        (features,) = self(self.pixels(images, size), stages=(stage,))
+        return features.float(), self.cell_offset(size[0] / features.shape[2], cell_offset)
 
     @torch.inference_mode()
     def last_map(self, pixels: torch.Tensor) -> torch.Tensor:
         """The map that the network's own classifier reads, (B, C, h, w): behind the wide layer that some convolutional
         networks put after their last stage, where the weights hold it; otherwise the last of `__call__`'s maps."""
         if not (self.num_classes and hasattr(self.model, "forward_intermediates")):
-            return self(pixels, stages=[-1]).maps[-1]
+            return self(pixels, stages=[-1])[0]
         final, maps = self.model.forward_intermediates(pixels)
         return final if final.shape[2:] == maps[-1].shape[2:] else maps[-1]  # tokens and channels-last maps: theirs
-
-    def _check_classifier(self) -> None:
-        if not self.num_classes:
-            raise UserError(f"{self.name} has no classifier head; name classes with CLIP, or load classifier weights")
 
     @torch.inference_mode()
     def classify(self, pixels: torch.Tensor) -> torch.Tensor:
         """Logits (B, K) of whole images. Raises UserError for a network without a classifier."""
-        self._check_classifier()
+        self.require_classifier()
         output = self.model(pixels)
         return output if isinstance(output, torch.Tensor) else output.logits
 
-
-def _pick(maps: tuple[torch.Tensor, ...], stages: Sequence[int] | None, name: str) -> tuple[torch.Tensor, ...]:
-    if stages is None:
-        return maps
-    for stage in stages:
-        if not -len(maps) <= stage < len(maps):
-            raise UserError(f"{name} has {len(maps)} feature maps: stage {stage} is none of them")
-    return tuple(maps[stage] for stage in stages)
+    def require_classifier(self) -> None:
+        """Raises UserError for a network without a classifier."""
+        if not self.num_classes:
+            raise UserError(f"{self.name} has no classifier head; name classes with CLIP, or load classifier weights")
 
 
 def load_encoder(
@@ -201,38 +178,21 @@ def load_classifier(
     name_or_path: str,
     weights: str | os.PathLike[str] | None = None,
     pad_type: str | None = None,
-    allow_random: bool = False,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
+    **options: Any,
 ) -> Encoder:
     """A frozen image classifier: an `Encoder` with `classify`, `num_classes` and, where known, `id2label`.
 
     name_or_path: as for `load_encoder`, or a folder or hub id that `transformers.AutoModelForImageClassification`
-    reads. timm models of 1000 classes are taken to know ImageNet's, in the usual order.
-    Raises as `load_encoder` does, and ValueError for weights without a classifier.
+    reads. timm models of 1000 classes are taken to know ImageNet's, in the usual order. options: `allow_random`,
+    `device` and `dtype` of `load_encoder`.
+    Raises as `load_encoder` does, and UserError for weights without a classifier.
     """
     if name_or_path.startswith("timm:"):
-        encoder = load_encoder(name_or_path, weights, pad_type, allow_random, device, dtype)
-        encoder._check_classifier()
+        encoder = load_encoder(name_or_path, weights, pad_type, **options)
+        encoder.require_classifier()
         return encoder
     _check_own_weights(name_or_path, weights, pad_type)
-    from transformers import AutoModelForImageClassification
-
-    extra = {} if dtype is None else {"dtype": dtype}
-    with reading(str(name_or_path)):
-        model, info = AutoModelForImageClassification.from_pretrained(name_or_path, output_loading_info=True, **extra)
-    if not allow_random:
-        _refuse_missing(name_or_path, info["missing_keys"])
-    config = model.config
-    multiple = _size_multiple(config, default=1)
-    mean, std = _mean_and_std(name_or_path)
-    labels = {int(index): str(label) for index, label in config.id2label.items()}
-    if all(label == f"LABEL_{index}" for index, label in labels.items()):  # transformers' own placeholders
-        labels = None
-    options = {"id2label": labels, "license": weights_license(name_or_path), "maps": False, "size_multiple": multiple}
-    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
-        model = _AnySize(model)
-    return Encoder(model, str(name_or_path), mean, std, num_classes=config.num_labels, device=device, **options)
+    return _load_classifier(name_or_path, **options)
 
 
 def _check_own_weights(name_or_path: str, weights, pad_type) -> None:
@@ -321,9 +281,6 @@ def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, dev
     embed = getattr(model, "patch_embed", None)
     if embed is not None and getattr(embed, "strict_img_size", False):
         options["fixed_size"] = tuple(embed.img_size)
-    example = torch.randn(1, 3, *options.get("fixed_size", (64, 64)), generator=torch.Generator().manual_seed(0))
-    if all(side % options["size_multiple"] == 0 for side in example.shape[2:]):
-        model = fold_batch_norms(model.eval(), example)
     # Each strided layer of one-sided padding looks half a (finer) cell to the right: (stride - 1) / 2 pixels in all.
     shift = 0.5 if pad_type == "same" else 0.0
     return Encoder(model.to(dtype), f"timm:{name}", mean, std, shift, num_classes, device, **options)
@@ -379,6 +336,24 @@ def _load_weights(model: nn.Module, path: Path, name: str) -> bool:
             f"{len(unexpected)} unknown ones {unexpected[:3]}"
         )
     return not missing
+
+
+def _load_classifier(path: str, allow_random: bool = False, device: Any = "cpu", dtype: Any = None) -> Encoder:
+    from transformers import AutoModelForImageClassification
+
+    extra = {} if dtype is None else {"dtype": dtype}
+    with reading(path):
+        model, info = AutoModelForImageClassification.from_pretrained(path, output_loading_info=True, **extra)
+    if not allow_random:
+        _refuse_missing(path, info["missing_keys"])
+    config = model.config
+    labels = {int(index): str(label) for index, label in config.id2label.items()}
+    placeholders = all(label == f"LABEL_{index}" for index, label in labels.items())  # transformers' own
+    options = {"id2label": None if placeholders else labels, "license": weights_license(path), "maps": False}
+    options["size_multiple"] = _size_multiple(config, default=1)
+    if "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        model = _AnySize(model)
+    return Encoder(model, path, *_mean_and_std(path), num_classes=config.num_labels, device=device, **options)
 
 
 def _load_backbone(path: str, allow_random: bool, device, dtype) -> Encoder:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+Size = tuple[int, int]  # (height, width) in pixels
+
 
 def images_to_pixels(
     images: Sequence[Image.Image],

@@ -8,10 +8,13 @@ what an encoder padded (OpenSeg: the valid part of its square) before writing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,17 +53,23 @@ class PrecomputedFeatures:
             raise UserError(f"layout {layout!r} of features is unknown; use one of {', '.join(LAYOUTS)}")
         self.path, self.layout, self.device, self.license = Path(path), layout, torch.device(device), license
         self.name = name or self.path.name
+        # {what an image may be called: file, name of the array in it; None: the only one}
+        self._places: dict[str, tuple[Path, str | None]] = {}
         if self.path.is_dir():
-            self._readers = self._index_folder()
+            files = sorted(file for file in self.path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            counts = Counter(file.stem for file in files)
+            self._places = {file.stem: (file, None) for file in files if counts[file.stem] == 1}
+            self._places |= {file.relative_to(self.path).with_suffix("").as_posix(): (file, None) for file in files}
         elif self.path.is_file() and self.path.suffix in (".safetensors", ".npz"):
-            self._readers = self._index_file()
+            with _opened(self.path) as content:
+                self._places = {key: (self.path, key) for key in list(content.keys())}
         else:
             raise UserError(f"features {path}: neither a folder nor a .safetensors or .npz file")
-        if not self._readers:
+        if not self._places:
             raise UserError(f"features {path}: no {', '.join(SUFFIXES)} file in it")
 
     def __len__(self) -> int:
-        return len(self._readers)
+        return len(self._places)
 
     def __call__(self, rows: Sequence[Row], dimension: int | None = None) -> list[torch.Tensor]:
         """Unit-length features of images: one (D, h, w) float32 a row.
@@ -71,39 +80,16 @@ class PrecomputedFeatures:
         """
         return [self._load(row, dimension) for row in rows]
 
-    def _index_folder(self) -> dict[str, Callable[[], np.ndarray | torch.Tensor]]:
-        readers: dict[str, Callable[[], np.ndarray | torch.Tensor]] = {}
-        doubled: set[str] = set()
-        for file in sorted(self.path.rglob("*")):
-            if file.suffix not in SUFFIXES or not file.is_file():
-                continue
-            reader = _reader(file)
-            readers[file.relative_to(self.path).with_suffix("").as_posix()] = reader
-            if file.parent != self.path:  # the bare stem too, where only one file has it
-                doubled |= {file.stem} & readers.keys()
-                readers.setdefault(file.stem, reader)
-        for stem in doubled:
-            if not any((self.path / (stem + suffix)).is_file() for suffix in SUFFIXES):
-                del readers[stem]
-        return readers
-
-    def _index_file(self) -> dict[str, Callable[[], np.ndarray | torch.Tensor]]:
-        if self.path.suffix == ".npz":
-            with np.load(self.path, allow_pickle=False) as content:
-                keys = list(content.files)
-        else:
-            keys = _safetensors(self.path, lambda file: list(file.keys()))
-        return {key: _reader(self.path, key) for key in keys}
-
     def _load(self, row: Row, dimension: int | None) -> torch.Tensor:
-        keys = _keys(row)
-        key = next((key for key in keys if key in self._readers), None)
+        name = PurePosixPath(str(row["file_name"]).replace(os.sep, "/"))
+        keys = dict.fromkeys([name.with_suffix("").as_posix(), str(name), name.stem, str(row["image_id"])])
+        key = next((key for key in keys if key in self._places), None)
         if key is None:
             raise DataError(
                 f"features {self.path}: nothing for image {row['file_name']!r} (image id {row['image_id']!r}); "
                 f"looked for {', '.join(keys)}"
             )
-        values = torch.as_tensor(self._readers[key]())
+        values = torch.as_tensor(_read(*self._places[key]))
         where = f"features {self.path}, {key!r}"
         if values.ndim == 4 and values.shape[0] == 1:
             values = values[0]
@@ -123,50 +109,31 @@ class PrecomputedFeatures:
         return F.normalize(values, dim=0)
 
 
-def _keys(row: Row) -> list[str]:
-    name = PurePosixPath(str(row["file_name"]).replace(os.sep, "/"))
-    return list(dict.fromkeys([name.with_suffix("").as_posix(), str(name), name.stem, str(row["image_id"])]))
-
-
-def _reader(file: Path, key: str | None = None) -> Callable[[], np.ndarray | torch.Tensor]:
-    """Reads one array of a file when called; `key` None: the only one, or the one called "features"."""
-
-    def read() -> np.ndarray | torch.Tensor:
-        if file.suffix in (".npy", ".npz"):
-            return _numpy(file, key)
-        return _safetensors(file, lambda opened: opened.get_tensor(_only(file, opened.keys()) if key is None else key))
-
-    return read
-
-
-def _numpy(file: Path, key: str | None) -> np.ndarray:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The arrays of a file by name; of a .npy the array itself. Raises DataError where it cannot be read."""
     try:
-        content = np.load(file, allow_pickle=False)
-        if file.suffix == ".npy":
+        with contextlib.ExitStack() as stack:
+            if file.suffix == ".npy":
+                yield np.load(file, allow_pickle=False)
+            elif file.suffix == ".npz":
+                yield stack.enter_context(np.load(file, allow_pickle=False))
+            else:
+                yield stack.enter_context(safe_open(file, "pt"))
+    except UserError:
+        raise
+    except (EOFError, zipfile.BadZipFile, SafetensorError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"features {file}: cannot be read ({reason}); compute it again") from error
+
+
+def _read(file: Path, key: str | None) -> Any:
+    """One array of a file; `key` None: the only one, or the one called "features"."""
+    with _opened(file) as content:
+        if isinstance(content, np.ndarray):
             return content
-        with content:
-            name = _only(file, content.files) if key is None else key
-            return content[name]
-    except (EOFError, zipfile.BadZipFile, ValueError) as error:
-        if str(error).startswith("features "):
-            raise
-        raise DataError(
-            f"features {file}: cannot be read ({' '.join(str(error).split())}); compute it again"
-        ) from error
-
-
-def _only(file: Path, keys: Sequence[str]) -> str:
-    keys = list(keys)
-    if "features" in keys:
-        return "features"
-    if len(keys) != 1:
-        raise UserError(f"features {file}: holds {len(keys)} arrays; call the one to use 'features'")
-    return keys[0]
-
-
-def _safetensors(path: Path, use: Callable):
-    try:
-        with safe_open(path, "pt") as file:
-            return use(file)
-    except SafetensorError as error:
-        raise DataError(f"features {path}: not a safetensors file ({error})") from error
+        keys = list(content.keys())
+        if key is None and len(keys) != 1 and "features" not in keys:
+            raise UserError(f"features {file}: holds {len(keys)} arrays; call the one to use 'features'")
+        name = key or ("features" if "features" in keys else keys[0])
+        return content.get_tensor(name) if hasattr(content, "get_tensor") else content[name]

@@ -112,6 +112,37 @@ def embed_classes(
     return TextEmbeddings(F.normalize(vectors, dim=-1), owners, len(entries), tuple(flat))
 
 
+def texts_of(
+    encoder: Any,
+    entries: Sequence[str],
+    background: Sequence[str],
+    templates: Sequence[str],
+    text: TextEmbeddings | None = None,
+) -> TextEmbeddings:
+    """The embeddings of vocabulary entries, then of background names, on the encoder's device.
+
+    encoder: a `Clip`, or `PrecomputedFeatures`, which need `text`. text: precomputed embeddings; None: by the encoder's
+    text tower. Raises UserError for embeddings of other names or of another length, and as `embed_classes` does.
+    """
+    wanted = [*entries, *background]
+    if text is None:
+        if not hasattr(encoder, "model"):
+            raise UserError(f"features {encoder.name}: precomputed features need `text`, embeddings of the same space")
+        return embed_classes(encoder.model, encoder.tokenizer, wanted, templates)
+    if text.count != len(wanted):
+        raise UserError(
+            f"text embeddings of {text.count} classes for {len(entries)} entries and {len(background)} background names"
+        )
+    flat = tuple(name for entry in wanted for name in split_synonyms(entry))
+    if text.names and text.names != flat:
+        wrong = next((a, b) for a, b in zip([*text.names, None], [*flat, None]) if a != b)
+        raise UserError(f"text embeddings are of {wrong[0]!r} where the vocabulary has {wrong[1]!r}")
+    dimension = getattr(encoder, "dimension", None)
+    if dimension is not None and text.vectors.shape[1] != dimension:
+        raise UserError(f"text embeddings of {text.vectors.shape[1]} numbers, {encoder.name} has {dimension}")
+    return text.to(encoder.device)
+
+
 def save_text_embeddings(path: str | os.PathLike[str], text: TextEmbeddings, **metadata: str) -> None:
     """Write embeddings as safetensors: `text_embeds` (T, D) float32, and `names`, a JSON list of T names, in the
     metadata beside further words such as the encoder's name. Raises UserError for embeddings without names."""

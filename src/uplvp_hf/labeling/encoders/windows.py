@@ -10,8 +10,9 @@ Published settings (shorter side, window, stride in pixels; OpenAI's ViT-B/16): 
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from ..settings import Recipe
 from .attention import Layout, run_blocks
 from .backbone import Encoder
 from .clip import Clip
+from .pixels import Size, group_by_size
 
 MAX_ASPECT = 16  # longer over shorter side up to which an image is looked at at full size
 
@@ -83,24 +85,16 @@ def guide_features(guide: Encoder, clip: Clip, pixels: torch.Tensor) -> torch.Te
     """
     if guide.shift:
         raise UserError(f"{guide.name}: cells are shifted against the image; the proxy guide needs a ViT such as DINO")
-    to_clip = torch.tensor([clip.image_mean, clip.image_std], device=pixels.device).view(2, 1, 3, 1, 1)
-    to_guide = torch.tensor([guide.image_mean, guide.image_std], device=pixels.device).view(2, 1, 3, 1, 1)
-    pixels = (pixels.float() * to_clip[1] + to_clip[0] - to_guide[0]) / to_guide[1]
-    multiple = _input_multiple(guide)
+    means, stds = (
+        torch.tensor(values, device=pixels.device).view(2, 1, 3, 1, 1)
+        for values in ((clip.image_mean, guide.image_mean), (clip.image_std, guide.image_std))
+    )
+    pixels = (pixels.float() * stds[0] + means[0] - means[1]) / stds[1]
+    multiple = guide.size_multiple
     size = [max(1, round(side / multiple)) * multiple for side in pixels.shape[-2:]]
     if size != list(pixels.shape[-2:]):
         pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)
-    return guide(pixels).maps[-1].float()
-
-
-def _input_multiple(guide: Encoder) -> int:
-    """Pixels that the sides of a backbone's input are a multiple of."""
-    size = getattr(getattr(guide.model, "config", None), "patch_size", None)  # transformers
-    if size is None:
-        size = getattr(getattr(guide.model, "patch_embed", None), "patch_size", None)  # timm
-    if isinstance(size, (tuple, list)):
-        size = math.lcm(*size)
-    return size if isinstance(size, int) else 32
+    return guide(pixels)[-1].float()
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -121,16 +115,24 @@ def working_size(width: int, height: int, image_size: int, side: str, patch: int
 
 
 @dataclass
-class _Group:
-    """Images of one working size. members: their places in the batch. places: (top, left) of the windows, pixels.
-    total: (B, C, h, w) sum of the windows' maps, `cell` pixels a cell; made by the first window."""
+class _Image:
+    """pixels: (3, H, W) at the working size. total, count: (C, h, w) sum of the windows' maps and (h, w) number of
+    windows over each cell, `cell` pixels a cell; made by the first window."""
 
-    members: list[int]
     pixels: torch.Tensor
-    window: tuple[int, int]
-    places: list[tuple[int, int]]
     cell: int = 0
     total: torch.Tensor | None = field(default=None, repr=False)
+    count: torch.Tensor | None = field(default=None, repr=False)
+
+    def add(self, values: torch.Tensor, place: tuple[int, int], cell: int) -> None:
+        """Adds the map of the window whose corner lies at `place` (top, left), in pixels."""
+        if self.total is None or self.count is None:
+            height, width = (side // cell for side in self.pixels.shape[-2:])
+            self.total, self.count = values.new_zeros(len(values), height, width), values.new_zeros(height, width)
+        top, left = (side // cell for side in place)
+        tall, wide = values.shape[1:]
+        self.total[:, top : top + tall, left : left + wide] += values
+        self.count[top : top + tall, left : left + wide] += 1
 
 
 @torch.inference_mode()
@@ -155,97 +157,39 @@ def dense_grids(
     patch = clip.patch_size
     window = None if view.window is None else max(patch, view.window // patch * patch)
     stride = patch if window is None else view.stride or max(1, window // 2)
-    groups = _group_by_size(clip, images, view, window, stride)
-    base = math.gcd(stride, patch)
-    for runs in _batches(groups, window_batch):
-        pixels = torch.cat([_cut(group, place, first, last) for group, place, first, last in runs])
-        maps = dense_features(clip, pixels, recipe, guide)
-        coarse = pixels.shape[-1] / maps.shape[-1]
-        if vectors is not None:
-            maps = torch.einsum("td,bdhw->bthw", vectors.to(maps), maps)
-        cell = _cell(base, coarse)
-        size = pixels.shape[-2] // cell, pixels.shape[-1] // cell
-        if size != maps.shape[-2:]:
-            maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
-        _add(runs, maps, cell)
-    results: list[torch.Tensor] = [torch.empty(0)] * len(images)
-    for group in groups:
-        for member, total in zip(group.members, group.total / _coverage(group)):
-            results[member] = total
-    return results
-
-
-def _group_by_size(
-    clip: Clip, images: Sequence[Image.Image], view: View, window: int | None, stride: int
-) -> list[_Group]:
-    sizes: dict[tuple[int, int], list[int]] = {}
-    for number, image in enumerate(images):
-        size = working_size(*image.size, view.image_size, view.side, clip.patch_size)
-        sizes.setdefault(size, []).append(number)
-    groups = []
-    for (height, width), members in sizes.items():
+    resized = [_Image(pixels) for pixels in _resized(clip, images, view)]
+    shapes: dict[tuple[int, int], list[tuple[_Image, tuple[int, int]]]] = {}
+    for one in resized:
+        height, width = one.pixels.shape[-2:]
         tall, wide = (height, width) if window is None else (min(window, height), min(window, width))
-        places = [
-            (top, left) for top in window_starts(height, tall, stride) for left in window_starts(width, wide, stride)
-        ]
-        pixels = clip.pixels([images[number] for number in members], (height, width))
-        groups.append(_Group(members, pixels, (tall, wide), places))
-    return groups
+        places = itertools.product(window_starts(height, tall, stride), window_starts(width, wide, stride))
+        shapes.setdefault((tall, wide), []).extend((one, place) for place in places)
+    base = math.gcd(stride, patch)
+    for (tall, wide), windows in shapes.items():
+        for start in range(0, len(windows), window_batch):
+            batch = windows[start : start + window_batch]
+            pixels = torch.stack([one.pixels[:, top : top + tall, left : left + wide] for one, (top, left) in batch])
+            maps = dense_features(clip, pixels, recipe, guide)
+            coarse = wide / maps.shape[-1]
+            if vectors is not None:
+                maps = torch.einsum("td,bdhw->bthw", vectors.to(maps), maps)
+            # The largest divisor of `base` that is no wider than a cell of the map.
+            cell = max(size for size in range(1, base + 1) if base % size == 0 and (size <= coarse or size == 1))
+            if (tall // cell, wide // cell) != maps.shape[-2:]:
+                maps = F.interpolate(maps, (tall // cell, wide // cell), mode="bilinear", align_corners=False)
+            for (one, place), values in zip(batch, maps):
+                one.add(values, place, cell)
+    return [one.total / one.count for one in resized]
 
 
-_Run = tuple[_Group, tuple[int, int], int, int]  # images first..last of a group at one place
+def _resized(clip: Clip, images: Sequence[Image.Image], view: View) -> list[torch.Tensor]:
+    """(3, H, W) of each image at its working size; images of one size are normalized together."""
+    results = [torch.empty(0)] * len(images)
 
+    def fit(width: int, height: int, image_size: int) -> Size:
+        return working_size(width, height, image_size, view.side, clip.patch_size)
 
-def _batches(groups: Sequence[_Group], size: int) -> Iterator[list[_Run]]:
-    """At most `size` windows of one shape at a time, as runs of neighboring images at the same place."""
-    shapes: dict[tuple[int, int], list[_Group]] = {}
-    for group in groups:
-        shapes.setdefault(group.window, []).append(group)
-    for alike in shapes.values():
-        runs: list[_Run] = []
-        room = size
-        for group, place in ((one, place) for one in alike for place in one.places):
-            first = 0
-            while first < len(group.members):
-                last = min(len(group.members), first + room)
-                runs.append((group, place, first, last))
-                room -= last - first
-                first = last
-                if not room:
-                    yield runs
-                    runs, room = [], size
-        if runs:
-            yield runs
-
-
-def _cut(group: _Group, place: tuple[int, int], first: int, last: int) -> torch.Tensor:
-    (top, left), (tall, wide) = place, group.window
-    return group.pixels[first:last, :, top : top + tall, left : left + wide]
-
-
-def _cell(base: int, coarse: float) -> int:
-    """The largest divisor of `base` that is no wider than a cell of `coarse` pixels."""
-    return max(divisor for divisor in range(1, base + 1) if base % divisor == 0 and (divisor <= coarse or divisor == 1))
-
-
-def _add(runs: Sequence[_Run], maps: torch.Tensor, cell: int) -> None:
-    """Add the maps of a batch where they belong: one addition a run, not one a window."""
-    start, (tall, wide) = 0, maps.shape[-2:]
-    for group, (top, left), first, last in runs:
-        if group.total is None:
-            height, width = (side // cell for side in group.pixels.shape[-2:])
-            group.cell = cell
-            group.total = maps.new_zeros(len(group.members), maps.shape[1], height, width)
-        top, left = top // cell, left // cell
-        group.total[first:last, :, top : top + tall, left : left + wide] += maps[start : start + last - first]
-        start += last - first
-
-
-def _coverage(group: _Group) -> torch.Tensor:
-    """How many windows cover each cell: (h, w)."""
-    count = torch.zeros(group.total.shape[-2:])
-    tall, wide = (side // group.cell for side in group.window)
-    for top, left in group.places:
-        top, left = top // group.cell, left // group.cell
-        count[top : top + tall, left : left + wide] += 1
-    return count.to(group.total.device)
+    for size, members in group_by_size(images, view.image_size, fit).items():
+        for member, pixels in zip(members, clip.pixels([images[k] for k in members], size)):
+            results[member] = pixels
+    return results

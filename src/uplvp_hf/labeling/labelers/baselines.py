@@ -10,11 +10,11 @@ from PIL import Image
 
 from ...data.rows import Row
 from ..cutting.proposals import Proposals
-from ..protocol import LabelerBase
+from ..protocol import Labeler
 from ..settings import CenterBoxSettings
 
 
-class CenterBoxLabeler(LabelerBase):
+class CenterBoxLabeler(Labeler):
     """One box in the middle of every image. Class-agnostic."""
 
     name = "center_box"

@@ -20,13 +20,13 @@ from ..fingerprint import fingerprint
 from ..naming.crops import crop_box
 from ..naming.examples import Examples, read_examples
 from ..prompt_settings import BoxesSettings
-from ..protocol import LabelerBase
+from ..protocol import Labeler
 from .box_segmenter import BoxSegmenter
 from .detectors import Boxes, load_detector
 from .mask_file import MaskFileLabeler, read_masks
 
 
-class BoxesLabeler(LabelerBase):
+class BoxesLabeler(Labeler):
     """Named boxes from a zero-shot detector or from a file, and a mask for each of them.
 
     Args:

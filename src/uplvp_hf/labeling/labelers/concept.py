@@ -16,11 +16,11 @@ from ..cutting.proposals import Proposals, filter_proposals, mask_nms, top_k
 from ..encoders.license import weights_license
 from ..encoders.text import split_synonyms
 from ..prompt_settings import ConceptSettings
-from ..protocol import LabelerBase
+from ..protocol import Labeler
 from .box_segmenter import MASK_BYTES, refuse_missing
 
 
-class ConceptLabeler(LabelerBase):
+class ConceptLabeler(Labeler):
     """All instances of what each class's words name, by transformers' `Sam3Model`.
 
     model: folder or Hub id. entries: of a vocabulary; phrases for one class are separated by commas, and each of them

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
@@ -21,9 +20,9 @@ from ..encoders.backbone import Encoder
 from ..encoders.clip import RECOMMENDED_FILE, Clip
 from ..encoders.precomputed import PrecomputedFeatures
 from ..encoders.prompt_templates import TEMPLATES, read_background, read_templates
-from ..encoders.text import TextEmbeddings, embed_classes, split_synonyms
+from ..encoders.text import TextEmbeddings, split_synonyms, texts_of
 from ..encoders.windows import View, dense_grids
-from ..protocol import Finish, LabelerBase
+from ..protocol import Finish, Labeler
 from ..settings import DenseClipSettings, Recipe
 
 # Calibration spread below this is a class whose similarity never changes; dividing by it would make noise evidence.
@@ -39,7 +38,7 @@ WITHOUT_EFFECT = ("window_batch", "cache_mb")  # on the labels
 DEFAULTS = {"zscore": (1.0, 2.0, 0.0), "softmax": (0.5, None, 0.0), "cosine": (0.2, None, 0.15)}
 
 
-class DenseClipLabeler(LabelerBase):
+class DenseClipLabeler(Labeler):
     """Masks with classes from a vocabulary, without any training (UPLVP's mask proposal with a training-free CLIP).
 
     Args:
@@ -86,7 +85,7 @@ class DenseClipLabeler(LabelerBase):
             self.view = View(size, config.side or "shorter", window or None, config.stride)
         self.config = _with_defaults(config, bool(self.background))
         self.text_digest = None if text is None else _digest(text)
-        self.text = self._embed() if text is None else self._check_text(text)
+        self.text = texts_of(clip, self.entries, self.background, self.templates, text)
         self.vocabulary = [] if config.class_agnostic else [split_synonyms(entry)[0] for entry in entries]
         self.cache = MapCache(int(config.cache_mb * 2**20))
         self.mean: torch.Tensor | None = None
@@ -109,37 +108,11 @@ class DenseClipLabeler(LabelerBase):
         guide = None if self.guide is None else self.guide.name
         return values | asdict(self.view) | {"guide": guide, "dtype": str(self.source.dtype).removeprefix("torch.")}
 
-    def _embed(self) -> TextEmbeddings:
-        if not isinstance(self.source, Clip):
-            raise UserError(
-                f"features {self.source.name}: precomputed features need `text`, embeddings of the same space"
-            )
-        names = [*self.entries, *self.background]
-        return embed_classes(self.source.model, self.source.tokenizer, names, self.templates)
-
-    def _check_text(self, text: TextEmbeddings) -> TextEmbeddings:
-        wanted = [*self.entries, *self.background]
-        if text.count != len(wanted):
-            raise UserError(
-                f"text embeddings of {text.count} classes for {len(self.entries)} entries and {len(self.background)} "
-                "background names"
-            )
-        flat = tuple(name for entry in wanted for name in split_synonyms(entry))
-        if text.names and text.names != flat:
-            wrong = next((a, b) for a, b in zip([*text.names, None], [*flat, None]) if a != b)
-            raise UserError(f"text embeddings are of {wrong[0]!r} where the vocabulary has {wrong[1]!r}")
-        dimension = self.source.dimension if isinstance(self.source, Clip) else None
-        if dimension is not None and text.vectors.shape[1] != dimension:
-            raise UserError(f"text embeddings of {text.vectors.shape[1]} numbers, {self.source.name} has {dimension}")
-        return text.to(self.device)
-
     def similarities(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[torch.Tensor]:
         """One (T, h, w) float32 cosine map an image, T names: synonyms of the classes, then background."""
         return [maps for maps, _ in self._encode(images, rows)]
 
-    def _encode(
-        self, images: Sequence[Image.Image], rows: Sequence[Row] | None
-    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    def _encode(self, images: Sequence[Image.Image], rows: Sequence[Row] | None) -> Encoded:
         """Similarities, and the features that splitting needs, of every image."""
         with_features = self.config.split == "ncut"
         if self.view is None:
@@ -164,7 +137,8 @@ class DenseClipLabeler(LabelerBase):
         if self.config.calibration is None or not images:
             return []
         encoded = self._encode(images, rows)
-        self.cache.put(MapCache.key(images, rows), encoded)
+        if self.view is not None:  # precomputed features go by the rows, not by the pixels
+            self.cache.put(images, encoded)
         entries = []
         for maps, _ in encoded:
             cells = self.text.per_class(maps, dim=0).flatten(1).double().cpu()
@@ -223,9 +197,7 @@ class DenseClipLabeler(LabelerBase):
         class-agnostic, masks at the image's size."""
         if not images:
             return list
-        encoded = self.cache.pop(images, rows)
-        if encoded is None:
-            encoded = self._encode(images, rows)
+        encoded = self.cache.pop(images) or self._encode(images, rows)
 
         def cut() -> Iterator[Proposals]:
             for image, (maps, features) in zip(images, encoded):
@@ -252,48 +224,41 @@ class DenseClipLabeler(LabelerBase):
         return float(np.clip(mean_evidence, 0, 1))
 
 
+Encoded = list[tuple[torch.Tensor, torch.Tensor | None]]  # similarities and features of the images of a batch
+
+
 class MapCache:
-    """Maps of batches of images, oldest dropped first, at most `limit` bytes in main memory.
+    """Maps of batches of images in main memory, until `limit` bytes are held.
 
     A batch is found only as a whole, in its order: an image's floats may depend in their last bits on its batch mates,
-    and labels must not depend on what happens to be cached.
+    and labels must not depend on what happens to be kept.
     """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
-        self._batches: OrderedDict[tuple, list[tuple[torch.Tensor, torch.Tensor | None]]] = OrderedDict()
+        self._batches: dict[tuple[int, ...], tuple[int, Encoded]] = {}
 
     def __len__(self) -> int:
         return len(self._batches)
 
     @staticmethod
-    def key(images: Sequence[Image.Image], rows: Sequence[Row] | None) -> tuple:
-        """Ids, where known, and checksums of the pixels."""
-        ids = [None] * len(images) if rows is None else [(row["image_id"], row["file_name"]) for row in rows]
-        return tuple((i, image.size, zlib.crc32(np.asarray(image))) for i, image in zip(ids, images))
+    def _key(images: Sequence[Image.Image]) -> tuple[int, ...]:
+        return tuple(zlib.crc32(image.tobytes(), image.width) for image in images)
 
-    def put(self, key: tuple, encoded: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
-        """Keep a batch's maps; one that is larger than the limit is not kept."""
+    def put(self, images: Sequence[Image.Image], encoded: Encoded) -> None:
+        """Keep a batch's maps where there is room."""
         kept = [(maps.cpu(), None if features is None else features.cpu()) for maps, features in encoded]
-        size = _bytes(kept)
-        if size > self.limit or key in self._batches:
-            return
-        while self.held + size > self.limit:
-            self.held -= _bytes(self._batches.popitem(last=False)[1])
-        self._batches[key] = kept
-        self.held += size
+        size = sum(tensor.nbytes for pair in kept for tensor in pair if tensor is not None)
+        key = self._key(images)
+        if key not in self._batches and self.held + size <= self.limit:
+            self._batches[key] = size, kept
+            self.held += size
 
-    def pop(self, images: Sequence[Image.Image], rows: Sequence[Row] | None):
+    def pop(self, images: Sequence[Image.Image]) -> Encoded | None:
         """A batch's maps, which are then forgotten, or None."""
-        if not self._batches:
-            return None
-        found = self._batches.pop(self.key(images, rows), None)
-        self.held -= 0 if found is None else _bytes(found)
+        size, found = self._batches.pop(self._key(images), (0, None)) if self._batches else (0, None)
+        self.held -= size
         return found
-
-
-def _bytes(encoded: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for pair in encoded for tensor in pair if tensor is not None)
 
 
 def _recommended(clip: Clip | PrecomputedFeatures, config: DenseClipSettings) -> dict[str, Any]:

@@ -20,9 +20,8 @@ from PIL import Image
 
 from ...data.rows import Row
 from ..cutting.proposals import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
-from ..encoders.backbone import Encoder
-from ..encoders.pixels import group_by_size
-from ..protocol import Finish, LabelerBase
+from ..encoders.pixels import Size
+from ..protocol import BackboneLabeler, Finish
 from ..settings import ForegroundSettings
 
 
@@ -93,64 +92,49 @@ class Ridge:
         return standardize((weights.transpose(1, 2) @ self.inputs).view(target.shape))
 
 
-class ForegroundLabeler(LabelerBase):
-    """Foreground components as proposals; class-agnostic.
-
-    encoder: a frozen backbone. settings, changes: see `ForegroundSettings`.
-    """
+class ForegroundLabeler(BackboneLabeler):
+    """Foreground components as proposals; class-agnostic. encoder: a frozen backbone. settings, changes: see
+    `ForegroundSettings`."""
 
     name = "foreground"
-
-    def __init__(self, encoder: Encoder, settings: ForegroundSettings | None = None, **changes: Any) -> None:
-        self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
-        self.config = ForegroundSettings.of(settings, **changes)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the labels depend on, for the store's header."""
-        return self.config.as_dict() | {"dtype": self.encoder.dtype_name}
+    settings_class = ForegroundSettings
+    config: ForegroundSettings
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
         """The soft maps; what it returns cuts them into components: one `Proposals` an image, masks at its size."""
         if not images:
             return lambda: iter(())
-        sizes = sorted({*self.config.norm_sizes, *self.config.component_sizes})
-        groups = {  # (height, width) at the largest size -> images, and the grid that they share
-            size: (indices, tuple(max(1, round(side * self.config.grid / max(size))) for side in size))
-            for size, indices in group_by_size(images, sizes[-1], self.encoder.fit).items()
-        }
-        grids = {index: grid for indices, grid in groups.values() for index in indices}
+        encoder, sizes = self.encoder, sorted({*self.config.norm_sizes, *self.config.component_sizes})
+        grids: dict[int, Size] = {}
+        largest = list(encoder.passes(images, sizes[-1]))
+        for chunk, size in largest:
+            grids |= dict.fromkeys(chunk, tuple(max(1, round(side * self.config.grid / max(size))) for side in size))
         # Sums over the sizes of the norm, and of norm + component, on each image's grid.
-        sums = {index: torch.zeros(2, *grid, device=self.encoder.device) for index, grid in grids.items()}
+        sums = {index: torch.zeros(2, *grid, device=encoder.device) for index, grid in grids.items()}
         for longest in sizes[:-1]:
-            for size, indices in group_by_size(images, longest, self.encoder.fit).items():
-                for chunk in self.encoder.passes(indices, size):
-                    self._add_coarse([images[k] for k in chunk], size, longest, [sums[k] for k in chunk], ())
+            for chunk, size in encoder.passes(images, longest):
+                self._add_coarse([images[k] for k in chunk], size, longest, [sums[k] for k in chunk], ())
         found: list[Any] = [None] * len(images)
-        for size, (indices, grid) in groups.items():
-            for chunk in self.encoder.passes(indices, size):
-                chunk_images, totals = [images[k] for k in chunk], [sums[k] for k in chunk]
-                fine = self.config.fine_stages if self.config.refine else ()
-                maps = self._add_coarse(chunk_images, size, sizes[-1], totals, fine)
-                soft = self._sharpen(torch.stack(totals), maps, [self._offset(level, size[0]) for level in maps], grid)
-                for index, values in zip(chunk, soft):
-                    found[index] = values
+        for chunk, size in largest:
+            members, totals = [images[k] for k in chunk], [sums[k] for k in chunk]
+            fine = self.config.fine_stages if self.config.refine else ()
+            maps = self._add_coarse(members, size, sizes[-1], totals, fine)
+            offsets = [encoder.cell_offset(size[0] / level.shape[2]) for level in maps]
+            for index, soft in zip(chunk, self._sharpen(torch.stack(totals), maps, offsets, grids[chunk[0]])):
+                found[index] = soft
         return lambda: (self._components(soft.cpu(), image.size[::-1]) for soft, image in zip(found, images))
-
-    def _offset(self, level: torch.Tensor, input_height: int) -> float:
-        return self.encoder.cell_offset(input_height / level.shape[2])
 
     def _add_coarse(
         self,
         images: Sequence[Image.Image],
-        size: tuple[int, int],
+        size: Size,
         longest: int,
         totals: Sequence[torch.Tensor],
         fine_stages: Sequence[int],
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> list[torch.Tensor]:
         """Encode images of one size, add their coarse maps to `totals`, and return the maps of `fine_stages`."""
-        encoded = self.encoder(self.encoder.pixels(images, size), stages=(*fine_stages, self.config.stage)).maps
+        encoded = self.encoder(self.encoder.pixels(images, size), stages=(*fine_stages, self.config.stage))
         *fine, last = (level.float() for level in encoded)
         offset = self.encoder.cell_offset(size[0] / last.shape[2], self.config.cell_offset)
         wanted = longest in self.config.norm_sizes, longest in self.config.component_sizes
@@ -158,10 +142,10 @@ class ForegroundLabeler(LabelerBase):
         for total, soft in zip(totals, maps):
             large = standardize(upsample_grid(soft, total.shape[1:], offset))
             total += large * torch.tensor(wanted, device=large.device)[:, None, None]
-        return tuple(fine)
+        return fine
 
     def _sharpen(
-        self, sums: torch.Tensor, maps: Sequence[torch.Tensor], offsets: Sequence[float], grid: tuple[int, int]
+        self, sums: torch.Tensor, maps: Sequence[torch.Tensor], offsets: Sequence[float], grid: Size
     ) -> torch.Tensor:
         """(B, 2, *grid) sums of coarse maps, finer maps (B, C_l, h_l, w_l) -> soft foreground (B, *grid)."""
         coarse = standardize(standardize(sums).sum(dim=1))

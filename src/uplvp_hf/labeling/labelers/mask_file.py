@@ -15,11 +15,11 @@ from ...data import DataError, InstanceDataset, Row, decode_segmentation, empty_
 from ...models.errors import UserError
 from ..cutting.proposals import Proposals
 from ..fingerprint import fingerprint
-from ..protocol import LabelerBase
+from ..protocol import Labeler
 from ..settings import MaskFileSettings
 
 
-class MaskFileLabeler(LabelerBase):
+class MaskFileLabeler(Labeler):
     """Masks that another program wrote: a COCO JSON, a COCO results list, a pseudo-label store.
 
     dataset: the path of one of these, or an `InstanceDataset`. settings, changes: see `MaskFileSettings`.

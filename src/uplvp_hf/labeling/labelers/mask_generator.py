@@ -13,11 +13,11 @@ from ...data import Row
 from ...models.errors import UserError, reading
 from ..cutting.proposals import Proposals, filter_proposals, mask_nms, top_k
 from ..encoders.license import weights_license
-from ..protocol import LabelerBase
+from ..protocol import Labeler
 from ..settings import MaskGeneratorSettings
 
 
-class MaskGeneratorLabeler(LabelerBase):
+class MaskGeneratorLabeler(Labeler):
     """Class-agnostic masks of a model of transformers' "mask-generation" task: SAM, SAM-HQ, SAM 2, SAM 3, EdgeTAM.
 
     model: folder or Hub id. device: where it runs. dtype: of its weights; None: as stored. settings, changes: see

@@ -14,9 +14,8 @@ from ...data.rows import Row
 from ..cutting.normalized_cut import BATCH_FLOATS, affinity, second_eigenvector
 from ..cutting.proposals import Proposals, filter_proposals, upsample_grid
 from ..cutting.refine import pamr
-from ..encoders.backbone import Encoder
-from ..encoders.pixels import group_by_size, images_to_pixels
-from ..protocol import Finish, LabelerBase
+from ..encoders.pixels import images_to_pixels
+from ..protocol import BackboneLabeler, Finish
 from ..settings import NcutSettings
 
 
@@ -119,7 +118,7 @@ def cut_out(
     return found, soft, scores
 
 
-class NcutLabeler(LabelerBase):
+class NcutLabeler(BackboneLabeler):
     """Class-agnostic proposals by normalized cuts of a backbone's features (MaskCut's recipe, on any backbone).
 
     encoder: a frozen backbone; MaskCut has DINO's ViT-B/8. settings, changes: see `NcutSettings`; its defaults are
@@ -128,31 +127,22 @@ class NcutLabeler(LabelerBase):
     """
 
     name = "ncut"
-
-    def __init__(self, encoder: Encoder, settings: NcutSettings | None = None, **changes: Any) -> None:
-        self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
-        self.config = config = NcutSettings.of(settings, **changes)
-        self.search = {name: getattr(config, name) for name in ("masks", "tau", "min_area", "max_iou", "center")}
-        self.filters = {"max_area": config.max_area, "max_border": config.max_border}
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the labels depend on, for the store's header."""
-        return self.config.as_dict() | {"dtype": self.encoder.dtype_name}
+    settings_class = NcutSettings
+    config: NcutSettings
 
     @torch.inference_mode()
     def begin(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> Finish:
         """The cuts; what it returns enlarges the masks: one `Proposals` an image, in the order they were cut out."""
+        config = self.config
         found: list[Any] = [None] * len(images)
-        for size, indices in group_by_size(images, self.config.image_size, self.encoder.fit).items():
-            for chunk in self.encoder.passes(indices, size):
-                chunk_images = [images[index] for index in chunk]
-                (features,) = self.encoder(self.encoder.pixels(chunk_images, size), stages=(self.config.stage,)).maps
-                _, soft, scores = cut_out(features, **self.search)
-                stride = size[0] / features.shape[2]
-                offset = self.encoder.cell_offset(stride, self.config.cell_offset)
-                for index, *values in zip(chunk, chunk_images, soft, scores.cpu()):
-                    found[index] = (*values, size, offset)
+        for chunk, size in self.encoder.passes(images, config.image_size):
+            members = [images[index] for index in chunk]
+            features, offset = self.encoder.map_of(members, size, config.stage, config.cell_offset)
+            _, soft, scores = cut_out(
+                features, config.masks, config.tau, config.min_area, config.max_iou, config.center
+            )
+            for index, *values in zip(chunk, members, soft, scores.cpu()):
+                found[index] = (*values, size, offset)
         return lambda: (self._enlarge(*values) for values in found)
 
     def _enlarge(
@@ -172,4 +162,5 @@ class NcutLabeler(LabelerBase):
             masks = upsample_grid(after, shape) > 0.5
             masks &= (agreement >= self.config.min_agreement)[:, None, None]
         proposals = Proposals(masks.cpu().numpy(), kept)
-        return filter_proposals(proposals.take(proposals.masks.any(axis=(1, 2))), **self.filters)
+        proposals = proposals.take(proposals.masks.any(axis=(1, 2)))
+        return filter_proposals(proposals, max_area=self.config.max_area, max_border=self.config.max_border)

@@ -41,7 +41,7 @@ from ...data import Row
 from ...models.errors import UserError
 from ...settings import Settings, setting
 from ..cutting.proposals import Proposals
-from ..protocol import LabelerBase
+from ..protocol import Labeler
 
 
 def find_factory(reference: str) -> Callable[..., Any]:
@@ -114,7 +114,7 @@ def load_plugin(reference: str, options: Mapping[str, Any] | None = None) -> Plu
     return PluginLabeler(factory(**options), reference, options)
 
 
-class PluginLabeler(LabelerBase):
+class PluginLabeler(Labeler):
     """A user's source as a labeler; see the module. `options` become part of the settings.
 
     Raises UserError for a source that cannot be called, or that has settings which JSON cannot hold.

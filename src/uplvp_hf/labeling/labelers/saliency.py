@@ -22,8 +22,7 @@ from ...data.rows import Row
 from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals, matrix_nms, upsample_grid
 from ..encoders.backbone import Encoder
-from ..encoders.pixels import group_by_size
-from ..protocol import Finish, LabelerBase
+from ..protocol import BackboneLabeler, Finish
 from ..settings import SaliencySettings
 
 # The filters of the authors' three scripts: the offline generator, the one inside the detector, and the supervised one.
@@ -32,6 +31,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "online": {"min_center": 0.1, "max_width": None, "max_extent": None, "min_score": 0.7, "when_empty": "best"},
     "sup": {"min_center": 0.1, "max_width": None, "max_extent": 0.8, "min_score": 0.7, "when_empty": "best"},
 }
+
+SEARCH = ("scales", "threshold", "min_cells", "kernel", "sigma", "top")  # settings of `propose_batch`
 
 
 def make_queries(features: torch.Tensor, scales: Sequence[float] = (1.0, 0.5, 0.25)) -> torch.Tensor:
@@ -73,12 +74,6 @@ def mass_geometry(soft: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     x = (columns * torch.arange(columns.shape[-1], device=soft.device)).sum(dim=-1) / width.clamp_min(1e-6)
     y = (rows * torch.arange(rows.shape[-1], device=soft.device)).sum(dim=-1) / height.clamp_min(1e-6)
     return x, y, width, height
-
-
-def mass_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Boxes around the center of mass, (N, h, w) -> (N, 4) xyxy in cells. Not the tight boxes; used by the filters."""
-    x, y, width, height = mass_geometry(masks)
-    return torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=1)
 
 
 def keep_plausible(
@@ -141,12 +136,6 @@ def _pick(maps: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return maps.gather(1, index[..., None, None].expand(-1, -1, *maps.shape[2:]))
 
 
-def propose(features: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """`propose_batch` for one map (C, h, w): soft masks (N, h, w) and their decayed scores (N,), best first."""
-    soft, scores, valid = propose_batch(features[None], **options)
-    return soft[0, valid[0]], scores[0, valid[0]]
-
-
 def median_filter(maps: torch.Tensor, size: int = 3) -> torch.Tensor:
     """Median over size x size cells, edge cells repeated: (B, K, h, w). On soft maps it commutes with thresholding."""
     reach = size // 2
@@ -154,29 +143,25 @@ def median_filter(maps: torch.Tensor, size: int = 3) -> torch.Tensor:
     return padded.unfold(2, size, 1).unfold(3, size, 1).flatten(-2).median(dim=-1).values
 
 
-class SaliencyLabeler(LabelerBase):
-    """SP's proposals for images. Class-agnostic.
-
-    encoder: a frozen backbone. settings, changes: see `SaliencySettings`.
-    """
+class SaliencyLabeler(BackboneLabeler):
+    """SP's proposals for images. Class-agnostic. encoder: a frozen backbone. settings, changes: `SaliencySettings`."""
 
     name = "saliency"
+    settings_class = SaliencySettings
+    config: SaliencySettings
 
     def __init__(self, encoder: Encoder, settings: SaliencySettings | None = None, **changes: Any) -> None:
-        self.encoder, self.encoder_name, self.license = encoder, encoder.name, encoder.license
-        self.config = config = SaliencySettings.of(settings, **changes)
-        self.search = {name: getattr(config, name) for name in ("scales", "threshold", "min_cells")}
-        self.search |= {"kernel": config.kernel, "sigma": config.sigma, "top": config.top}
-        variant = VARIANTS[config.variant]
-        given = {name: getattr(config, name) for name in variant}
+        super().__init__(encoder, settings, **changes)
+        self.search = {name: getattr(self.config, name) for name in SEARCH}
+        variant = VARIANTS[self.config.variant]
+        given = {name: getattr(self.config, name) for name in variant}
         self.filters = variant | {name: value for name, value in given.items() if value is not None}
         self.when_empty = self.filters.pop("when_empty")
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the store's header, with the variant's filters."""
-        filters = {**self.filters, "when_empty": self.when_empty}
-        return self.config.as_dict() | filters | {"dtype": self.encoder.dtype_name}
+        return super().settings | self.filters | {"when_empty": self.when_empty}
 
     def _fit(self, width: int, height: int, longest: Any) -> tuple[int, int]:
         if isinstance(longest, int):
@@ -189,14 +174,11 @@ class SaliencyLabeler(LabelerBase):
         """Everything on the grid; what it returns enlarges the masks: one `Proposals` an image, best first, at the
         image's size."""
         found: list[Any] = [None] * len(images)
-        for size, indices in group_by_size(images, self.config.image_size, self._fit).items():
-            for chunk in self.encoder.passes(indices, size):
-                pixels = self.encoder.pixels([images[i] for i in chunk], size)
-                (features,) = self.encoder(pixels, stages=(self.config.stage,)).maps
-                stride = size[0] / features.shape[2]
-                offset = self.encoder.cell_offset(stride, self.config.cell_offset)
-                for index, kept in zip(chunk, self.propose_maps(features.float())):
-                    found[index] = (*kept, offset)
+        for chunk, size in self.encoder.passes(images, self.config.image_size, self._fit):
+            members = [images[i] for i in chunk]
+            features, offset = self.encoder.map_of(members, size, self.config.stage, self.config.cell_offset)
+            for index, kept in zip(chunk, self.propose_maps(features)):
+                found[index] = (*kept, offset)
 
         def enlarge() -> Iterator[Proposals]:
             for image, (soft, scores, offset) in zip(images, found):

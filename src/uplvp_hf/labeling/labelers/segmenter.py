@@ -15,11 +15,11 @@ from ...models.masks import mask_area
 from ..cutting.proposals import Proposals, mask_nms
 from ..encoders.license import weights_license
 from ..fingerprint import hash_files
-from ..protocol import LabelerBase
+from ..protocol import Labeler
 from ..settings import SegmenterSettings
 
 
-class SegmenterLabeler(LabelerBase):
+class SegmenterLabeler(Labeler):
     """Predictions of a trained segmenter of this library as labels for another round (self-training).
 
     model: folder or Hub id of a model of `uplvp pretrain` or `uplvp finetune`. device: where it runs. settings,

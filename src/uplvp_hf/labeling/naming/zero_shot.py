@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from ...models.errors import UserError
 from ..cutting.proposals import Proposals
 from ..encoders.prompt_templates import TEMPLATES, read_background, read_templates
-from ..encoders.text import TextEmbeddings, embed_classes, split_synonyms
+from ..encoders.text import TextEmbeddings, split_synonyms, texts_of
 from ..settings import ZeroShotSettings
 from .crops import crops_of, name_crops
 
@@ -28,7 +27,7 @@ class ClipZeroShotNamer:
             a background name keeps its best class at a low confidence, for `min_confidence` to drop.
         text: precomputed embeddings of the entries, then the background names (`load_text_embeddings`).
 
-    Raises UserError for an empty vocabulary.
+    Raises UserError for an empty vocabulary, and for text that does not fit.
     """
 
     name = "clip"
@@ -48,15 +47,7 @@ class ClipZeroShotNamer:
         self.entries, self.templates = list(entries), list(read_templates(templates)) if text is None else None
         self.background = read_background(config.background, entries)
         self.names = [split_synonyms(entry)[0] for entry in entries]
-        wanted = [*self.entries, *self.background]
-        if text is None:
-            text = embed_classes(clip.model, clip.tokenizer, wanted, self.templates)
-        elif text.count != len(wanted) or text.vectors.shape[1] != clip.dimension:
-            raise UserError(
-                f"text embeddings of {text.count} classes and {text.vectors.shape[1]} numbers; {len(wanted)} entries "
-                f"and background names of {clip.dimension} numbers are needed"
-            )
-        self.text = text.to(clip.device)
+        self.text = texts_of(clip, entries, self.background, self.templates or (), text)
 
     @property
     def settings(self) -> dict[str, Any]:
