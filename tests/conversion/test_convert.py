@@ -49,7 +49,7 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("source", WRAPPED)
-def test_backbones_give_the_features_of_torchvision(resnet, source, tmp_path):
+def test_backbones_give_the_features_of_torchvision(resnet, source, tmp_path, close):
     content = WRAPPED[source](resnet.state_dict())
     torch.save(content, tmp_path / "weights.pth.tar")
     report = convert_checkpoint(tmp_path / "weights.pth.tar", tmp_path / "out")
@@ -59,7 +59,7 @@ def test_backbones_give_the_features_of_torchvision(resnet, source, tmp_path):
         x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(image))))
         for index, found in enumerate(ours(image).feature_maps):
             x = getattr(resnet, f"layer{index + 1}")(x)
-            torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-5)
+            close(found, x)
     # Every tensor of the file is accounted for, once.
     names = set(content.get("state_dict", content))
     assert names == {*report.kept, *report.renamed, *report.dropped}
@@ -116,7 +116,7 @@ def state_of(tensors):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("with_config", [True, False])
-def test_mask2former_of_mmdetection_predicts_as_recorded(golden, tmp_path, with_config):
+def test_mask2former_of_mmdetection_predicts_as_recorded(golden, tmp_path, with_config, close):
     tensors, info = golden("mask2former")
     torch.save({"meta": {"epoch": 1}, "state_dict": state_of(tensors)}, tmp_path / "m2f.pth")
     (tmp_path / "config.json").write_text(json.dumps({"model": info["config"]}))
@@ -129,8 +129,8 @@ def test_mask2former_of_mmdetection_predicts_as_recorded(golden, tmp_path, with_
     with torch.no_grad():
         output = model(tensors["input.img"])
     last = max(int(m[1]) for name in tensors if (m := re.match(r"layer(\d+)\.cls_pred", name)))
-    torch.testing.assert_close(output.class_queries_logits, tensors[f"layer{last}.cls_pred"], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(output.masks_queries_logits, tensors[f"layer{last}.mask_pred"], rtol=1e-5, atol=1e-4)
+    close(output.class_queries_logits, tensors[f"layer{last}.cls_pred"])
+    close(output.masks_queries_logits, tensors[f"layer{last}.mask_pred"])
     assert (tmp_path / "out" / "preprocessor_config.json").is_file()
 
 
@@ -192,7 +192,7 @@ def test_pre_training_checkpoints_keep_the_prompt_projection(golden, tmp_path):
 @pytest.mark.golden
 @pytest.mark.parametrize("name", ["knet_inst", "queryinst"])
 @pytest.mark.parametrize("with_config", [True, False])
-def test_knet_and_queryinst_predict_as_recorded(golden, tmp_path, name, with_config):
+def test_knet_and_queryinst_predict_as_recorded(golden, tmp_path, name, with_config, close):
     tensors, info = golden(name)
     extra = {"roi_head.mask_head.0.cls_clip_fcs.0.weight": torch.zeros(2, 2)}  # of a pre-training checkpoint
     torch.save({"state_dict": state_of(tensors) | extra}, tmp_path / "model.pth")
@@ -226,7 +226,7 @@ def test_knet_and_queryinst_predict_as_recorded(golden, tmp_path, name, with_con
     with torch.no_grad():  # the original K-Net does not look at the mask
         output = model(tensors["input.img"], pixel_mask=pixel_mask if name == "queryinst" else None)
     last = "" if name == "queryinst" else f"stage{model.segmenter.num_stages - 1}."
-    torch.testing.assert_close(output.class_queries_logits, tensors[f"test.{last}cls_score"], rtol=1e-4, atol=1e-4)
+    close(output.class_queries_logits, tensors[f"test.{last}cls_score"])
 
 
 @pytest.mark.golden
@@ -285,7 +285,7 @@ def detectron2_name(name: str) -> str:
 
 
 @pytest.mark.golden
-def test_mask2former_of_detectron2_predicts_as_recorded(golden, tmp_path):
+def test_mask2former_of_detectron2_predicts_as_recorded(golden, tmp_path, close):
     tensors, _ = golden("mask2former")
     state = {detectron2_name(name): value for name, value in state_of(tensors).items()}
     assert "sem_seg_head.predictor.transformer_self_attention_layers.0.self_attn.in_proj_weight" in state
@@ -295,7 +295,7 @@ def test_mask2former_of_detectron2_predicts_as_recorded(golden, tmp_path):
     with torch.no_grad():
         output = model(tensors["input.img"])
     last = max(int(m[1]) for name in tensors if (m := re.match(r"layer(\d+)\.cls_pred", name)))
-    torch.testing.assert_close(output.masks_queries_logits, tensors[f"layer{last}.mask_pred"], rtol=1e-5, atol=1e-4)
+    close(output.masks_queries_logits, tensors[f"layer{last}.mask_pred"])
 
 
 def test_detectron2_names():

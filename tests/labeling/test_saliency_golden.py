@@ -9,7 +9,6 @@ from uplvp_hf.labeling.labelers import saliency
 from uplvp_hf.models.masks import tight_boxes
 
 pytestmark = pytest.mark.golden
-close = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def mass_boxes(masks):
@@ -24,56 +23,56 @@ def recorded(golden):
 
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
-def test_steps_equal_the_recorded_ones(recorded, case):
+def test_steps_equal_the_recorded_ones(recorded, case, close):
     want = {key.removeprefix(f"{case}."): value for key, value in recorded.items() if key.startswith(case)}
     queries = saliency.make_queries(want["feat"])
-    torch.testing.assert_close(queries, want["queries_raw"], **close)
+    close(queries, want["queries_raw"])
     soft = saliency.similarity_maps(want["feat"], queries)
-    torch.testing.assert_close(soft, want["soft_masks"], **close)
+    close(soft, want["soft_masks"])
     masks = soft >= 0.5
     assert torch.equal(masks.sum(dim=(1, 2)), want["sum_masks"])
     large = masks.sum(dim=(1, 2)) > 1
     assert torch.equal(large, want["keep_area"].bool())
     scores = saliency.maskness(soft[large], masks[large])
-    torch.testing.assert_close(scores, want["maskness"], **close)
+    close(scores, want["maskness"])
     order = scores.argsort(descending=True)
     assert torch.equal(order, want["sort1"])
     decayed = matrix_nms(masks[large][order], scores[order])
-    torch.testing.assert_close(decayed, want["maskness_after_nms"], **close)
+    close(decayed, want["maskness_after_nms"])
     assert torch.equal(decayed.argsort(descending=True)[:20], want["sort2"][:20])
 
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
-def test_proposals_boxes_and_filters_equal_the_recorded_ones(recorded, case):
+def test_proposals_boxes_and_filters_equal_the_recorded_ones(recorded, case, close):
     soft, scores = propose(recorded[f"{case}.feat"])
     masks = (soft >= 0.5).float()
-    torch.testing.assert_close(scores, recorded[f"{case}.topk_maskness"], **close)
+    close(scores, recorded[f"{case}.topk_maskness"])
     assert torch.equal(masks, (recorded[f"{case}.topk_masks"] >= 0.5).float())
-    torch.testing.assert_close(mass_boxes(masks), recorded[f"{case}.topk_boxes"], **close)
+    close(mass_boxes(masks), recorded[f"{case}.topk_boxes"])
     keep = saliency.keep_plausible(masks, scores)
     assert torch.equal(keep, recorded[f"{case}.keep_final"].bool())
-    torch.testing.assert_close(scores[keep], recorded[f"{case}.final_maskness"], **close)
-    torch.testing.assert_close(mass_boxes(masks[keep]), recorded[f"{case}.final_boxes"], **close)
+    close(scores[keep], recorded[f"{case}.final_maskness"])
+    close(mass_boxes(masks[keep]), recorded[f"{case}.final_boxes"])
     assert torch.equal(masks[keep], (recorded[f"{case}.final_masks"] >= 0.5).float())
 
 
 @pytest.mark.parametrize("agnostic", [False, True])
 @pytest.mark.parametrize("kernel, sigma", [("gaussian", 2.0), ("gaussian", 0.5), ("linear", 2.0)])
-def test_matrix_nms(recorded, kernel, sigma, agnostic):
+def test_matrix_nms(recorded, kernel, sigma, agnostic, close):
     masks, scores = recorded["nms.masks"].bool(), recorded["nms.scores_desc"]
     labels = None if agnostic else recorded["nms.labels"]
     name = f"nms.matrix_nms{'_agnostic' if agnostic else ''}.{kernel}.sigma{sigma}"
-    torch.testing.assert_close(matrix_nms(masks, scores, labels, kernel, sigma), recorded[name], **close)
+    close(matrix_nms(masks, scores, labels, kernel, sigma), recorded[name])
 
 
 @pytest.mark.parametrize("case", ["case0", "case1", "case2"])
-def test_center_of_mass(recorded, case):
+def test_center_of_mass(recorded, case, close):
     x, y, _, _ = saliency.mass_geometry((propose(recorded[f"{case}.feat"])[0] >= 0.5).float())
-    torch.testing.assert_close(x, recorded[f"{case}.center_ws"], **close)
-    torch.testing.assert_close(y, recorded[f"{case}.center_hs"], **close)
+    close(x, recorded[f"{case}.center_ws"])
+    close(y, recorded[f"{case}.center_hs"])
 
 
-def test_suppression_of_unsorted_masks(recorded):
+def test_suppression_of_unsorted_masks(recorded, close):
     """mask_matrix_nms of both code bases: sort, decay, filter by score, keep the best; one mask where none passes."""
     perm = recorded["nms.perm"]
     given = Proposals(
@@ -94,7 +93,7 @@ def test_suppression_of_unsorted_masks(recorded):
             name = f"nms.{source}.{case}"
             if f"{name}.scores" not in recorded:  # mmdet's returns nothing where no mask passes
                 continue
-            torch.testing.assert_close(torch.from_numpy(got.scores), recorded[f"{name}.scores"], **close)
+            close(torch.from_numpy(got.scores), recorded[f"{name}.scores"])
             want = given.take(recorded[f"{name}.keep_inds"].numpy())
             assert (got.labels == want.labels).all() and (got.masks == want.masks).all()
 

@@ -16,36 +16,36 @@ def recorded(golden):
 
 
 @pytest.mark.golden
-def test_recorded_box_coder(recorded):
+def test_recorded_box_coder(recorded, close):
     deltas = recorded["coder.deltas"]
     # the recording has changes beyond the limit
     assert (deltas[:, 2:].abs() > MAX_LOG_SCALE).any()
     decoded = apply_deltas(recorded["box.a"], deltas, [0.5, 0.5, 1.0, 1.0])
-    torch.testing.assert_close(decoded, recorded["coder.decoded"], rtol=1e-5, atol=1e-4)
+    close(decoded, recorded["coder.decoded"])
     # decoding what was encoded leads back, where nothing is limited
     back = apply_deltas(recorded["box.a"], recorded["coder.encoded"], [0.5, 0.5, 1.0, 1.0])
-    torch.testing.assert_close(back, recorded["box.b"], rtol=1e-5, atol=1e-4)
+    close(back, recorded["box.b"])
 
 
 @pytest.mark.golden
-def test_recorded_roi_align(recorded):
+def test_recorded_roi_align(recorded, close):
     names = [re.fullmatch(r"roialign\.out(\d+)_sr(\d+)_scale([\d.]+)", name) for name in recorded]
     cases = [(int(found[1]), int(found[2]), float(found[3]), recorded[found[0]]) for found in names if found]
     cases = [case for case in cases if case[1] > 0]  # 0: as many samples as pixels, which masks alone are cut with
     assert cases
     for case in cases:
-        check_roi_align(recorded["roialign.feat"], recorded["roialign.rois"], *case)
+        check_roi_align(recorded["roialign.feat"], recorded["roialign.rois"], *case, close)
 
 
-def check_roi_align(map_, rois, side, ratio, scale, expected):
+def check_roi_align(map_, rois, side, ratio, scale, expected, close):
     stride = round(1 / scale)
     pooler = PyramidPooler(side, ratio, finest_stride=stride)
     pooled = pooler([map_], rois[:, 1:], rois[:, 0].long())
-    torch.testing.assert_close(pooled, expected, rtol=1e-5, atol=1e-5)
+    close(pooled, expected)
     # images that fill the canvas, sample by sample
     sizes = torch.tensor([[stride * map_.shape[2], stride * map_.shape[3]]] * len(map_)).float()
     single = pooler([map_], rois[:, 1:], rois[:, 0].long(), sizes)
-    torch.testing.assert_close(single, expected, rtol=1e-5, atol=1e-5)
+    close(single, expected)
 
 
 def only(tensors, beginning):
@@ -55,7 +55,7 @@ def only(tensors, beginning):
 
 
 @pytest.mark.golden
-def test_recorded_mask_targets_and_pasting(recorded):
+def test_recorded_mask_targets_and_pasting(recorded, close):
     masks, boxes = recorded["mask_target.masks"].bool(), recorded["mask_target.boxes"]
     height, width = masks.shape[-2:]
     clipped = boxes.clamp(min=0).minimum(torch.tensor([width, height, width, height]))
@@ -65,7 +65,7 @@ def test_recorded_mask_targets_and_pasting(recorded):
 
     expected = only(recorded, "paste.out")
     pasted = paste_masks(recorded["paste.masks"][:, 0], recorded["paste.boxes"], tuple(expected.shape[-2:]))
-    torch.testing.assert_close(pasted, expected, rtol=1e-5, atol=1e-5)
+    close(pasted, expected)
 
 
 def test_pasting_of_an_even_grid_covers_the_box():
