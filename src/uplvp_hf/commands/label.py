@@ -156,10 +156,12 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _check_output(output: Any, report: str | None) -> None:
-    if output.truth is not None and report is None:
-        raise UserError("output.truth is for the report; add --report")
-    if output.truth is not None and not os.path.exists(output.truth):
-        raise UserError(f"output.truth={output.truth}: no such file or folder")
+    for name in ("truth", "other"):
+        path = getattr(output, name)
+        if path is not None and report is None:
+            raise UserError(f"output.{name} is for the report; add --report")
+        if path is not None and not os.path.exists(path):
+            raise UserError(f"output.{name}={path}: no such file or folder")
 
 
 def _finished_store(args: argparse.Namespace) -> dict[str, Any]:
@@ -277,7 +279,9 @@ def _write_more(report: str | None, output: Any, store: str) -> dict[str, Any]:
             written[f"export_{name}"] = path
     if report is not None:
         written["report"] = report or os.path.join(store, "report.html")
-        numbers = write_report(store, written["report"], output.truth)
+        numbers = write_report(store, written["report"], output.truth, other=output.other)
+        for sign in numbers["signs"]:
+            logger.warning("Look closely at the masks: %s", sign)
         if numbers["quality"] is not None:
             written["quality"] = numbers["quality"]
     return written

@@ -19,6 +19,7 @@ from ..data import DataError, ImageError, InstanceDataset, Row, load_dataset_row
 from ..data.store_reader import read_failures, read_header, read_store, shard_files, stream_store
 from ..files import write_text
 from .quality import proposal_quality, row_keys
+from .signs import Signs
 
 SCORE_EDGES = np.linspace(0, 1, 21)
 AREA_EDGES = 10.0 ** np.linspace(-4, 0, 17)  # shares of the image
@@ -82,6 +83,7 @@ def write_report(
     path: str | os.PathLike[str],
     truth: str | os.PathLike[str] | InstanceDataset | None = None,
     examples: int = 6,
+    other: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Writes the page in one step, and returns its numbers (plain values; what cannot be computed is None).
 
@@ -90,23 +92,30 @@ def write_report(
         path: of the page.
         truth: true instances of the same images, anything that `load_dataset_rows` reads. Adds recall and precision
             at IoU .5, mean best IoU and AP, without and with classes, and draws the truth beside the examples.
+        other: labels of the same images by another source, such as a second store. Low agreement is a sign that one
+            of the two fails.
         examples: images of best, median and worst mean score to show, and of those without instances.
 
-    Without `truth`, memory holds one shard and two numbers an image; with it, the rows of both sides.
+    The numbers hold `signs`, sentences that say why the source may be failing, which the page shows first.
+    Without `truth` and `other`, memory holds one shard and eight numbers an image; with them, the rows of both sides.
     Raises DataError for a store or truth that cannot be read, or that share no image; OSError for the page.
     """
     header = read_header(store)
     if truth is not None and not isinstance(truth, InstanceDataset):
         truth = load_dataset_rows(truth)
-    statistics = Statistics()
+    statistics, signs = Statistics(), Signs()
     failed = {str(entry["file"]): entry for entry in read_failures(store)}
     for row in _rows(store):
         statistics.add(row)
+        signs.add(row)
         for name in (row["image"], row["file_name"]):  # a killed run did not strike out what it labeled in the end
             failed.pop(name, None)
     failures = list(failed.values())
     numbers = _numbers(statistics, failures, header)
     numbers["quality"] = None if truth is None else _quality(store, truth, statistics.images)
+    numbers["agreement"] = None if other is None else _agreement(store, other)
+    names = {category["id"]: category["name"] for category in header["categories"]}
+    numbers["signs"] = signs.texts(names, numbers["agreement"])
     chosen = statistics.examples(examples)
     images = _draw_examples(store, header, chosen, truth)
     write_text(path, _page(store, header, statistics, numbers, failures, chosen, images))
@@ -141,6 +150,13 @@ def _quality(store: str | os.PathLike[str], truth: InstanceDataset, images: int)
         return None
     values = proposal_quality(read_store(store), truth, average_precision=True)
     return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _agreement(store: str | os.PathLike[str], other: str | os.PathLike[str]) -> float | None:
+    """Mean best IoU between both, over the masks of either side, whatever their classes."""
+    one, two = read_store(store), load_dataset_rows(other)
+    ious = [proposal_quality(*pair)["mean_best_iou"] for pair in ((one, two), (two, one))]
+    return None if any(math.isnan(iou) for iou in ious) else sum(ious) / 2
 
 
 def _draw_examples(

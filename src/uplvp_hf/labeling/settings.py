@@ -66,6 +66,7 @@ class OutputSettings(Settings):
     """What else is written."""
 
     truth: str | None = setting(None, "true instances of the same images, for the report: COCO json or folder, store")
+    other: str | None = setting(None, "labels of the same images by another source, for the report: do both agree?")
     coco: str | None = setting(None, "also write the labels as this COCO json")
     parquet: str | None = setting(None, "also write the labels as this Parquet file")
 
