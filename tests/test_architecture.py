@@ -169,3 +169,23 @@ def test_editors_see_the_names_that_python_finds():
     block = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {alias.asname: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
     assert seen == uplvp_hf._NAMES
+
+
+MOST_LINES = {"file": 400, "function": 60}
+STILL_LONGER = {"labeling/encoders/backbone.py", "labeling/pipeline.py:label_images"}
+
+
+def test_files_and_functions_can_be_read_in_one_sitting():
+    longer = set()
+    for path in sorted([*PACKAGE.rglob("*.py"), *(ROOT / "scripts").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]):
+        text = path.read_text(encoding="utf-8")
+        name = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT).as_posix()
+        if len(text.splitlines()) > MOST_LINES["file"]:
+            longer.add(name)
+        if PACKAGE not in path.parents:
+            continue
+        for node in ast.walk(ast.parse(text)):
+            is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            if is_function and node.end_lineno - node.lineno + 1 > MOST_LINES["function"]:
+                longer.add(f"{name}:{node.name}")
+    assert not longer - STILL_LONGER

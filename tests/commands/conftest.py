@@ -7,6 +7,7 @@ from importlib import resources
 import pytest
 import yaml
 
+from uplvp_hf.cli import main
 from uplvp_hf.data.synthetic import CLASSES
 
 
@@ -53,3 +54,23 @@ def full_disk():
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
     return limit
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails(words, *parts): the command returns 2 and says in one line, without traceback, all `parts`.
+
+    Before it, training says what it uses.
+    """
+
+    def check(words, *parts):
+        capsys.readouterr()
+        assert main([str(word) for word in words]) == 2
+        *before, line = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"uplvp {words[0]}: error: "), line
+        assert all(words[0] == "finetune" and said.startswith("Training uses") for said in before), before
+        for part in parts:
+            assert str(part) in line
+        return line
+
+    return check

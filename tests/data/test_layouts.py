@@ -2,40 +2,20 @@
 
 import json
 import pickle
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts_on_disk import SIZE, id_map, image, write_ctw
 from PIL import Image, ImageDraw
 
-from uplvp_hf.data import DataError, DataWarning, ImageError, load_dataset_rows, write_coco
+from uplvp_hf.data import DataError, ImageError, load_dataset_rows, write_coco
 from uplvp_hf.data.cityscapes import draw_polygons, read_cityscapes
 from uplvp_hf.data.manifest import apply_manifest, draw_split, take_split
 from uplvp_hf.data.splits import SplitSpec
 from uplvp_hf.evaluation.cityscapes_ap import CityscapesAP
 from uplvp_hf.evaluation.predictor import as_reference
 from uplvp_hf.models.masks import decode_segmentation, encode_id_map, encode_mask
-
-SIZE = (40, 30)
-
-
-def image(path, size=SIZE, **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(len(path.name)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, **options)
-    return path
-
-
-def id_map(path, ids, palette=False):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if palette:
-        image = Image.fromarray(ids.astype(np.uint8), "P")
-        image.putpalette(list(range(256)) * 3)
-    else:
-        image = Image.fromarray(ids.astype(np.uint16))
-    image.save(path)
-    return path
 
 
 def masks_of(dataset, index):
@@ -219,141 +199,12 @@ def test_faulty_polygon_files(tmp_path, entry, reason):
     assert str(tmp_path / "x.json") in str(caught.value)
 
 
-# CTW1500
-
-OUTLINE = [5, 5, 10, 4, 15, 4, 20, 5, 25, 6, 30, 8, 34, 10, 33, 20, 29, 18, 24, 16, 19, 15, 14, 14, 9, 14, 4, 15]
-
-
-def mask_of(polygon):
-    """Independently of COCO's rasterizer: pixels whose center is inside, by crossing numbers."""
-    x, y = np.meshgrid(np.arange(40) + 0.5, np.arange(30) + 0.5)
-    inside = np.zeros((30, 40), bool)
-    points = np.reshape(polygon, (-1, 2))
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
-        if y0 != y1:
-            inside ^= ((y0 > y) != (y1 > y)) & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
-    return inside
-
-
-def ctw_xml(boxes, name="0001.jpg"):
-    entries = "".join(
-        f'<box height="9" left="1" top="2" width="9"><label>{text}</label>'
-        f"<segs>{','.join(map(str, points))}</segs><pts>1,2</pts></box>"
-        for points, text in boxes
-    )
-    return f'<Annotations><image file="{name}">{entries}</image></Annotations>'
+# VOC
 
 
 @pytest.fixture
 def ctw(tmp_path):
-    root = tmp_path / "ctw1500"
-    image(root / "train_images" / "0001.jpg")
-    image(root / "test_images" / "1001.jpg")
-    for name in ("ctw1500_train_labels", "gt_ctw1500"):
-        (root / name).mkdir()
-    shifted = [value + 3 * (k % 2) for k, value in enumerate(OUTLINE)]
-    (root / "ctw1500_train_labels/0001.xml").write_text(ctw_xml([(OUTLINE, "caf&#233;"), (shifted, "###")]))
-    lines = [f"{','.join(map(str, points))},####{text}" for points, text in ((OUTLINE, "a, b"), (shifted, "###"))]
-    (root / "gt_ctw1500/0001001.txt").write_text("\n".join(lines) + "\n")
-    return root, OUTLINE, shifted
-
-
-def close(mask, polygon):
-    """COCO's rasterizer may round the border the other way."""
-    expected = mask_of(polygon)
-    overlap = (mask & expected).sum() / (mask | expected).sum()
-    return overlap > 0.85 and mask[8:12, 15:25].all() == expected[8:12, 15:25].all()
-
-
-@pytest.mark.parametrize("split", ["train", "training", "test"])
-def test_ctw1500(ctw, split):
-    root, outline, shifted = ctw
-    dataset = load_dataset_rows(root, split=split)
-    row = dataset[0]
-    assert row["image_id"] == ("1001" if split == "test" else "0001") and dataset.id2label == {0: "text"}
-    assert row["objects"]["segmentation"] == [[outline], [shifted]] and row["objects"]["iscrowd"] == [0, 1]
-    found = masks_of(dataset, 0)
-    assert close(found[1, 0][0], outline) and close(found[1, 1][0], shifted)
-    assert dataset.official == f"ctw1500 {'test' if split == 'test' else 'train'}"
-
-
-def test_ctw1500_older_form(tmp_path):
-    root = tmp_path / "ctw1500"
-    image(root / "train/text_image/0005.jpg")
-    offsets = [value - (4 if k % 2 else 3) for k, value in enumerate(OUTLINE)]
-    (root / "train/text_label_curve").mkdir()
-    file = root / "train/text_label_curve/0005.txt"
-    file.write_text(",".join(map(str, [3, 4, 34, 20, *offsets])))
-    dataset = load_dataset_rows(root)
-    assert dataset[0]["objects"]["segmentation"] == [[OUTLINE]] and dataset[0]["objects"]["iscrowd"] == [0]
-    file.write_text("1,2,3\n")
-    with pytest.raises(DataError, match=r"0005\.txt, line 1: holds 3 numbers and no ####"):
-        load_dataset_rows(root)[0]
-
-
-def test_ctw1500_is_told_by_a_name_of_its_own(ctw):
-    root, outline, _ = ctw
-    (root / "ctw1500_train_labels").rename(root / "train_labels")
-    assert load_dataset_rows(root, split="train").official == "ctw1500 train"
-    (root / "gt_ctw1500").rename(root / "test_labels")
-    root = root.rename(root.with_name("texts"))
-    assert load_dataset_rows(root).official == "", "a folder of images"
-    dataset = load_dataset_rows(root, split="train", format="ctw1500")
-    assert dataset[0]["objects"]["segmentation"][0] == [outline]
-
-
-def test_ctw1500_takes_images_as_they_are_stored(ctw):
-    root, _, _ = ctw
-    exif = Image.Exif()
-    for orientation, size in ((6, SIZE), (3, SIZE), (6, (30, 30))):
-        exif[0x0112] = orientation
-        file = image(root / "train_images" / "0001.jpg", size, exif=exif)
-        dataset = load_dataset_rows(root, split="train")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DataWarning)
-            row = dataset[0]
-        assert (row["width"], row["height"]) == size and row["as_stored"]
-        with Image.open(file) as stored:
-            np.testing.assert_array_equal(np.asarray(dataset.load_image(0)), np.asarray(stored))
-        write_coco(dataset, root / "all.json")
-        again = load_dataset_rows(root / "all.json", images=root)
-        np.testing.assert_array_equal(np.asarray(again.load_image(0)), np.asarray(dataset.load_image(0)))
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (ctw_xml([(OUTLINE[:5], "x")]), r"box\[0\]: a polygon needs at least 3 points"),
-        (ctw_xml([(OUTLINE, "x"), ([*OUTLINE[:-1], "nan"], "x")]), r"box\[1\]: .* number 27 is nan"),
-        (ctw_xml([(["a", "b"], "x")]), "coordinates must be numbers"),
-        (ctw_xml([]).replace("<Annotations>", ""), "not valid XML"),
-        (ctw_xml([]).replace("</image>", "</image><image/>"), "about one image"),
-        (ctw_xml([(OUTLINE, "")]).replace("segs", "sges"), "has no 'segs'"),
-    ],
-)
-def test_ctw1500_faults(ctw, content, reason):
-    root, _, _ = ctw
-    (root / "ctw1500_train_labels/0001.xml").write_text(content)
-    dataset = load_dataset_rows(root, split="train")
-    with pytest.raises(DataError, match=reason) as caught:
-        dataset[0]
-    assert "0001.xml" in str(caught.value)
-
-
-def test_ctw1500_leaves_out_with_a_warning(ctw):
-    root, outline, _ = ctw
-    away = [value + 500 for value in outline]
-    (root / "ctw1500_train_labels/0001.xml").write_text(ctw_xml([(away, "x"), (outline, "y")], "0002.jpg"))
-    dataset = load_dataset_rows(root, split="train")
-    with pytest.warns(DataWarning) as caught:
-        assert dataset[0]["objects"]["segmentation"] == [[outline]]
-    assert [(Path(w.message.file).name, w.message.row) for w in caught] == [
-        ("0001.xml", "image"),
-        ("0001.xml", "box[0]"),
-    ]
-
-
-# VOC
+    return write_ctw(tmp_path / "ctw1500")
 
 
 @pytest.fixture

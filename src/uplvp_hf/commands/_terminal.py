@@ -9,11 +9,12 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..models.errors import UserError
 
+AGAIN = "run the same command again to go on"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -22,6 +23,21 @@ def add_verbosity(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verbose", action="store_true", help="also what the libraries say, and where in the code an error arose"
     )
+
+
+def verb(
+    name: str,
+    make_parser: Callable[[], argparse.ArgumentParser],
+    work: Callable[[argparse.Namespace], None],
+    again: str = "",
+) -> Callable[[Sequence[str] | None], int]:
+    """The `main(argv)` of a command: parses, then `run`."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        arguments = make_parser().parse_args(argv)
+        return run(name, lambda: work(arguments), arguments.verbose, again)
+
+    return main
 
 
 def run(command: str, work: Callable[[], None], verbose: bool = False, again: str = "") -> int:

@@ -11,11 +11,10 @@ A second call goes on where the first stopped; more seeds or labels may be asked
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from ..models.errors import UserError
-from ._terminal import add_verbosity, run
+from ._terminal import AGAIN, add_verbosity, verb
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -40,12 +39,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", metavar="section.key=value", help="settings of the benchmark")
     add_verbosity(parser)
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
-    arguments = make_parser().parse_args(argv)
-    return run("benchmark", lambda: _benchmark(arguments), arguments.verbose, "run the same command again to go on")
 
 
 def _benchmark(arguments: argparse.Namespace) -> None:
@@ -85,3 +78,6 @@ def _load(arguments: argparse.Namespace):
     words += [f"labels_per_class={arguments.labels_per_class}"] if arguments.labels_per_class else []
     words += [f"seeds={arguments.seeds}"] if arguments.seeds else []
     return load_benchmark(arguments.recipe or "photos_cpu", words, variables, arguments.arms, arguments.segmenters)
+
+
+main = verb("benchmark", make_parser, _benchmark, AGAIN)

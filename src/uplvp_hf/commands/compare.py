@@ -7,7 +7,7 @@ import glob
 from collections.abc import Sequence
 
 from ..models.errors import UserError
-from ._terminal import run
+from ._terminal import verb
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,12 +35,6 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
-    arguments = make_parser().parse_args(argv)
-    return run("compare", lambda: _compare(arguments), arguments.verbose)
-
-
 def _compare(arguments: argparse.Namespace) -> None:
     arms = read_arms(arguments.arm)
 
@@ -66,3 +60,6 @@ def read_arms(words: Sequence[str]) -> dict[str, list[str]]:
         if not arms[name]:
             raise UserError(f"--arm {word}: no folder matches {pattern}")
     return arms
+
+
+main = verb("compare", make_parser, _compare)

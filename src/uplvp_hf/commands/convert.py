@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
 
 from ..models.errors import UserError
-from ._terminal import run
+from ._terminal import verb
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -30,12 +29,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of the segmenter; repeatable")
     add("--verbose", action="store_true", help="also every tensor, and where in the code an error arose")
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
-    arguments = make_parser().parse_args(argv)
-    return run("convert", lambda: _convert(arguments), arguments.verbose)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -70,3 +63,6 @@ def _convert(arguments: argparse.Namespace) -> None:
         first = ", ".join(report.untrained[:3])
         print(f"uplvp convert: {len(report.untrained)} tensors are not in the file: {first}", file=sys.stderr)
     print(f"{arguments.output}: every tensor is in conversion_report.json")
+
+
+main = verb("convert", make_parser, _convert)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from ..models.errors import UserError
-from ._terminal import run
+from ._terminal import verb
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -31,18 +30,12 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
-    arguments = make_parser().parse_args(argv)
+def _demo(arguments: argparse.Namespace) -> None:
     if arguments.app is not None:
-        return run("demo", lambda: _page(arguments), arguments.verbose)
+        return _page(arguments)
+    from uplvp_hf.demo.pipeline import run_demo
 
-    def demo() -> None:
-        from uplvp_hf.demo.pipeline import run_demo
-
-        run_demo(arguments.output, arguments.seed, arguments.scale)
-
-    return run("demo", demo, arguments.verbose)
+    run_demo(arguments.output, arguments.seed, arguments.scale)
 
 
 def _page(arguments: argparse.Namespace) -> None:
@@ -67,3 +60,6 @@ def _page(arguments: argparse.Namespace) -> None:
     )
     print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
     page.block_thread()
+
+
+main = verb("demo", make_parser, _demo)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
-from ._terminal import add_verbosity, check_device, run
+from ._terminal import add_verbosity, check_device, verb
 
 if TYPE_CHECKING:
     from uplvp_hf.data import InstanceDataset
@@ -56,12 +55,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add_verbosity(parser)
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
-    arguments = make_parser().parse_args(argv)
-    return run("evaluate", lambda: _evaluate(arguments), arguments.verbose)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -226,3 +219,6 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     if len(metrics["failures"]) > shown:
         lines.append(f"... and {len(metrics['failures']) - shown} more; --output DIR lists them all.")
     return "\n".join(lines)
+
+
+main = verb("evaluate", make_parser, _evaluate)

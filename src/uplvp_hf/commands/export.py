@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from ..models.errors import UserError
-from ._terminal import run
+from ._terminal import verb
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -27,12 +26,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--check", action="store_true", help="open the file anew and print its largest difference from the model")
     add("--verbose", action="store_true", help="also what the libraries say, and where in the code an error arose")
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
-    arguments = make_parser().parse_args(argv)
-    return run("export", lambda: _export(arguments), arguments.verbose)
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -56,3 +49,6 @@ def _export(arguments: argparse.Namespace) -> None:
     for name, difference in done.get("largest_difference", {}).items():
         own = done["own_rounding"][name]
         print(f"  {name:22} differs by at most {difference:.1e}; the model from itself, rounded, by {own:.1e}")
+
+
+main = verb("export", make_parser, _export)

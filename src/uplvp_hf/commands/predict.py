@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
-from ._terminal import add_verbosity, check_device, run
+from ._terminal import AGAIN, add_verbosity, check_device, verb
 
 if TYPE_CHECKING:
     from uplvp_hf.inference import Tiles
@@ -46,12 +45,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add_verbosity(parser)
     return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
-    arguments = make_parser().parse_args(argv)
-    return run("predict", lambda: _predict_alone(arguments), arguments.verbose, "run the same command again to go on")
 
 
 def _predict_alone(arguments: argparse.Namespace) -> None:
@@ -152,3 +145,6 @@ def _draw(row: Any, instances: Instances, folder: Path) -> None:
     # Numbered, because images of different folders and formats may share a name.
     with replacing(folder / f"{row['image_id']:06d}_{plain_stem(row['file_name'])}.png", "wb") as stream:
         drawn.save(stream, format="PNG")
+
+
+main = verb("predict", make_parser, _predict_alone, AGAIN)

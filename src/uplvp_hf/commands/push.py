@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from ._terminal import run
+from ._terminal import AGAIN, verb
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,18 +33,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 2 with one line on stderr for wrong input."""
-    parser = make_parser()
-    arguments = parser.parse_args(argv)
-    if arguments.dry_run != bool(arguments.output):
-        parser.error("--dry-run and --output DIR go together")
-    return run("push", lambda: _push(arguments), arguments.verbose, "run the same command again to go on")
-
-
 def _push(arguments: argparse.Namespace) -> None:
     from uplvp_hf.hub import check_repo_id, prepare_space, push_folder
 
+    if arguments.dry_run != bool(arguments.output):
+        make_parser().error("--dry-run and --output DIR go together")
     if arguments.space:
         check_repo_id(arguments.space)
     if arguments.dry_run:
@@ -78,3 +70,6 @@ def _prepare(arguments: argparse.Namespace, folder: Path) -> Path:
         examples=arguments.example,
         remote_code=not arguments.no_code,
     )
+
+
+main = verb("push", make_parser, _push, AGAIN)

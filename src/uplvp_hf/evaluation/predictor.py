@@ -112,7 +112,7 @@ def predict_dataset(
     """
     if device is not None:
         model.to(device)
-    parameter = next(model.parameters())
+    options = {"threshold": threshold, "mask_threshold": mask_threshold, "top_k": top_k}
     was_training = model.training
     model.eval()
     total = sum(len(rows) for rows in _own_windows(len(dataset), batch_size, share))
@@ -120,31 +120,36 @@ def predict_dataset(
     failures = failures if failures is not None else []
     try:
         for groups, attempted in _ahead(_windows(processor, dataset, batch_size, failures, share)):
-            found: dict = {}
+            found: dict[int, dict[str, Any]] = {}
             for indices, sizes, inputs in groups:
-                with torch.inference_mode():
-                    outputs = model(
-                        pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
-                        pixel_mask=inputs["pixel_mask"].to(parameter.device),
-                    )
-                results = processor.post_process_instance_segmentation(
-                    outputs,
-                    threshold=threshold,
-                    mask_threshold=mask_threshold,
-                    target_sizes=sizes,
-                    input_sizes=processor.get_input_sizes(inputs["pixel_mask"]),
-                    top_k=top_k,
-                    return_rle=True,
-                    return_segmentation=False,
-                )
-                found.update(zip(indices, results))
+                found.update(zip(indices, _instances(model, processor, inputs, sizes, options)))
             for index in sorted(found):
-                result = {key: value.cpu() if key != "rle" else value for key, value in found.pop(index).items()}
-                yield dataset[index], result
+                yield dataset[index], found.pop(index)
             bar.update(attempted)
     finally:
         bar.close()
         model.train(was_training)
+
+
+def _instances(
+    model: torch.nn.Module, processor: Any, inputs: dict[str, torch.Tensor], sizes: list[tuple[int, int]], options: dict
+) -> list[dict[str, Any]]:
+    """The results of a batch, on the CPU."""
+    parameter = next(model.parameters())
+    with torch.inference_mode():
+        outputs = model(
+            pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
+            pixel_mask=inputs["pixel_mask"].to(parameter.device),
+        )
+    results = processor.post_process_instance_segmentation(
+        outputs,
+        target_sizes=sizes,
+        input_sizes=processor.get_input_sizes(inputs["pixel_mask"]),
+        return_rle=True,
+        return_segmentation=False,
+        **options,
+    )
+    return [{key: value if key == "rle" else value.cpu() for key, value in one.items()} for one in results]
 
 
 _Group = tuple[list[int], list[tuple[int, int]], dict[str, torch.Tensor]]
@@ -275,23 +280,16 @@ def evaluate_model(
         model, processor, dataset, batch_size, progress, device, mask_threshold: as for `predict_dataset`.
         class_agnostic: compare masks only, as for proposals; the classes need not agree then.
         on_result: called with every (row, result), for example to keep them; with `distributed`, with the own ones.
-        backend: who computes the COCO numbers, see `backends`.
-        distributed: every process of the torch.distributed group calls this and holds the whole model. Each predicts
-            its own share of the images, none twice, and all return the numbers that one process would. Without a
-            group it is one process. Not for sharded models (FSDP): the processes run unequal numbers of forward passes.
-        metric: "coco", or "cityscapes" for the AP of that benchmark (`cityscapes_ap`), which also reads the optional
-            `void` of a row, COCO segmentations of regions that are not judged.
-        details: add `details`, see `CocoMaskMap`; its `classes` is a list with `id` and `name`, one entry a category.
+        backend, metric: see `make_evaluator`. Cityscapes also reads the optional `void` of a row, COCO segmentations
+            of regions that are not judged.
+        distributed: every process of the torch.distributed group calls this with the whole model (not a sharded one),
+            predicts a share of the images, and returns the numbers that one process would.
+        details: add `details`, see `CocoMaskMap`; its `classes` is a list with `id` and `name`, one a category.
 
-    Returns:
-        The 12 COCO numbers (0 to 1, None where nothing counts), or AP and AP50 of Cityscapes, `per_class` {name: AP or
-        None}, `num_images`, `num_instances` (annotations), `seconds`, and `failures`, the images that could not be
-        decoded and are not part of the numbers.
-
-    Raises:
-        DataError: if the classes disagree, nothing is annotated, or no image can be decoded.
-        ValueError: for an unknown or missing backend, or an unknown metric.
-        RuntimeError: if another process failed.
+    Returns the 12 COCO numbers (0 to 1, None where nothing counts), or AP and AP50 of Cityscapes, `per_class` {name: AP
+    or None}, `num_images`, `num_instances` (annotations), `seconds`, and `failures`, the images that could not be
+    decoded. Raises DataError if the classes disagree, nothing is annotated, or no image can be decoded; UserError as
+    `make_evaluator`; RuntimeError if another process failed.
     """
     category_ids = evaluated_classes(model.config, dataset, class_agnostic)
     evaluator = make_evaluator(backend, metric, across_classes=class_agnostic or details)
@@ -308,8 +306,7 @@ def evaluate_model(
             counts["void"] += "void" in row
             if on_result is not None:
                 on_result(row, result)
-    if processes > 1:
-        failures, counts = _collect(evaluator, failures, counts, rank)
+    failures, counts = _collect(evaluator, failures, counts, rank)
     if len(failures) == len(dataset):
         raise DataError(f"none of the {len(dataset)} images can be decoded; the first: {failures[0]['reason']}")
     if metric == "cityscapes" and not counts["void"] and rank == 0:

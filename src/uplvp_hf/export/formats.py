@@ -57,14 +57,7 @@ def export_model(
     Raises UserError for an unknown format, for a model that the format cannot hold, or for a folder that is in use.
     """
     directory = Path(directory)
-    if form not in FILES:
-        raise UserError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
-    if (kind := model.config.model_type) != "uplvp":  # Mask R-CNN: the number of its boxes depends on the image
-        raise UserError(f"a `{kind}` model cannot be exported, only a `uplvp` one: Mask2Former, K-Net, QueryInst.")
-    if opset < MIN_OPSET:
-        raise UserError(f"opset {opset} is too old: torch writes {MIN_OPSET} and later.")
-    if (directory / "config.json").is_file() and not (directory / DESCRIPTION).is_file():
-        raise UserError(f"{directory} holds a model that was not exported, which would be lost: name another folder.")
+    _check(model, directory, form, opset)
     model = model.eval().float().cpu()
     if form == "mask2former":
         return _write_mask2former(model, processor, directory, longest_edge, check)
@@ -89,6 +82,17 @@ def export_model(
         description["own_rounding"] = own_rounding(model, canvas)
     write_json(directory / DESCRIPTION, description)
     return description
+
+
+def _check(model: nn.Module, directory: Path, form: str, opset: int) -> None:
+    if form not in FILES:
+        raise UserError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
+    if (kind := model.config.model_type) != "uplvp":  # Mask R-CNN: the number of its boxes depends on the image
+        raise UserError(f"a `{kind}` model cannot be exported, only a `uplvp` one: Mask2Former, K-Net, QueryInst.")
+    if opset < MIN_OPSET:
+        raise UserError(f"opset {opset} is too old: torch writes {MIN_OPSET} and later.")
+    if (directory / "config.json").is_file() and not (directory / DESCRIPTION).is_file():
+        raise UserError(f"{directory} holds a model that was not exported, which would be lost: name another folder.")
 
 
 def _write_settings(

@@ -30,22 +30,18 @@ def build_card(
     """The card of a trained model.
 
     Args:
-        model_dir: its folder. `config.json` and `preprocessor_config.json` are needed; `training_summary.json`, which
-            the training loop writes, gives data, settings, seconds and the metrics of the weights that were kept;
-            `split.json` the labeled subset. Where the folders that the run started from still exist, their records are
-            shown too.
+        model_dir: its folder. `training_summary.json`, which the training loop writes, gives data, settings, seconds
+            and the metrics of the weights that were kept; `split.json` the labeled subset. Where the folders that the
+            run started from still exist, their records are shown too.
         repo_id: USER/NAME, as the snippets and results name it.
         license: of the weights, an identifier of the Hub.
-        metrics_file: `metrics.json` of `uplvp evaluate`, to be shown in the place of the training's own numbers.
-            Default: the one in `model_dir`, if any.
+        metrics_file: `metrics.json` of `uplvp evaluate`, shown in place of the training's own numbers; default: the
+            one in `model_dir`, if any.
         examples: (image, image with masks) paths inside the repository, for the widget.
-        remote_code: whether the repository carries the code, so that snippets must say `trust_remote_code=True`.
+        remote_code: whether the repository carries the code: snippets then say `trust_remote_code=True`.
 
-    Returns:
-        `ModelCard`, with a model-index only if there are metrics. Of paths only the last part is shown.
-
-    Raises:
-        FileNotFoundError, ValueError: for a missing or malformed file, which is named.
+    A model-index is there only if there are metrics; of paths only the last part is shown. Raises FileNotFoundError or
+    UserError for a missing or malformed file, which is named.
     """
     model_dir = Path(model_dir)
     config = read_json(model_dir / "config.json")
@@ -59,10 +55,9 @@ def build_card(
     names = [name for _, name in sorted((int(key), name) for key, name in labels.items())]
     pretrained_only = "UplvpForPreTraining" in (config.get("architectures") or [])
     architecture = segmenter.get("model_type", "unknown")
-    data = _metadata(repo_id, license, architecture, summary, results, examples, remote_code)
     kind = "A pre-training checkpoint" if pretrained_only else "An instance segmenter"
     return ModelCard.from_template(
-        data,
+        _metadata(repo_id, license, architecture, summary, results, examples, remote_code),
         template_path=str(TEMPLATE),
         title=repo_id.split("/")[-1],
         repo_id=repo_id,

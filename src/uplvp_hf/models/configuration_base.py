@@ -101,6 +101,16 @@ class OwnSegmenterConfig(StrictConfigMixin, PreTrainedConfig):
             Any transformers backbone or `TimmBackboneConfig` that gives four maps with strides 4, 8, 16 and 32. A
             `timm_kwargs` dict on the latter is handed to timm.
         hidden_size (`int`, *optional*, defaults to 256): Channels of the pyramid and of the heads.
+
+    Raises UserError for a keyword that is not a setting (the nearest one is named) or a number out of range.
+
+    Example:
+
+    ```python
+    >>> from uplvp_hf import KNetConfig, KNetForInstanceSegmentation
+
+    >>> model = KNetForInstanceSegmentation(KNetConfig(id2label={0: "cat", 1: "dog"}))
+    ```
     """
 
     sub_configs_defaults = {

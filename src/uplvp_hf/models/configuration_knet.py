@@ -35,17 +35,6 @@ class KNetConfig(QuerySegmenterConfig):
             What a kernel takes in of the map under its mask: `sum` (the paper) or `mean`. A sum grows with the area of
             the object, up to hundreds of times the kernel; a small K-Net that has a few hundred steps to train ranks
             its instances much better with the mean (see docs/results.md).
-
-    Raises:
-        UserError: for a keyword that is not a setting (the nearest one is named) or a number out of range.
-
-    Example:
-
-    ```python
-    >>> from uplvp_hf import KNetConfig, KNetForInstanceSegmentation
-
-    >>> model = KNetForInstanceSegmentation(KNetConfig(id2label={0: "cat", 1: "dog"}))
-    ```
     """
 
     model_type = "knet"

@@ -37,18 +37,6 @@ class MaskRcnnConfig(OwnSegmenterConfig):
         score_threshold (`float`, *optional*, defaults to 0.05): Detections of a lower score are left out.
         nms_threshold (`float`, *optional*, defaults to 0.5): IoU above which a worse detection of a class is dropped.
         detections_per_image (`int`, *optional*, defaults to 100): Most detections an image.
-
-    Raises:
-        UserError: for a keyword that is not a setting (the nearest one is named), a number out of range, or
-            `category_ids` of another length than the classes.
-
-    Example:
-
-    ```python
-    >>> from uplvp_hf import MaskRcnnConfig, MaskRcnnForInstanceSegmentation
-
-    >>> model = MaskRcnnForInstanceSegmentation(MaskRcnnConfig(id2label={0: "cat", 1: "dog"}))
-    ```
     """
 
     model_type = "mask_rcnn"

@@ -35,17 +35,6 @@ class QueryInstConfig(QuerySegmenterConfig):
             Weights of the box L1, box GIoU and mask dice losses.
         box_cost, giou_cost (`float`, *optional*, defaults to 5 and 2): Weights in the matching.
         dice_eps (`float`, *optional*, defaults to 1e-5): Added to both sums of the denominator of the dice loss.
-
-    Raises:
-        UserError: for a keyword that is not a setting (the nearest one is named) or a number out of range.
-
-    Example:
-
-    ```python
-    >>> from uplvp_hf import QueryInstConfig, QueryInstForInstanceSegmentation
-
-    >>> model = QueryInstForInstanceSegmentation(QueryInstConfig(id2label={0: "cat", 1: "dog"}))
-    ```
     """
 
     model_type = "queryinst"

@@ -80,8 +80,7 @@ class UplvpImageProcessorKwargs(ImagesKwargs, total=False):
 
 class UplvpProcessing:
     r"""
-    Mixed into a backend of transformers, which brings `process_image` and `pad` and for which the class says how
-    images are resized and normalized (`_resized`).
+    Mixed into a backend of transformers, which brings `process_image`, `pad` and `rescale_and_normalize`.
 
     Args:
         size (`dict`, *optional*, defaults to `{"longest_edge": 1024}`):
@@ -205,7 +204,7 @@ class UplvpProcessing:
         **kwargs,
     ) -> tuple[dict[str, list[Any]], list[tuple[int, int]]]:
         """`pixel_values` (3, H, W) and `pixel_mask` (H, W) of every image, and the un-padded sizes."""
-        resized = self._resized(images, disable_grouping=disable_grouping, **kwargs)
+        resized = self._resized(images, **kwargs)
         input_sizes = [tuple(image.shape[-2:]) for image in resized]
         if not do_pad:
             masks = [np.ones(size, dtype=np.int64) for size in input_sizes]
@@ -215,6 +214,24 @@ class UplvpProcessing:
         canvas = SizeDict(height=height, width=width)
         values, masks = self.pad(resized, pad_size=canvas, return_mask=True, disable_grouping=disable_grouping)
         return {"pixel_values": values, "pixel_mask": masks}, input_sizes
+
+    def _resized(
+        self,
+        images: list[Any],
+        do_resize: bool,
+        size: SizeDict,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Any,
+        image_std: Any,
+        **kwargs,
+    ) -> list[Any]:
+        if do_resize:
+            images = [self.resize(image, size, resample=resample) for image in images]
+        scaling = (do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+        return [self.rescale_and_normalize(image, *scaling) for image in images]
 
     def resize(self, image: Any, size: SizeDict, resample: Any = None, **kwargs) -> Any:
         """Resizes (..., H, W) by the rule of `size`, see the class."""
@@ -249,42 +266,30 @@ class UplvpProcessing:
         box; `boxes` are then those of the model, which may exceed the image, otherwise those around the masks.
 
         Args:
-            outputs (`ModelOutput`):
-                With `masks_queries_logits` (B, Q, h, w) at stride 4 of the padded input and `class_queries_logits`
+            outputs: `masks_queries_logits` (B, Q, h, w) at stride 4 of the padded input, and `class_queries_logits`
                 (B, Q, C + 1), no-object last, or `class_scores` (B, Q, C) in 0..1; with `roi_mask_logits`
                 (B, Q, C, s, s) also `boxes` (B, Q, 4) x1, y1, x2, y2 in pixels of the padded input.
-            threshold (`float`, *optional*, defaults to 0.5):
-                Instances that score less are left out, before their masks are upsampled.
-            mask_threshold (`float`, *optional*, defaults to 0.5):
-                A pixel belongs to a mask when its probability is above this. The released K-Net recipes for small
-                shares of COCO use 0.3.
-            overlap_mask_area_threshold (`float`, *optional*, defaults to 0.8):
-                Only for the flat `segmentation`, where the better score takes a pixel: an instance is left out of the
-                map if less than this fraction of its mask would be seen. `masks` and `rle` keep it.
-            target_sizes (`list[tuple[int, int]]`, *optional*):
-                (height, width) of the results, usually of the original images. Without it results have the size of
-                the un-padded input, or of the padded input (4 h, 4 w) if `input_sizes` is missing as well.
-            input_sizes (`list[tuple[int, int]]`, *optional*):
-                (height, width) of the resized images before padding, see [`~UplvpImageProcessor.get_input_sizes`].
-                Without it they are computed from `target_sizes` by the processor's own resizing, which is right if
-                the targets are the original sizes and the processor was called with its own settings.
-            top_k (`int`, *optional*, defaults to 100):
-                Most instances an image (COCO evaluation looks at 100).
-            return_rle (`bool`, *optional*, defaults to `False`):
-                Return `rle`, COCO compressed run lengths, in place of `masks`, from the logits without dense masks.
-            return_segmentation (`bool`, *optional*, defaults to `True`):
-                Also return `segmentation` and `segments_info`.
+            threshold: instances that score less are left out, before their masks are upsampled.
+            mask_threshold: a pixel belongs to a mask when its probability is above this. The released K-Net recipes
+                for small shares of COCO use 0.3.
+            overlap_mask_area_threshold: only for the flat `segmentation`, where the better score takes a pixel: an
+                instance is left out of the map if less than this share of its mask would be seen.
+            target_sizes: (height, width) of the results, usually of the original images; default: `input_sizes`.
+            input_sizes: (height, width) of the resized images before padding, see
+                [`~UplvpImageProcessor.get_input_sizes`]. By default they are computed from `target_sizes` by the
+                processor's own resizing; without either the images fill the padded input (4 h, 4 w).
+            top_k: most instances an image (COCO evaluation looks at 100).
+            return_rle: return COCO run lengths, made from the logits, in place of `masks`.
+            return_segmentation: also return `segmentation` and `segments_info`.
 
         Returns:
-            `list[dict]`: per image `scores` (N,) float32, `labels` (N,) int64 class indices, `boxes` (N, 4) float32
-            x1, y1, x2, y2 pixels with exclusive ends, `masks` (N, H, W) bool or `rle` (list of N dicts), and, if asked
-            for, `segmentation` (H, W) int32 holding the position of the instance in `scores` or -1, and
-            `segments_info`, a list of `{"id", "label_id", "score", "was_fused": False}` for what the map shows.
+            Per image `scores` (N,) float32, `labels` (N,) int64 class indices, `boxes` (N, 4) float32 x1, y1, x2, y2
+            pixels with exclusive ends, `masks` (N, H, W) bool or `rle` (list of N dicts), and, if asked for,
+            `segmentation` (H, W) int32 holding the position of the instance in `scores` or -1, and `segments_info`, a
+            list of `{"id", "label_id", "score", "was_fused": False}` for what the map shows.
 
-        Raises:
-            `ValueError`: if sizes and batch disagree, a side is below 1, an input size is larger than the logits'
-            canvas, a threshold is not in 0..1, or `top_k` is below 1. `ImportError`: for `return_rle` without
-            pycocotools.
+        Raises UserError if sizes and batch disagree or a value is out of range, ImportError for `return_rle` without
+        pycocotools.
         """
         _check_thresholds(
             top_k,
@@ -294,7 +299,15 @@ class UplvpProcessing:
         )
         if return_rle:
             require_pycocotools("return_rle=True")
-        mask_logits = outputs.masks_queries_logits
+        overlap = overlap_mask_area_threshold if return_segmentation else None
+        results = []
+        for index, sizes in enumerate(self._sizes(outputs.masks_queries_logits, target_sizes, input_sizes)):
+            found = find_instances(outputs, index, *sizes, threshold, mask_threshold, top_k)
+            results.append(collect_instances(found, sizes[1], return_rle, overlap))
+        return results
+
+    def _sizes(self, mask_logits: torch.Tensor, target_sizes: Any, input_sizes: Any) -> list[tuple]:
+        """(input size, target size) of every image."""
         batch_size = len(mask_logits)
         canvas = (mask_logits.shape[-2] * MASK_STRIDE, mask_logits.shape[-1] * MASK_STRIDE)
         target_sizes = _check_sizes("target_sizes", target_sizes, batch_size)
@@ -303,7 +316,6 @@ class UplvpProcessing:
             size = self.size if isinstance(self.size, SizeDict) else SizeDict(**self.size)
             input_sizes = [resized_size(target, size) if self.do_resize else target for target in target_sizes]
         input_sizes = input_sizes or [canvas] * batch_size
-        target_sizes = target_sizes or input_sizes
         for index, (height, width) in enumerate(input_sizes):
             if height > canvas[0] or width > canvas[1]:
                 raise UserError(
@@ -311,14 +323,7 @@ class UplvpProcessing:
                     f"the {canvas[0]} x {canvas[1]} that the masks cover. Pass "
                     "input_sizes=processor.get_input_sizes(pixel_mask)."
                 )
-
-        overlap = overlap_mask_area_threshold if return_segmentation else None
-        results = []
-        for index in range(batch_size):
-            sizes = (input_sizes[index], target_sizes[index])
-            found = find_instances(outputs, index, *sizes, threshold, mask_threshold, top_k)
-            results.append(collect_instances(found, target_sizes[index], return_rle, overlap))
-        return results
+        return list(zip(input_sizes, target_sizes or input_sizes))
 
 
 def _check_thresholds(top_k: int, **thresholds: float) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import SizeDict
 
 from .image_processing_base_uplvp import UplvpProcessing
 
@@ -18,29 +17,11 @@ class UplvpImageProcessorPil(UplvpProcessing, PilBackend):
     As `UplvpImageProcessor`, without torchvision. Saved settings load into either.
     {UplvpProcessing.__doc__}"""
 
-    def _resized(
-        self,
-        images: list[np.ndarray],
-        do_resize: bool,
-        size: SizeDict,
-        resample: Any,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Any,
-        image_std: Any,
-        **kwargs,
-    ) -> list[np.ndarray]:
-        resized = []
-        for image in images:
-            if do_resize:
-                image = self.resize(image, size, resample=resample)
-            if do_rescale:
-                image = self.rescale(image, rescale_factor)
-            if do_normalize:
-                image = self.normalize(image, image_mean, image_std)
-            resized.append(image)
-        return resized
+    def rescale_and_normalize(
+        self, image: np.ndarray, do_rescale: bool, factor: float, do_normalize: bool, mean: Any, std: Any
+    ) -> np.ndarray:
+        image = self.rescale(image, factor) if do_rescale else image
+        return self.normalize(image, mean, std) if do_normalize else image
 
 
 __all__ = ["UplvpImageProcessorPil"]

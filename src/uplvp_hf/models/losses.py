@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .errors import UserError
-from .matching import pair_up
+from .matching import Pairs, pair_up
 from .torchvision_ops import generalized_box_iou, generalized_box_iou_loss
 from .torchvision_ops import sigmoid_focal_loss as focal
 
@@ -95,6 +95,44 @@ def kernel_supervision(
         distance = 1 - (F.normalize(queries[pairs.layer, pairs.image, pairs.query], dim=-1) * goal).sum(-1)
     total = total + torch.where(known, distance, 0.0).sum()
     return total / (num_pairs if num_pairs is not None else known.sum().clamp(min=1))
+
+
+@dataclass(kw_only=True)
+class FocalClassLoss:
+    """Class costs and class terms of a set loss with sigmoids (K-Net, QueryInst), for the class head and, where there
+    is one, a further text class head. Weights as in `QuerySegmenterConfig`."""
+
+    class_weight: float = 2.0
+    class_cost: float = 2.0
+    text_class_weight: float = 2.0
+    text_class_cost: float = 2.0
+    focal_alpha: float = 0.25
+    focal_gamma: float = 2.0
+
+    def cost_of_classes(self, logits: Tensor, texts: Tensor | None, labels: Tensor) -> Tensor:
+        """(..., N, K) logits of both heads, (G,) labels -> (..., N, G)."""
+        focal = (self.focal_alpha, self.focal_gamma)
+        cost = self.class_cost * focal_cost(logits, labels, *focal)
+        return cost if texts is None else cost + self.text_class_cost * focal_cost(texts, labels, *focal)
+
+    def class_terms(self, logits: Tensor, texts: Tensor | None, labels: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+        """Focal losses summed over images, queries and classes, (S, B, N, K) -> (S,), of `class` and `text_class`.
+
+        labels: of all true masks, as `pairs.target` counts them.
+        """
+        wanted = torch.full(logits.shape[:3], logits.shape[-1], dtype=torch.int64, device=logits.device)
+        wanted[pairs.layer, pairs.image, pairs.query] = labels[pairs.target]
+        heads = {"class": (self.class_weight, logits), "text_class": (self.text_class_weight, texts)}
+        return {
+            name: weight * sigmoid_focal_loss(values, wanted, self.focal_alpha, self.focal_gamma).sum((1, 2, 3))
+            for name, (weight, values) in heads.items()
+            if values is not None
+        }
+
+
+def stacked(logits: list[Tensor] | None) -> Tensor | None:
+    """(S, ...) float32."""
+    return None if logits is None else torch.stack(list(logits)).float()
 
 
 def _full_precision(function: Callable) -> Callable:

@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .losses import (
+    FocalClassLoss,
     LayerOutput,
     Normalizers,
     check_labels,
     dice_cost,
     dice_loss,
-    focal_cost,
     mask_cost,
-    sigmoid_focal_loss,
+    stacked,
 )
 from .matching import LabelGuide, Pairs, hungarian, pair_up
 from .padding import is_padded, valid_cells
@@ -79,22 +79,16 @@ def count_cells(masks: Tensor, rule: str) -> int:
 
 
 @dataclass
-class KNetLoss:
+class KNetLoss(FocalClassLoss):
     """Hungarian matching and class, mask, dice and class map terms. Weights as in `KNetConfig`."""
 
-    class_weight: float = 2.0
+    semantic_targets: str = "majority"
     mask_weight: float = 1.0
     dice_weight: float = 4.0
     semantic_weight: float = 1.0
-    class_cost: float = 2.0
     mask_cost: float = 1.0
     dice_cost: float = 4.0
-    text_class_weight: float = 2.0
-    text_class_cost: float = 2.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
     dice_eps: float = 1e-3
-    semantic_targets: str = "majority"
 
     def __call__(
         self,
@@ -137,7 +131,12 @@ class KNetLoss:
             pairs = pair_up(matches, [len(target) for target in targets], device)
             divisor = max(pairs.query.shape[1], 1) if normalizers.masks is None else normalizers.masks
             losses.update(self._mask_terms(masks, torch.cat(targets), pairs, valid, divisor))
-            losses.update(self._class_terms(layers, torch.cat(labels), pairs, text_logits, divisor))
+            # A stage has the assignment of the masks that it starts from: the first one that of the initial masks.
+            stages = Pairs(pairs.layer[:-1], pairs.image[1:], pairs.query[1:], pairs.target[1:])
+            logits = stacked([layer.class_logits for layer in layers])
+            terms = self.class_terms(logits, stacked(text_logits), torch.cat(labels), stages)
+            for stage in range(len(layers)):
+                losses.update({f"{name}_{stage}": values[stage] / divisor for name, values in terms.items()})
         return losses, matches[1:]
 
     @torch.no_grad()
@@ -146,8 +145,7 @@ class KNetLoss:
 
         The initial masks have no classes.
         """
-        logits = torch.stack([layer.class_logits.float() for layer in layers])
-        texts = None if text_logits is None else torch.stack([text.float() for text in text_logits])
+        logits, texts = stacked([layer.class_logits for layer in layers]), stacked(text_logits)
         costs = []
         for i, (target, label) in enumerate(zip(targets, labels, strict=True)):
             if len(label) == 0:
@@ -162,14 +160,9 @@ class KNetLoss:
                 cells, inside = flat.shape[1], valid[i].sum()
                 agreement = (agreement * cells + (cells - inside)) / inside
             cost = self.mask_cost * agreement + self.dice_cost * dice_cost(probability, flat, self.dice_eps)
-            cost[1:] += self.class_cost * self._focal_cost(logits[:-1, i], label)
-            if texts is not None:
-                cost[1:] += self.text_class_cost * self._focal_cost(texts[:-1, i], label)
+            cost[1:] += self.cost_of_classes(logits[:-1, i], None if texts is None else texts[:-1, i], label)
             costs.append(cost)
         return costs
-
-    def _focal_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return focal_cost(logits, labels, self.focal_alpha, self.focal_gamma)
 
     def _match(self, costs: list[Tensor], label_guide: LabelGuide | None) -> list[list[tuple[Tensor, Tensor]]]:
         """Assignments of the initial masks and of every stage, of which the first two are one without a guide."""
@@ -217,20 +210,6 @@ class KNetLoss:
             for pair, values in zip(names, zip(cross_entropy, dice, strict=True), strict=True)
             for name, value in zip(pair, values, strict=True)
         }
-
-    def _class_terms(self, layers, labels: Tensor, pairs: Pairs, text_logits, divisor) -> dict[str, Tensor]:
-        """Focal loss of all kernels of every stage."""
-        logits = torch.stack([layer.class_logits for layer in layers])
-        wanted = torch.full(logits.shape[:3], logits.shape[3], dtype=torch.int64, device=logits.device)
-        wanted[pairs.layer[:-1], pairs.image[1:], pairs.query[1:]] = labels[pairs.target[1:]]
-        heads = [("class", self.class_weight, logits)]
-        if text_logits is not None:
-            heads.append(("text_class", self.text_class_weight, torch.stack(list(text_logits))))
-        terms = {}
-        for name, weight, values in heads:
-            loss = sigmoid_focal_loss(values, wanted, self.focal_alpha, self.focal_gamma).sum((1, 2, 3)) / divisor
-            terms.update({f"{name}_{stage}": weight * loss[stage] for stage in range(len(layers))})
-        return terms
 
 
 def _valid(pixel_mask: Tensor | None, size: tuple[int, int], device: torch.device) -> Tensor | None:

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from .losses import (
+    FocalClassLoss,
     LayerOutput,
     Normalizers,
     box_giou_cost,
     box_l1_cost,
     check_labels,
     dice_loss,
-    focal_cost,
     giou_loss,
-    sigmoid_focal_loss,
+    stacked,
 )
 from .masks import tight_boxes
 from .matching import LabelGuide, Pairs, hungarian, pair_up
@@ -48,20 +48,14 @@ MaskPredictor = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass
-class QueryInstLoss:
+class QueryInstLoss(FocalClassLoss):
     """Hungarian matching and class, box, GIoU and mask terms for every stage. Weights as in `QueryInstConfig`."""
 
-    class_weight: float = 2.0
     box_weight: float = 5.0
     giou_weight: float = 2.0
     mask_weight: float = 8.0
-    class_cost: float = 2.0
     box_cost: float = 5.0
     giou_cost: float = 2.0
-    text_class_weight: float = 2.0
-    text_class_cost: float = 2.0
-    focal_alpha: float = 0.25
-    focal_gamma: float = 2.0
     dice_eps: float = 1e-5
 
     def __call__(
@@ -89,8 +83,7 @@ class QueryInstLoss:
         class_labels = [labels.to(device).long() for labels in class_labels]
         mask_labels = [masks.to(device).bool() for masks in mask_labels]
         target_boxes = [tight_boxes(masks).float() for masks in mask_labels]
-        logits = torch.stack([layer.class_logits for layer in layers]).float()  # (S, B, N, K)
-        texts = None if text_logits is None else torch.stack(list(text_logits)).float()
+        logits, texts = stacked([layer.class_logits for layer in layers]), stacked(text_logits)  # (S, B, N, K)
         boxes = torch.stack([layer.boxes for layer in layers])
         factors = sizes.flip(1).repeat(1, 2)  # (B, 4) width, height, width, height
         costs = self.costs(logits, boxes, target_boxes, class_labels, factors, texts)
@@ -101,9 +94,7 @@ class QueryInstLoss:
         # Outside of the terms: the mask heads may run under autocast.
         masks = [predict_masks(stage, pairs.image[stage], pairs.query[stage]) for stage in range(len(layers))]
         with torch.autocast(device.type, enabled=False):  # it would multiply in half precision
-            terms = {"class": self.class_weight * self._class_term(logits, labels, pairs)}
-            if texts is not None:
-                terms["text_class"] = self.text_class_weight * self._class_term(texts, labels, pairs)
+            terms = self.class_terms(logits, texts, labels, pairs)
             terms.update(self._box_terms(boxes, torch.cat(target_boxes), factors, pairs))
             targets = mask_targets(mask_labels, boxes.detach(), limits, pairs, masks[0].shape[-1])
             terms["mask"] = self.mask_weight * self._mask_term(masks, targets, labels[pairs.target])
@@ -126,19 +117,11 @@ class QueryInstLoss:
         """Per image the (S, N, G_i) matching costs; logits (S, B, N, K), boxes (S, B, N, 4), factors (B, 4)."""
         costs = []
         for i, (targets, labels) in enumerate(zip(target_boxes, class_labels, strict=True)):
-            cost = self.class_cost * focal_cost(logits[:, i], labels, self.focal_alpha, self.focal_gamma)
-            if text_logits is not None:
-                further = focal_cost(text_logits[:, i], labels, self.focal_alpha, self.focal_gamma)
-                cost = cost + self.text_class_cost * further
+            texts = None if text_logits is None else text_logits[:, i]
+            cost = self.cost_of_classes(logits[:, i], texts, labels)
             cost = cost + self.box_cost * box_l1_cost(boxes[:, i] / factors[i], targets / factors[i])
             costs.append(cost + self.giou_cost * box_giou_cost(boxes[:, i], targets))
         return costs
-
-    def _class_term(self, logits: Tensor, labels: Tensor, pairs: Pairs) -> Tensor:
-        """Focal loss summed over images, queries and classes: (S, B, N, K) -> (S,)."""
-        wanted = torch.full(logits.shape[:3], logits.shape[-1], dtype=torch.int64, device=logits.device)
-        wanted[pairs.layer, pairs.image, pairs.query] = labels[pairs.target]
-        return sigmoid_focal_loss(logits, wanted, self.focal_alpha, self.focal_gamma).sum((1, 2, 3))
 
     def _box_terms(self, boxes: Tensor, target_boxes: Tensor, factors: Tensor, pairs: Pairs) -> dict[str, Tensor]:
         """L1 over image sizes and GIoU of matched boxes, summed over pairs: (S,) each."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files import write_json, writing
 from ..models.errors import UserError
+from ..settings import ConfigError
 from .sharding import spread_like, whole
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,32 @@ def load_weights(path: Path, model: nn.Module) -> None:
             f"{path} does not fit the model of this run ({fault}): resume with the settings that it was started with."
         )
     model.load_state_dict(saved.state_dict())
+
+
+def check_resumed(path: Path, state: dict, steps: int, sizes: dict[str, int]) -> None:
+    """Raises ConfigError when a checkpoint lies beyond the end, or the data or a step now have other images.
+
+    state: of the checkpoint. steps: where the run is to end. sizes: `images`, `images_per_step` and `processes` of now.
+    """
+    if state["step"] > steps:
+        raise ConfigError(f"{path} is beyond optim.steps={steps}, where the run is to end.")
+    if state["images"] != sizes["images"]:
+        raise ConfigError(
+            f"The run was started with {state['images']} training images, now there are {sizes['images']}: the order "
+            "of the images would be another. Restore the data, or start again in another folder."
+        )
+    before = state["images_per_step"]
+    if before != sizes["images_per_step"]:
+        raise ConfigError(
+            f"The run was started with {before} images a step, on {state['processes']} processes; now they are "
+            f"{sizes['images_per_step']}. Choose optim.batch_size x optim.accumulation x processes so that they are "
+            f"{before}."
+        )
+    if state["processes"] != sizes["processes"]:
+        logger.warning(
+            "%s is of %d processes: the run goes on with the same images a step, but what is drawn at random "
+            "differs from the uninterrupted run.", path, state["processes"],
+        )  # fmt: skip
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:

@@ -34,6 +34,7 @@ from ..models.modeling_uplvp import UplvpPreTrainedModel
 from .batch import effective_normalizers, model_inputs
 from .build import build_data, build_model, build_processor, build_samples, with_image_settings
 from .checkpoint import (
+    check_resumed,
     load_checkpoint,
     load_weights,
     newest_checkpoint,
@@ -41,7 +42,7 @@ from .checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from .config import ConfigError, TrainingAborted, TrainSettings
+from .config import TrainingAborted, TrainSettings
 from .freezing import training_mode
 from .launch import hardware, make_accelerator
 from .mixture import MixedSamples, load_extra
@@ -198,10 +199,14 @@ class _Run:
             group["lr"] = group["base_lr"] * learning_rate_factor(step, settings.optim)
         return self._update(step, micro_batches)
 
-    def _image_count(self) -> int:
-        """Labeled and extra images."""
+    def _sizes(self) -> dict[str, int]:
+        """What has to be the same when a run is resumed."""
         extra = len(self.samples.extra) if isinstance(self.samples, MixedSamples) else 0
-        return len(self.samples) + extra
+        return {
+            "images_per_step": self._images_per_step(),
+            "images": len(self.samples) + extra,
+            "processes": self.accelerator.num_processes,
+        }
 
     def _images_per_step(self) -> int:
         return images_per_step(self.settings.optim, self.accelerator.num_processes)
@@ -306,9 +311,7 @@ class _Run:
             "losses": result.losses,
             "evaluations": {str(key): value for key, value in result.evaluations.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
-            "images_per_step": self._images_per_step(),
-            "images": self._image_count(),
-            "processes": accelerator.num_processes,
+            **self._sizes(),
         }
         tensors = {"optimizer": optimizer_tensors(self.plain, self.optimizer)}
         if average is not None:
@@ -329,7 +332,7 @@ class _Run:
         loaded: list = []
         self.weights.take_from(lambda model: loaded.extend(load_checkpoint(path, model)))
         state, tensors = loaded
-        self._check_resumed(path, state)
+        check_resumed(path, state, self.settings.optim.steps, self._sizes())
         restore_optimizer(self.plain, self.optimizer, tensors["optimizer"])
         if self.weights.average is not None:
             self.weights.average.load(tensors["average"], state["average_updates"])
@@ -346,28 +349,6 @@ class _Run:
             restore_random_state(own, self.accelerator.device)
         logger.info("Resumed from %s.", path)
         return state["step"]
-
-    def _check_resumed(self, path: Path, state: dict) -> None:
-        """Raises ConfigError when the checkpoint lies beyond the end, or the data or a step have other images."""
-        if state["step"] > self.settings.optim.steps:
-            raise ConfigError(f"{path} is beyond optim.steps={self.settings.optim.steps}, where the run is to end.")
-        before, now = state["images"], self._image_count()
-        if before != now:
-            raise ConfigError(
-                f"The run was started with {before} training images, now there are {now}: the order of the "
-                "images would be another. Restore the data, or start again in another folder."
-            )
-        before, now = state["images_per_step"], self._images_per_step()
-        if before != now:
-            raise ConfigError(
-                f"The run was started with {before} images a step, on {state['processes']} processes; now they are "
-                f"{now}. Choose optim.batch_size x optim.accumulation x processes so that they are {before}."
-            )
-        if state["processes"] != self.accelerator.num_processes:
-            logger.warning(
-                "%s is of %d processes: the run goes on with the same images a step, but what is drawn at random "
-                "differs from the uninterrupted run.", path, state["processes"],
-            )  # fmt: skip
 
     def _finish(self) -> None:
         self.accelerator.wait_for_everyone()
