@@ -36,6 +36,26 @@ def test_evaluate_writes_metrics_and_results(tiny_model_dir, scenes_dir, tmp_pat
     ]  # fmt: skip
 
 
+def test_crowds_can_be_evaluated_as_objects(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    """Where every object is a crowd, there is nothing to compare with, and the message names the way on."""
+    annotations = json.loads((scenes_dir / "annotations" / "instances.json").read_text())
+    options = ["--quiet", "--device", "cpu", "--images", str(scenes_dir / "images")]
+    found = []
+    for name, crowd in (("plain", 0), ("crowds", 1)):
+        for entry in annotations["annotations"]:
+            entry["iscrowd"] = crowd
+        (tmp_path / f"{name}.json").write_text(json.dumps(annotations))
+        output = ["--output", str(tmp_path / name)] + ["--crowds-as-objects"] * crowd
+        assert evaluate.main([str(tiny_model_dir), str(tmp_path / f"{name}.json"), *options, *output]) == 0
+        found.append(json.loads((tmp_path / name / "metrics.json").read_text()))
+    assert all(found[0][name] == found[1][name] for name in METRICS)
+    assert "--crowds-as-objects" in found[1]["command"] and found[1]["crowds_as_objects"]
+    capsys.readouterr()
+    assert evaluate.main([str(tiny_model_dir), str(tmp_path / "crowds.json"), *options]) == 2
+    refused = capsys.readouterr().err
+    assert "crowds" in refused and "--crowds-as-objects" in refused and len(refused.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("backend", ["streaming", "pycocotools"])
 def test_results_give_pycocotools_the_numbers_of_the_metrics(backend, tiny_model_dir, scenes_dir, tmp_path, capsys):
     options = ["--backend", backend, "--no-report", "--output", str(tmp_path), "--quiet", "--device", "cpu"]

@@ -17,6 +17,7 @@ pytest.importorskip("gradio")
 import browser
 
 from uplvp_hf.commands import demo
+from uplvp_hf.data import open_image
 from uplvp_hf.evaluation import load_segmenter
 from uplvp_hf.hub import prepare_folder
 from uplvp_hf.hub.space_app import load_app, prepare_space
@@ -87,6 +88,29 @@ def test_bad_images_are_refused(app, tmp_path):
     Image.new("1", (20_000, 10_000)).save(tmp_path / "c.png")
     with pytest.raises(gr.Error, match="too large; at most 50,000,000"):
         app.open_image(str(tmp_path / "c.png"))
+
+
+def deep_gray(path):
+    """A 16-bit image over the whole range: taken for 8 bits it would be white."""
+    Image.fromarray(np.linspace(0, 65535, 96 * 64).reshape(64, 96).astype(np.uint16)).save(path)
+
+
+def transparent(path):
+    Image.new("RGBA", (96, 64), (255, 0, 0, 0)).save(path)
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").resize((96, 64)).convert("RGB").save(path, exif=exif)
+
+
+@pytest.mark.parametrize("write", [deep_gray, transparent, turned])
+def test_images_are_those_that_training_sees(app, write, tmp_path):
+    write(tmp_path / "image.png")
+    seen, wanted = app.open_image(str(tmp_path / "image.png")), open_image(tmp_path / "image.png")
+    assert seen.mode == "RGB" and seen.size == wanted.size
+    assert np.array_equal(np.asarray(seen), np.asarray(wanted))
 
 
 @pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium on this machine (Debian: apt install chromium)")
@@ -162,7 +186,7 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
 def test_folder_of_a_space(tmp_path):
     folder = prepare_space(tmp_path / "space", "somebody/model")
     names = {file.name for file in folder.iterdir()}
-    assert names == {"app.py", "README.md", "requirements.txt", "visualize.py"}
+    assert names == {"app.py", "README.md", "requirements.txt", "visualize.py", "images.py", "errors.py"}
     card = RepoCard.load(folder / "README.md", ignore_metadata_errors=False).data.to_dict()
     assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and len(card["short_description"]) <= 60
     assert '"MODEL", "somebody/model"' in (folder / "app.py").read_text()

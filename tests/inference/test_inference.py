@@ -57,8 +57,8 @@ def test_images_in_any_form(predictor, scenes, found):
         one = predictor.predict(given, threshold=0.02)
         assert one.rle == found[0].rle, type(given)
     assert predictor.predict([], threshold=0.5) == []
-    with pytest.raises(ValueError, match=r"\(H, W, 3\) uint8"):
-        predictor.predict(np.zeros((4, 4)))
+    with pytest.raises(ImageError, match=r"images\[0\]: an array of shape \(4, 4, 2\)"):
+        predictor.predict(np.zeros((4, 4, 2)))
     with pytest.raises(ImageError, match="no such image"):
         predictor.predict("none.png")
     with pytest.raises(ValueError, match="threshold 2"):
@@ -67,6 +67,25 @@ def test_images_in_any_form(predictor, scenes, found):
     for given in (image, scenes[0]["image"]):
         with pytest.raises(ImageError, match="max_pixels"):
             small.predict(given)
+
+
+def test_arrays_of_any_depth_are_seen_alike(predictor, scenes, found):
+    pixels = np.asarray(scenes.load_image(0))
+    opaque = np.dstack([pixels, np.full(pixels.shape[:2], 255, np.uint8)])
+    for given in (pixels / 255.0, pixels.astype(np.uint16) * 257, opaque):
+        assert predictor.predict(given, threshold=0.02).rle == found[0].rle, given.dtype
+
+
+def test_instances_of_a_file_are_drawn_on_the_upright_image(predictor, scenes, tmp_path):
+    image = scenes.load_image(0).resize((64, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # a half turn: both frames have one size
+    image.rotate(180).save(tmp_path / "turned.png", exif=exif)
+    of_file = predictor.predict(tmp_path / "turned.png", threshold=0.02)
+    of_memory = predictor.predict(image, threshold=0.02)
+    assert of_file.rle == of_memory.rle and of_memory.source is None and of_file.source == str(tmp_path / "turned.png")
+    drawn = of_file.draw(Image.open(tmp_path / "turned.png"))
+    assert np.array_equal(np.asarray(drawn), np.asarray(of_memory.draw(image)))
 
 
 def test_an_image_in_memory_is_taken_as_it_stands(predictor, scenes):

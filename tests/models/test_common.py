@@ -145,6 +145,21 @@ def test_linear_layers_can_be_quantized(kind, pixels):
         assert 0 < error < 0.5, name
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
+@pytest.mark.parametrize("injection", ["add", "concat"])
+def test_the_prompting_path_can_be_quantized(kind, batch, injection):
+    """The projection of prompts, their fusion and the text head are linear layers like any other."""
+    model = make_model(kind, prompt_injection=injection, prompt_drop=0.0, text_dim=16).eval()
+    model.set_text_features(torch.randn(len(CLASSES), 16), list(CLASSES.values()))
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    names = ["text_heads.heads.0.projection"] + ["prompt_fusion.linear"] * (injection == "concat")
+    names += ["prompt_projection"] * (kind[0] == "mask2former")  # whose prompts are wider than its queries
+    assert all("quantized" in type(quantized.get_submodule(name)).__module__ for name in names)
+    with torch.no_grad():
+        assert torch.isfinite(quantized(**batch).loss)
+
+
 @BOTH
 def test_the_saved_configuration_is_the_model_s(kind, cls, tmp_path):
     model = make_model(kind, cls)

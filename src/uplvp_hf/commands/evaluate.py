@@ -35,6 +35,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--images", metavar="DIR", help="folder that the file names of the JSON are relative to")
     parser.add_argument("--split", help="picks annotations/SPLIT.json of the folder, or a split of a published layout")
     parser.add_argument("--format", help="of DATA, where it could be several, such as coco or cityscapes")
+    parser.add_argument(
+        "--crowds-as-objects", action="store_true", help="take objects with iscrowd = 1 for single objects"
+    )
     parser.add_argument("--output", metavar="DIR", help="write the files there")
     parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
     parser.add_argument("--class-agnostic", action="store_true", help="compare masks only, whatever their classes")
@@ -59,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data import load_dataset_rows
+    from uplvp_hf.data.usage import crowds_as_objects
     from uplvp_hf.evaluation import evaluate_model, evaluated_classes, load_segmenter, make_evaluator
     from uplvp_hf.evaluation.backends import resolve_backend
     from uplvp_hf.labeling.processes import Processes
@@ -68,6 +72,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else "streaming"
     processes = Processes()
     dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split, format=arguments.format)
+    if arguments.crowds_as_objects:
+        dataset = crowds_as_objects(dataset)
     model, processor = load_segmenter(arguments.model, arguments.device)
     category_ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
     if arguments.output:
@@ -165,6 +171,7 @@ def _write(
         "split": arguments.split,
         "model": arguments.model,
         "class_agnostic": arguments.class_agnostic,
+        "crowds_as_objects": arguments.crowds_as_objects,
         "metric": arguments.metric,
         "backend": arguments.backend,
         "mask_threshold": arguments.mask_threshold,
@@ -189,6 +196,7 @@ def _words(arguments: argparse.Namespace) -> list[str]:
     words += ["--split", arguments.split] if arguments.split else []
     words += ["--images", arguments.images] if arguments.images else []
     words += ["--format", arguments.format] if arguments.format else []
+    words += ["--crowds-as-objects"] if arguments.crowds_as_objects else []
     words += ["--mask-threshold", f"{arguments.mask_threshold:g}"] if arguments.mask_threshold != 0.5 else []
     words += ["--metric", arguments.metric] if arguments.metric != "coco" else []
     return words + (["--class-agnostic"] if arguments.class_agnostic else [])

@@ -248,13 +248,22 @@ def evaluated_classes(config: Any, dataset: InstanceDataset, class_agnostic: boo
     """Category id of every class of the model, for `evaluate_model`, which calls this first.
 
     Raises:
-        DataError: if the classes disagree (unless `class_agnostic`), or nothing is annotated.
+        DataError: if the classes disagree (unless `class_agnostic`), nothing is annotated, or crowds only.
     """
-    if not any(len(row["objects"]["category_id"]) for row in dataset.rows):
+    crowds = 0
+    for row in dataset.rows:
+        if not all(row["objects"]["iscrowd"]):
+            break
+        crowds += len(row["objects"]["iscrowd"])
+    else:
+        what = "annotated" if not crowds else f"annotated but by crowds (iscrowd = 1, {crowds} of them)"
         raise DataError(
-            f"none of the {len(dataset)} images is annotated, so there is nothing to compare with",
+            f"none of the {len(dataset)} images is {what}, so there is nothing to compare with",
             file=dataset.name or "dataset",
-            remedy="Pass annotations, or use predict.",
+            remedy="If each crowd is one object, as CVAT writes brush masks, pass --crowds-as-objects "
+            "(in training, data.crowds_as_objects=true)."
+            if crowds
+            else "Pass annotations, or use predict.",
         )
     return list(config.category_ids) if class_agnostic else match_category_ids(config, dataset)
 

@@ -38,12 +38,16 @@ def prepare_space(output: str | os.PathLike, model: str) -> Path:
         ValueError: for a name that is not USER/NAME. FileExistsError: if `output` holds something.
     """
     from uplvp_hf.evaluation import visualize
+    from uplvp_hf.models import errors, images
 
     output = Path(output)
     check_repo_id(model)
     with new_folder(output) as folder:
-        for file in (*SPACE.glob("*.*"), Path(visualize.__file__)):
+        for file in (*SPACE.glob("*.*"), *(Path(module.__file__) for module in (visualize, images, errors))):
             shutil.copyfile(file, folder / file.name)
+        # There it is no package.
+        text = (folder / "images.py").read_text(encoding="utf-8").replace("from .errors import", "from errors import")
+        (folder / "images.py").write_text(text, encoding="utf-8")
         for name in ("app.py", "README.md"):
             text = (folder / name).read_text(encoding="utf-8").replace("uplvp/mask2former-coco", model)
             (folder / name).write_text(text, encoding="utf-8")

@@ -14,6 +14,7 @@ from torch import Tensor
 from uplvp_hf.data import decode_segmentation, encode_mask, rle_areas, rle_boxes
 
 from ..models.errors import UserError
+from ..models.images import as_rgb
 
 if TYPE_CHECKING:
     import supervision
@@ -26,7 +27,7 @@ class Instances:
     scores (N,) float32, 0 to 1; labels (N,) int64, class indices; names: N class names; boxes (N, 4) float32 x1, y1,
     x2, y2 in pixels of the image, ends exclusive (those of QueryInst are the model's own and may leave the image);
     rle: N COCO run lengths of the image's size; size: its (height, width); category_ids: N original ids of the
-    classes; source: file name or address, where there is one.
+    classes; source: file name or address, None of an image in memory.
     """
 
     scores: Tensor
@@ -128,11 +129,13 @@ class Instances:
     def draw(self, image: Image.Image, longest_edge: int = 2560) -> Image.Image:
         """The image with every instance tinted, outlined and named.
 
-        Larger ones are drawn scaled down to `longest_edge` pixels: every mask drawn takes a byte a pixel. Raises
-        ValueError if the image has another size than the instances.
+        Of instances that were found in a file, `image` is turned upright by its EXIF rotation, as the file was; others
+        are drawn on the image as it stands. Larger ones are drawn scaled down to `longest_edge` pixels: every mask
+        drawn takes a byte a pixel. Raises ValueError if the image has another size than the instances.
         """
         from uplvp_hf.evaluation.visualize import draw_instances
 
+        image = as_rgb(image, exif=self.source is not None)
         if (image.height, image.width) != tuple(self.size):
             raise UserError(f"instances of an image of {self.size}, drawn on {(image.height, image.width)}.")
         names = dict(zip(self.labels.tolist(), self.names, strict=True))

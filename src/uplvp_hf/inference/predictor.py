@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, empty_objects, to_rgb
+from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, empty_objects
 from uplvp_hf.data.dataset import LazyRows
 from uplvp_hf.evaluation import load_segmenter, predict_dataset
 
 from ..models.errors import UserError
+from ..models.images import array_to_rgb, as_rgb
 from .download import LIMITS, Limits, is_url
 from .instances import Instances, instances_of
 from .sources import MAX_PIXELS, check_pixels, find_images, pixels_unbounded
@@ -158,7 +159,8 @@ class Predictor:
         """Instances of an image, or of each in a list.
 
         Args:
-            images: path of a file, address of http or https, PIL image, or (H, W, 3) uint8 RGB array; or a list.
+            images: path of a file, address of http or https, PIL image, or array as `array_to_rgb` takes it:
+                (H, W), (H, W, 3) or (H, W, 4), of 8 or 16 bits or floats; or a list.
             threshold: least score, 0 to 1.
             tiles: cut images larger than this many pixels into windows; `Tiles` has more to choose.
             mask_threshold: a pixel belongs to a mask when its probability is above this.
@@ -182,7 +184,11 @@ class Predictor:
             config = self.model.config
             found = [
                 instances_of(
-                    result, (row["height"], row["width"]), config.id2label, config.category_ids, row["file_name"]
+                    result,
+                    (row["height"], row["width"]),
+                    config.id2label,
+                    config.category_ids,
+                    row["file_name"] if isinstance(row["image"], str) else None,
                 )
                 for row, result in results
             ]
@@ -191,15 +197,14 @@ class Predictor:
         return found[0] if single else found
 
     def _row(self, image: ImageInput, number: int, folder: str) -> Row:
+        name = f"images[{number}]"
         if isinstance(image, np.ndarray):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise UserError(f"an array must be (H, W, 3) uint8 RGB, got {image.shape} {image.dtype}.")
-            image = Image.fromarray(image)
+            check_pixels(image.shape[1::-1] if image.ndim > 1 else (image.size, 1), self.max_pixels, name)
+            return _memory_row(array_to_rgb(image, name), number, name)
         if isinstance(image, Image.Image):
-            check_pixels(image.size, self.max_pixels, f"images[{number}]")
-            image = to_rgb(image).copy()
-            image.info = {}  # taken as it stands: EXIF is not applied, so that results are in its pixels
-            return _memory_row(image, number, f"images[{number}]")
+            check_pixels(image.size, self.max_pixels, name)
+            # Taken as it stands: EXIF is not applied, so that results are in its pixels.
+            return _memory_row(as_rgb(image, file=name, exif=False), number, name)
         path = os.fspath(image)
         if not is_url(path) and not Path(path).is_file():
             raise ImageError("no such image", file=path)

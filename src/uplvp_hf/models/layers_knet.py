@@ -15,6 +15,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerSine
 from .backbones import ConvNormAct
 from .configuration_knet import KNetConfig
 from .padding import is_padded, upsample, valid_cells
+from .precision import in_float32
 
 
 class SemanticPyramid(nn.Module):
@@ -132,24 +133,14 @@ class KernelUpdate(nn.Module):
 
     def forward(self, features: Tensor, kernels: Tensor) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            feature_in, feature_out = _exact(self.feature_projection, features).chunk(2, -1)
-            kernel_in, kernel_out = _exact(self.kernel_projection, kernels).chunk(2, -1)
+            feature_in, feature_out = in_float32(self.feature_projection, features).chunk(2, -1)
+            kernel_in, kernel_out = in_float32(self.kernel_projection, kernels).chunk(2, -1)
             both = kernel_in * feature_in
-            feature_gate = _exact(self.feature_gate_norm, _exact(self.feature_gate, both)).sigmoid()
-            kernel_gate = _exact(self.kernel_gate_norm, _exact(self.kernel_gate, both)).sigmoid()
-            mixed = feature_gate * _exact(self.feature_norm, feature_out)
-            mixed = mixed + kernel_gate * _exact(self.kernel_norm, kernel_out)
+            feature_gate = in_float32(self.feature_gate_norm, in_float32(self.feature_gate, both)).sigmoid()
+            kernel_gate = in_float32(self.kernel_gate_norm, in_float32(self.kernel_gate, both)).sigmoid()
+            mixed = feature_gate * in_float32(self.feature_norm, feature_out)
+            mixed = mixed + kernel_gate * in_float32(self.kernel_norm, kernel_out)
         return F.relu(self.output_norm(self.output(mixed.to(self.output_norm.weight.dtype))))
-
-
-def _exact(layer: nn.Linear | nn.LayerNorm, x: Tensor) -> Tensor:
-    """The layer in float32. One with weights of this type, or with quantized ones, which are no tensors, is called."""
-    if not isinstance(layer.weight, Tensor) or layer.weight.dtype == torch.float32:
-        return layer(x.float())
-    weight, bias = layer.weight.float(), layer.bias.float()
-    if isinstance(layer, nn.Linear):
-        return F.linear(x.float(), weight, bias)
-    return F.layer_norm(x.float(), layer.normalized_shape, weight, bias, layer.eps)
 
 
 class KernelAttention(nn.Module):

@@ -103,7 +103,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         prompts = pool_prompts(features.prompt_map, mask_labels, scores, config.num_prompts, config.prompt_pooling)
         if self.prompt_projection is None:
             return prompts
-        projected = self.prompt_projection(prompts.vectors.to(self.prompt_projection.weight.dtype))
+        projected = self.prompt_projection(prompts.vectors.to(self.dtype))
         return Prompts(projected, prompts.valid, prompts.source)
 
     def match_prompts(self, queries: Tensor, prompts: Prompts | None) -> tuple[Tensor, Prompts] | None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .masks import tight_boxes
+from .precision import in_float32
 
 
 @dataclass
@@ -135,8 +136,7 @@ class PromptFusion(nn.Module):
     def forward(self, queries: Tensor, prompts: Tensor) -> Tensor:
         # In float32: K-Net's queries hold sums over whole objects, which are beyond the range of float16.
         with torch.autocast(queries.device.type, enabled=False):
-            both = torch.cat([queries.float(), prompts.float()], dim=-1)
-            return F.linear(both, self.linear.weight.float(), self.linear.bias.float()).to(queries.dtype)
+            return in_float32(self.linear, torch.cat([queries.float(), prompts.float()], dim=-1)).to(queries.dtype)
 
 
 def kept_prompts(match: Tensor, drop: float, uniform: Tensor | None = None) -> Tensor:

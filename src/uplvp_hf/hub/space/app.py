@@ -21,14 +21,16 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as coco_mask
 from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 
 try:
-    from visualize import draw_instances  # beside this file in a Space
-except ImportError:
     from uplvp_hf.evaluation.visualize import draw_instances
+    from uplvp_hf.models.images import ImageError, as_rgb
+except ImportError:  # in a Space they lie beside this file
+    from images import ImageError, as_rgb
+    from visualize import draw_instances
 
 FLOOR = 0.05  # instances of smaller score are not kept, so that the slider needs no second run of the model
 SHOWN_SIDE = 1280  # pixels of the overlay's longer side
@@ -45,15 +47,18 @@ def load(name: str, trust_remote_code: bool = False):
 
 
 def open_image(path: str) -> Image.Image:
-    """An upright RGB image. Raises gr.Error, whose text the visitor sees."""
+    """An upright 8-bit RGB image, as training sees it. Raises gr.Error, whose text the visitor sees."""
     limit = int(os.environ.get("MAX_PIXELS", "50000000"))
     try:
         with Image.open(path) as image:
             if image.width * image.height > limit:
                 raise gr.Error(f"The image has {image.width} x {image.height} pixels; at most {limit:,} are taken.")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return as_rgb(image, file=Path(path).name)
     except gr.Error:
         raise
+    except ImageError as error:
+        remedy = "" if error.remedy is None else f" {error.remedy}"
+        raise gr.Error(f"This is not an image that can be read: {error.reason}.{remedy}") from error
     except Image.DecompressionBombError as error:
         raise gr.Error(f"The image is too large; at most {limit:,} pixels are taken.") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more
