@@ -11,12 +11,12 @@ from uplvp_hf.labeling.cutting.proposals import (
     border_fraction,
     connected_components,
     filter_proposals,
-    mask_iou_matrix,
     mask_nms,
     matrix_nms,
     otsu_threshold,
     upsample_grid,
 )
+from uplvp_hf.models.masks import mask_iou_matrix
 
 
 def test_upsample_grid_without_offset_is_interpolate():

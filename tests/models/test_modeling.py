@@ -123,7 +123,7 @@ def test_prompt_is_the_projected_average_of_the_last_map_under_the_matched_mask(
         features = model.segmenter.encode(batch["pixel_values"])
         queries = model.segmenter.initial_queries(features)
         match, prompts = model.match_prompts(queries, model.make_prompts(features, batch["mask_labels"], None))
-        injected = model.injection(match, prompts, None)(queries)
+        injected = model.injection(match, prompts, model.kept_prompts(match, None))(queries)
         grid = features.prompt_map[0]
         pooled = []
         for mask in batch["mask_labels"][0]:

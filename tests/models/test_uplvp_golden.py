@@ -179,7 +179,7 @@ class Recording:
         features = model.segmenter.encode(self.pixels, self.pixel_mask)
         queries = model.segmenter.initial_queries(features)
         match, slots = model.match_prompts(queries, model.make_prompts(features, self.masks, None))
-        prompted = model.injection(match, slots, self.draw)(queries)
+        prompted = model.injection(match, slots, model.kept_prompts(match, self.draw))(queries)
         return features, queries, match, slots, model.segmenter.decode(features, prompted)
 
 

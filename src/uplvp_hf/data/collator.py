@@ -27,7 +27,8 @@ def collate(
     Returns:
         pixel_values (B, 3, H, W) float32, zero where padded; pixel_mask (B, H, W) int64, 1 where the image is;
         mask_labels, B tensors (N_b, H, W) bool, or B `InstanceMasks` of that shape; class_labels, B tensors (N_b,)
-        int64; and, where the samples have them, prompt_scores, B tensors (N_b,) float32, and image_ids, a list of B.
+        int64; and, where the samples have them, prompt_scores, B tensors (N_b,) float32, kernel_targets, B tensors
+        (N_b, D) float32, and image_ids, a list of B.
 
     Raises UserError for an empty batch and for a sample that does not fit `pad_to`.
     """
@@ -58,7 +59,8 @@ def collate(
         "mask_labels": mask_labels,
         "class_labels": [sample["class_labels"] for sample in samples],
     }
-    for name, key in (("prompt_scores", "prompt_scores"), ("image_ids", "image_id")):
+    optional = {"prompt_scores": "prompt_scores", "kernel_targets": "kernel_targets", "image_ids": "image_id"}
+    for name, key in optional.items():
         if key in samples[0]:  # transformers' Trainer removes what the model's `forward` does not take
             batch[name] = [sample[key] for sample in samples]
     return batch

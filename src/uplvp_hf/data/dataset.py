@@ -21,15 +21,20 @@ if TYPE_CHECKING:
 OBJECT_KEYS = ("segmentation", "category_id", "bbox", "area", "iscrowd", "score")
 
 
-class Objects(TypedDict):
-    """The instances of one image, as parallel lists (COCO conventions, pixels of the image)."""
-
+class _Objects(TypedDict):
     segmentation: list[Any]  # polygons, or an RLE (models/masks.py)
     category_id: list[int]  # original ids, may be sparse
     bbox: list[list[float]]  # x, y, width, height
     area: list[float]
     iscrowd: list[int]
     score: list[float]  # 0 to 1; 1 for human labels
+
+
+class Objects(_Objects, total=False):
+    """The instances of one image, as parallel lists (COCO conventions, pixels of the image). Where they were asked for,
+    with a vector of every mask that a labeler's network computed (`store_features`)."""
+
+    features: list[np.ndarray]
 
 
 class _Row(TypedDict):

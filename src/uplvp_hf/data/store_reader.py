@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,6 +13,7 @@ from typing import Any
 from .dataset import OBJECT_KEYS, InstanceDataset, Row, RowStream
 from .errors import DataError
 from .fields import image_identifier, inside, read_categories, read_json, require, require_list, whole_number
+from .store_features import read_features
 
 SCHEMA_VERSION = 1
 HEADER_KEYS = ("schema_version", "labeler", "settings", "settings_hash", "categories")
@@ -88,6 +90,14 @@ def _check_objects(objects: Any, known: set[int], size: list[int], file: str, wh
             raise DataError(f"a score must be a finite number, got {score!r}", file=file, row=where)
 
 
+def _mask_count(entry: Any) -> int:
+    """Masks of a line of a shard, which may be faulty."""
+    try:
+        return len(entry["objects"]["category_id"])
+    except (KeyError, TypeError):
+        return 0
+
+
 def _read_row(entry: Any, image_root: str | None, known: set[int], file: str, where: str) -> Row:
     require(entry, ("image", "image_id", "file_name", "width", "height", "objects"), file, where)
     image_id = image_identifier(entry, "image_id", file, where)
@@ -110,7 +120,10 @@ def _read_row(entry: Any, image_root: str | None, known: set[int], file: str, wh
 
 
 def read_store(
-    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None, strict: bool = True
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    features: str | os.PathLike[str] | None = None,
 ) -> InstanceDataset:
     """Read a pseudo-label store.
 
@@ -120,12 +133,15 @@ def read_store(
             relative itself, starts from `path`.
         strict: False lists rows that are faulty in `failures` and goes on, where otherwise the first raises; a line
             that is not JSON raises all the same.
+        features: a folder with features of the masks (`store_features`), such as `path` itself; objects then have
+            them. None leaves them out.
 
     The dataset has the categories of the header, and what the files `failures*.jsonl` list as `failures`.
     Raises DataError, naming file and line, for a bad header, no rows, lines that are not JSON, missing keys, lists of
-    unequal length, unknown categories, RLEs of another size than the image, and an image id in two rows.
+    unequal length, unknown categories, RLEs of another size than the image, an image id in two rows, and features that
+    are missing or do not fit.
     """
-    stream = stream_store(path, images, strict)
+    stream = stream_store(path, images, strict, features)
     rows = list(stream)
     # A run that was killed has had no time to strike out the images that it labeled at its second attempt.
     labeled = {row["image"] for row in rows} | {row["file_name"] for row in rows}
@@ -134,7 +150,10 @@ def read_store(
 
 
 def stream_store(
-    path: str | os.PathLike[str], images: str | os.PathLike[str] | None = None, strict: bool = True
+    path: str | os.PathLike[str],
+    images: str | os.PathLike[str] | None = None,
+    strict: bool = True,
+    features: str | os.PathLike[str] | None = None,
 ) -> RowStream:
     """As `read_store`, with one shard in memory at a time; errors of the rows are met when they are reached."""
     path = os.path.abspath(os.fspath(path))
@@ -145,16 +164,28 @@ def stream_store(
     image_root = None if root is None else os.path.join(path, root) if images is None else os.path.abspath(root)
     failures = read_failures(path)
     faults = None if strict else failures
-    return RowStream(lambda: _rows(path, image_root, known, faults), categories, path, failures)
+    return RowStream(lambda: _rows(path, image_root, known, faults, features), categories, path, failures)
 
 
-def _rows(path: str, image_root: str | None, known: set[int], faults: list[dict[str, Any]] | None) -> Iterator[Row]:
+def _rows(
+    path: str,
+    image_root: str | None,
+    known: set[int],
+    faults: list[dict[str, Any]] | None,
+    features: str | os.PathLike[str] | None,
+) -> Iterator[Row]:
     """faults: list for those of single rows; None: the first is raised."""
     seen: dict[int | str, str] = {}
     for file in shard_files(path):
-        for where, entry in _lines(file):
+        lines = _lines(file)
+        vectors: Iterator[Any] = itertools.repeat(None)
+        if features is not None:
+            vectors = read_features(features, file, [_mask_count(entry) for _, entry in lines])
+        for (where, entry), own in zip(lines, vectors):
             try:
                 row = _read_row(entry, image_root, known, file, where)
+                if own is not None:
+                    row["objects"]["features"] = list(own)
             except DataError as error:
                 if faults is None:
                     raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,14 +12,23 @@ from PIL import Image
 
 from ..models.errors import UserError
 from .copy_paste import choose, paste
-from .dataset import InstanceDataset, LazyRows, Row
+from .dataset import InstanceDataset, LazyRows, Objects, Row
 from .errors import DataError, ImageError
 from .instance_masks import InstanceMasks
+from .store_features import feature_width
 from .transforms import TrainTransform, uniform
 
 logger = logging.getLogger(__name__)
 
 _MAX_CONSECUTIVE_FAILURES = 10
+
+
+class _Object(NamedTuple):
+    """What a sample keeps of a mask, whatever becomes of the mask."""
+
+    label: int
+    score: float
+    feature: np.ndarray | None = None
 
 
 class TrainingSet(torch.utils.data.Dataset):
@@ -33,6 +42,7 @@ class TrainingSet(torch.utils.data.Dataset):
         seed: >= 0. A sample depends on (seed, epoch, index) only, never on the worker that makes it.
         max_instances: the best by score are kept, ties in the order of the row. Pasted ones fill up what is left.
         skip_crowd: leave out instances with iscrowd = 1, whose masks cover several objects.
+        features: whether samples have `kernel_targets`, the vectors of their masks (`store_features`).
         copy_paste: probability, 0 to 1, that a random half of the instances of another image, drawn from all and
             augmented in the same way, is pasted over this one (see `paste`).
 
@@ -50,6 +60,7 @@ class TrainingSet(torch.utils.data.Dataset):
         max_instances: int = 100,
         skip_crowd: bool = True,
         copy_paste: float = 0.0,
+        features: bool = False,
     ) -> None:
         if len(dataset) == 0:
             raise DataError("there are no images to train on", file=dataset.name or None)
@@ -70,6 +81,7 @@ class TrainingSet(torch.utils.data.Dataset):
         self.max_instances = max_instances
         self.skip_crowd = skip_crowd
         self.copy_paste = copy_paste
+        self.features, self.feature_width = features, feature_width(dataset) if features else 0
         # Shared memory: worker processes that persist over epochs see `set_epoch`, and their failures come back.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._failed = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
@@ -153,9 +165,9 @@ class TrainingSet(torch.utils.data.Dataset):
         """One sample as augmented in `epoch`, with h and w as the transform says:
 
         pixel_values (3, h, w) float32 normalized; mask_labels, `InstanceMasks` of N masks of h x w, `.dense()` is
-        (N, h, w) bool; class_labels (N,) int64; prompt_scores (N,) float32, 0 to 1; image_id; index of the row used,
-        which is a later one than asked for when images cannot be opened. Raises DataError when more than 10 images in a
-        row cannot, IndexError beyond the end.
+        (N, h, w) bool; class_labels (N,) int64; prompt_scores (N,) float32, 0 to 1; with `features`, kernel_targets
+        (N, D) float32; image_id; index of the row used, which is a later one than asked for when images cannot be
+        opened. Raises DataError when more than 10 images in a row cannot, IndexError beyond the end.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
@@ -165,19 +177,23 @@ class TrainingSet(torch.utils.data.Dataset):
             pixels, masks, objects = self._pasted(pixels, masks, objects, generator)
         # In place, because a float image takes four times the memory of its bytes.
         values = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
-        return {
+        sample = {
             "pixel_values": values,
             "mask_labels": masks,
-            "class_labels": torch.tensor([label for label, _ in objects], dtype=torch.int64),
-            "prompt_scores": torch.tensor([score for _, score in objects], dtype=torch.float32),
+            "class_labels": torch.tensor([one.label for one in objects], dtype=torch.int64),
+            "prompt_scores": torch.tensor([one.score for one in objects], dtype=torch.float32),
             "image_id": self.dataset.image_id(position),
             "index": position,
         }
+        if self.features:
+            vectors = np.asarray([one.feature for one in objects], dtype=np.float32)
+            sample["kernel_targets"] = torch.from_numpy(vectors.reshape(len(objects), self.feature_width))
+        return sample
 
     def _augmented(
         self, index: int, generator: torch.Generator
-    ) -> tuple[int, torch.Tensor, InstanceMasks, list[tuple[int, float]]]:
-        """The row used, pixels, masks, and (class, score) of each mask."""
+    ) -> tuple[int, torch.Tensor, InstanceMasks, list[_Object]]:
+        """The row used, pixels, masks, and what is known of each mask."""
         position, image = self._open(index)
         row = self.dataset[position]
         chosen = self._choose(row)
@@ -186,14 +202,16 @@ class TrainingSet(torch.utils.data.Dataset):
             pixels, masks, kept = self.transform(image, segmentations, row["height"], row["width"], generator)
         except DataError as error:
             raise DataError(error.reason, file=row["file_name"], row=f"row {position}") from error
-        kept = [chosen[k] for k in kept]
-        category_ids = [row["objects"]["category_id"][k] for k in kept]
-        classes = [0 if self.label_map is None else self.label_map[category_id] for category_id in category_ids]
-        return position, pixels, masks, list(zip(classes, [row["objects"]["score"][k] for k in kept]))
+        objects = row["objects"]
+        return position, pixels, masks, [self._object(objects, chosen[k]) for k in kept]
+
+    def _object(self, objects: Objects, k: int) -> _Object:
+        label = 0 if self.label_map is None else self.label_map[objects["category_id"][k]]
+        return _Object(label, objects["score"][k], objects["features"][k] if self.features else None)
 
     def _pasted(
-        self, pixels: torch.Tensor, masks: InstanceMasks, objects: list[tuple[int, float]], generator: torch.Generator
-    ) -> tuple[torch.Tensor, InstanceMasks, list[tuple[int, float]]]:
+        self, pixels: torch.Tensor, masks: InstanceMasks, objects: list[_Object], generator: torch.Generator
+    ) -> tuple[torch.Tensor, InstanceMasks, list[_Object]]:
         """An image with instances of another one over it; the two may be the same by chance."""
         partner = int(uniform(generator, 0, len(self)))
         _, other_pixels, other_masks, other_objects = self._augmented(partner, generator)

@@ -74,8 +74,8 @@ class MaskRcnnConfig(OwnSegmenterConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @property
-    def num_prompts(self) -> int:
-        """None: there are no queries to prompt. The training loop asks every model."""
+    def most_targets(self) -> int:
+        """None: there are no queries to supervise. The training loop asks every model."""
         return 0
 
     def _check_settings(self) -> None:

@@ -290,3 +290,17 @@ def mask_iou(a_rles: Sequence[dict[str, Any]], b_rles: Sequence[dict[str, Any]])
     if (overlap < 0).any():  # pycocotools' mark for masks of different sizes
         raise DataError("masks of different sizes have no overlap")
     return overlap
+
+
+def mask_iou_matrix(masks: torch.Tensor, chunk: int = 1 << 16) -> torch.Tensor:
+    """Pairwise IoU of (..., N, H, W) bool masks -> (..., N, N) float32. Two empty masks have IoU 0.
+
+    Works through `chunk` pixels at a time: a float copy of all masks of a large image is never made.
+    """
+    flat = masks.flatten(-2)
+    inter = torch.zeros(*flat.shape[:-1], flat.shape[-2], device=masks.device)
+    for part in flat.split(chunk, dim=-1):
+        values = part.float()
+        inter += values @ values.transpose(-1, -2)
+    area = inter.diagonal(dim1=-2, dim2=-1)
+    return inter / (area[..., :, None] + area[..., None, :] - inter).clamp_min(1)

@@ -7,6 +7,7 @@ from transformers import initialization as init
 
 from .configuration_uplvp import UplvpConfig
 from .errors import UserError
+from .kernel_targets import KernelSupervision, RunningMean
 from .modeling_knet import KNetForInstanceSegmentation
 from .modeling_mask2former import Mask2FormerSegmenter
 from .modeling_queryinst import QueryInstForInstanceSegmentation
@@ -50,7 +51,7 @@ class UplvpPreTrainedModel(InstanceSegmenter, SavesItsCode, PreTrainedModel):
             # queries have no fewer channels), so cosine matching means something from the first step.
             init.orthogonal_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, (PromptFusion, TextHead, TextHeads)):
+        elif isinstance(module, (PromptFusion, TextHead, TextHeads, KernelSupervision, RunningMean)):
             module.init_weights()
 
     @classmethod

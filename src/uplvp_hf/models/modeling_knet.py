@@ -125,10 +125,10 @@ class KNetForInstanceSegmentation(QuerySegmenter, KNetPreTrainedModel):
     def loss_function(self) -> KNetLoss:
         return KNetLoss(**{name: getattr(self.config, name) for name in KNetLoss.__dataclass_fields__})
 
-    def normalizers(self, counts, num_prompts, mask_labels=None) -> Normalizers:
+    def normalizers(self, counts, most_targets, mask_labels=None) -> Normalizers:
         """As in `QuerySegmenter`; the divisor of the class maps needs the masks, and without them is that of each
         batch."""
-        known = super().normalizers(counts, num_prompts)
+        known = super().normalizers(counts, most_targets)
         if mask_labels is not None:
             known.cells = sum(count_cells(masks, self.config.semantic_targets) for masks in mask_labels)
         return known

@@ -210,9 +210,9 @@ class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
         # As `where(all, outside, blocked)`, which onnxruntime has no kernel for.
         return blocked & (outside | ~blocked.all(-1, keepdim=True))
 
-    def normalizers(self, counts, num_prompts, mask_labels=None) -> Normalizers:
+    def normalizers(self, counts, most_targets, mask_labels=None) -> Normalizers:
         """As in `QuerySegmenter`; the mask terms are divided by all true masks, and the class terms have weights."""
-        known = super().normalizers(counts, num_prompts)
+        known = super().normalizers(counts, most_targets)
         known.masks, weights = sum(counts), self.loss_function.class_weight_sum(self.config.num_queries, counts)
         known.class_weight = weights
         return known

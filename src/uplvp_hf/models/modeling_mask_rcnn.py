@@ -99,7 +99,7 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
         kept = {key: value for key, value in source.config.to_dict().items() if key != "label2id"}
         return MaskRcnnConfig.from_dict({**kept, "id2label": id2label, "category_ids": category_ids})
 
-    def normalizers(self, counts: list[int], num_prompts: int = 0, mask_labels=None) -> Normalizers:
+    def normalizers(self, counts: list[int], most_targets: int = 0, mask_labels=None) -> Normalizers:
         """The number of images: the terms are means over a batch, whose share in a step is its share of images."""
         return Normalizers(images=len(counts))
 

@@ -10,6 +10,7 @@ Papers: UPLVP (arXiv 2405.13388) and its predecessor Saliency Prompt (arXiv 2302
     layers   = decode(features, queries)             step 3
     loss     = segmenter loss(layers, pseudo masks) + mean(1 - cos(queries of the layers, prompts of their masks))
 
+The last term is the papers'; what else queries can be drawn towards, and how, is in kernel_targets.py.
 `UplvpForInstanceSegmentation` leaves the prompts out; with prompts off both models give the same bits. The segmenter is
 a Mask2Former, a K-Net or a QueryInst: nothing here depends on which.
 """
@@ -21,11 +22,12 @@ from transformers import PreTrainedModel
 
 from .configuration_uplvp import UplvpConfig
 from .errors import UserError
-from .losses import LayerOutput, Normalizers, kernel_supervision
+from .kernel_targets import KernelSupervision, given_targets
+from .losses import LayerOutput, Normalizers
 from .matching import guidance, label_guide, match_prompts
 from .modeling_base_uplvp import UplvpPreTrainedModel
 from .point_sampling import Draw
-from .prompts import PromptFusion, Prompts, inject_prompts, kept_prompts, pool_prompts
+from .prompts import PromptFusion, Prompts, faded, inject_prompts, kept_prompts, pool_prompts
 from .query_segmenter import SegmenterOutput
 from .text_head import TextHeads, checked_text_features
 
@@ -34,7 +36,9 @@ class UplvpForInstanceSegmentation(UplvpPreTrainedModel):
     """The plain segmenter: for fine-tuning on labels, and for inference. Nothing of the prompting path is here."""
 
     # Of pre-training checkpoints.
-    _keys_to_ignore_on_load_unexpected = [r"^prompt_projection\.", r"^prompt_fusion\.", r"^text_heads\."]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^prompt_projection\.", r"^prompt_fusion\.", r"^text_heads\.", r"^kernel_supervision\.",
+    ]  # fmt: skip
 
     def __init__(self, config: UplvpConfig, segmenter: PreTrainedModel | None = None):
         super().__init__(config, segmenter)
@@ -60,8 +64,8 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         super().__init__(config, segmenter)
         pooled, wanted = self.segmenter.prompt_channels, self.segmenter.query_channels
         prompts = config.prompt_matching != "none"
-        self.prompt_projection = self.prompt_fusion = self.text_heads = None
-        if pooled != wanted and (prompts or config.kernel_supervision_weight > 0):
+        self.prompt_projection = self.prompt_fusion = self.text_heads = self.kernel_supervision = None
+        if pooled != wanted and self._uses_prompts:
             self.prompt_projection = nn.Linear(pooled, wanted)
         if prompts and config.prompt_injection == "concat":
             self.prompt_fusion = PromptFusion(wanted)
@@ -75,11 +79,19 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
                 no_object=self.segmenter.has_no_object,
                 prior=0.01,
             )
+        if config.supervises_kernels:
+            self.kernel_supervision = KernelSupervision(config, wanted)
         self.epoch = 0.0
         self.post_init()
 
+    @property
+    def _uses_prompts(self) -> bool:
+        config = self.config
+        return config.prompt_matching != "none" or (config.supervises_kernels and config.kernel_target == "prompt")
+
     def set_progress(self, epoch: float) -> None:
-        """Tells how many epochs (fractions count) are done: the label-guided curriculum follows it. Before a step."""
+        """Tells how many epochs (fractions count) are done, which the label-guided curriculum and `prompt_epochs`
+        follow. Before a step."""
         self.epoch = float(epoch)
 
     def set_text_features(self, features: Tensor, class_names: list[str]) -> None:
@@ -98,7 +110,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
     def make_prompts(self, features, mask_labels: list[Tensor], scores: list[Tensor] | None) -> Prompts | None:
         """Pseudo masks -> prompts in the space of the queries. Pooling is detached, the projection is trained."""
         config = self.config
-        if config.prompt_matching == "none" and config.kernel_supervision_weight == 0:
+        if not self._uses_prompts:
             return None
         prompts = pool_prompts(features.prompt_map, mask_labels, scores, config.num_prompts, config.prompt_pooling)
         if self.prompt_projection is None:
@@ -114,25 +126,34 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
             prompts = prompts.to_slots(self.config.prompt_slots)
         return match_prompts(queries, prompts.vectors, prompts.valid, self.config.prompt_matching), prompts
 
-    def injection(self, match: Tensor, prompts: Prompts, draw: Draw | None) -> Callable[[Tensor], Tensor]:
-        """What puts prompts into queries (B, N, D), except into a random share of them, which is drawn here."""
-        drop = self.config.prompt_drop if self.training else 0.0
+    def kept_prompts(self, match: Tensor, draw: Draw | None) -> Tensor:
+        """Which queries get their prompt, (B, N) bool: not a random share of them, which is drawn here."""
+        drop = 0.0
+        if self.training:
+            drop = faded(self.config.prompt_drop, self.epoch, self.config.prompt_epochs)
         uniform = draw(0, "keep", -1, tuple(match.shape)) if draw is not None and drop > 0 else None
-        keep = kept_prompts(match, drop, uniform)
+        return kept_prompts(match, drop, uniform)
+
+    def injection(self, match: Tensor, prompts: Prompts, keep: Tensor) -> Callable[[Tensor], Tensor]:
+        """What puts prompts into queries (B, N, D), into those to `keep`."""
         return lambda queries: inject_prompts(queries, prompts.vectors, match, keep, self.prompt_fusion)
 
     def supervise_kernels(
-        self, layers: list[LayerOutput], matches: list, prompts: Prompts, counts: list[int], pairs
+        self,
+        layers: list[LayerOutput],
+        matches: list,
+        targets: Prompts,
+        mask_labels: list[Tensor],
+        labels: list[Tensor],
+        pairs,
+        prompted: Tensor | None,
     ) -> Tensor:
-        """Weighted cosine loss between the updated queries and the prompts of the pseudo masks they are matched to."""
+        """Unweighted loss between the updated queries and the targets of the pseudo masks they are matched to."""
         # An output from before any update of the queries is not supervised (SP: every stage). Without auxiliary
         # losses only the last layer has a match.
         first = 1 if self.segmenter.predicts_first and len(matches) == len(layers) else 0
         layers = layers[-len(matches) :]
-        prompt_of_mask = prompts.of_mask(max(counts, default=0))
-        loss = kernel_supervision(layers[first:], matches[first:], prompts.vectors, prompt_of_mask, pairs)
-        # The targets are detached; when nothing is injected either, this keeps the projection in the graph.
-        return self.config.kernel_supervision_weight * loss + prompts.vectors.sum() * 0
+        return self.kernel_supervision(layers[first:], matches[first:], targets, mask_labels, labels, pairs, prompted)
 
     def forward(
         self,
@@ -141,26 +162,29 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         mask_labels: list[Tensor] | None = None,
         class_labels: list[Tensor] | None = None,
         prompt_scores: list[Tensor] | None = None,
+        kernel_targets: list[Tensor] | None = None,
         normalizers: Normalizers | None = None,
         draw: Draw | None = None,
         **options,
     ) -> SegmenterOutput | tuple:
         """As `UplvpForInstanceSegmentation.forward`, with pseudo masks as labels and their `prompt_scores` (G,) each.
 
-        Without `mask_labels` no prompt is made: the output is that of the plain model.
+        kernel_targets: per image (G, kernel_target_dim), one vector a mask, with `kernel_target="labeler"`. Without
+        `mask_labels` no prompt is made: the output is that of the plain model.
         """
         options = self.options(options)
         if mask_labels is None:
             return self.segmenter(pixel_values, pixel_mask, **options)
         labels = self.labels_for(mask_labels, class_labels)
-        prompts = matched = add = None
+        prompts = matched = keep = add = None
 
         def inject(queries: Tensor, features, stage: int) -> Tensor:
-            nonlocal prompts, matched, add
+            nonlocal prompts, matched, keep, add
             if stage == 0:
                 prompts = self.make_prompts(features, mask_labels, prompt_scores)
                 matched = self.match_prompts(queries, prompts)
-                add = None if matched is None else self.injection(*matched, draw)
+                keep = None if matched is None else self.kept_prompts(matched[0], draw)
+                add = None if matched is None else self.injection(*matched, keep)
             elif self.config.prompt_injection != "every_stage":
                 return queries
             return queries if add is None else add(queries)
@@ -170,11 +194,20 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         if matched is not None and self.config.prompt_matching == "hungarian":
             extra["label_guide"] = self._label_guide(*matched, labels)
         losses, matches = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw, **extra)
-        if prompts is not None and self.config.kernel_supervision_weight > 0:
+        if self.kernel_supervision is not None:
             pairs = None if normalizers is None else normalizers.pairs
-            counts = [len(masks) for masks in mask_labels]
-            losses["kernel"] = self.supervise_kernels(layers, matches, prompts, counts, pairs)
+            targets = self._targets(prompts, kernel_targets, mask_labels)
+            term = self.supervise_kernels(layers, matches, targets, mask_labels, labels, pairs, keep)
+            # Targets are detached; when no prompt is injected either, this keeps the projection in the graph.
+            losses["kernel"] = self.kernel_supervision.weight(term, losses) * term + targets.vectors.sum() * 0
         return self.segmenter.describe(queries, layers, losses, **options)
+
+    def _targets(self, prompts: Prompts | None, vectors: list[Tensor] | None, mask_labels: list[Tensor]) -> Prompts:
+        if self.config.kernel_target == "prompt":
+            return prompts
+        if vectors is not None:
+            vectors = [own.to(self.device) for own in vectors]
+        return given_targets(vectors, mask_labels, self.config.kernel_target_dim)
 
     def _label_guide(self, match: Tensor, prompts: Prompts, labels: list[Tensor]):
         theta = guidance(self.epoch, self.config.guidance_start, self.config.guidance_epochs)

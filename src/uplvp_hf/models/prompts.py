@@ -151,6 +151,11 @@ def kept_prompts(match: Tensor, drop: float, uniform: Tensor | None = None) -> T
     return keep
 
 
+def faded(drop: float, epoch: float, epochs: float | None) -> float:
+    """Share of queries without prompt: `drop`, which with `epochs` rises linearly to 1 until then, and stays there."""
+    return drop if epochs is None else drop + (1 - drop) * min(1.0, epoch / epochs)
+
+
 def inject_prompts(
     queries: Tensor, vectors: Tensor, match: Tensor, keep: Tensor, fusion: PromptFusion | None = None
 ) -> Tensor:

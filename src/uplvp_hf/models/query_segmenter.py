@@ -212,7 +212,7 @@ class QuerySegmenter(QueryNetwork):
         """Outputs of `decode`."""
         return self.config.num_stages
 
-    def normalizers(self, counts: list[int], num_prompts: int, mask_labels: Any = None) -> Normalizers:
+    def normalizers(self, counts: list[int], most_targets: int, mask_labels: Any = None) -> Normalizers:
         """Divisors of the loss terms for images with `counts` masks each, before any forward pass.
 
         mask_labels, per image (G, H, W) bool, is for terms whose divisor depends on the masks themselves. Plain counts,
@@ -221,7 +221,7 @@ class QuerySegmenter(QueryNetwork):
         updates = self.num_stages - self.predicts_first
         supervised = updates if getattr(self.config, "use_auxiliary_loss", True) else min(updates, 1)
         matched = [min(count, self.config.num_queries) for count in counts]
-        return Normalizers(masks=sum(matched), pairs=sum(min(count, num_prompts) for count in matched) * supervised)
+        return Normalizers(masks=sum(matched), pairs=sum(min(count, most_targets) for count in matched) * supervised)
 
     def loss(
         self,

@@ -12,8 +12,9 @@ from ..models.modeling_uplvp import UplvpPreTrainedModel
 def model_inputs(batch: dict, device: torch.device, stage: str) -> dict:
     """The arguments for the model of this stage, on the device, with masks as dense tensors."""
     inputs = {key: batch[key].to(device, non_blocking=True) for key in ("pixel_values", "pixel_mask")}
-    for key in ("class_labels", "prompt_scores"):
-        inputs[key] = [item.to(device, non_blocking=True) for item in batch[key]]
+    for key in ("class_labels", "prompt_scores", "kernel_targets"):
+        if key in batch:
+            inputs[key] = [item.to(device, non_blocking=True) for item in batch[key]]
     inputs["mask_labels"] = [masks.dense().to(device, non_blocking=True) for masks in batch["mask_labels"]]
     if stage != "pretrain":
         del inputs["prompt_scores"]
@@ -29,7 +30,7 @@ def effective_normalizers(
     # Divisors that have to be counted from the masks are left to the loss where it sees the whole batch.
     several = len(micro_batches) > 1 or accelerator.num_processes > 1
     dense = (one.dense() for one in masks) if several else None  # one at a time, where they are looked at
-    own = model.segmenter.normalizers(counts, model.config.num_prompts, dense)
+    own = model.segmenter.normalizers(counts, model.config.most_targets, dense)
     known = {name: float(value) for name, value in vars(own).items() if value is not None}
     values = torch.tensor(list(known.values()), dtype=torch.float32)
     if accelerator.num_processes > 1:

@@ -16,6 +16,8 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.manifest import take_split
 from ..data.splits import SplitSpec
+from ..data.store_features import feature_width
+from ..data.store_reader import read_store
 from ..data.text_embeddings import read_text_matrix
 from ..data.training_set import TrainingSet
 from ..data.transforms import TrainTransform
@@ -37,21 +39,41 @@ logger = logging.getLogger(__name__)
 TrainedModel = UplvpPreTrainedModel | MaskRcnnForInstanceSegmentation
 
 
-def _load(settings: DataSettings, part: str) -> InstanceDataset:
-    """The rows of `data.train` or `data.val`."""
+def kernel_features(settings: TrainSettings) -> str | None:
+    """The folder with features of the masks that the run is supervised by (`model.kernel_target`), or None."""
+    target = settings.model.kernel_target
+    if settings.stage != "pretrain" or target in (None, "prompt"):
+        return None
+    return settings.data.train if target == "labeler" else target
+
+
+def _load(settings: DataSettings, part: str, features: str | None = None) -> InstanceDataset:
+    """The rows of `data.train` or `data.val`. features: folder with those of the masks."""
     given = {key: getattr(settings, f"{part}_{key}") for key in ("images", "split", "format")}
-    dataset = load_dataset_rows(getattr(settings, part), **given)
+    source = getattr(settings, part)
+    if features is None:
+        dataset = load_dataset_rows(source, **given)
+    elif not (Path(source) / "header.json").is_file():
+        raise ConfigError(
+            f"`model.kernel_target` asks for features of the masks, which pseudo-label stores have; {source} is none."
+        )
+    elif not Path(features).is_dir():
+        raise ConfigError(f"`model.kernel_target` is prompt, labeler or a folder of features; there is no {features}.")
+    else:
+        dataset = read_store(source, given["images"], features=features)
     return crowds_as_objects(dataset) if settings.crowds_as_objects else dataset
 
 
-def build_data(settings: DataSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
+def build_data(settings: DataSettings, features: str | None = None) -> tuple[InstanceDataset, InstanceDataset | None]:
     """Training rows (cut to the low-data split, whose manifest they carry) and validation rows, or None.
+
+    features: see `kernel_features`.
 
     Raises ConfigError and DataError for data that cannot be used, and where training would have nothing to learn.
     """
     if settings.train is None:
         raise ConfigError("`data.train` is not set: give a COCO JSON, a folder or a pseudo-label store.")
-    train = _load(settings, "train")
+    train = _load(settings, "train", features)
     if not train.categories:
         raise ConfigError(f"{settings.train} holds images without classes: label it first (`uplvp label`).")
     if settings.labels_per_class is not None:
@@ -123,6 +145,8 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
             f"safetensors file) or `model.init` (a checkpoint), or leave `model.{frozen}` out."
         )
     model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
+    if settings.stage == "pretrain" and settings.model.kernel_target is None:
+        _check_kernel_target(model.config, settings)
     unused = _for_queries(settings.model) if settings.stage == "finetune" else []
     if unused:
         logger.warning("Without effect in fine-tuning, as they are about prompts: %s.", ", ".join(unused))
@@ -136,6 +160,15 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
         load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
     freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
     return model
+
+
+def _check_kernel_target(config: UplvpConfig, settings: TrainSettings) -> None:
+    """Raises ConfigError for a checkpoint that is supervised by features where the run has none."""
+    if config.kernel_target == "labeler" and config.supervises_kernels:
+        raise ConfigError(
+            f"{settings.model.init} was pre-trained towards features of the masks: set `model.kernel_target` to "
+            "labeler, a folder of features, or prompt."
+        )
 
 
 def build_processor(data: DataSettings) -> UplvpImageProcessor:
@@ -157,6 +190,8 @@ def build_samples(
 ) -> TrainingSet | MixedSamples:
     """The augmented samples that a run with these settings sees (`with_image_settings` filled in)."""
     if extra is not None:
+        if kernel_features(settings) is not None:
+            raise ConfigError("`data.extra` has no features of its masks, which `model.kernel_target` asks for.")
         alone = dataclasses.replace(settings, seed=settings.seed + 1)
         labeled, more = build_samples(settings, rows), build_samples(alone, extra)
         assert isinstance(labeled, TrainingSet) and isinstance(more, TrainingSet)
@@ -184,6 +219,7 @@ def build_samples(
         settings.seed,
         data.max_instances,
         copy_paste=data.copy_paste,
+        features=kernel_features(settings) is not None,
     )
 
 
@@ -202,9 +238,14 @@ def _model_class(settings: TrainSettings) -> type[UplvpPreTrainedModel]:
 _METHOD = sorted({item.name for item in dataclasses.fields(ModelSettings)} & set(UplvpConfig.__dataclass_fields__))
 
 
-def _method(model: ModelSettings) -> dict:
+def _method(settings: TrainSettings, train: InstanceDataset) -> dict:
     """The settings of the method that the user gave."""
+    model = settings.model
     given = {name: getattr(model, name) for name in _METHOD if getattr(model, name) is not None}
+    if kernel_features(settings) is not None:
+        given |= {"kernel_target": "labeler", "kernel_target_dim": feature_width(train) or 1}
+    elif "kernel_target" in given:  # of a checkpoint that was trained towards others, nothing stays
+        given = {"kernel_target_dim": None, "kernel_head": None, **given, "kernel_target": "prompt"}
     if model.text_features is not None:
         given["text_dim"] = _text_features(model.text_features)[0].shape[1]
     return given
@@ -260,7 +301,7 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedMod
         segmenter_config=dict(settings.model.segmenter),
         id2label=id2label,
         category_ids=category_ids,
-        **_method(settings.model),
+        **_method(settings, train),
     )
     _refuse_unknown(settings.model.segmenter, config.segmenter_config)
     return _model_class(settings)(config)
@@ -307,7 +348,7 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
         _check_baseline(settings)
         cls, method = MaskRcnnForInstanceSegmentation, {}
     else:
-        method = _method(settings.model)
+        method = _method(settings, train)
     model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
     logger.info("From %s: %s", init, model.transfer_report)
     return model

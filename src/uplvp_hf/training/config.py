@@ -134,7 +134,32 @@ class ModelSettings(Settings):
     prompt_injection: str | None = setting(None, f"how prompts enter the queries; {OF_INIT}")
     prompt_pooling: str | None = setting(None, f"over the mask or its box; {OF_INIT}")
     prompt_drop: float | None = setting(None, f"share of the queries that get no prompt; {OF_INIT}")
+    prompt_epochs: float | None = setting(None, f"epochs until no query gets a prompt any more; {OF_INIT}")
     kernel_supervision_weight: float | None = setting(None, f"0 switches it off; {OF_INIT}")
+    kernel_loss_share: float | None = setting(
+        None, f"in place of the weight: share of the segmenter's own loss that it is made to be; {OF_INIT}"
+    )
+    kernel_target: str | None = setting(
+        None,
+        "what queries are drawn towards: prompt; labeler, the features of the masks that lie in the store; or a folder "
+        f"with other features of them; {OF_INIT}",
+    )
+    kernel_head: str | None = setting(
+        None, f"linear layer on the query before it is compared, or none; {OF_INIT}", choices=("none", "linear")
+    )
+    kernel_loss: str | None = setting(
+        None, f"contrastive compares with the other masks of the batch; {OF_INIT}", choices=("cosine", "contrastive")
+    )
+    kernel_temperature: float | None = setting(None, f"of contrastive; {OF_INIT}")
+    kernel_overlap: float | None = setting(
+        None, f"IoU from which two masks of an image are no negatives of contrastive; {OF_INIT}"
+    )
+    kernel_centering: float | None = setting(
+        None, f"momentum of a running mean that is subtracted from the targets, 0 for none; {OF_INIT}"
+    )
+    kernel_queries: str | None = setting(
+        None, f"unprompted leaves out those that got a prompt; {OF_INIT}", choices=("all", "unprompted")
+    )
     guidance_start: float | None = setting(None, f"of hungarian: the true cost's first weight; {OF_INIT}")
     guidance_epochs: float | None = setting(None, f"epochs until that weight is 1; {OF_INIT}")
     text_features: str | None = setting(

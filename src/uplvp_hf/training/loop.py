@@ -32,7 +32,7 @@ from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
 from ..models.modeling_uplvp import UplvpPreTrainedModel
 from .batch import effective_normalizers, model_inputs
-from .build import build_data, build_model, build_processor, build_samples, with_image_settings
+from .build import build_data, build_model, build_processor, build_samples, kernel_features, with_image_settings
 from .checkpoint import (
     check_resumed,
     load_checkpoint,
@@ -103,7 +103,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
     given = settings
     if settings.overfit_one_batch:
         settings = on_one_batch(settings)
-    train_rows, val_rows = build_data(settings.data)
+    train_rows, val_rows = build_data(settings.data, kernel_features(settings))
     extra_rows = load_extra(settings, train_rows, val_rows)
     model = build_model(settings, train_rows)
     if val_rows is not None:

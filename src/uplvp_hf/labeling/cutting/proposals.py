@@ -13,7 +13,7 @@ import torch
 from scipy import ndimage
 
 from ...models.errors import UserError
-from ...models.masks import tight_boxes
+from ...models.masks import mask_iou_matrix, tight_boxes
 
 NMS_KINDS = ("mask", "matrix", "none")
 
@@ -137,20 +137,6 @@ def filter_proposals(
         shorter, longer = sides.min(axis=1), sides.max(axis=1)
         keep &= (longer <= max_aspect * np.maximum(shorter, 1)) & (shorter >= min_side)
     return proposals.take(keep)
-
-
-def mask_iou_matrix(masks: torch.Tensor, chunk: int = 1 << 16) -> torch.Tensor:
-    """Pairwise IoU of (..., N, H, W) bool masks -> (..., N, N) float32. Two empty masks have IoU 0.
-
-    Works through `chunk` pixels at a time: a float copy of all masks of a large image is never made.
-    """
-    flat = masks.flatten(-2)
-    inter = torch.zeros(*flat.shape[:-1], flat.shape[-2], device=masks.device)
-    for part in flat.split(chunk, dim=-1):
-        values = part.float()
-        inter += values @ values.transpose(-1, -2)
-    area = inter.diagonal(dim1=-2, dim2=-1)
-    return inter / (area[..., :, None] + area[..., None, :] - inter).clamp_min(1)
 
 
 def mask_nms(proposals: Proposals, iou: float = 0.5, agnostic: bool = False) -> Proposals:

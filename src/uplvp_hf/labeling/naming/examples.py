@@ -15,8 +15,8 @@ from ...data.dataset import InstanceDataset, RowStream
 from ...data.errors import DataError
 from ...data.rows import load_dataset_rows
 from ...models.errors import UserError
-from ...models.masks import tight_boxes
-from ..cutting.proposals import Proposals, mask_iou_matrix
+from ...models.masks import mask_iou_matrix, tight_boxes
+from ..cutting.proposals import Proposals
 from ..encoders.backbone import Encoder
 from ..fingerprint import fingerprint
 from ..prompt_settings import ExamplesSettings, look
