@@ -164,7 +164,7 @@ def masks_only(samples: TrainingSet) -> Any:
 
     row, transform = samples.dataset[0], samples.transform
     height, width = row["height"], row["width"]
-    window = transform._draw_window(height, width, samples._generator(0, 0))
+    window = transform.draw_window(height, width, samples._generator(0, 0))
     rles = [segmentation_to_rle(segmentation, height, width) for segmentation in row["objects"]["segmentation"]]
     return window.masks(rles, height, width, transform.min_area)
 
@@ -178,7 +178,7 @@ def dense_masks(samples: TrainingSet) -> torch.Tensor:
 
     row, transform = samples.dataset[0], samples.transform
     height, width = row["height"], row["width"]
-    window = transform._draw_window(height, width, samples._generator(0, 0))
+    window = transform.draw_window(height, width, samples._generator(0, 0))
     columns = ((window.left + np.arange(window.width) + 0.5) * (width / window.resized_width)).astype(np.int64)
     rows = ((window.top + np.arange(window.height) + 0.5) * (height / window.resized_height)).astype(np.int64)
     columns = columns[::-1] if window.flip else columns

@@ -177,7 +177,7 @@ def test_short_edges_are_drawn_evenly_and_nothing_is_cropped():
 
 def test_angles_are_drawn_in_their_range_and_with_their_probability():
     transform, draws = TrainTransform(128, rotate=9, rotate_probability=0.5), generator()
-    angles = np.array([transform._draw_window(HEIGHT, WIDTH, draws).angle for _ in range(400)])
+    angles = np.array([transform.draw_window(HEIGHT, WIDTH, draws).angle for _ in range(400)])
     assert 0.43 < np.mean(angles != 0) < 0.57 and np.abs(angles).max() <= 9
     turned = angles[angles != 0]
     assert abs(turned.mean()) < 1.2 and np.abs(turned).max() > 8 and turned.std() == pytest.approx(9 / 3**0.5, abs=0.6)
@@ -189,8 +189,8 @@ def test_what_is_turned_out_of_the_image_vanishes_after_three_attempts(monkeypat
     mask[:6, :6] = True
     image = Image.new("RGB", (WIDTH, HEIGHT), (9, 9, 9))
     transform = TrainTransform(32, short_edges=[HEIGHT], rotate=45, rotate_probability=1, color_jitter=0)
-    draw, angles, lost = transform._draw_window, [], 0
-    monkeypatch.setattr(transform, "_draw_window", lambda *given: angles.append(draw(*given)) or angles[-1])
+    draw, angles, lost = transform.draw_window, [], 0
+    monkeypatch.setattr(transform, "draw_window", lambda *given: angles.append(draw(*given)) or angles[-1])
     for seed in range(30):
         angles.clear()
         pixels, masks, kept = transform(image, [encode_mask(mask)], HEIGHT, WIDTH, generator(seed))

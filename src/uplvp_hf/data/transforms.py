@@ -113,13 +113,14 @@ class TrainTransform:
             raise UserError(f"the image is {image.size[0]}x{image.size[1]}, the row says {width}x{height}")
         rles = [segmentation_to_rle(segmentation, height, width) for segmentation in segmentations]
         for _ in range(_ATTEMPTS):
-            window = self._draw_window(height, width, generator)
+            window = self.draw_window(height, width, generator)
             masks, kept = window.masks(rles, height, width, self.min_area)
             if kept or not rles:
                 break
         return self._jitter(window.pixels(image, self.fill), generator), masks, kept
 
-    def _draw_window(self, height: int, width: int, generator: torch.Generator) -> Window:
+    def draw_window(self, height: int, width: int, generator: torch.Generator) -> Window:
+        """What a sample shows of an image of this size."""
         # Draws come in a fixed number, so that the same seed gives the same geometry with and without color jitter.
         resized_width, resized_height = self._draw_size(height, width, generator)
         most = self.size if self.short_edges is None else max(resized_width, resized_height)

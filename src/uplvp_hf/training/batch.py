@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from ..models.losses import Normalizers
 from ..models.modeling_uplvp import UplvpPreTrainedModel
+from ..models.query_segmenter import SegmenterOutput
 
 
 def model_inputs(batch: dict, device: torch.device, stage: str) -> dict:
@@ -21,17 +25,37 @@ def model_inputs(batch: dict, device: torch.device, stage: str) -> dict:
     return inputs
 
 
+def weighted_loss(output: SegmenterOutput, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch and its terms, detached. Those of pseudo-labeled images are multiplied by the weight of
+    the batch, and go by names of their own, summed over the layers: `unsup_class`, `unsup_mask`, ..."""
+    terms = {name: value.detach().float() for name, value in output.losses.items()}
+    weight = batch.get("weight")
+    if weight is None:
+        return output.loss, terms
+    summed: dict[str, Tensor] = {}
+    for name, value in terms.items():
+        name = f"unsup_{re.sub(r'_[0-9]+$', '', name)}"
+        summed[name] = summed.get(name, 0.0) + weight * value
+    return weight * output.loss, summed
+
+
 def effective_normalizers(
     model: UplvpPreTrainedModel, accelerator: Accelerator, micro_batches: list[dict]
 ) -> Normalizers:
-    """Divisors over the whole effective batch, with which accumulated gradients equal those of one large batch."""
-    masks = [masks for batch in micro_batches for masks in batch["mask_labels"]]
-    counts = [len(one) for one in masks]
+    """Divisors over the whole effective batch, with which accumulated gradients equal those of one large batch.
+
+    What is in a batch with a weight counts so much.
+    """
     # Divisors that have to be counted from the masks are left to the loss where it sees the whole batch.
     several = len(micro_batches) > 1 or accelerator.num_processes > 1
-    dense = (one.dense() for one in masks) if several else None  # one at a time, where they are looked at
-    own = model.segmenter.normalizers(counts, model.config.most_targets, dense)
-    known = {name: float(value) for name, value in vars(own).items() if value is not None}
+    known: dict[str, float] = {}
+    for weight in dict.fromkeys(batch.get("weight") for batch in micro_batches):
+        masks = [one for batch in micro_batches if batch.get("weight") == weight for one in batch["mask_labels"]]
+        dense = (one.dense() for one in masks) if several else None  # one at a time, where they are looked at
+        own = model.segmenter.normalizers([len(one) for one in masks], model.config.most_targets, dense)
+        for name, value in vars(own).items():
+            if value is not None:
+                known[name] = known.get(name, 0.0) + float(value) * (1.0 if weight is None else weight)
     values = torch.tensor(list(known.values()), dtype=torch.float32)
     if accelerator.num_processes > 1:
         # Gradients are averaged over processes, so the divisors are too.

@@ -9,6 +9,7 @@ from typing import Any
 from ..models.errors import UserError
 from ..settings import ConfigError, Settings, build_settings, merge_words, setting
 from .recipes_file import merge_settings, read_recipe
+from .teacher_settings import TeacherSettings, check_teacher
 
 READABLE = "anything that load_dataset_rows reads: COCO JSON, folder, pseudo-label store"
 PRETRAINING = "pretraining"
@@ -53,6 +54,13 @@ class DataSettings(Settings):
         least=0,
         most=1,
     )
+    unlabeled: str | None = setting(
+        None,
+        f"{READABLE}, whose labels are not used: a teacher finds instances in them while the labels are fine-tuned on "
+        "(settings of `teacher`)",
+    )
+    unlabeled_split: str | None = setting(None, "as `train_split`")
+    unlabeled_images: str | None = setting(None, "as `train_images`")
     size: int | None = setting(
         None,
         "side of the square training canvas and longer side at inference, pixels, a multiple of 32; none: that of "
@@ -253,6 +261,7 @@ class TrainSettings(Settings):
     data: DataSettings = field(default_factory=DataSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
@@ -261,6 +270,7 @@ class TrainSettings(Settings):
         if self.fsdp and self.mixed_precision == "fp16":
             raise ConfigError("`fsdp` works with mixed_precision no or bf16, not with fp16.")
         _check_data(self.data)
+        check_teacher(self)
         evaluation, val = self.evaluation, self.data.val
         often = evaluation.every or evaluation.every_epochs or len(evaluation.at) > 1
         if evaluation.patience and (val is None or not often):
@@ -270,6 +280,11 @@ class TrainSettings(Settings):
             )
         if self.checkpoint.best and val is None:
             raise ConfigError("`checkpoint.best` needs images to evaluate on: set `data.val`.")
+
+    @property
+    def average_decay(self) -> float:
+        """Of the moving average of the weights, which a teacher needs; 0 for none."""
+        return self.optim.ema or (self.teacher.decay if self.data.unlabeled else 0.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, as recipes hold them."""
@@ -323,6 +338,7 @@ __all__ = [
     "EvaluationSettings",
     "ModelSettings",
     "OptimSettings",
+    "TeacherSettings",
     "TrainSettings",
     "TrainingAborted",
     "load_settings",

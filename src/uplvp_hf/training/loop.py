@@ -31,7 +31,7 @@ from ..files import only_run, usual_rights, write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
 from ..models.modeling_uplvp import UplvpPreTrainedModel
-from .batch import effective_normalizers, model_inputs
+from .batch import effective_normalizers, model_inputs, weighted_loss
 from .build import build_data, build_model, build_processor, build_samples, kernel_features, with_image_settings
 from .checkpoint import (
     check_resumed,
@@ -45,7 +45,7 @@ from .checkpoint import (
 from .config import TrainingAborted, TrainSettings
 from .freezing import training_mode
 from .launch import hardware, make_accelerator
-from .mixture import MixedSamples, load_extra
+from .mixture import load_extra
 from .norm_statistics import NormStatistics
 from .one_batch import describe_one_batch, on_one_batch, report_one_batch
 from .optim import images_per_step, learning_rate_factor, make_optimizer, with_steps
@@ -54,6 +54,8 @@ from .random_state import random_state, restore_random_state
 from .run_log import LossMeans, RunLog
 from .sharding import whole
 from .stream import make_loader
+from .teacher import Teacher, unlabeled_batches
+from .unlabeled import build_views, load_unlabeled
 from .validation import Validation, evaluates_agnostic
 from .weights import RunWeights
 
@@ -105,6 +107,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
         settings = on_one_batch(settings)
     train_rows, val_rows = build_data(settings.data, kernel_features(settings))
     extra_rows = load_extra(settings, train_rows, val_rows)
+    unlabeled = load_unlabeled(settings.data, train_rows, val_rows)
     model = build_model(settings, train_rows)
     if val_rows is not None:
         evaluated_classes(model.config, val_rows, evaluates_agnostic(settings))  # now, not after hours of training
@@ -118,18 +121,20 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
         record_manifest(train_rows.manifest, settings.output)
     if accelerator.process_index:  # all have the same weights, but should not drop the same prompts
         set_seed(settings.seed * 1_000_003 + accelerator.process_index)
-    run = _Run(settings, accelerator, model, build_samples(settings, train_rows, extra_rows), val_rows, progress)
-    return run.go(resume)
+    samples, views = build_samples(settings, train_rows, extra_rows), build_views(settings, unlabeled)
+    return _Run(settings, accelerator, model, samples, views, val_rows, progress).go(resume)
 
 
 class _Run:
-    def __init__(self, settings, accelerator, model, samples, val_rows, progress):
+    def __init__(self, settings, accelerator, model, samples, views, val_rows, progress):
         self.settings, self.accelerator, self.samples, self.val_rows = settings, accelerator, samples, val_rows
+        self.images = len(samples) + len(getattr(samples, "extra", ())) + len(views or ())  # all that is trained on
         self.output = Path(settings.output)
         self.progress = progress and accelerator.is_main_process
         self.processor = build_processor(settings.data)
         self.weights = RunWeights(settings, accelerator, model)
         self.model, self.plain = self.weights.wrapped, self.weights.plain
+        self.teacher = None if views is None else Teacher(settings, accelerator, self.weights, views)
         self.optimizer = make_optimizer(self.plain, settings.optim)
         self.statistics = NormStatistics(self.plain)
         self.result = TrainResult(self.plain, self.processor)
@@ -180,6 +185,7 @@ class _Run:
         steps, count = range(start, settings.optim.steps), settings.optim.accumulation
         loader = make_loader(self.samples, settings, start, accelerator.process_index, accelerator.num_processes)
         batches = iter(loader)
+        unlabeled = unlabeled_batches(self.teacher, start)
         if settings.overfit_one_batch:
             first = [next(batches) for _ in range(count)]
             del batches  # ends its workers
@@ -188,7 +194,7 @@ class _Run:
                 yield step, first
         else:
             for step in steps:
-                yield step, [next(batches) for _ in range(count)]
+                yield step, [*(next(batches) for _ in range(count)), *unlabeled(step)]
 
     def _step(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
         """Sets up model and learning rates for this step and makes one update. Returns the loss terms."""
@@ -201,12 +207,8 @@ class _Run:
 
     def _sizes(self) -> dict[str, int]:
         """What has to be the same when a run is resumed."""
-        extra = len(self.samples.extra) if isinstance(self.samples, MixedSamples) else 0
-        return {
-            "images_per_step": self._images_per_step(),
-            "images": len(self.samples) + extra,
-            "processes": self.accelerator.num_processes,
-        }
+        sizes = {"images_per_step": self._images_per_step(), "images": self.images}
+        return {**sizes, "processes": self.accelerator.num_processes}
 
     def _images_per_step(self) -> int:
         return images_per_step(self.settings.optim, self.accelerator.num_processes)
@@ -224,10 +226,11 @@ class _Run:
                 with self._sync(index == len(micro_batches) - 1):
                     with self.accelerator.autocast():
                         output = self.model(**inputs, normalizers=normalizers)
-                    finite &= torch.isfinite(output.loss.detach())
-                    self.accelerator.backward(output.loss)
-                for name, value in output.losses.items():
-                    totals[name] = totals.get(name, 0.0) + value.detach().float()
+                    loss, terms = weighted_loss(output, batch)
+                    finite &= torch.isfinite(loss.detach())
+                    self.accelerator.backward(loss)
+                for name, value in terms.items():
+                    totals[name] = totals.get(name, 0.0) + value
         finite &= costs.finite
         if self.scaler is None:
             finite &= torch.isfinite(self._clip())
@@ -295,7 +298,8 @@ class _Run:
         means = self.means.take()
         total = [sum(means.values())] if means else []
         loss = {"loss": total[0]} if means else {}
-        self.log.write(step, {**loss, "lr": self.optimizer.param_groups[0]["lr"], **means})
+        found = {} if self.teacher is None else self.teacher.report()
+        self.log.write(step, {**loss, "lr": self.optimizer.param_groups[0]["lr"], **means, **found})
         self.result.losses = [*self.result.losses[:1], *total]
         if loss:
             bar.set_postfix(loss=f"{loss['loss']:.2f}")
@@ -312,6 +316,7 @@ class _Run:
             "evaluations": {str(key): value for key, value in result.evaluations.items()},
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             **self._sizes(),
+            "teacher": self.teacher.state() if self.teacher is not None else None,
         }
         tensors = {"optimizer": optimizer_tensors(self.plain, self.optimizer)}
         if average is not None:
@@ -336,6 +341,8 @@ class _Run:
         restore_optimizer(self.plain, self.optimizer, tensors["optimizer"])
         if self.weights.average is not None:
             self.weights.average.load(tensors["average"], state["average_updates"])
+        if self.teacher is not None:
+            self.teacher.load(state["teacher"])
         result = self.result
         result.seconds, result.skipped, result.overflows = state["seconds"], state["skipped"], state["overflows"]
         result.losses, result.steps = state["losses"], state["step"]
@@ -360,6 +367,7 @@ class _Run:
             load_weights(folder, model)
         # Processes see different images, so each may have met others that cannot be read.
         failures = [*self.samples.dataset.failures, *(self.val_rows.failures if self.val_rows else ())]
+        failures += [] if self.teacher is None else self.teacher.failures
         failures = sorted({json.dumps(failure) for failure in gather_object(failures + self.samples.failures)})
         if self.accelerator.is_main_process:
             model.eval()

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.collator import collate
 from ..data.training_set import TrainingSet
+from ..data.views import UnlabeledViews, collate_views
 from .config import TrainSettings
 from .mixture import MixedSamples, extra_count
 
@@ -92,4 +93,39 @@ def make_loader(
         num_workers=settings.data.workers,
         persistent_workers=settings.data.workers > 0,
         generator=torch.Generator().manual_seed(settings.seed),  # leaves the global random state alone
+    )
+
+
+class UnlabeledKeys(Sampler):
+    """One list of (epoch, index) a step for this process, from update `start` to `steps`; the first is of update
+    `first`. The order is as that of `SampleKeys`, of another seed."""
+
+    def __init__(
+        self, count: int, settings: TrainSettings, start: int, first: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.steps, self.first, self.rank, self.world = range(start, settings.optim.steps), first, rank, world
+        self.size = settings.teacher.batch_size or settings.optim.batch_size
+        self._order = _Order(count, settings.seed + 2)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            begin = ((step - self.first) * self.world + self.rank) * self.size
+            yield [self._order.key(position) for position in range(begin, begin + self.size)]
+
+
+def make_unlabeled_loader(
+    views: UnlabeledViews, settings: TrainSettings, start: int, rank: int, world: int
+) -> DataLoader:
+    """The unlabeled micro-batch of every update from `start` and the burn-in on, as `collate_views` makes it."""
+    first = settings.teacher.burn_in
+    return DataLoader(
+        _Keyed(views),
+        batch_sampler=UnlabeledKeys(len(views), settings, max(start, first), first, rank, world),
+        collate_fn=partial(collate_views, pad_to=settings.data.size if settings.data.square else None),
+        num_workers=settings.data.workers,
+        persistent_workers=settings.data.workers > 0,
+        generator=torch.Generator().manual_seed(settings.seed),
     )

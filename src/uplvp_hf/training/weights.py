@@ -31,7 +31,8 @@ class RunWeights:
         model.to(accelerator.device)
         self.wrapped = shard(model, accelerator.device) if self.spread else _wrapped(model, accelerator)
         self.plain = accelerator.unwrap_model(self.wrapped)
-        self.average = WeightAverage(self.plain, settings.optim.ema) if settings.optim.ema else None
+        decay = settings.average_decay
+        self.average = WeightAverage(self.plain, decay) if decay else None
 
     def as_trained(self) -> UplvpPreTrainedModel:
         """A whole model with the weights that are being trained, for saving. All processes call it."""
