@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def unlabeled_batches(teacher: Teacher | None, start: int) -> Callable[[int], list[dict[str, Any]]]:
-    """step -> its pseudo-labeled micro-batches, for the steps from `start` on in their order; none without a teacher."""
+    """step -> its pseudo-labeled micro-batches, for the steps from `start` on, in order; none without a teacher."""
     if teacher is None:
         return lambda step: []
     teacher.start(start)
