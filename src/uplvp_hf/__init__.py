@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING
 from ._register import register_when_needed
 
 if TYPE_CHECKING:  # what editors and type checkers see; `_NAMES` says the same to Python
-    from .data import InstanceDataset as InstanceDataset
-    from .data import load_dataset_rows as load_dataset_rows
-    from .evaluation.predictor import evaluate_model as evaluate_model
-    from .evaluation.predictor import predict_dataset as predict_dataset
+    from .data import InstanceDataset as InstanceDataset, load_dataset_rows as load_dataset_rows
+    from .evaluation.predictor import evaluate_model as evaluate_model, predict_dataset as predict_dataset
     from .labeling.pipeline import label_images as label_images
     from .models.configuration_knet import KNetConfig as KNetConfig
     from .models.configuration_mask_rcnn import MaskRcnnConfig as MaskRcnnConfig
@@ -22,13 +20,16 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_NAMES` says the same 
     from .models.configuration_uplvp import UplvpConfig as UplvpConfig
     from .models.image_processing_pil_uplvp import UplvpImageProcessorPil as UplvpImageProcessorPil
     from .models.image_processing_uplvp import UplvpImageProcessor as UplvpImageProcessor
-    from .models.modeling_knet import KNetForInstanceSegmentation as KNetForInstanceSegmentation
-    from .models.modeling_knet import KNetModel as KNetModel
+    from .models.modeling_knet import KNetForInstanceSegmentation as KNetForInstanceSegmentation, KNetModel as KNetModel
     from .models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation as MaskRcnnForInstanceSegmentation
-    from .models.modeling_queryinst import QueryInstForInstanceSegmentation as QueryInstForInstanceSegmentation
-    from .models.modeling_queryinst import QueryInstModel as QueryInstModel
-    from .models.modeling_uplvp import UplvpForInstanceSegmentation as UplvpForInstanceSegmentation
-    from .models.modeling_uplvp import UplvpForPreTraining as UplvpForPreTraining
+    from .models.modeling_queryinst import (
+        QueryInstForInstanceSegmentation as QueryInstForInstanceSegmentation,
+        QueryInstModel as QueryInstModel,
+    )
+    from .models.modeling_uplvp import (
+        UplvpForInstanceSegmentation as UplvpForInstanceSegmentation,
+        UplvpForPreTraining as UplvpForPreTraining,
+    )
     from .models.pipeline_uplvp import UplvpInstanceSegmentationPipeline as UplvpInstanceSegmentationPipeline
     from .training.loop import train as train
 

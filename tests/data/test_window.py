@@ -3,8 +3,7 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import tv_tensors
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as reference
+from torchvision.transforms.v2 import InterpolationMode, functional as reference
 
 from uplvp_hf.data import encode_mask
 from uplvp_hf.data.window import Window

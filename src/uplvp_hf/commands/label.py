@@ -13,8 +13,7 @@ from typing import Any
 from ..labeling.catalog import LABELERS, NAMERS, label_settings, labeler_entry
 from ..models.errors import UserError
 from ..settings import build_settings, describe, merge_words
-from ._terminal import add_verbosity, check_device, is_main_process
-from ._terminal import run as run_command
+from ._terminal import add_verbosity, check_device, is_main_process, run as run_command
 
 EPILOG = """
 Recommended with CLIP: --background sky,grass,wall,background --min-confidence 0.5. Masks of what is no object then lose

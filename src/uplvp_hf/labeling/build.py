@@ -17,6 +17,7 @@ from .encoders.precomputed import PrecomputedFeatures
 from .encoders.prompt_templates import read_background
 from .encoders.text import load_text_embeddings, read_vocabulary, split_synonyms
 from .naming.class_map import read_class_map
+from .prompt_settings import ExamplesSettings
 from .settings import ClassifierSettings
 
 # What each part is made of: a flag, and the setting of `networks` that may stand in its place.
@@ -30,6 +31,8 @@ SOURCES = {
     "model": ("model", None),
     "examples": ("examples", None),
 }
+# Parts that are the value of a flag itself.
+NAMED = {"masks": "masks", "boxes": "masks", "model": "model", "detector": "detector"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -158,26 +161,6 @@ class Builder:
     def _weights(self) -> tuple[str | None, str | None]:
         return self.names.backbone_weights, self.networks.pad_type
 
-    @property
-    def masks(self) -> str | None:
-        """The file with masks."""
-        return self.names.masks
-
-    @property
-    def model(self) -> str | None:
-        """Folder or Hub id of the model that makes the masks."""
-        return self.names.model
-
-    @property
-    def boxes(self) -> str | None:
-        """The file with boxes."""
-        return self.names.masks
-
-    @property
-    def detector(self) -> str | None:
-        """Folder or Hub id of the model that finds boxes."""
-        return self.names.detector
-
     @cached_property
     def examples(self) -> Any:
         """The annotated images, with the classes that the namer is to know, or None."""
@@ -195,12 +178,12 @@ class Builder:
             return self.encoder
         return self.clip
 
-    def _extra(self, name: str, config: Any) -> Any:
+    def _part(self, name: str, config: Any) -> Any:
         if name == "text":
             return self._text(config)
-        if name == "examples" and self.names.namer == "examples":
+        if name == "examples" and self.names.namer == "examples" and not isinstance(config, ExamplesSettings):
             return None  # they name what the labeler finds; they do not tell it what to find
-        return getattr(self, name)
+        return getattr(self.names, NAMED[name]) if name in NAMED else getattr(self, name)
 
     def _text(self, config: Any) -> Any:
         """Embeddings of the class names, then of the background names, from a file."""
@@ -210,8 +193,8 @@ class Builder:
         return load_text_embeddings(self.networks.text_embeddings, names)
 
     def _make(self, entry: Entry, config: Any) -> Any:
-        extras = {name: self._extra(name, config) for name in entry.extras}
-        return entry.load()(*[getattr(self, part) for part in entry.parts], config, **extras)
+        extras = {name: self._part(name, config) for name in entry.extras}
+        return entry.load()(*[self._part(part, config) for part in entry.parts], config, **extras)
 
     def labeler(self) -> Any:
         """The labeler."""

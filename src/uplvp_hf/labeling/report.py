@@ -217,12 +217,6 @@ def _page(
     chosen: Mapping[str, Sequence[int]],
     images: Mapping[int, Mapping[str, Any]],
 ) -> str:
-    counts = [statistics.per_image[k] for k in range(MOST_INSTANCES + 1)]
-    charts = [
-        Chart("Instances an image", "images", counts, [*map(str, range(MOST_INSTANCES)), f"{MOST_INSTANCES}+"], 5),
-        Chart("Score of an instance", "instances", statistics.scores, [f"{edge:.2f}" for edge in SCORE_EDGES], 5, True),
-        Chart("Area, share of the image", "instances", statistics.areas, [_share(e) for e in AREA_EDGES], 4, True),
-    ]
     template = (resources.files("uplvp_hf.labeling") / "templates" / "report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": _number, "percent": _percent}
@@ -237,7 +231,7 @@ def _page(
         header=header,
         settings=_flat(header["settings"]),
         numbers=numbers,
-        charts=charts,
+        charts=_charts(statistics),
         reasons=Counter(str(failure["reason"]) for failure in failures).most_common(10),
         failures=failures[:MOST_FAILURES],
         groups=[(titles[name], [images[n] for n in chosen[name]]) for name in titles if chosen[name]],
@@ -245,42 +239,26 @@ def _page(
     )
 
 
-@dataclass
-class Chart:
-    """A bar chart: one label under every `every`-th bar, or, with `edges`, one more label than bars between them."""
+def _charts(statistics: Statistics) -> str:
+    """Histograms of instances, scores and areas, as SVG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    title: str
-    unit: str
-    counts: Sequence[int] | np.ndarray
-    labels: Sequence[str]
-    every: int
-    edges: bool = False
-    width: int = 370
-    height: int = 150
+    from ..evaluation.compare_page import figure_bytes
 
-    @property
-    def top(self) -> int:
-        """The largest count, at least 1, so that no chart divides by zero."""
-        return max(1, *(int(count) for count in self.counts))
-
-    @property
-    def bars(self) -> list[dict[str, Any]]:
-        """x, y, width, height in px, and the words shown when the pointer rests on a bar."""
-        step = self.width / len(self.counts)
-        bars = []
-        for place, count in enumerate(self.counts):
-            height = self.height * int(count) / self.top
-            name = f"{self.labels[place]} to {self.labels[place + 1]}" if self.edges else self.labels[place]
-            bars.append({"x": place * step, "y": self.height - height, "width": step - 1.5, "height": height})
-            bars[-1]["text"] = f"{name}: {int(count)} {self.unit}"
-        return bars
-
-    @property
-    def ticks(self) -> list[tuple[float, str]]:
-        """x in px, label."""
-        step = self.width / len(self.counts)
-        shift = 0.0 if self.edges else 0.5
-        return [(step * (place + shift), self.labels[place]) for place in range(0, len(self.labels), self.every)]
+    figure = Figure(figsize=(12, 2.4), layout="constrained")
+    instances, scores, areas = figure.subplots(1, 3)
+    instances.bar(range(MOST_INSTANCES + 1), [statistics.per_image[k] for k in range(MOST_INSTANCES + 1)])
+    instances.set(title="Instances an image", ylabel="images")
+    instances.set_xticks(range(0, MOST_INSTANCES + 1, 5))
+    instances.set_xticklabels([*map(str, range(0, MOST_INSTANCES, 5)), f"{MOST_INSTANCES}+"])
+    scores.stairs(statistics.scores, SCORE_EDGES, fill=True)
+    scores.set(title="Score of an instance", ylabel="instances")
+    areas.stairs(statistics.areas, AREA_EDGES, fill=True)
+    areas.set(title="Area, share of the image", ylabel="instances", xscale="log")
+    areas.xaxis.set_major_formatter(PercentFormatter(1.0))
+    svg = figure_bytes(figure, "svg").decode()
+    return svg[svg.index("<svg") :]
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
@@ -292,10 +270,6 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             lines.append((prefix + str(name), text))
     return lines
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.3g}%"
 
 
 def _number(value: float | None, digits: int = 0) -> str:

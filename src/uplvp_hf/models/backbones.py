@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel, TimmBackbone
-from transformers import initialization as init
+from transformers import AutoBackbone, PreTrainedConfig, PreTrainedModel, TimmBackbone, initialization as init
 
 from .errors import UserError
 

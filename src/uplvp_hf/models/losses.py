@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from .errors import UserError
 from .matching import Pairs, pair_up
-from .torchvision_ops import generalized_box_iou, generalized_box_iou_loss
-from .torchvision_ops import sigmoid_focal_loss as focal
+from .torchvision_ops import generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss as focal
 
 
 @dataclass

@@ -2,8 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, initialization as init
 
 from .configuration_uplvp import UplvpConfig
 from .errors import UserError

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
+from transformers import PreTrainedModel, initialization as init
 
 from .backbones import FeaturePyramid, build_backbone
 from .configuration_queryinst import QueryInstConfig

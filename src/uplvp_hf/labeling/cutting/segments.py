@@ -71,70 +71,29 @@ def connected_segments(
 ) -> list[Segment]:
     """4-connected pieces of every class of a class map, of at least `min_area` pixels; by class, then in reading order.
 
-    owners: (H, W) int, -1 for none. labels: the classes to look at, None for all. All classes are labeled at once, by
-    their runs along the rows.
+    owners: (H, W) int, -1 for none. labels: the classes to look at, None for all.
     """
     if fill_holes:
         boxes = enumerate(ndimage.find_objects(owners + 1))
         areas = ((k, box) for k, box in boxes if box is not None and (labels is None or k in labels))
         pieces = (area_segments(k, owners[box] == k, values[box], box, min_area, True) for k, box in areas)
         return [segment for group in pieces for segment in group]
-    runs = label_runs(owners)
-    areas = np.bincount(runs.piece, runs.stops - runs.starts)
-    first = np.unique(runs.piece, return_index=True)[1]  # the run in which each piece begins
-    keep = (areas >= min_area) & (runs.owners[first] >= 0)
+    # All classes at once: pixels are joined to equal neighbors on the right and below.
+    pixels = np.arange(owners.size, dtype=np.int32).reshape(owners.shape)
+    right, down = owners[:, 1:] == owners[:, :-1], owners[1:] == owners[:-1]
+    one = np.concatenate([pixels[:, :-1][right], pixels[:-1][down]])
+    other = np.concatenate([pixels[:, 1:][right], pixels[1:][down]])
+    graph = coo_array((np.ones(len(one), dtype=bool), (one, other)), shape=(owners.size, owners.size))
+    count, flat = connected_components(graph, directed=False)
+    owner = np.empty(count, dtype=np.int64)
+    owner[flat] = owners.ravel()
+    keep = (np.bincount(flat) >= min_area) & (owner >= 0)
     if labels is not None:
-        keep &= np.isin(runs.owners[first], list(labels))
-    order = np.argsort(runs.piece, kind="stable")
-    bounds = np.searchsorted(runs.piece[order], np.arange(len(areas) + 1))
-    chosen = sorted(np.flatnonzero(keep), key=lambda piece: (runs.owners[first[piece]], first[piece]))
-    segments = []
-    for piece in chosen:
-        mask, box = runs.paint(order[bounds[piece] : bounds[piece + 1]], owners.shape[1])
-        segments.append(make_segment(int(runs.owners[first[piece]]), mask, values[box], box))
-    return segments
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Stretches of equal owners along the rows of a map, in reading order. starts, stops: in the flattened map.
-    owners: of each. piece: number of the 4-connected piece that each belongs to."""
-
-    starts: np.ndarray
-    stops: np.ndarray
-    owners: np.ndarray
-    piece: np.ndarray
-
-    def paint(self, members: np.ndarray, width: int) -> tuple[np.ndarray, tuple[slice, slice]]:
-        """The mask of some runs within its box, and the box, in a map of that width."""
-        rows, left = np.divmod(self.starts[members], width)
-        right = left + self.stops[members] - self.starts[members]
-        box = slice(int(rows.min()), int(rows.max()) + 1), slice(int(left.min()), int(right.max()))
-        edges = np.zeros((box[0].stop - box[0].start, box[1].stop - box[1].start + 1), dtype=np.int8)
-        edges[rows - box[0].start, left - box[1].start] += 1  # runs of a piece never touch within a row
-        edges[rows - box[0].start, right - box[1].start] -= 1
-        return edges.cumsum(axis=1, dtype=np.int8)[:, :-1].astype(bool), box
-
-
-def label_runs(owners: np.ndarray) -> Runs:
-    """Runs of a (H, W) int map and the 4-connected pieces they form with equal neighbors above and below."""
-    width = owners.shape[1]
-    flat = owners.ravel()
-    begins = np.empty(flat.size, dtype=bool)
-    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
-    begins[::width] = True
-    starts = np.flatnonzero(begins)
-    stops = np.append(starts[1:], flat.size)
-    names = flat[starts]
-    # The runs of the next row that lie under each run are neighbors in the list: from `low` to `high`.
-    low = np.searchsorted(stops, starts + width, side="right")
-    high = np.searchsorted(starts, np.minimum(stops + width, flat.size), side="left")
-    count = np.maximum(high - low, 0)
-    upper = np.repeat(np.arange(len(starts)), count)
-    lower = np.arange(len(upper)) - np.repeat(count.cumsum() - count, count) + low[upper]
-    same = names[upper] == names[lower]
-    graph = coo_array((np.ones(same.sum(), dtype=bool), (upper[same], lower[same])), shape=(len(starts), len(starts)))
-    return Runs(starts, stops, names, connected_components(graph, directed=False)[1])
+        keep &= np.isin(owner, list(labels))
+    numbers = flat.reshape(owners.shape)
+    boxes_of = ndimage.find_objects(numbers + 1)
+    chosen = sorted(np.flatnonzero(keep).tolist(), key=lambda piece: owner[piece])
+    return [make_segment(int(owner[k]), numbers[boxes_of[k]] == k, values[boxes_of[k]], boxes_of[k]) for k in chosen]
 
 
 def area_segments(
