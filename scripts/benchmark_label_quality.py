@@ -22,9 +22,12 @@ CLIP may rank the recipes differently (see `labeling.attention`).
 
 --examples: true masks named after K examples a class of the first split, drawn --draws times, on the second one (of a
 folder without splits: on every other image). "scenes" are synthetic scenes, looked at by the CLIP that ships with the
-package. The share that is named rightly, with every mask named; with the defaults, where a mask like no example stays
-unnamed; masks named with a confidence of .5, and how many of these rightly; and how many places without an object, in
-the objects' shapes, fall below it. Mean and standard deviation over the draws.
+package. Shares of the true masks: `right` is named rightly when every mask is named; `right_by_default` when masks like
+no example stay unnamed and count as wrong; `kept` has a confidence of .5 or more, and `right_of_kept` is right among
+these. Shares of places without an object, in the objects' shapes: `ground_unnamed` by default, `ground_dropped` by
+that confidence. In a set of one class every named mask is right: there `right_by_default` is the share of objects that
+stay, and `right` and `right_of_kept` are null. Mean and standard deviation over the draws. What the network makes of
+the masks is computed once a set, and kept in --features; rows that --output has already are not measured again.
 
 Columns of the others: mean best IoU of the true instances, recall and precision at IoU .5 whatever the class (several
 proposals may cover an instance), COCO's AP at IoU .5 (which counts repetitions as wrong), proposals an image; with
@@ -41,9 +44,11 @@ import argparse
 import json
 import math
 import random
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--shots", type=int, nargs="+", default=[1, 3, 5, 10], help="examples a class (default: 1 3 5 10)")
     add("--draws", type=int, default=10, help="of the examples (default: 10)")
+    add("--features", help="folder that keeps what the networks of --examples make of the masks")
     add("--only", nargs="+", help="names of sources, recipes or options (default: all)")
     add("--output", help="append a line of JSON for every row of the tables to this file")
     add("--batch-size", type=int, default=8)
@@ -238,42 +244,101 @@ def example_sets(arguments: argparse.Namespace, place: str, folder: str) -> list
     return [every.subset(range(start, len(every), 2)) for start in (0, 1)]
 
 
-def measure_examples(arguments: argparse.Namespace) -> dict[str, Any]:
-    """{set: {examples a class: numbers}}: features once a set, then all draws."""
+def described_sets(arguments: argparse.Namespace, place: str, name: str) -> list[Any]:
+    """`Described` of the masks to draw from, and of those to name, computed or as --features has them."""
+    import torch
+
     from uplvp_hf.demo.pipeline import synthetic_clip_path
     from uplvp_hf.labeling import load_clip, load_encoder
-    from uplvp_hf.labeling.naming.example_quality import mean_and_deviation, naming_quality
-    from uplvp_hf.labeling.naming.examples import describe, read_examples
+    from uplvp_hf.labeling.naming.examples import Described, describe, read_examples
     from uplvp_hf.labeling.naming.mask_features import MaskFeatures
 
+    kept = None if arguments.features is None else Path(arguments.features) / f"{name}.pt"
+    if kept is not None and kept.is_file():
+        return [Described(**values) for values in torch.load(kept, weights_only=True)]
+    if place == "scenes":
+        network: Any = load_clip(synthetic_clip_path(), device=arguments.device)
+    else:
+        backbone = (arguments.backbone, arguments.backbone_weights, arguments.pad_type)
+        network = load_encoder(*backbone, device=arguments.device)
+    features = MaskFeatures(network)
+    with tempfile.TemporaryDirectory() as folder:
+        found = [describe(read_examples(part), features) for part in example_sets(arguments, place, folder)]
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save([vars(part) for part in found], kept)
+    return found
+
+
+def naming_quality(pool, test, count: int, seed: int, confidence: float = 0.5) -> dict[str, float]:
+    """What `count` examples a class (or all, of a class that has fewer) of `pool` make of the masks of `test`."""
+    import torch
+
+    from uplvp_hf.labeling.naming.prototypes import Prototypes
+
+    generator = torch.Generator().manual_seed(seed)
+    members = [(pool.labels == label).nonzero()[:, 0] for label in range(len(pool.names))]
+    chosen = torch.cat([own[torch.randperm(len(own), generator=generator)[:count]] for own in members])
+    around = torch.isin(pool.ground_groups, pool.groups[chosen])  # the ground of the drawn images alone
+    prototypes = Prototypes(
+        *(values[chosen] for values in (pool.vectors, pool.labels, pool.groups)),
+        pool.ground[around],
+        pool.ground_groups[around],
+    )
+    calibration = prototypes.calibrate()
+    truth = torch.tensor([pool.names.index(test.names[label]) for label in test.labels.tolist()])
+    every, _ = prototypes.name(test.vectors, replace(calibration, floor=-1.0, most_ground=1.0))
+    labels, confidences = prototypes.name(test.vectors, calibration)
+    kept = (labels >= 0) & (confidences >= confidence)
+    ground, sure = prototypes.name(test.ground, calibration)
+    shares = {
+        "right": every == truth,
+        "right_by_default": labels == truth,
+        "kept": kept,
+        "right_of_kept": (labels == truth)[kept],
+        "ground_unnamed": ground < 0,
+        "ground_dropped": (ground < 0) | (sure < confidence),
+    }
+    if len(pool.names) == 1:
+        shares |= {"right": kept[:0], "right_of_kept": kept[:0]}
+    return {name: float(values.float().mean()) for name, values in shares.items()}  # nan of nothing
+
+
+def mean_and_deviation(draws: list[dict[str, float]]) -> dict[str, float | None]:
+    """{name: mean, name_sd: standard deviation} of the draws that have a number."""
+    result: dict[str, float | None] = {}
+    for name in draws[0]:
+        values = [draw[name] for draw in draws if not math.isnan(draw[name])]
+        result[name] = round(statistics.mean(values), 4) if values else None
+        result[f"{name}_sd"] = round(statistics.stdev(values), 4) if len(values) > 1 else None
+    return result
+
+
+def measure_examples(arguments: argparse.Namespace) -> dict[str, Any]:
+    """{set: {examples a class: numbers}}."""
+    output, done = arguments.output and Path(arguments.output), []
+    if output and output.is_file():
+        done = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
     results: dict[str, Any] = {}
     for place in arguments.examples:
-        scenes = place == "scenes"
-        if scenes:
-            network: Any = load_clip(synthetic_clip_path(), device=arguments.device)
-        else:
-            backbone = (arguments.backbone, arguments.backbone_weights, arguments.pad_type)
-            network = load_encoder(*backbone, device=arguments.device)
-        features, name = MaskFeatures(network), "synthetic scenes" if scenes else Path(place.split(":")[0]).name
-        with tempfile.TemporaryDirectory() as folder:
-            pool, test = (describe(read_examples(part), features) for part in example_sets(arguments, place, folder))
-        print(f"\n{name}: {len(pool.labels)} masks to draw from, {len(test.labels)} to name", flush=True)
+        name = "synthetic scenes" if place == "scenes" else Path(place.split(":")[0]).name
         where = {"set": name, "split": place.partition(":")[2] or None}
-        where |= {
-            "network": "the package's CLIP" if scenes else arguments.backbone,
-            "pool": len(pool.labels),
-            "masks": len(test.labels),
-        }
-        results[name] = {}
+        where["network"] = "the package's CLIP" if place == "scenes" else arguments.backbone
+        pool, test = described_sets(arguments, place, name)
+        where |= {"classes": len(pool.names), "pool": len(pool.labels), "masks": len(test.labels)}
+        print(f"\n{name}: {len(pool.labels)} masks to draw from, {len(test.labels)} to name", flush=True)
         for shots in arguments.shots:
-            draws = [naming_quality(pool, test, shots, arguments.seed + draw) for draw in range(arguments.draws)]
-            values = mean_and_deviation(draws)
-            results[name][shots] = values
+            key = {**where, "examples": shots, "draws": arguments.draws, "seed": arguments.seed}
+            row = next((row for row in done if row | key == row), None)
+            if row is None:
+                draws = [naming_quality(pool, test, shots, arguments.seed + draw) for draw in range(arguments.draws)]
+                row = key | mean_and_deviation(draws)
+                if output:
+                    with open(output, "a", encoding="utf-8") as stream:
+                        stream.write(json.dumps(row) + "\n")
+            values = {name: value for name, value in row.items() if name not in key}
+            results.setdefault(name, {})[shots] = values
             print_line(f"{shots} examples a class", values)
-            if arguments.output is not None:
-                row = {**where, "examples": shots, "draws": arguments.draws, "seed": arguments.seed, **values}
-                with open(arguments.output, "a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(row) + "\n")
     return results
 
 

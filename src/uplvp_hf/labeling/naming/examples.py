@@ -21,7 +21,7 @@ from ..encoders.backbone import Encoder
 from ..fingerprint import fingerprint
 from ..prompt_settings import ExamplesSettings, look
 from .mask_features import MaskFeatures
-from .prototypes import Calibration, Prototypes
+from .prototypes import Prototypes
 
 if TYPE_CHECKING:
     from ..encoders.clip import Clip
@@ -193,12 +193,11 @@ class ExamplesNamer:
         self.names = self.examples.names
         self.features = MaskFeatures(network, look(config))
         self.prototypes = self._learn()
-        fitted = self.prototypes.calibrate()
-        self.calibration = Calibration(
-            fitted.temperature if config.temperature is None else config.temperature,
-            fitted.bias,
-            fitted.floor if config.min_similarity is None else config.min_similarity,
-        )
+        self.calibration = self.prototypes.calibrate()
+        if config.temperature is not None:
+            self.calibration = replace(self.calibration, temperature=config.temperature)
+        if config.min_similarity is not None:
+            self.calibration = replace(self.calibration, floor=config.min_similarity, most_ground=1.0)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -11,17 +11,18 @@ import torch.nn.functional as F
 # left-out examples and ground likeliest.
 TEMPERATURES = torch.logspace(-2, 0, 41)
 BIASES = torch.linspace(-0.5, 0.5, 41)
-TEMPERATURE = 0.1  # where too few examples are there to leave one out
 
 
 @dataclass(frozen=True)
 class Calibration:
     """temperature, bias: similarities s of the classes and b of the ground give softmax([s, b + bias] / temperature).
-    floor: least similarity to its class that a mask needs; anything below is like none of the examples."""
+    floor: least similarity to its class that a mask needs; anything below is like none of the examples. most_ground:
+    a mask whose probability of being ground is above this is no object."""
 
-    temperature: float
-    bias: float
-    floor: float
+    temperature: float = 0.1
+    bias: float = 0.0
+    floor: float = -1.0
+    most_ground: float = 1.0
 
 
 class Prototypes:
@@ -35,7 +36,8 @@ class Prototypes:
 
     Similarities are cosines after the mean of the class means (and of the ground's mean) is subtracted: features of
     one network share a large common part, which says nothing about the class. Ground that is more similar to a class
-    than half of its own left-out examples are shows an object that nobody outlined, and is left out.
+    than half of its own left-out examples are shows an object that nobody outlined, and is left out. Wherever examples
+    and ground are compared with each other, those of one image are not: they share its surroundings and its light.
     """
 
     def __init__(
@@ -54,16 +56,12 @@ class Prototypes:
         means = [vectors[labels == k].mean(dim=0) for k in range(self.classes)]
         means += [ground.mean(dim=0)] if len(ground) else []
         self.center = torch.stack(means).mean(dim=0) if len(means) > 1 else torch.zeros_like(means[0])
-        self.vectors = self._centered(vectors)
-        ground = self._centered(ground)
+        self.vectors, self.ground, self.ground_groups = self._centered(vectors), self._centered(ground), ground_groups
         if len(ground):
             own = self.leave_one_out()
-            usual = torch.stack([own[labels == k, k].nanmedian() for k in range(self.classes)]).nan_to_num(
-                nan=torch.inf
-            )
-            keep = (self._to_classes(ground @ self.vectors.T) <= usual).all(dim=1)
-            ground, ground_groups = ground[keep], ground_groups[keep]
-        self.ground, self.ground_groups = ground, ground_groups
+            usual = torch.stack([own[labels == k, k].nanmedian() for k in range(self.classes)])
+            keep = ~(self._ground_to_classes() > usual).any(dim=1)  # what cannot be compared (NaN) stays
+            self.ground, self.ground_groups = self.ground[keep], ground_groups[keep]
 
     def similarities(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """To each class and to the ground: (B, D) -> (B, K), (B,). Without ground the latter is -inf."""
@@ -72,11 +70,13 @@ class Prototypes:
 
     def name(self, vectors: torch.Tensor, calibration: Calibration) -> tuple[torch.Tensor, torch.Tensor]:
         """The class of each vector and its probability among the classes and the ground: (B, D) -> (B,), (B,).
-        The label is -1 where the class is less similar than `calibration.floor`."""
+        The label is -1 where the class is less similar than `calibration.floor`, or the ground too likely."""
         classes, ground = self.similarities(vectors)
         logits = torch.cat([classes, ground[:, None] + calibration.bias], dim=1) / calibration.temperature
-        confidences, labels = logits.softmax(dim=1)[:, :-1].max(dim=1)
-        return labels.masked_fill(classes.gather(1, labels[:, None])[:, 0] < calibration.floor, -1), confidences
+        probabilities = logits.softmax(dim=1)
+        confidences, labels = probabilities[:, :-1].max(dim=1)
+        unlike = classes.gather(1, labels[:, None])[:, 0] < calibration.floor
+        return labels.masked_fill(unlike | (probabilities[:, -1] > calibration.most_ground), -1), confidences
 
     def leave_one_out(self) -> torch.Tensor:
         """Similarity of each example to each class without itself, and without the others of its image where the
@@ -95,34 +95,36 @@ class Prototypes:
     def calibrate(self, spread: float = 3.0) -> Calibration:
         """Temperature and bias that make the left-out examples and ground likeliest, and as the floor the mean
         similarity of the left-out examples to their class less `spread` standard deviations, or the least of them.
+        Masks that are likelier ground than all classes together are then no objects.
 
-        Examples that are the only ones of their class have nothing to be compared with. Without two others, the
-        temperature is `TEMPERATURE` and there is no floor.
+        Examples that are the only ones of their class have nothing to be compared with. Without two others, nothing
+        is known: the defaults of `Calibration` name every mask.
         """
         scores = self.leave_one_out()
-        own = self._own(scores)
+        own = scores[torch.arange(len(scores)), self.labels]
+        own = own[~own.isnan()]
         if len(own) < 2:
-            return Calibration(TEMPERATURE, 0.0, -1.0)
-        known = ~scores.isnan().any(dim=1)
-        rows, targets = scores[known], self.labels[known]
+            return Calibration()
+        rows, targets = scores, self.labels
         if len(self.ground):
-            rows = torch.cat([rows, self._to_ground(self.vectors[known] @ self.ground.T)[:, None]], dim=1)
-            cosines = self.ground @ self.ground.T
-            same_image = self.ground_groups[:, None] == self.ground_groups
-            others = self._to_ground(cosines.masked_fill(same_image, torch.nan))
-            ground = torch.cat([self._to_classes(self.ground @ self.vectors.T), others[:, None]], dim=1)
-            ground = ground[~others.isnan()]
-            rows = torch.cat([rows, ground])
-            targets = torch.cat([targets, torch.full((len(ground),), self.classes)])
-        temperature, bias = _likeliest(rows, targets, self.classes)
-        return Calibration(temperature, bias, float(min(own.min(), own.mean() - spread * own.std())))
+            apart = self.groups[:, None] != self.ground_groups
+            to_ground = self._to_ground(_only(apart, self.vectors @ self.ground.T))
+            apart = self.ground_groups[:, None] != self.ground_groups
+            among = self._to_ground(_only(apart, self.ground @ self.ground.T))
+            others = torch.cat([self._ground_to_classes(), among[:, None]], dim=1)
+            rows = torch.cat([torch.cat([rows, to_ground[:, None]], dim=1), others])
+            targets = torch.cat([targets, torch.full((len(others),), self.classes)])
+        known = ~rows.isnan().any(dim=1)
+        temperature, bias = _likeliest(rows[known], targets[known], self.classes)
+        return Calibration(temperature, bias, float(min(own.min(), own.mean() - spread * own.std())), most_ground=0.5)
 
     def _centered(self, vectors: torch.Tensor) -> torch.Tensor:
         return F.normalize(vectors - self.center, dim=-1)
 
-    def _own(self, scores: torch.Tensor) -> torch.Tensor:
-        own = scores[torch.arange(len(scores)), self.labels]
-        return own[~own.isnan()]
+    def _ground_to_classes(self) -> torch.Tensor:
+        """(M, K) of the ground and the examples of other images."""
+        apart = self.ground_groups[:, None] != self.groups
+        return self._to_classes(_only(apart, self.ground @ self.vectors.T))
 
     def _to_classes(self, cosines: torch.Tensor) -> torch.Tensor:
         """(B, N) cosines with the examples, NaN for those left out -> (B, K)."""
@@ -136,6 +138,10 @@ class Prototypes:
         if not cosines.shape[1]:
             return cosines.new_full((len(cosines),), -torch.inf)
         return _mean_of_best(cosines, 3)
+
+
+def _only(keep: torch.Tensor, cosines: torch.Tensor) -> torch.Tensor:
+    return cosines.masked_fill(~keep, torch.nan)
 
 
 def _mean_of_best(cosines: torch.Tensor, count: int | None) -> torch.Tensor:
@@ -153,7 +159,7 @@ def _likeliest(rows: torch.Tensor, targets: torch.Tensor, classes: int) -> tuple
     a few examples that are easily told apart do not ask for a temperature near zero.
     """
     weights = 1 / torch.bincount(targets, minlength=rows.shape[1]).float()[targets]
-    best, chosen = torch.inf, (TEMPERATURE, 0.0)
+    best, chosen = torch.inf, (Calibration.temperature, Calibration.bias)
     for bias in BIASES.tolist() if rows.shape[1] > classes else [0.0]:
         shifted = torch.cat([rows[:, :classes], rows[:, classes:] + bias], dim=1)
         for temperature in TEMPERATURES.tolist():
