@@ -1,6 +1,7 @@
 """Masks named after annotated examples."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +121,22 @@ def test_classes_without_a_usable_object_are_left_out_and_said(tmp_path):
     assert "examples a class: bear 1" in ExamplesNamer(tiny_encoder(), examples).notes
 
 
+def test_an_example_that_covers_no_pixel_is_said(tmp_path):
+    row = grid_example(tmp_path, [(1, 2, 2, 20, 20), (1, 30, 30, 60, 60)])
+    row["objects"]["segmentation"][1] = encode_masks(np.zeros((1, 64, 64), dtype=bool))[0]
+    namer = ExamplesNamer(tiny_encoder(), InstanceDataset([row], CATEGORIES, "few"))
+    assert "an example cannot be used: a.png, object 1 covers no pixel" in namer.notes
+    assert "examples a class: bear 1" in namer.notes
+
+
+@pytest.mark.parametrize("view", ["crop", "image"])
+def test_an_example_of_one_pixel_is_an_example(tmp_path, view):
+    row = grid_example(tmp_path, [(1, 33, 41, 34, 42), (2, 2, 2, 20, 20)])
+    namer = ExamplesNamer(tiny_encoder(), InstanceDataset([row], CATEGORIES, "few"), view=view, image_size=64)
+    assert "examples a class: bear 1, deer 1" in namer.notes
+    assert torch.allclose(namer.prototypes.vectors.norm(dim=1), torch.ones(2), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("wanted", "why"), [("deer", "no object of it"), ("otter", "only crowd regions"), ("cat", "no")]
 )
@@ -229,16 +246,26 @@ def test_confidences_tell_objects_from_ground_and_what_is_like_nothing_stays_unn
     assert named.tolist() == labels.tolist()
     assert confidences.min() > 0.5
     assert prototypes.name(fresh_ground, calibration)[1].max() < 0.5
+    assert prototypes.name(fresh_ground, calibration)[0].tolist() == [-1] * len(fresh_ground)
+    assert prototypes.name(fresh_ground, replace(calibration, most_ground=1.0, floor=-1.0))[0].min() >= 0
     assert prototypes.name(-fresh, calibration)[0].tolist() == [-1] * len(fresh)
 
 
 def test_ground_that_shows_an_object_nobody_outlined_is_left_out():
     vectors, labels, groups, ground, ground_groups = clusters()
-    forgotten = vectors[labels == 0][:2]
-    prototypes = Prototypes(
-        vectors, labels, groups, torch.cat([ground, forgotten]), torch.cat([ground_groups, groups[:2]])
-    )
+    alike = torch.nn.functional.normalize(vectors[labels == 0].mean(dim=0), dim=0)[None]
+    rest = torch.cat([ground, alike]), torch.cat([ground_groups, groups[:1]])
+    assert len(Prototypes(vectors, labels, groups, *rest).ground) == len(ground)
+
+
+def test_ground_is_not_compared_with_the_examples_of_its_own_image():
+    vectors, labels, groups, ground, ground_groups = clusters()
+    prototypes = Prototypes(vectors, labels, groups, ground, ground_groups)
     assert len(prototypes.ground) == len(ground)
+    for k, c in ((0, 0), (3, 2)):
+        others = prototypes.vectors[(labels == c) & (groups != ground_groups[k])]
+        expected = float((others @ prototypes.ground[k]).mean())
+        assert prototypes._ground_to_classes()[k, c] == pytest.approx(expected, abs=1e-6)
 
 
 def test_order_of_examples_and_of_classes_does_not_matter():

@@ -12,6 +12,7 @@ from uplvp_hf.commands.label import main
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.demo.pipeline import synthetic_clip_path
+from uplvp_hf.labeling import proposal_quality
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,26 @@ def test_example_images_are_the_only_input(folder, tmp_path, capsys):
     assert header(out)["labeler"] == "sam" and settings["namer"]["name"] == "examples"
     assert set(header(out)["vocabulary"]) <= {c["name"] for c in load_dataset_rows(folder / "few").categories}
     assert len(rows(out)) == 6 and (out / "report.html").is_file()
+
+
+def test_examples_alone_tell_a_clip_what_to_find(folder, tmp_path):
+    out = tmp_path / "labels"
+    assert main(call(folder, out, *with_examples(folder), "--quiet")) == 0
+    head = header(out)
+    assert head["labeler"] == "clip" and head["settings"]["namer"]["name"] == "examples"
+    assert head["settings"]["examples"] == head["settings"]["namer"]["examples"]
+    quality = proposal_quality(load_dataset_rows(out), load_dataset_rows(folder / "scenes"))
+    assert quality["recall_named"] >= 0.5 and quality["class_accuracy"] >= 0.9
+    assert main(call(folder, tmp_path / "own", *with_examples(folder), "--namer", "map", "--quiet")) == 0
+    assert header(tmp_path / "own")["vocabulary"] == head["vocabulary"]
+
+
+def test_words_and_examples_together(folder, tmp_path):
+    words = ["--vocabulary", "heart,star", *with_examples(folder), "--limit", "1", "--quiet"]
+    assert main(call(folder, tmp_path / "labels", *words)) == 0
+    settings = header(tmp_path / "labels")["settings"]
+    assert settings["entries"] == ["heart", "star"] and "examples" not in settings
+    assert settings["namer"]["name"] == "examples"
 
 
 def test_examples_name_true_masks_and_drop_what_is_unsure(folder, tmp_path):
@@ -121,6 +142,8 @@ def test_boxes_from_a_file_keep_their_names_or_take_those_of_examples(folder, tm
         (["--labeler", "center_box", "--examples", "few"], "needs --backbone or --clip"),
         (["--labeler", "center_box", "--namer", "examples", "--clip", "sam"], "needs --examples"),
         (["--labeler", "center_box", "--namer", "none", "--examples", "few"], "--examples has no effect"),
+        (["--namer", "map", "--vocabulary", "a", "--clip", "sam", "--examples", "few"], "--examples has no effect"),
+        (["--namer", "clip", "--clip", "sam", "--examples", "few"], "needs --vocabulary"),
         (["--labeler", "center_box", "--detector", "owl"], "--detector has no effect"),
         (["--labeler", "boxes", "--detector", "sam", "--model", "sam", "--vocabulary", "a"], "no zero-shot detector"),
     ],

@@ -75,7 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--examples",
         help="a few annotated images, as COCO json or anything else that is read: their classes name the masks. "
-        "Without --labeler, masks come from sam where there is a --model, else from foreground",
+        "Without --labeler, masks come from sam where there is a --model, from foreground where there is a "
+        "--backbone, else from clip, which then looks for what the examples show",
     )
     add("--background", help="names of what is no object (sky,wall,grass), or stuff; for the clip namer and labeler")
     add("--template", action="append", help="prompt such as 'a photo of a {}', repeatable; or a preset, or a file")
@@ -230,7 +231,9 @@ def _default_labeler(args: argparse.Namespace) -> str:
     """Examples alone need masks of anything: a SAM's, else those of the best labeler of our own."""
     if args.examples is None:
         return "clip"
-    return "sam" if args.model is not None else "foreground"
+    if args.model is not None:
+        return "sam"
+    return "clip" if args.backbone is None else "foreground"
 
 
 def _default_namer(args: argparse.Namespace, usual: str) -> str:

@@ -73,11 +73,22 @@ class Builder:
     def _who(self) -> str:
         return f"--labeler {self.names.labeler} with --namer {self.names.namer}"
 
+    @property
+    def _shown(self) -> bool:
+        """Whether the examples tell the labeler what to find; the masks of others they can only name."""
+        if self.names.examples is None:
+            return False
+        if self.names.labeler == "clip":
+            return self.names.vocabulary is None and self.networks.features is None
+        return self.names.labeler == "boxes" and self.names.detector is not None and self.names.namer != "examples"
+
     def _check(self) -> None:
         if "network" in self.parts and self.names.backbone is None and self.names.clip is None:
             raise UserError(f"{self._who} needs --backbone or --clip")
         for part in sorted(self.parts - {"network"}):
             flag, instead = SOURCES[part]
+            if part == "entries" and self._shown and self.names.namer != "clip":
+                continue
             if getattr(self.names, flag) is None and (instead is None or getattr(self.networks, instead) is None):
                 other = "" if instead is None else f" (or networks.{instead})"
                 raise UserError(f"{self._who} needs --{flag}{other}")
@@ -102,7 +113,7 @@ class Builder:
         reads = {
             "features": "dense_clip" in self.parts,
             "features_layout": self.networks.features is not None,
-            "text_embeddings": any("text" in entry.extras for entry in self.entries_of),
+            "text_embeddings": any("text" in entry.extras for entry in self.entries_of[self._shown :]),
             "classifier": "classifier" in self.parts,
             "classifier_weights": self.networks.classifier is not None,
             "guide": proxy,
@@ -110,7 +121,8 @@ class Builder:
             "pad_type": bool(self.parts & {"encoder", "classifier", "network"}),
         }
         unused = [f"networks.{name}" for name in sorted(self.networks.given) if not reads[name]]
-        read = self.parts.union(*(entry.extras for entry in self.entries_of))
+        read = self.parts.union(*(set(entry.extras) - {"examples"} for entry in self.entries_of))
+        read |= {"examples"} if self._shown else set()
         files = {"model": {"model"}, "masks": {"masks", "boxes"}, "examples": {"examples"}, "detector": {"detector"}}
         unused += [f"--{name}" for name, parts in files.items() if getattr(self.names, name) and not parts & read]
         if self.names.vocabulary and self.names.namer == "examples" and "entries" not in read:
@@ -181,7 +193,7 @@ class Builder:
     def _part(self, name: str, config: Any) -> Any:
         if name == "text":
             return self._text(config)
-        if name == "examples" and self.names.namer == "examples" and not isinstance(config, ExamplesSettings):
+        if name == "examples" and not self._shown and not isinstance(config, ExamplesSettings):
             return None  # they name what the labeler finds; they do not tell it what to find
         return getattr(self.names, NAMED[name]) if name in NAMED else getattr(self, name)
 

@@ -57,7 +57,7 @@ LABELERS: dict[str, Entry] = {
         "labelers.dense_clip:DenseClipLabeler",
         "settings:DenseClipSettings",
         ("dense_clip", "entries"),
-        ("text", "guide"),
+        ("text", "guide", "examples"),
         namer="clip",
         names=True,
     ),

@@ -55,9 +55,9 @@ class ExamplesSettings(LookSettings):
     )
     min_similarity: float | None = setting(
         None,
-        "a mask less similar to its class than this stays unnamed (a cosine, centered); -1 names all. none: three "
-        "standard deviations below the mean of the examples, each left out in turn, or their least; what is likelier "
-        "no object than one of any class then stays unnamed too",
+        "a mask less similar to its class than this stays unnamed (a cosine, centered); -1 names all. none: a little "
+        "below the least similar of the examples, each left out in turn; what is likelier no object than one of any "
+        "class then stays unnamed too",
         least=-1,
         most=1,
     )

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from ...data.dataset import Row
 from ...models.errors import UserError
+from ...models.prompts import mask_weights
 from ..cutting.cut import cut_instances
 from ..cutting.proposals import Proposals
 from ..encoders.backbone import Encoder
@@ -22,6 +24,8 @@ from ..encoders.precomputed import PrecomputedFeatures
 from ..encoders.prompt_templates import TEMPLATES, read_background, read_templates
 from ..encoders.text import TextEmbeddings, split_synonyms, texts_of
 from ..encoders.windows import View, dense_grids
+from ..fingerprint import fingerprint
+from ..naming.examples import Examples
 from ..protocol import Finish, Labeler
 from ..settings import DenseClipSettings, Recipe
 
@@ -47,11 +51,13 @@ class DenseClipLabeler(Labeler):
         settings, changes: see `DenseClipSettings`.
         text: precomputed embeddings of the entries, then the background names (`text.load_text_embeddings`).
         guide: the other backbone for attention "proxy".
+        examples: annotated images that take the place of words: evidence for a class is the similarity to what its
+            examples show. Then `entries` are empty, and there are no background names.
 
     What depends on the encoder (RECOMMENDABLE) is taken from `clip.recommended` where it is not given here, before the
     defaults; attribute `recommended` says what was. Knobs of a recipe come only with that recipe.
 
-    Raises UserError for an empty vocabulary, a wrong setting, or text that does not fit.
+    Raises UserError for an empty vocabulary, a wrong setting, or text that does not fit, and as `read_examples` does.
     """
 
     name = "clip"
@@ -64,8 +70,10 @@ class DenseClipLabeler(Labeler):
         *,
         text: TextEmbeddings | None = None,
         guide: Encoder | None = None,
+        examples: Examples | None = None,
         **changes: Any,
     ) -> None:
+        self.examples, entries = examples, list(entries) if examples is None else examples.names
         if not entries:
             raise UserError("the vocabulary is empty: give at least one class name")
         self.source, self.encoder_name, self.license = clip, clip.name, clip.license
@@ -74,7 +82,7 @@ class DenseClipLabeler(Labeler):
             _refuse_tower_settings(config.given)
         self.recommended = _recommended(clip, config)
         config = DenseClipSettings.of(config, **self.recommended)
-        self.entries, self.templates = list(entries), list(read_templates(config.templates or TEMPLATES))
+        self.entries, self.templates = entries, list(read_templates(config.templates or TEMPLATES))
         self.background, self.guide = read_background(config.background, entries), guide
         if config.attention == "proxy" and guide is None and isinstance(clip, Clip):
             raise UserError("attention 'proxy' needs a second backbone: give a guide encoder, such as a DINO")
@@ -85,6 +93,7 @@ class DenseClipLabeler(Labeler):
             self.view = View(size, config.side or "shorter", window or None, config.stride)
         self.config = _with_defaults(config, bool(self.background))
         self.text_digest = None if text is None else _digest(text)
+        text = text if examples is None else self._shown(examples)
         self.text = texts_of(clip, self.entries, self.background, self.templates, text)
         self.vocabulary = [] if config.class_agnostic else [split_synonyms(entry)[0] for entry in entries]
         self.cache = MapCache(int(config.cache_mb * 2**20))
@@ -102,11 +111,28 @@ class DenseClipLabeler(Labeler):
         values |= {name: getattr(self, name) for name in ("entries", "templates", "background")}
         if self.text_digest is not None:
             values |= {"templates": None, "text": self.text_digest}
+        if self.examples is not None:
+            values |= {"templates": None, "examples": fingerprint(self.examples.dataset)}
         if self.view is None:
             kept = {name: value for name, value in values.items() if name not in TOWER_SETTINGS}
             return kept | {"features": self.source.name, "layout": self.source.layout}
         guide = None if self.guide is None else self.guide.name
         return values | asdict(self.view) | {"guide": guide, "dtype": str(self.source.dtype).removeprefix("torch.")}
+
+    def _shown(self, examples: Examples) -> TextEmbeddings:
+        """For each class the mean feature under its examples' masks, in place of its name's embedding."""
+        if self.view is None or self.background:
+            raise UserError("the clip labeler takes examples in place of words: without precomputed features, and "
+                            "without background names")  # fmt: skip
+        sums = torch.zeros(len(examples.names), self.source.dimension)
+        for example in examples.images():
+            options = (self.view, self.config, self.guide, self.config.window_batch)
+            grid = dense_grids(self.source, [example.image], None, *options)[0].float().cpu()
+            weights = mask_weights(torch.from_numpy(np.stack(example.masks)), (grid.shape[1], grid.shape[2]))
+            vectors = F.normalize(torch.einsum("dhw,nhw->nd", grid, weights), dim=1)
+            sums.index_add_(0, torch.tensor(example.labels), vectors)
+        examples.refuse_unseen(sums.any(dim=1).tolist())
+        return TextEmbeddings(F.normalize(sums, dim=1), torch.arange(len(sums)), len(sums))
 
     def similarities(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[torch.Tensor]:
         """One (T, h, w) float32 cosine map an image, T names: synonyms of the classes, then background."""

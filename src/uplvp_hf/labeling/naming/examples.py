@@ -55,6 +55,15 @@ class Examples:
     names: list[str]
     notes: list[str] = field(default_factory=list)
 
+    def refuse_unseen(self, seen: Sequence[bool]) -> None:
+        """Raises UserError where of some class not one example could be read; seen: whether one was, by class."""
+        lacking = [name for name, known in zip(self.names, seen) if not known]
+        if lacking:
+            raise UserError(
+                f"examples {self.dataset.name}: no example of class {lacking[0]!r} can be read; "
+                + "; ".join(self.notes[:3])
+            )
+
     def images(self) -> Iterator[ExampleImage]:
         """The images that have usable examples, one after the other."""
         categories = {category["id"]: category["name"] for category in self.dataset.categories}
@@ -74,9 +83,13 @@ class Examples:
                     self.notes.append(f"an example cannot be used: {error}")
                     continue
                 example.covered |= mask
-                if mask.any() and not row["objects"]["iscrowd"][k] and categories[category] in self.names:
-                    example.masks.append(mask)
-                    example.labels.append(self.names.index(categories[category]))
+                if row["objects"]["iscrowd"][k] or categories[category] not in self.names:
+                    continue
+                if not mask.any():
+                    self.notes.append(f"an example cannot be used: {row['file_name']}, object {k} covers no pixel")
+                    continue
+                example.masks.append(mask)
+                example.labels.append(self.names.index(categories[category]))
             if example.masks:
                 yield example
 
@@ -215,12 +228,7 @@ class ExamplesNamer:
 
     def _learn(self) -> Prototypes:
         found = describe(self.examples, self.features, self.config.ground)
-        lacking = [name for k, name in enumerate(self.names) if k not in found.labels.tolist()]
-        if lacking:
-            raise UserError(
-                f"examples {self.examples.dataset.name}: no example of class {lacking[0]!r} can be read; "
-                + "; ".join(self.examples.notes[:3])
-            )
+        self.examples.refuse_unseen([k in found.labels for k in range(len(self.names))])
         rest = (found.ground, found.ground_groups)
         return Prototypes(found.vectors, found.labels, found.groups, *rest, self.config.neighbors)
 

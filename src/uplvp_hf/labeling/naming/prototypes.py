@@ -92,10 +92,11 @@ class Prototypes:
         result[alone, self.labels[alone]] = torch.nan
         return result
 
-    def calibrate(self, spread: float = 3.0) -> Calibration:
-        """Temperature and bias that make the left-out examples and ground likeliest, and as the floor the mean
-        similarity of the left-out examples to their class less `spread` standard deviations, or the least of them.
-        Masks that are likelier ground than all classes together are then no objects.
+    def calibrate(self) -> Calibration:
+        """Temperature and bias that make the left-out examples and ground likeliest. The floor lies one standard
+        deviation below the least similarity of a left-out example to its class (of N examples, one in N + 1 new ones
+        would be below that least itself), or three below their mean. Masks that are likelier ground than all classes
+        together are no objects.
 
         Examples that are the only ones of their class have nothing to be compared with. Without two others, nothing
         is known: the defaults of `Calibration` name every mask.
@@ -116,7 +117,8 @@ class Prototypes:
             targets = torch.cat([targets, torch.full((len(others),), self.classes)])
         known = ~rows.isnan().any(dim=1)
         temperature, bias = _likeliest(rows[known], targets[known], self.classes)
-        return Calibration(temperature, bias, float(min(own.min(), own.mean() - spread * own.std())), most_ground=0.5)
+        floor = min(own.min() - own.std(), own.mean() - 3 * own.std())
+        return Calibration(temperature, bias, float(floor), most_ground=0.5)
 
     def _centered(self, vectors: torch.Tensor) -> torch.Tensor:
         return F.normalize(vectors - self.center, dim=-1)
