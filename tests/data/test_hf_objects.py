@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uplvp_hf.data import DataError, DataWarning, encode_mask, load_dataset_rows
+from uplvp_hf.data import DataError, DataWarning, encode_mask, load_dataset_rows, stream_dataset_rows
 from uplvp_hf.data.check import check_dataset
 
 POLYGON = [[5.0, 5.0, 15.0, 5.0, 15.0, 15.0, 5.0, 15.0]]
@@ -52,7 +52,7 @@ def test_lists_of_polygons_with_class_labels(tmp_path):
     assert objects["bbox"] == [[5, 5, 10, 10]] and objects["area"] == [100], "from the mask; the set has corners"
     np.testing.assert_array_equal(masks(dataset, 0), [MASK])
     assert dataset[1]["objects"]["category_id"] == []
-    stream = load_dataset_rows(tmp_path / "set", streaming=True)
+    stream = stream_dataset_rows(tmp_path / "set")
     assert next(iter(stream))["objects"] == objects and stream.categories == dataset.categories
 
 
@@ -73,7 +73,7 @@ def test_structs_of_rles(tmp_path, kind, values, categories, ids):
     np.testing.assert_array_equal(masks(dataset, 0), [MASK, OTHER])
     assert dataset[1]["objects"]["score"] == []
     with pytest.raises(DataError, match="have no names"):
-        load_dataset_rows(tmp_path / "set", streaming=True)
+        stream_dataset_rows(tmp_path / "set")
 
 
 def test_what_cannot_be_used_is_left_out_and_said(tmp_path):

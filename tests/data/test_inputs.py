@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from uplvp_hf.data import DataError, ImageError, InstanceDataset, load_dataset_rows
+from uplvp_hf.data import DataError, ImageError, InstanceDataset, load_dataset_rows, stream_dataset_rows
 from uplvp_hf.data.dataset import RowStream
 
 
@@ -81,7 +81,7 @@ def test_saved_datasets(tmp_path, kind, streaming):
         data.select(range(2)).to_parquet(tmp_path / "data" / "0.parquet")
         data.select(range(2, 4)).to_parquet(tmp_path / "data" / "1.parquet")
     path = tmp_path / ("data.parquet" if kind == "parquet" else "data")
-    dataset = load_dataset_rows(path, streaming=streaming)
+    dataset = stream_dataset_rows(path) if streaming else load_dataset_rows(path)
     assert isinstance(dataset, RowStream if streaming else InstanceDataset)
     for _ in range(2):  # a stream starts anew
         rows = list(dataset)
@@ -146,8 +146,8 @@ def test_names_and_options_that_lead_nowhere(folder):
         load_dataset_rows("owner/nothing")
     with pytest.raises(DataError, match=r"typo: no such file or folder"):
         load_dataset_rows(folder / "a" / "typo")
-    with pytest.raises(DataError, match="`streaming` is for datasets of the `datasets` library"):
-        load_dataset_rows(folder, streaming=True)
+    with pytest.raises(DataError, match="only datasets of the `datasets` library are read as a stream"):
+        stream_dataset_rows(folder)
 
 
 def test_a_store_that_was_exported_into_its_own_folder_is_still_a_store(folder):

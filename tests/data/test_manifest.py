@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from uplvp_hf.data import DataError, InstanceDataset, Row, empty_objects, sample_labels_per_class
+from uplvp_hf.data import DataError, InstanceDataset, Row, empty_objects
 from uplvp_hf.data.dataset import LazyRows
 from uplvp_hf.data.manifest import (
     apply_manifest,
@@ -20,7 +20,7 @@ from uplvp_hf.data.manifest import (
     take_split,
     write_manifest,
 )
-from uplvp_hf.data.splits import SplitSpec, parse_split
+from uplvp_hf.data.splits import Contents, SplitSpec, draw, parse_split
 
 IDS = (2, 4, 9)
 
@@ -113,7 +113,7 @@ def test_instances_a_class_keep_whole_images(varied, amount):
 def test_images_a_class_are_those_of_labels_per_class(varied):
     for amount, seed in ((1, 0), (3, 4)):
         manifest = draw_split(varied, SplitSpec("images", amount, seed))
-        indices = sample_labels_per_class(varied, amount, seed)
+        indices = draw(Contents.of(varied), SplitSpec("images", amount, seed))
         assert manifest["image_ids"] == [varied[i]["image_id"] for i in indices]
 
 

@@ -3,8 +3,12 @@ import itertools
 import numpy as np
 import pytest
 
-from uplvp_hf.data import DataError, InstanceDataset, Row, empty_objects, load_dataset_rows, sample_labels_per_class
+from uplvp_hf.data import DataError, InstanceDataset, Row, empty_objects, load_dataset_rows
 from uplvp_hf.data.splits import Contents, SplitSpec, draw
+
+
+def sample_labels_per_class(dataset, per_class, seed, allow_fewer=False):
+    return list(draw(Contents.of(dataset), SplitSpec("images", per_class, seed, allow_fewer=allow_fewer)))
 
 
 def dataset_of(classes_per_image, crowd=()):
@@ -56,7 +60,7 @@ def test_classes_with_too_few_images_are_named():
     with pytest.raises(DataError, match=r"'class 4' is in 1 images, 2 were asked for"):
         sample_labels_per_class(dataset, 2, 0)
     assert sample_labels_per_class(dataset, 2, 0, allow_fewer=True) == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="per_class"):
+    with pytest.raises(ValueError, match="images a class must be a whole number >= 1"):
         sample_labels_per_class(dataset, 0, 0)
 
 

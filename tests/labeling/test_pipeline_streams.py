@@ -10,7 +10,7 @@ import pytest
 from labeling_helpers import blob_image, image_folder
 from test_pipeline import QUIET, foreground
 
-from uplvp_hf.data import load_dataset_rows, read_store
+from uplvp_hf.data import load_dataset_rows, read_store, stream_dataset_rows
 from uplvp_hf.data.dataset import RowStream, empty_objects
 from uplvp_hf.labeling.labelers.foreground import ForegroundLabeler
 from uplvp_hf.labeling.pipeline import label_images
@@ -84,7 +84,7 @@ def test_a_data_set_of_the_datasets_library_is_labeled_and_resumed(tmp_path, str
     rows = [{"bytes": Path(row["image"]).read_bytes(), "path": None} for row in files.rows]
     table = datasets.Dataset.from_dict({"image": rows}, features=datasets.Features({"image": datasets.Image()}))
     table.to_parquet(tmp_path / "data.parquet")
-    dataset = load_dataset_rows(tmp_path / "data.parquet", streaming=streaming)
+    dataset = (stream_dataset_rows if streaming else load_dataset_rows)(tmp_path / "data.parquet")
     assert label_images(dataset, foreground(), None, tmp_path / "labels", limit=2, **QUIET).done == 2
     rest = label_images(dataset, foreground(), None, tmp_path / "labels", **QUIET)
     assert (rest.done, rest.skipped) == (3, 2)

@@ -198,14 +198,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     settings = read_settings(args)
     _check_output(settings.output, args.report)
     check_device(args.device)
-    from ..data import load_dataset_rows
+    from ..data import load_dataset_rows, stream_dataset_rows
     from ..labeling import label_images
     from ..labeling.build import Builder, Names
 
     flags = ("labeler", "namer", "vocabulary", "clip", "backbone", "backbone_weights", "model", "masks", "device")
     flags += ("examples", "detector")
     builder = Builder(Names(**{flag: getattr(args, flag) for flag in flags}), settings)
-    dataset = load_dataset_rows(args.images, split=args.split, unlabeled=True, **settings.images.options)
+    columns = settings.images.options
+    if columns.pop("streaming", False):
+        dataset: Any = stream_dataset_rows(args.images, args.split, **columns)
+    else:
+        dataset = load_dataset_rows(args.images, split=args.split, unlabeled=True, **columns)
     namer, labeler = builder.namer(), builder.labeler()
     licenses = _licenses(labeler, namer)
     if is_main_process() and not args.quiet:

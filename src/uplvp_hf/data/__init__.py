@@ -20,8 +20,7 @@ from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
 from .errors import DataError, DataWarning, ImageError
 from .inputs import read_huggingface, read_path_list
 from .instance_masks import InstanceMasks
-from .rows import load_dataset_rows, read_image_folder
-from .splits import sample_labels_per_class
+from .rows import load_dataset_rows, read_image_folder, stream_dataset_rows
 from .store_reader import read_failures, read_header, read_store, shard_files, stream_store
 from .training_set import TrainingSet
 from .transforms import TrainTransform
@@ -60,9 +59,9 @@ __all__ = [
     "read_voc",
     "rle_areas",
     "rle_boxes",
-    "sample_labels_per_class",
     "segmentation_to_rle",
     "shard_files",
+    "stream_dataset_rows",
     "stream_store",
     "tight_boxes",
     "to_rgb",

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from xml.etree import ElementTree
 
 from ..models.images import image_size
 from ..models.masks import polygon_fault
 from .coco import clean_segmentation
 from .dataset import InstanceDataset
 from .errors import DataError, DataWarning
+from .fields import read_lines, read_xml
 from .layouts import Labels, Pair, PairReader, choose_split, image_files, lazy_dataset, missing, objects_of, stems
 
 # Folders of a split: as the archives unpack, as mmocr arranges them, and as the first release of 2017 had them.
@@ -119,10 +119,7 @@ def _labels(pair: Pair) -> Labels:
 
 def _read_xml(path: str, pair: Pair) -> list[tuple[str, list[float], str]]:
     """(place, polygon, text) of each box of a training file."""
-    try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"is not valid XML ({error})", file=path) from error
+    root = read_xml(path)
     named = [image.get("file", "") for image in root.iter("image")]
     if len(named) != 1:
         raise DataError(f"must be about one image, it names {named}", file=path)
@@ -142,13 +139,8 @@ def _read_xml(path: str, pair: Pair) -> list[tuple[str, list[float], str]]:
 
 def _read_text(path: str) -> list[tuple[str, list[float], str]]:
     """(place, polygon, text) of each line of a text file; the older form has no texts."""
-    try:
-        with open(path, encoding="utf-8-sig") as stream:
-            lines = [(f"line {number}", line.strip()) for number, line in enumerate(stream, start=1) if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({error})", file=path) from error
     entries = []
-    for where, line in lines:
+    for where, line in read_lines(path):
         points, mark, text = line.partition(_MARK)
         numbers = _numbers(points, path, where)
         if not mark and len(numbers) == _OLDER:

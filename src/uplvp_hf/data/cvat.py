@@ -16,6 +16,7 @@ from .coco import read_content
 from .coco_files import find_images
 from .dataset import InstanceDataset
 from .errors import DataError
+from .fields import read_xml
 from .shapes import Shapes, ellipse, placed
 
 _FILE = "annotations.xml"
@@ -43,10 +44,7 @@ def read_cvat(path: str | os.PathLike[str], split: str | None = None, unlabeled:
     is not there, and as `read_coco` does.
     """
     path = _file(os.path.abspath(os.fspath(path)))
-    try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"is not valid XML ({error})", file=path) from error
+    root = read_xml(path)
     if root.find("track") is not None:
         remedy = "Export it as CVAT for images 1.1 or as COCO 1.0."
         raise DataError("is CVAT for video, whose tracks are not read", file=path, remedy=remedy)

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable
 from typing import Any
+from xml.etree import ElementTree
 
 from .errors import DataError
 
@@ -30,6 +31,26 @@ def read_json(path: str) -> Any:
         raise DataError(
             f"is not valid JSON ({error})", file=path, remedy="Is it cut off, or another format?"
         ) from error
+
+
+def read_xml(path: str) -> ElementTree.Element:
+    """The root of an XML file. Raises DataError when it is missing or not XML."""
+    try:
+        return ElementTree.parse(path).getroot()
+    except (OSError, ElementTree.ParseError) as error:
+        raise DataError(f"is not valid XML ({error})", file=path) from error
+
+
+def read_lines(path: str) -> list[tuple[str, str]]:
+    """("line 1", its text without spaces around it), ... of a UTF-8 file; empty lines are left out, as is the mark that
+    editors of Windows put in front. Raises DataError when it is missing or has another encoding."""
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            return [(f"line {number}", line.strip()) for number, line in enumerate(stream, start=1) if line.strip()]
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", file=path) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"is no UTF-8 text ({error})", file=path) from error
 
 
 def require(entry: Any, keys: Iterable[str], file: str, row: str | None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..models.images import bytes_size, image_size
 from .dataset import InstanceDataset, LazyRows, Row, RowStream, empty_objects
 from .errors import DataError, ImageError
+from .fields import read_lines
 from .hf_objects import ReadObjects, find_objects
 
 if TYPE_CHECKING:
@@ -59,13 +60,7 @@ def read_path_list(path: str | os.PathLike[str]) -> InstanceDataset:
     for a file that is not UTF-8, a path in two lines, and when no image is left.
     """
     path = os.path.abspath(os.fspath(path))
-    try:
-        with open(path, encoding="utf-8-sig") as stream:  # editors of Windows put a mark in front
-            lines = [(f"line {number}", line.strip()) for number, line in enumerate(stream, start=1) if line.strip()]
-    except OSError as error:
-        raise DataError(f"cannot be read ({error.strerror})", file=path) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"is no UTF-8 text ({error})", file=path) from error
+    lines = read_lines(path)
     seen: dict[str, str] = {}
     files = [os.path.normpath(os.path.join(os.path.dirname(path), line)) for _, line in lines]
     for file, (where, line) in zip(files, lines):
@@ -112,16 +107,14 @@ def read_huggingface(
     source: str,
     split: str | None = None,
     config: str | None = None,
-    streaming: bool = False,
     image_column: str | None = None,
     id_column: str | None = None,
-) -> InstanceDataset | RowStream:
+) -> InstanceDataset:
     """Rows of a dataset of the `datasets` library; images are read one at a time, never all.
 
     Args:
         source: OWNER/NAME on the Hub, a folder written by `save_to_disk`, a Parquet file or a folder of them.
         split: needed where there are several. config: of a Hub dataset with several.
-        streaming: rows one after the other as a `RowStream`, without a copy of the dataset on the disk.
         image_column: None: "image", or the only column of images.
         id_column: numbers or texts that name an image; None: "image_id" if there is such a column, else the running
             number, which is the same in every run as long as the dataset is.
@@ -132,6 +125,26 @@ def read_huggingface(
     Raises DataError where several splits or columns could be meant and for ids that are in two rows, and whatever
     `datasets` raises for a source that it cannot load.
     """
+    data, categories, row, id_column = _prepared(source, False, split, config, image_column, id_column)
+    identify = _identifier(data, id_column, source)
+    return InstanceDataset(LazyRows(lambda k: row(k, data[k]), identify, range(len(data))), categories, source)
+
+
+def stream_huggingface(source: str, split: str | None = None, **columns: str | None) -> RowStream:
+    """As `read_huggingface`, one row after the other, without a copy of the dataset on the disk."""
+    data, categories, row, _ = _prepared(source, True, split, **columns)
+    return RowStream(lambda: (row(number, example) for number, example in enumerate(data)), categories, source)
+
+
+def _prepared(
+    source: str,
+    streaming: bool,
+    split: str | None = None,
+    config: str | None = None,
+    image_column: str | None = None,
+    id_column: str | None = None,
+) -> tuple[Any, list[dict[str, Any]], Callable[[int, dict[str, Any]], Row], str | None]:
+    """The dataset with the columns that count, its categories, what makes a row of an example, and the id column."""
     data = _load(source, split, config, streaming)
     features = data.features if data.features is not None else data._resolve_features().features
     image = _image_column(features, image_column, source)
@@ -152,10 +165,7 @@ def read_huggingface(
         image_id = number if id_column is None else example[id_column]
         return _row(source, example, example[image], image_id, read_objects)
 
-    if streaming:
-        return RowStream(lambda: (row(number, example) for number, example in enumerate(data)), categories, source)
-    identify = _identifier(data, id_column, source)
-    return InstanceDataset(LazyRows(lambda k: row(k, data[k]), identify, range(len(data))), categories, source)
+    return data, categories, row, id_column
 
 
 def _load(source: str, split: str | None, config: str | None, streaming: bool) -> datasets.Dataset:

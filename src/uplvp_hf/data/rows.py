@@ -7,18 +7,25 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from typing import Literal, overload
 
-from ..models.images import IMAGE_SUFFIXES, open_image
+from ..models.images import IMAGE_SUFFIXES
 from .cityscapes import is_cityscapes, read_cityscapes
-from .coco import read_coco, write_coco
+from .coco import read_coco
 from .coco_files import coco_files, find_annotations, has_image_suffix, looks_like_coco, walk_files
 from .ctw1500 import is_ctw1500, read_ctw1500
 from .cvat import is_cvat, read_cvat
-from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
+from .dataset import InstanceDataset, RowStream
 from .errors import DataError, DataWarning, ImageError
 from .foreign import other_files, refuse_file
-from .inputs import LIST_SUFFIXES, is_hub_name, is_saved_dataset, read_huggingface, read_path_list, rows_of_files
+from .inputs import (
+    LIST_SUFFIXES,
+    is_hub_name,
+    is_saved_dataset,
+    read_huggingface,
+    read_path_list,
+    rows_of_files,
+    stream_huggingface,
+)
 from .labelme import is_labelme, read_labelme
 from .store_reader import read_store
 from .voc import read_voc, voc_root
@@ -37,26 +44,6 @@ FORMATS = ("coco", *LAYOUTS, "store", "images", "list", "datasets")
 # What people take for images and is not read.
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".svg", ".pdf", ".psd", ".dng", ".cr2", ".nef", ".arw", ".raw", ".exr",
                    ".hdr", ".dcm", ".npy", ".npz", ".mp4", ".avi", ".mov", ".mkv", ".jxl", ".tga", ".jfif"}  # fmt: skip
-
-__all__ = [
-    "FORMATS",
-    "LAYOUTS",
-    "DataError",
-    "ImageError",
-    "InstanceDataset",
-    "Objects",
-    "Row",
-    "RowStream",
-    "empty_objects",
-    "load_dataset_rows",
-    "open_image",
-    "read_coco",
-    "read_huggingface",
-    "read_image_folder",
-    "read_path_list",
-    "read_store",
-    "write_coco",
-]
 
 
 def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
@@ -100,47 +87,18 @@ def _check_images(dataset: InstanceDataset) -> None:
             dataset.failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
 
 
-@overload
 def load_dataset_rows(
     path: str | os.PathLike[str],
     images: str | os.PathLike[str] | None = None,
     split: str | None = None,
     check_images: bool = False,
-    streaming: Literal[False] = False,
     config: str | None = None,
     image_column: str | None = None,
     id_column: str | None = None,
     unlabeled: bool = False,
     format: str | None = None,
     strict: bool = True,
-) -> InstanceDataset: ...
-@overload
-def load_dataset_rows(
-    path: str | os.PathLike[str],
-    images: str | os.PathLike[str] | None = None,
-    split: str | None = None,
-    check_images: bool = False,
-    streaming: bool = False,
-    config: str | None = None,
-    image_column: str | None = None,
-    id_column: str | None = None,
-    unlabeled: bool = False,
-    format: str | None = None,
-    strict: bool = True,
-) -> InstanceDataset | RowStream: ...
-def load_dataset_rows(
-    path: str | os.PathLike[str],
-    images: str | os.PathLike[str] | None = None,
-    split: str | None = None,
-    check_images: bool = False,
-    streaming: bool = False,
-    config: str | None = None,
-    image_column: str | None = None,
-    id_column: str | None = None,
-    unlabeled: bool = False,
-    format: str | None = None,
-    strict: bool = True,
-) -> InstanceDataset | RowStream:
+) -> InstanceDataset:
     """Load whatever `path` is.
 
     Args:
@@ -156,7 +114,7 @@ def load_dataset_rows(
             written by `save_to_disk`, a Parquet file or a folder of them.
         images: folder that the file names of COCO files and stores are relative to; None: found beside the file.
         split: which file of `annotations/`, which split of a published layout or of a `datasets` dataset.
-        streaming, config, image_column, id_column: of a `datasets` dataset. With streaming, a `RowStream`.
+        config, image_column, id_column: of a `datasets` dataset.
         check_images: open every image now and list those that cannot be opened in `failures`; their rows stay. By
             default images are opened when they are used, and `load_image` raises ImageError then.
         unlabeled: the images alone are of interest: annotations are not read, and none are needed.
@@ -168,21 +126,40 @@ def load_dataset_rows(
     given, path = os.fspath(path), os.path.abspath(os.fspath(path))
     if format is not None and format not in FORMATS:
         raise DataError(f"no format {format!r}", file=path, remedy=f"Choose one of {', '.join(FORMATS)}.")
-    hub = not os.path.exists(path) and is_hub_name(given)
-    if not hub and not os.path.exists(path):
-        raise DataError("no such file or folder", file=path)
+    hub = _is_on_the_hub(given)
     if images is not None and not os.path.isdir(images):
         raise DataError("no such image folder", file=os.fspath(images))
     kind = format or ("datasets" if hub else _format_of(path, split, unlabeled))
+    columns = {"config": config, "image_column": image_column, "id_column": id_column}
     if kind == "datasets":
-        columns = {"image_column": image_column, "id_column": id_column}
-        dataset = read_huggingface(given if hub else path, split, config, streaming, **columns)
+        dataset = read_huggingface(given if hub else path, split, **columns)
     else:
-        _refuse(path, streaming=streaming, config=config, image_column=image_column, id_column=id_column)
+        _refuse(path, **columns)
         dataset = _load_files(kind, path, images, split, unlabeled, strict)
-    if check_images and isinstance(dataset, InstanceDataset):
+    if check_images:
         _check_images(dataset)
     return dataset
+
+
+def stream_dataset_rows(path: str | os.PathLike[str], split: str | None = None, **columns: str | None) -> RowStream:
+    """The rows of a dataset of the `datasets` library one after the other, without a copy of it on the disk.
+
+    columns: `config`, `image_column` and `id_column`, as of `load_dataset_rows`. Raises DataError for any other data.
+    """
+    given, path = os.fspath(path), os.path.abspath(os.fspath(path))
+    hub = _is_on_the_hub(given)
+    if not hub and _format_of(path, split, unlabeled=True) != "datasets":
+        raise DataError("only datasets of the `datasets` library are read as a stream, which this is not", file=path)
+    return stream_huggingface(given if hub else path, split, **columns)
+
+
+def _is_on_the_hub(given: str) -> bool:
+    """Whether a path is the name of a dataset on the Hub. Raises DataError for one that is nothing at all."""
+    if os.path.exists(given):
+        return False
+    if not is_hub_name(given):
+        raise DataError("no such file or folder", file=os.path.abspath(given))
+    return True
 
 
 def _refuse(path: str, **options: object) -> None:

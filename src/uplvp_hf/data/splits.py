@@ -21,7 +21,6 @@ from fractions import Fraction
 
 import numpy as np
 
-from ..models.errors import UserError
 from .dataset import InstanceDataset, Row
 from .errors import DataError
 
@@ -230,27 +229,3 @@ def _refill(ahead: list[int], waiting: Iterator[int], chosen: dict[int, None]) -
     unchosen = (i for i in waiting if i not in chosen)
     ahead += itertools.islice(unchosen, _CANDIDATES - len(ahead))
     return bool(ahead)
-
-
-def sample_labels_per_class(
-    dataset: InstanceDataset, per_class: int, seed: int, allow_fewer: bool = False
-) -> list[int]:
-    """Draw images so that every class is in at least `per_class` of them.
-
-    An image counts for every class that it holds (crowds aside) and is drawn once: exactly `per_class` times the
-    number of classes when every image holds one class, fewer when images are shared. Classes take turns, the rarest
-    first, so that with one seed a smaller split is part of every larger one.
-
-    Args:
-        dataset: labeled rows.
-        per_class: images a class, >= 1.
-        seed: >= 0; the same seed gives the same images.
-        allow_fewer: take all images of a class that has fewer, instead of raising; a class may then have none.
-
-    Returns: sorted indices into `dataset`.
-    Raises DataError when a class has fewer than `per_class` images and `allow_fewer` is off; ValueError when
-    `per_class` is below 1.
-    """
-    if per_class < 1:
-        raise UserError(f"per_class must be at least 1, got {per_class}")
-    return list(draw(Contents.of(dataset), SplitSpec("images", per_class, seed, allow_fewer=allow_fewer)))

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import re
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -20,7 +19,7 @@ from pycocotools import mask as coco_mask
 from ..models.masks import encode_id_map, rle_boxes
 from .dataset import InstanceDataset
 from .errors import DataError
-from .fields import inside
+from .fields import inside, read_lines, read_xml
 from .layouts import (
     Labels,
     Pair,
@@ -91,20 +90,16 @@ def read_voc(folder: str | os.PathLike[str], split: str | None = None, unlabeled
 
 
 def _pairs(folder: str, listing: str, unlabeled: bool) -> tuple[list[Pair], list[dict[str, Any]]]:
-    try:
-        with open(listing, encoding="utf-8") as stream:
-            names = {f"line {number}": line.strip() for number, line in enumerate(stream, start=1) if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({error})", file=listing) from error
+    names = read_lines(listing)
     images, boxes = (
         image_files(os.path.join(folder, "JPEGImages")),
         stems(os.path.join(folder, "Annotations"), [".xml"]),
     )
     masks = {tree: stems(os.path.join(folder, tree), [".png"]) for tree in ("SegmentationObject", "SegmentationClass")}
-    if os.path.basename(listing) == "test.txt" and not masks["SegmentationObject"].keys() & set(names.values()):
+    if os.path.basename(listing) == "test.txt" and not masks["SegmentationObject"].keys() & {name for _, name in names}:
         unlabeled = True
     pairs, failures, seen = [], [], set()
-    for where, name in names.items():
+    for where, name in names:
         inside(folder, name, listing, where)
         if name in seen:
             raise DataError(f"the name {name!r} occurs twice", file=listing, row=where)
@@ -146,12 +141,8 @@ def _class(pixels: np.ndarray, number: int, path: str, class_path: str) -> int:
 
 def _xml_objects(path: str) -> list[tuple[str, list[float], bool]]:
     """(class, box, difficult) of each object of the XML; boxes x, y, width, height in pixels from 0."""
-    try:
-        root = ElementTree.parse(path).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        raise DataError(f"is not valid XML ({error})", file=path) from error
     found = []
-    for index, entry in enumerate(root.iter("object")):
+    for index, entry in enumerate(read_xml(path).iter("object")):
         try:
             sides = [float(entry.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
             name = entry.findtext("name").strip()

@@ -16,6 +16,7 @@ from .coco import read_content
 from .coco_files import has_image_suffix, walk_files
 from .dataset import InstanceDataset
 from .errors import DataError, ImageError
+from .fields import read_lines
 from .layouts import choose_split
 from .shapes import Shapes
 
@@ -91,9 +92,8 @@ def _images(places: list[str]) -> list[str]:
         if os.path.isdir(place):
             files += sorted(file for file in walk_files(place) if has_image_suffix(file))
             continue
-        with open(place, encoding="utf-8-sig") as stream:  # a list of images
-            lines = [line.strip() for line in stream if line.strip()]
-        files += [os.path.normpath(os.path.join(os.path.dirname(place), line)) for line in lines]
+        base = os.path.dirname(place)  # of a list of images
+        files += [os.path.normpath(os.path.join(base, line)) for _, line in read_lines(place)]
     return files
 
 
@@ -133,8 +133,7 @@ def _names(folder: str) -> list[str]:
         names = [names.get(number, str(number)) for number in range(max(map(int, names), default=-1) + 1)]
     listed = os.path.join(folder, "classes.txt")
     if names is None and os.path.isfile(listed):
-        with open(listed, encoding="utf-8-sig") as stream:
-            names = [line.strip() for line in stream if line.strip()]
+        names = [line for _, line in read_lines(listed)]
     names = [str(name) for name in names or ()]
     if len(set(names)) < len(names):
         raise DataError(f"a class is named twice: {names}", file=file or listed)
@@ -142,20 +141,18 @@ def _names(folder: str) -> list[str]:
 
 
 def _add(shapes: Shapes, image_id: str, file: str, names: list[str], width: int, height: int) -> None:
-    with open(file, encoding="utf-8-sig", errors="replace") as stream:
-        lines = [(number, line.split()) for number, line in enumerate(stream, start=1) if line.strip()]
-    for number, words in lines:
-        where = f"{os.path.relpath(file, os.path.dirname(os.path.dirname(file)))}, line {number}"
+    for line, text in read_lines(file):
+        where, words = f"{os.path.relpath(file, os.path.dirname(os.path.dirname(file)))}, {line}", text.split()
         try:
             label, sides = int(float(words[0])), [float(word) for word in words[1:]]
         except ValueError as error:
-            raise DataError(f"must be numbers, got {' '.join(words)!r:.60}", file=file, row=f"line {number}") from error
+            raise DataError(f"must be numbers, got {text!r:.60}", file=file, row=line) from error
         if names and not 0 <= label < len(names):
             reason = f"class {label} is none of the {len(names)} that are named"
-            raise DataError(reason, file=file, row=f"line {number}")
+            raise DataError(reason, file=file, row=line)
         pixels = [side * (height if k % 2 else width) for k, side in enumerate(sides)]
+        name, box = names[label] if names else str(label), None
         if len(pixels) == 4:
             x, y, w, h = pixels
-            shapes.add(image_id, names[label] if names else str(label), where, None, [x - w / 2, y - h / 2, w, h])
-        else:
-            shapes.add(image_id, names[label] if names else str(label), where, pixels)
+            box = [x - w / 2, y - h / 2, w, h]
+        shapes.add(image_id, name, where, None if box else pixels, box)

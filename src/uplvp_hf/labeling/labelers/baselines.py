@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ...data.rows import Row
+from ...data.dataset import Row
 from ..cutting.proposals import Proposals
 from ..protocol import Labeler
 from ..settings import CenterBoxSettings

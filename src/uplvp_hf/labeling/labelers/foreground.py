@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...data.rows import Row
+from ...data.dataset import Row
 from ..cutting.proposals import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
 from ..encoders.pixels import Size
 from ..protocol import BackboneLabeler, Finish

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from ...data.rows import Row
+from ...data.dataset import Row
 from ..cutting.normalized_cut import BATCH_FLOATS, affinity, second_eigenvector
 from ..cutting.proposals import Proposals, filter_proposals, upsample_grid
 from ..cutting.refine import pamr

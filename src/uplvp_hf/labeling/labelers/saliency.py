@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ...data.rows import Row
+from ...data.dataset import Row
 from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals, matrix_nms, upsample_grid
 from ..encoders.backbone import Encoder
