@@ -1,8 +1,8 @@
 """uplvp_hf: instance segmentation from many images and few labels.
 
 Importing this package is quick: nothing heavy is loaded until a name is used. The auto classes of transformers
-(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP, K-Net, QueryInst
-and Mask R-CNN models from the moment that both packages are imported, in any order.
+(`AutoConfig`, `AutoModelForInstanceSegmentation`, `AutoImageProcessor`, `pipeline`, ...) know UPLVP, K-Net, QueryInst,
+Mask R-CNN and ICPC models from the moment that both packages are imported, in any order.
 """
 
 import importlib
@@ -14,12 +14,16 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_NAMES` says the same 
     from .data import InstanceDataset as InstanceDataset, load_dataset_rows as load_dataset_rows
     from .evaluation.predictor import evaluate_model as evaluate_model, predict_dataset as predict_dataset
     from .labeling.pipeline import label_images as label_images
+    from .models.configuration_icpc import IcpcConfig as IcpcConfig
     from .models.configuration_knet import KNetConfig as KNetConfig
     from .models.configuration_mask_rcnn import MaskRcnnConfig as MaskRcnnConfig
     from .models.configuration_queryinst import QueryInstConfig as QueryInstConfig
     from .models.configuration_uplvp import UplvpConfig as UplvpConfig
+    from .models.image_processing_icpc import IcpcImageProcessor as IcpcImageProcessor
+    from .models.image_processing_pil_icpc import IcpcImageProcessorPil as IcpcImageProcessorPil
     from .models.image_processing_pil_uplvp import UplvpImageProcessorPil as UplvpImageProcessorPil
     from .models.image_processing_uplvp import UplvpImageProcessor as UplvpImageProcessor
+    from .models.modeling_icpc import IcpcForSemanticSegmentation as IcpcForSemanticSegmentation
     from .models.modeling_knet import KNetForInstanceSegmentation as KNetForInstanceSegmentation, KNetModel as KNetModel
     from .models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation as MaskRcnnForInstanceSegmentation
     from .models.modeling_queryinst import (
@@ -50,6 +54,10 @@ _NAMES = {
     "QueryInstModel": "models.modeling_queryinst",
     "MaskRcnnConfig": "models.configuration_mask_rcnn",
     "MaskRcnnForInstanceSegmentation": "models.modeling_mask_rcnn",
+    "IcpcConfig": "models.configuration_icpc",
+    "IcpcForSemanticSegmentation": "models.modeling_icpc",
+    "IcpcImageProcessor": "models.image_processing_icpc",
+    "IcpcImageProcessorPil": "models.image_processing_pil_icpc",
     "InstanceDataset": "data",
     "load_dataset_rows": "data",
     "label_images": "labeling.pipeline",

@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+from uplvp_hf.models.backbones import FeaturePyramid
 from uplvp_hf.models.clip_resnet import ClipResNet
 from uplvp_hf.models.configuration_icpc import IcpcConfig
-from uplvp_hf.models.fpn import FeaturePyramid
 from uplvp_hf.models.icpc_decoder import ContextDecoder
 from uplvp_hf.models.icpc_prompts import ClassPrompts
 from uplvp_hf.models.semantic_fpn import SemanticFpnHead
@@ -103,8 +103,8 @@ def test_cocoop(golden):
     state = part(tensors, "state.cocoop.prompt_learner.")
     model.contexts.data = state["ctx"]
     model.image.load_state_dict(part(state, "meta_net."), strict=True)
-    model.ends.copy_(tensors["input.input_ids"][0, [0, 0]])
-    model.ends[1] = info["eos_token_id"]
+    model.ends.tokens.copy_(tensors["input.input_ids"][0, [0, 0]])
+    model.ends.tokens[1] = info["eos_token_id"]
     pooled = tensors["image_features_normalised"]
     close(model.image(pooled)[:, 0], tensors["cocoop.meta_net_out"])
     text = F.normalize(model(tower, pooled, pooled[:, None]), dim=-1)
@@ -119,7 +119,7 @@ def test_static_contexts_of_coop(golden):
     names = [[words[word] for word in name.split()] + [words["."]] for name in info["class_names"]]
     model = prompts(tower, names, 32, prompt="static", num_context=4)
     model.contexts.data = tensors["state.coop.ctx"]
-    model.ends[0], model.ends[1] = tensors["input.input_ids"][0, 0], info["eos_token_id"]
+    model.ends.tokens[0], model.ends.tokens[1] = tensors["input.input_ids"][0, 0], info["eos_token_id"]
     close(F.normalize(model(tower, torch.zeros(1, 32), None)[0], dim=-1),
           F.normalize(tensors["coop.end.text_features"], dim=-1))  # fmt: skip
 
@@ -130,7 +130,7 @@ def test_names_alone_equal_clip(golden, name):
     tower = openai_text({k: v for k, v in part(tensors, "state.").items() if not k.startswith("visual.")}, 4)
     ids = tensors["input.input_ids"]
     model = prompts(tower, names_of(ids, info["eos_token_id"]), 32, prompt="names")
-    model.ends[0], model.ends[1] = ids[0, 0], info["eos_token_id"]
+    model.ends.tokens[0], model.ends.tokens[1] = ids[0, 0], info["eos_token_id"]
     close(model(tower, torch.zeros(1, 32), None)[0], tensors["text_features"])
 
 

@@ -138,9 +138,10 @@ def test_a_saved_folder_has_no_code_unless_asked(folder, tmp_path):
 
 
 def test_every_model_of_the_library_is_known():
+    from uplvp_hf.models.configuration_icpc import IcpcConfig
     from uplvp_hf.models.configuration_mask_rcnn import MaskRcnnConfig
     from uplvp_hf.models.configuration_queryinst import QueryInstConfig
     from uplvp_hf.models.configuration_uplvp import UplvpConfig
 
-    configs = (UplvpConfig, KNetConfig, QueryInstConfig, MaskRcnnConfig)
+    configs = (UplvpConfig, KNetConfig, QueryInstConfig, MaskRcnnConfig, IcpcConfig)
     assert {config.model_type for config in configs} == set(OWN_MODELS)

@@ -13,7 +13,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp convert",
         description="Convert a checkpoint of K-Net, QueryInst or Mask2Former (mmdetection, detectron2), of UPLVP's "
-        "pre-training, or a ResNet (torchvision, MoCo, DenseCL, SwAV). The kind is told from the names in it.",
+        "pre-training, a DenseCLIP, or a ResNet (torchvision, MoCo, DenseCL, SwAV). The kind is told from its names.",
     )
     add = parser.add_argument
     add("checkpoint", help="safetensors, or a file of torch.save that holds plain weights")
@@ -27,6 +27,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", metavar="JSON", help="the original's configuration; without it sizes are read off the tensors")
     add("--classes", metavar="FILE", help="class names, one a line, or bear,deer,otter (default: COCO's for 80)")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of the segmenter; repeatable")
+    add("--tokenizer", metavar="NAME", help="of a DenseCLIP's class names: folder or repository (default: OpenAI's)")
     add("--verbose", action="store_true", help="also every tensor, and where in the code an error arose")
     return parser
 
@@ -48,7 +49,13 @@ def _convert(arguments: argparse.Namespace) -> None:
 
         classes = [split_synonyms(entry)[0] for entry in read_vocabulary(arguments.classes)]
     report = convert_checkpoint(
-        arguments.checkpoint, arguments.output, arguments.kind, arguments.config, classes, settings=settings
+        arguments.checkpoint,
+        arguments.output,
+        arguments.kind,
+        arguments.config,
+        classes,
+        settings=settings,
+        tokenizer=arguments.tokenizer,
     )
     if arguments.verbose:
         for title, lines in (

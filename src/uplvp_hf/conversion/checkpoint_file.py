@@ -101,6 +101,7 @@ _SIGNS = {
     "queryinst": r"(module\.)?rpn_head\.init_proposal_bboxes\.weight",
     "mask2former-mmdet": r"(module\.)?panoptic_head\.query_feat\.weight",
     "mask2former-detectron2": r"(module\.)?sem_seg_head\.predictor\.query_feat\.weight",
+    "denseclip": r"(module\.)?text_encoder\.token_embedding\.weight",
     "resnet": r"(?:.*\.)?layer1\.0\.conv1\.weight",
 }
 FORMATS = tuple(_SIGNS)

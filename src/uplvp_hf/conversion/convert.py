@@ -18,6 +18,7 @@ from ..files import usual_rights, write_json
 from ..models.errors import UserError
 from .backbones import convert_resnet_backbone, resnet_config_of
 from .checkpoint_file import CheckpointError, detect_format, open_checkpoint
+from .denseclip import build_denseclip
 from .detectron2 import convert_detectron2_mask2former
 from .knet import config_from_mmdet_knet, convert_mmdet_knet
 from .mask2former import config_from_mmdet, convert_mmdet_mask2former
@@ -25,8 +26,9 @@ from .queryinst import config_from_mmdet_queryinst, convert_mmdet_queryinst
 from .report import ConversionReport
 
 # Tensors of the originals that have no place in ours, with the reason that the report gives.
+COUNTER = r".*num_batches_tracked"
 _DROPPED = {
-    r".*num_batches_tracked": "counter that inference does not read",
+    COUNTER: "counter that inference does not read",
     r"(panoptic_head\.loss_cls\.class_weight|(sem_seg_head\.)?criterion\..*)": "follows from the configuration",
     r"(module\.)?pixel_(mean|std)": "in the image processor",
     r".*patch2query\..*": "projection of prompts, which only pre-training uses",
@@ -151,15 +153,16 @@ def convert_checkpoint(
     classes: Sequence[str] | None = None,
     category_ids: Sequence[int] | None = None,
     settings: dict[str, Any] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> ConversionReport:
     """Converts a file and writes a folder.
 
     Args:
         checkpoint: K-Net, QueryInst or Mask2Former in mmdetection's names, Mask2Former in detectron2's, checkpoints of
             UPLVP's pre-training (the same networks and a few tensors more), or a ResNet in torchvision's names
-            (torchvision, MoCo, DenseCL, SwAV). The kind is told from the names.
+            (torchvision, MoCo, DenseCL, SwAV), or a DenseCLIP. The kind is told from the names.
         output: new folder. A ResNet becomes a `ResNetBackbone`, whose model.safetensors recipes take as
-            `model.backbone_weights`; everything else as `kind` says.
+            `model.backbone_weights`, a DenseCLIP an `IcpcForSemanticSegmentation`; everything else as `kind` says.
         kind: "instance" (`UplvpForInstanceSegmentation`), "pretraining" (`UplvpForPreTraining`, which keeps
             Mask2Former's prompt projection and the joint of query and prompt)
             or "segmenter" (the network alone, as transformers or we have it).
@@ -168,6 +171,7 @@ def convert_checkpoint(
         classes, category_ids: names and original ids; None: the names that mmdetection saved, else COCO's for 80
             classes, else "class 0", ...; ids of COCO for its 80 classes, else 1, 2, ...
         settings: of the segmenter's configuration, to replace what was found.
+        tokenizer: folder or repository with the tokenizer of a DenseCLIP's class names, by default OpenAI's.
 
     Writes `conversion_report.json` beside the model. Raises CheckpointError or ValueError for what cannot be
     converted, FileExistsError for a folder with contents.
@@ -184,6 +188,9 @@ def convert_checkpoint(
     try:
         if found == "resnet":
             model, converted, dropped = _backbone(source)
+        elif found == "denseclip":
+            model, converted = build_denseclip(source, classes or named, category_ids, settings or {}, tokenizer)
+            dropped = {name: _DROPPED[COUNTER] for name in source if re.fullmatch(COUNTER, name)}
         else:
             model, converted, dropped = _segmenter(
                 source, _formats()[found], kind, config, (classes, named), category_ids, settings
@@ -195,7 +202,9 @@ def convert_checkpoint(
     report = ConversionReport.build(source, converted, dropped, model.state_dict(), _GAPS)
     model.save_pretrained(output)
     usual_rights(output)
-    if found != "resnet" and kind != "segmenter":
+    if found == "denseclip":
+        _semantic_processor(model.config).save_pretrained(output)
+    elif found != "resnet" and kind != "segmenter":
         _processor().save_pretrained(output)
     write_json(
         output / "conversion_report.json", {"source": Path(checkpoint).name, "format": found, **report.as_dict()}
@@ -329,4 +338,14 @@ def _processor():
         size={"shortest_edge": 800, "longest_edge": 1333},
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
+    )
+
+
+def _semantic_processor(config):
+    """As DenseCLIP looks at images: CLIP's mean and deviation, the shorter side as in training."""
+    from ..models.image_processing_icpc import IcpcImageProcessor
+
+    side = 512 if config.vision_config is None else 640
+    return IcpcImageProcessor(
+        size={"shortest_edge": side, "longest_edge": 2048}, ignore_index=config.semantic_loss_ignore_index
     )

@@ -88,6 +88,10 @@ class ClipResNet(nn.Module):
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self.attnpool = ClipAttentionPool(pool_size, incoming, pool_heads, output_dim)
 
+    def to_texts(self) -> list[nn.Module]:
+        """The parts that only the space of the texts needs."""
+        return [self.attnpool]
+
     def forward(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         x = pixel_values.to(self.conv1.weight.dtype)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):

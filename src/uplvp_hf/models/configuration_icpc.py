@@ -132,7 +132,7 @@ class IcpcConfig(StrictConfigMixin, PreTrainedConfig):
         if (self.vision_config is None) == (self.resnet_config is None):
             if self.vision_config is not None:
                 raise UserError("Give vision_config or resnet_config, not both.")
-            self.vision_config = {}
+            self.vision_config = {"patch_size": 16}
         if isinstance(self.vision_config, dict):
             self.vision_config = CLIPVisionConfig(**_plain(self.vision_config))
         if self.resnet_config is not None:

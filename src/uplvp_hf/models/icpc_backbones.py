@@ -24,6 +24,10 @@ class ClipVitPyramid(nn.Module):
         depth = vision.num_hidden_layers
         self.drop_path = [config.drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
 
+    def to_texts(self) -> list[nn.Module]:
+        """The parts that only the space of the texts needs."""
+        return [self.tower.vision_model.post_layernorm, self.tower.visual_projection]
+
     def forward(self, pixel_values: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         vision = self.tower.vision_model
         x = vision.pre_layrnorm(self._embed(pixel_values))
@@ -52,8 +56,9 @@ class ClipVitPyramid(nn.Module):
     def _run(self, block: nn.Module, x: Tensor, rate: float) -> Tensor:
         if not (self.training and rate):
             return block(x, attention_mask=None)
-        x = x + _drop_path(block.self_attn(block.layer_norm1(x))[0], rate)
-        return x + _drop_path(block.mlp(block.layer_norm2(x)), rate)
+        if block.gradient_checkpointing:
+            return block._gradient_checkpointing_func(_dropped_block, block, x, rate)
+        return _dropped_block(block, x, rate)
 
     def _project(self, tokens: Tensor) -> Tensor:
         return self.tower.visual_projection(self.tower.vision_model.post_layernorm(tokens))
@@ -93,6 +98,12 @@ def _pyramid(width: int, patch: int) -> nn.ModuleList:
 def _drop_path(x: Tensor, rate: float) -> Tensor:
     keep = torch.rand(len(x), 1, 1, device=x.device) >= rate
     return x * keep.to(x.dtype) / (1 - rate)
+
+
+def _dropped_block(block: nn.Module, x: Tensor, rate: float) -> Tensor:
+    """A block of the tower with stochastic depth on either branch."""
+    x = x + _drop_path(block.self_attn(block.layer_norm1(x))[0], rate)
+    return x + _drop_path(block.mlp(block.layer_norm2(x)), rate)
 
 
 def build_clip_backbone(config: IcpcConfig) -> nn.Module:

@@ -10,15 +10,21 @@
 v: learned, e: made from the image.
 """
 
+import re
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .configuration_icpc import IcpcConfig
 from .errors import UserError
 from .icpc_decoder import ContextAttention
 from .icpc_text import Cache, NameBuckets, PromptEncoder
+
+logger = logging.get_logger(__name__)
 
 
 class ImageToken(nn.Module):
@@ -59,13 +65,13 @@ class ClassPrompts(nn.Module):
         if config.class_token_ids is None:
             raise UserError(
                 "The configuration has no class_token_ids: build the model with "
-                "`IcpcForSemanticSegmentation.from_clip(clip, id2label)`, or call `config.set_classes`."
+                "`IcpcForSemanticSegmentation.from_clip(clip, id2label)`, or put what `name_tokens` gives there."
             )
         text = config.text_config
         self.form = config.prompt
         self.detach_image = config.detach_image
         self.names = NameBuckets(config.class_token_ids, config.text_chunk)
-        self.register_buffer("ends", torch.tensor([config.start_token_id, config.end_token_id]))
+        self.ends = NameBuckets([[config.start_token_id, config.end_token_id]], 1)
         self.contexts = None
         if config.prompt != "names":
             self.contexts = nn.Parameter(torch.empty(config.num_context, text.hidden_size))
@@ -81,7 +87,7 @@ class ClassPrompts(nn.Module):
         """pooled (B, D), memory (B, 1 + H * W, D), as the backbone gives them -> (1 or B, K, D)."""
         encoder = PromptEncoder(tower)
         finish = encoder.checkpointed if checkpointing else encoder.features
-        start, end = encoder.embed(self.ends)[:, None, None, None]  # (1, 1, 1, C) each
+        start, end = encoder.embed(self.ends.tokens)[:, None, None, None]  # (1, 1, 1, C) each
         image = self._image(pooled, memory)
         past, position = self._prefix(encoder, start, image)
         features = []
@@ -118,3 +124,30 @@ class ClassPrompts(nn.Module):
         if self.form in ("dynamic_concat", "dynamic_query"):
             past, position = encoder.prefix(image, past, position), position + image.shape[2]
         return past, position
+
+
+def spoken_names(names: Sequence[str]) -> list[str]:
+    """Class names of datasets as words: hyphens and underscores become spaces; COCO-Stuff's endings `-other` and
+    `-stuff` go, unless two classes would then have one name."""
+    plain = [re.sub(r"[-_\s]+", " ", name).strip() for name in names]
+    short = [re.sub(r"(?<=\S) (other|stuff)$", "", name) for name in plain]
+    return [whole if short.count(name) > 1 else name for whole, name in zip(plain, short, strict=True)]
+
+
+def name_tokens(names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of the class names without start and end tokens, for `IcpcConfig.class_token_ids`.
+
+    Raises UserError for a name without a token, or with one that the tokenizer does not know. Warns of classes whose
+    names have the same tokens: their text features are equal, and the first of them gets all pixels.
+    """
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id not in special else None
+    found: list[list[int]] = []
+    for name, spoken in zip(names, spoken_names(names), strict=True):
+        ids = list(tokenizer(spoken.lower(), add_special_tokens=False)["input_ids"])
+        if not ids or unknown in ids:
+            raise UserError(f"Class {name!r}: the tokenizer of the CLIP does not know all of its words. Rename it.")
+        if ids in found:
+            logger.warning_once(f"The classes {names[found.index(ids)]!r} and {name!r} have the same tokens.")
+        found.append(ids)
+    return found

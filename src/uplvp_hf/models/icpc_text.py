@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection, initialization as init
 
 Cache = list[tuple[Tensor, Tensor]]
 
@@ -111,10 +111,19 @@ class NameBuckets(nn.Module):
         for length in sorted({len(ids) for ids in unique}):
             count = sum(len(ids) == length for ids in unique)
             self.lengths += [(length, min(chunk, count - start)) for start in range(0, count, chunk)]
-        flat = [token for ids in unique for token in ids]
-        # Persistent: an empty model on the meta device gets them from the checkpoint.
-        self.register_buffer("tokens", torch.tensor(flat, dtype=torch.int64))
-        self.register_buffer("place", torch.tensor([order[tuple(ids)] for ids in names], dtype=torch.int64))
+        # The configuration is the one source of the names: a checkpoint never brings others.
+        self.constants = {
+            "tokens": [token for ids in unique for token in ids],
+            "place": [order[tuple(ids)] for ids in names],
+        }
+        for name, values in self.constants.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.int64), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Fills the buffers of a model that was built without storage."""
+        for name, values in self.constants.items():
+            init.copy_(getattr(self, name), torch.tensor(values, dtype=torch.int64, device="cpu"))
 
     def chunks(self) -> list[Tensor]:
         """Token ids of every chunk: (names, length)."""

@@ -78,7 +78,7 @@ class UplvpImageProcessorKwargs(ImagesKwargs, total=False):
     max_pixels: int
 
 
-class UplvpProcessing:
+class SizedProcessing:
     r"""
     Mixed into a backend of transformers, which brings `process_image`, `pad` and `rescale_and_normalize`.
 
@@ -94,15 +94,6 @@ class UplvpProcessing:
             size takes 1.6 GB in float32.
         image_mean, image_std (`tuple[float]`, *optional*, defaults to ImageNet's):
             Of pixels scaled to 0..1.
-
-    Example:
-
-    ```python
-    >>> processor = UplvpImageProcessor(size={"longest_edge": 512})
-    >>> inputs = processor(image, return_tensors="pt")  # pixel_values (1, 3, H, W), pixel_mask (1, H, W)
-    >>> outputs = model(**inputs)
-    >>> result = processor.post_process_instance_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
-    ```
     """
 
     valid_kwargs = UplvpImageProcessorKwargs
@@ -130,38 +121,6 @@ class UplvpProcessing:
         name_processor_in_config(Path(save_directory))
         return written
 
-    def preprocess(
-        self,
-        images: ImageInput,
-        annotations: Mapping | Sequence[Mapping] | None = None,
-        label_map: Mapping[int, int] | None = None,
-        **kwargs: Unpack[UplvpImageProcessorKwargs],
-    ) -> BatchFeature:
-        r"""
-        Args:
-            images (`ImageInput`):
-                One image or a list of B images: PIL, numpy or torch, gray, RGB or RGBA, of any sizes. Arrays are
-                uint8, 16-bit integers, or floats, of which 0..1 are taken as they are and not divided by 255 again.
-            annotations (`dict` or `list[dict]`, *optional*):
-                One COCO record an image: `{"image_id", "annotations": [{"segmentation", "category_id", "iscrowd"}]}`.
-                Segmentations are polygons or RLE in the pixels of the original image. Crowds are left out, and so
-                are masks with no pixel left after resizing.
-            label_map (`dict[int, int]`, *optional*):
-                Original category id to contiguous class index. Without it category ids are taken as class indices.
-            kwargs:
-                Any setting of the processor, for this call.
-
-        Returns:
-            `BatchFeature`, with `return_tensors="pt"`: `pixel_values` (B, 3, H, W) float32 padded with zeros at the
-            bottom and right, `pixel_mask` (B, H, W) int64, 1 on real pixels; with annotations also `mask_labels`, a
-            list of (N, H, W) bool tensors, and `class_labels`, a list of (N,) int64 tensors.
-
-        Raises:
-            `ValueError`: if there are not as many annotation records as images, a category is not in `label_map`, a
-            segmentation does not fit its image, or an image has no pixel or more than `max_pixels`.
-        """
-        return super().preprocess(images, annotations, label_map, **kwargs)
-
     def process_image(self, image: Any, max_pixels: int | None = None, do_rescale: bool | None = None, **kwargs) -> Any:
         """One image to the backend's (3, H, W). Raises UserError if it has more than `max_pixels`."""
         if isinstance(image, Image):
@@ -174,25 +133,6 @@ class UplvpProcessing:
         height, width = image.shape[-2:]
         _check_pixels(height, width, max_pixels)
         return image
-
-    def _preprocess_image_like_inputs(self, images, annotations, label_map, **kwargs) -> BatchFeature:
-        return_tensors = kwargs.pop("return_tensors", None)
-        names = ("do_convert_rgb", "input_data_format", "device", "max_pixels", "do_rescale")
-        images = self._prepare_image_like_inputs(images=images, **{name: kwargs.get(name) for name in names})
-        if isinstance(annotations, Mapping):
-            annotations = [annotations]
-        if annotations is not None and len(annotations) != len(images):
-            raise UserError(f"{len(annotations)} annotation records for {len(images)} images; pass one an image.")
-        original_sizes = [tuple(image.shape[-2:]) for image in images]
-        data, input_sizes = self._preprocess(images, **kwargs)
-        features = BatchFeature(data=data, tensor_type=return_tensors)
-        if annotations is not None:
-            canvases = [tuple(image.shape[-2:]) for image in data["pixel_values"]]
-            sizes = zip(annotations, original_sizes, input_sizes, canvases, strict=True)
-            targets = [annotation_targets(*entry, label_map) for entry in sizes]
-            features["mask_labels"] = [masks for masks, _ in targets]
-            features["class_labels"] = [classes for _, classes in targets]
-        return features
 
     def _preprocess(
         self,
@@ -243,6 +183,70 @@ class UplvpProcessing:
         """Heights and widths of the un-padded images from `pixel_mask` (B, H, W), for post-processing."""
         heights, widths = pixel_mask[:, :, 0].sum(1).tolist(), pixel_mask[:, 0, :].sum(1).tolist()
         return [(int(height), int(width)) for height, width in zip(heights, widths)]
+
+
+class UplvpProcessing(SizedProcessing):
+    __doc__ = f"""{SizedProcessing.__doc__}
+    Example:
+
+    ```python
+    >>> processor = UplvpImageProcessor(size={{"longest_edge": 512}})
+    >>> inputs = processor(image, return_tensors="pt")  # pixel_values (1, 3, H, W), pixel_mask (1, H, W)
+    >>> outputs = model(**inputs)
+    >>> result = processor.post_process_instance_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
+    ```
+    """
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        annotations: Mapping | Sequence[Mapping] | None = None,
+        label_map: Mapping[int, int] | None = None,
+        **kwargs: Unpack[UplvpImageProcessorKwargs],
+    ) -> BatchFeature:
+        r"""
+        Args:
+            images (`ImageInput`):
+                One image or a list of B images: PIL, numpy or torch, gray, RGB or RGBA, of any sizes. Arrays are
+                uint8, 16-bit integers, or floats, of which 0..1 are taken as they are and not divided by 255 again.
+            annotations (`dict` or `list[dict]`, *optional*):
+                One COCO record an image: `{"image_id", "annotations": [{"segmentation", "category_id", "iscrowd"}]}`.
+                Segmentations are polygons or RLE in the pixels of the original image. Crowds are left out, and so
+                are masks with no pixel left after resizing.
+            label_map (`dict[int, int]`, *optional*):
+                Original category id to contiguous class index. Without it category ids are taken as class indices.
+            kwargs:
+                Any setting of the processor, for this call.
+
+        Returns:
+            `BatchFeature`, with `return_tensors="pt"`: `pixel_values` (B, 3, H, W) float32 padded with zeros at the
+            bottom and right, `pixel_mask` (B, H, W) int64, 1 on real pixels; with annotations also `mask_labels`, a
+            list of (N, H, W) bool tensors, and `class_labels`, a list of (N,) int64 tensors.
+
+        Raises:
+            `ValueError`: if there are not as many annotation records as images, a category is not in `label_map`, a
+            segmentation does not fit its image, or an image has no pixel or more than `max_pixels`.
+        """
+        return super().preprocess(images, annotations, label_map, **kwargs)
+
+    def _preprocess_image_like_inputs(self, images, annotations, label_map, **kwargs) -> BatchFeature:
+        return_tensors = kwargs.pop("return_tensors", None)
+        names = ("do_convert_rgb", "input_data_format", "device", "max_pixels", "do_rescale")
+        images = self._prepare_image_like_inputs(images=images, **{name: kwargs.get(name) for name in names})
+        if isinstance(annotations, Mapping):
+            annotations = [annotations]
+        if annotations is not None and len(annotations) != len(images):
+            raise UserError(f"{len(annotations)} annotation records for {len(images)} images; pass one an image.")
+        original_sizes = [tuple(image.shape[-2:]) for image in images]
+        data, input_sizes = self._preprocess(images, **kwargs)
+        features = BatchFeature(data=data, tensor_type=return_tensors)
+        if annotations is not None:
+            canvases = [tuple(image.shape[-2:]) for image in data["pixel_values"]]
+            sizes = zip(annotations, original_sizes, input_sizes, canvases, strict=True)
+            targets = [annotation_targets(*entry, label_map) for entry in sizes]
+            features["mask_labels"] = [masks for masks, _ in targets]
+            features["class_labels"] = [classes for _, classes in targets]
+        return features
 
     @torch.no_grad()
     def post_process_instance_segmentation(
@@ -310,8 +314,8 @@ class UplvpProcessing:
         """(input size, target size) of every image."""
         batch_size = len(mask_logits)
         canvas = (mask_logits.shape[-2] * MASK_STRIDE, mask_logits.shape[-1] * MASK_STRIDE)
-        target_sizes = _check_sizes("target_sizes", target_sizes, batch_size)
-        input_sizes = _check_sizes("input_sizes", input_sizes, batch_size)
+        target_sizes = check_sizes("target_sizes", target_sizes, batch_size)
+        input_sizes = check_sizes("input_sizes", input_sizes, batch_size)
         if input_sizes is None and target_sizes is not None:
             size = self.size if isinstance(self.size, SizeDict) else SizeDict(**self.size)
             input_sizes = [resized_size(target, size) if self.do_resize else target for target in target_sizes]
@@ -357,7 +361,7 @@ def resized_size(image_size: tuple[int, int], size: SizeDict) -> tuple[int, int]
     raise UserError(f"size={dict(size)} needs 'longest_edge', 'shortest_edge' or both, or 'height' and 'width'.")
 
 
-def _check_sizes(name: str, sizes: Any, batch_size: int) -> list[tuple[int, int]] | None:
+def check_sizes(name: str, sizes: Any, batch_size: int) -> list[tuple[int, int]] | None:
     if sizes is None:
         return None
     if len(sizes) != batch_size:

@@ -29,7 +29,8 @@ class Normalizers:
     processes), so that accumulated gradients equal those of one large batch.
     masks: number of true masks; class_weight: sum of the cross-entropy weights over all queries; pairs: number of
     supervised pairs (query, prompt) over all layers; cells: number of cells that hold an object (K-Net's class maps);
-    images: number of images (Mask R-CNN, whose terms are means over what it samples in a batch).
+    images: number of images (Mask R-CNN, whose terms are means over what it samples in a batch); pixels: number of
+    labeled pixels (semantic segmentation).
     """
 
     masks: Tensor | float | None = None
@@ -37,6 +38,7 @@ class Normalizers:
     pairs: Tensor | float | None = None
     cells: Tensor | float | None = None
     images: Tensor | float | None = None
+    pixels: Tensor | float | None = None
 
 
 @dataclass

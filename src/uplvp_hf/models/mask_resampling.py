@@ -100,17 +100,18 @@ def resized_mask(
     mask = torch.zeros((len(rows[0]), len(columns[0])), dtype=torch.bool, device=values.device)
     if window is None or window.top >= window.bottom or window.left >= window.right:
         return mask
-    across = _interpolated(values, columns, window.left, window.right, 1)  # (h, width of the window)
+    across = interpolated(values, columns, window.left, window.right, 1)  # (h, width of the window)
     band = max(1, PIXELS_PER_BAND // across.shape[1])
     for start in range(window.top, window.bottom, band):
         end = min(start + band, window.bottom)
-        mask[start:end, window.left : window.right] = _interpolated(across, rows, start, end, 0) > 0
+        mask[start:end, window.left : window.right] = interpolated(across, rows, start, end, 0) > 0
     return mask
 
 
-def _interpolated(values: Tensor, axis: tuple[Tensor, ...], start: int, end: int, dim: int) -> Tensor:
+def interpolated(values: Tensor, axis: tuple[Tensor, ...], start: int, end: int, dim: int) -> Tensor:
+    """Pixels start..end of `axis`, its parts as tensors, along dimension `dim` of (..., h, w)."""
     low, high, share = (part[start:end] for part in axis)
-    share = share[:, None] if dim == 0 else share
+    share = share if dim == values.dim() - 1 else share[:, None]
     return values.index_select(dim, low).mul_(1 - share).add_(values.index_select(dim, high).mul_(share))
 
 

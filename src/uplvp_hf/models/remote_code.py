@@ -20,7 +20,9 @@ OWN_MODELS = {
     "knet": ("knet", "KNet", {"AutoModel": "KNetModel"}),
     "queryinst": ("queryinst", "QueryInst", {"AutoModel": "QueryInstModel"}),
     "mask_rcnn": ("mask_rcnn", "MaskRcnn", {"AutoModel": "MaskRcnnForInstanceSegmentation"}),
+    "icpc": ("icpc", "Icpc", {"AutoModelForSemanticSegmentation": "IcpcForSemanticSegmentation"}),
 }
+SEMANTIC = ("icpc",)
 # The stock pipeline asks for AutoModelForImageSegmentation only; the others are what users look for.
 _AUTO_MODELS = (
     "AutoModelForImageSegmentation",
@@ -28,11 +30,16 @@ _AUTO_MODELS = (
     "AutoModelForUniversalSegmentation",
 )
 
-# By transformers' names of the backends.
-_IMAGE_PROCESSORS = {
-    "torchvision": "image_processing_uplvp.UplvpImageProcessor",
-    "pil": "image_processing_pil_uplvp.UplvpImageProcessorPil",
-}
+
+def _image_processors(semantic: bool) -> dict[str, str]:
+    """By transformers' names of the backends."""
+    module, prefix = ("icpc", "Icpc") if semantic else ("uplvp", "Uplvp")
+    return {
+        "torchvision": f"image_processing_{module}.{prefix}ImageProcessor",
+        "pil": f"image_processing_pil_{module}.{prefix}ImageProcessorPil",
+    }
+
+
 _PIPELINES = {
     "instance-segmentation": {
         "impl": "pipeline_uplvp.UplvpInstanceSegmentationPipeline",
@@ -43,7 +50,6 @@ _PIPELINES = {
 _PUSH_OPTIONS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "max_shard_size")
 # The files that list segmenters of which a UPLVP model wraps one, each in a dict of one line an entry.
 _LISTS = ("configuration_uplvp.py", "modeling_base_uplvp.py")
-_COMMON_FILES = ("image_processing_uplvp.py", "image_processing_pil_uplvp.py", "pipeline_uplvp.py")
 
 
 class SavesItsCode:
@@ -84,15 +90,21 @@ def add_code(folder: Path, model_type: str, origin: str = "") -> None:
     the model itself needs lie beside it. Raises OSError for a file that is in neither place.
     """
     module, prefix, further = OWN_MODELS[model_type]
+    semantic = model_type in SEMANTIC
+    processors = _image_processors(semantic)
     segmenter = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("segmenter_config") or {}
-    named = (f"configuration_{module}.py", f"modeling_{module}.py", *_COMMON_FILES)
+    named = [f"configuration_{module}.py", f"modeling_{module}.py"]
+    named += [f"{reference.split('.')[0]}.py" for reference in processors.values()]
+    named += [] if semantic else ["pipeline_uplvp.py"]
     for name, text in _sources(named, origin, segmenter.get("model_type")).items():
         (folder / name).write_text(text, encoding="utf-8")
     config: dict[str, Any] = {"AutoConfig": f"configuration_{module}.{prefix}Config"}
-    config |= dict.fromkeys(_AUTO_MODELS, f"modeling_{module}.{prefix}ForInstanceSegmentation")
+    if not semantic:
+        config |= dict.fromkeys(_AUTO_MODELS, f"modeling_{module}.{prefix}ForInstanceSegmentation")
     config |= {auto: f"modeling_{module}.{name}" for auto, name in further.items()}
-    config["AutoImageProcessor"] = _IMAGE_PROCESSORS
-    _change(folder / "config.json", {"auto_map": config, "custom_pipelines": _PIPELINES})
+    config["AutoImageProcessor"] = processors
+    pipelines = None if semantic else _PIPELINES
+    _change(folder / "config.json", {"auto_map": config, "custom_pipelines": pipelines})
     name_processor_in_config(folder)
 
 

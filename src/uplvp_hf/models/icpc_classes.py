@@ -1,0 +1,64 @@
+"""Changing the classes of an ICPC model: their tokens, and the weights that are tied to them."""
+
+import torch
+from torch import nn
+
+from .configuration_icpc import IcpcConfig
+from .errors import UserError
+from .icpc_prompts import name_tokens
+from .transfer import TransferReport, transfer_weights
+
+STRIDES = (4, 8, 16, 32)
+
+
+def tokens_of_classes(
+    config: IcpcConfig, id2label: dict[int, str], tokenizer=None, origin: str = ""
+) -> list[list[int]]:
+    """Tokens of these classes: the stored ones of names that the configuration knows, of the others by the tokenizer.
+
+    Raises UserError for a tokenizer that disagrees with what is stored.
+    """
+    stored = dict(zip(config.id2label.values(), config.class_token_ids or [], strict=False))
+    if tokenizer is None and not all(name in stored for name in id2label.values()):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(origin)
+        except (OSError, ValueError) as error:
+            new = next(name for name in id2label.values() if name not in stored)
+            raise UserError(
+                f"{origin} has no tokenizer, which the new class {new!r} needs: pass tokenizer=..."
+            ) from error
+    if tokenizer is None:
+        return [stored[name] for name in id2label.values()]
+    for name, ids in zip(stored, name_tokens(list(stored), tokenizer), strict=True):
+        if ids != stored[name]:
+            raise UserError(
+                f"The tokenizer makes {ids} of the class {name!r}, but the model was trained with {stored[name]}: it "
+                "belongs to another CLIP."
+            )
+    names = list(id2label.values())
+    return [stored.get(name, ids) for name, ids in zip(names, name_tokens(names, tokenizer), strict=True)]
+
+
+@torch.no_grad()
+def transfer_by_class(source: nn.Module, target: nn.Module, class_head: str) -> TransferReport:
+    """`transfer_weights`, and the columns of the pyramid's convolutions that read the score maps, by class name; those
+    of classes that the source does not know start from the mean."""
+    report = transfer_weights(source, target, class_head)
+    old_rows = {name.casefold(): index for index, name in source.config.id2label.items()}
+    for level, stride in enumerate(STRIDES):
+        if stride not in source.config.score_strides or stride not in target.config.score_strides:
+            continue
+        old, new = source.neck.lateral[level].weight, target.neck.lateral[level].weight
+        count = new.shape[1] - target.config.num_labels
+        new[:, :count] = old[:, :count]
+        new[:, count:] = old[:, count:].mean(1, keepdim=True)
+        for index, name in target.config.id2label.items():
+            if name.casefold() in old_rows:
+                new[:, count + index] = old[:, count + old_rows[name.casefold()]]
+        label = f"neck.lateral.{level}.weight"
+        if label in report.reinitialized:
+            report.reinitialized.remove(label)
+            report.remapped.append(label)
+    return report
