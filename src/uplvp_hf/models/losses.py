@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .errors import UserError
 from .matching import Pairs, pair_up
+from .pseudo_targets import PseudoTargets, leave_out
 from .torchvision_ops import generalized_box_iou, generalized_box_iou_loss, sigmoid_focal_loss as focal
 
 
@@ -116,19 +117,39 @@ class FocalClassLoss:
         cost = self.class_cost * focal_cost(logits, labels, *focal)
         return cost if texts is None else cost + self.text_class_cost * focal_cost(texts, labels, *focal)
 
-    def class_terms(self, logits: Tensor, texts: Tensor | None, labels: Tensor, pairs: Pairs) -> dict[str, Tensor]:
+    def class_terms(
+        self,
+        logits: Tensor,
+        texts: Tensor | None,
+        labels: Tensor,
+        pairs: Pairs,
+        pseudo: PseudoTargets | None = None,
+        left_out: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Focal losses summed over images, queries and classes, (S, B, N, K) -> (S,), of `class` and `text_class`.
 
-        labels: of all true masks, as `pairs.target` counts them.
+        labels: of all true masks, as `pairs.target` counts them. left_out (S, B, N): queries that are no background.
         """
         wanted = torch.full(logits.shape[:3], logits.shape[-1], dtype=torch.int64, device=logits.device)
         wanted[pairs.layer, pairs.image, pairs.query] = labels[pairs.target]
         heads = {"class": (self.class_weight, logits), "text_class": (self.text_class_weight, texts)}
-        return {
-            name: weight * sigmoid_focal_loss(values, wanted, self.focal_alpha, self.focal_gamma).sum((1, 2, 3))
-            for name, (weight, values) in heads.items()
-            if values is not None
-        }
+        terms = {}
+        for name, (weight, values) in heads.items():
+            if values is not None:
+                loss = sigmoid_focal_loss(values, wanted, self.focal_alpha, self.focal_gamma)
+                if pseudo is not None:
+                    loss = self._with_pseudo(loss, values, pairs, pseudo, left_out)
+                terms[name] = weight * loss.sum((1, 2, 3))
+        return terms
+
+    def _with_pseudo(self, loss: Tensor, logits: Tensor, pairs: Pairs, pseudo: PseudoTargets, left_out) -> Tensor:
+        """Focal losses (S, B, N, K) against the probabilities of pseudo labels, without what is left out."""
+        wanted = pseudo.classes_of(pairs)
+        if wanted is not None:
+            place = (pairs.layer, pairs.image, pairs.query)
+            own = focal(logits[place].float(), wanted, alpha=self.focal_alpha, gamma=self.focal_gamma, reduction="none")
+            loss = loss.index_put(place, own)
+        return loss if left_out is None else leave_out(loss, pairs, left_out)
 
 
 def stacked(logits: list[Tensor] | None) -> Tensor | None:

@@ -22,6 +22,7 @@ from .losses import (
 )
 from .matching import LabelGuide, Pairs, hungarian, pair_up
 from .padding import is_padded, valid_cells
+from .pseudo_targets import PseudoTargets
 from .torchvision_ops import sigmoid_focal_loss as dense_focal_loss
 
 
@@ -101,6 +102,7 @@ class KNetLoss(FocalClassLoss):
         normalizers: Normalizers | None = None,
         text_logits: list[Tensor] | None = None,
         label_guide: LabelGuide | None = None,
+        pseudo: PseudoTargets | None = None,
     ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Loss terms, weighted, by name and the assignment that supervises each stage.
 
@@ -111,6 +113,7 @@ class KNetLoss(FocalClassLoss):
         mask_logits. mask_labels: per image (G_i, H, W) bool at the padded input size; class_labels: per image
         (G_i,) int in 0..K-1. pixel_mask (B, H, W), 1 on the image: cells outside take no part. text_logits: per
         stage (B, N, K) of a further class head. label_guide acts on the assignments of the stages only.
+        pseudo: of pseudo labels; cells where they are unsure take no part in the class maps.
 
         Divisors: the number of matched pairs of a stage (`normalizers.masks`), for the class maps the number of cells
         with an object (`normalizers.cells`), each at least 1. Without objects the mask terms are zeros that still
@@ -125,16 +128,16 @@ class KNetLoss(FocalClassLoss):
             masks = [initial_masks, *(layer.mask_logits for layer in layers)]
             costs = self.costs(masks, layers, targets, labels, valid, text_logits)
             matches = self._match(costs, label_guide)
-            losses = {
-                "semantic": self._semantic(semantic_logits, targets, labels, matches[0], valid, normalizers.cells)
-            }
+            sure = _without_unsure(valid, pseudo, targets)
+            losses = {"semantic": self._semantic(semantic_logits, targets, labels, matches[0], sure, normalizers.cells)}
             pairs = pair_up(matches, [len(target) for target in targets], device)
             divisor = max(pairs.query.shape[1], 1) if normalizers.masks is None else normalizers.masks
-            losses.update(self._mask_terms(masks, torch.cat(targets), pairs, valid, divisor))
+            losses.update(self._mask_terms(masks, torch.cat(targets), pairs, valid, divisor, pseudo))
             # A stage has the assignment of the masks that it starts from: the first one that of the initial masks.
             stages = Pairs(pairs.layer[:-1], pairs.image[1:], pairs.query[1:], pairs.target[1:])
             logits = stacked([layer.class_logits for layer in layers])
-            terms = self.class_terms(logits, stacked(text_logits), torch.cat(labels), stages)
+            left_out = None if pseudo is None else pseudo.left_out_by_masks(masks[1:])
+            terms = self.class_terms(logits, stacked(text_logits), torch.cat(labels), stages, pseudo, left_out)
             for stage in range(len(layers)):
                 losses.update({f"{name}_{stage}": values[stage] / divisor for name, values in terms.items()})
         return losses, matches[1:]
@@ -188,7 +191,7 @@ class KNetLoss(FocalClassLoss):
             divisor = wanted.amax(1).sum().clamp(min=1)
         return self.semantic_weight * loss.sum() / divisor
 
-    def _mask_terms(self, masks, targets, pairs: Pairs, valid: Tensor | None, divisor) -> dict[str, Tensor]:
+    def _mask_terms(self, masks, targets, pairs: Pairs, valid, divisor, pseudo=None) -> dict[str, Tensor]:
         """Cross-entropy and dice of the matched masks of the kernel head and of all stages in one go."""
         names = ["initial_mask", "initial_dice"], *([f"mask_{s}", f"dice_{s}"] for s in range(len(masks) - 1))
         if pairs.query.numel() == 0:
@@ -203,13 +206,28 @@ class KNetLoss(FocalClassLoss):
             inside = valid.flatten(1)[pairs.image[0]]
             cross_entropy = (cross_entropy * inside).sum(-1) / inside.sum(-1)
             probability = probability * inside
+        dice = dice_loss(probability, target, self.dice_eps)
+        weights = None if pseudo is None else pseudo.weights_of(pairs)
+        if weights is not None:
+            cross_entropy, dice = cross_entropy * weights, dice * weights
         cross_entropy = self.mask_weight * cross_entropy.sum(1) / divisor
-        dice = self.dice_weight * dice_loss(probability, target, self.dice_eps).sum(1) / divisor
+        dice = self.dice_weight * dice.sum(1) / divisor
         return {
             name: value
             for pair, values in zip(names, zip(cross_entropy, dice, strict=True), strict=True)
             for name, value in zip(pair, values, strict=True)
         }
+
+
+def _without_unsure(valid: Tensor | None, pseudo: PseudoTargets | None, targets: list[Tensor]) -> Tensor | None:
+    """`valid` without the cells of which pseudo labels say nothing: those that are unsure, or all without a mask."""
+    if pseudo is None or (pseudo.unsure is None and pseudo.background):
+        return valid
+    if pseudo.unsure is not None and pseudo.background:
+        sure = pseudo.unsure_cells(targets[0].shape[-2:]) == 0
+    else:
+        sure = torch.stack([(masks >= 0.5).any(0) for masks in targets])
+    return sure if valid is None else valid & sure
 
 
 def _valid(pixel_mask: Tensor | None, size: tuple[int, int], device: torch.device) -> Tensor | None:

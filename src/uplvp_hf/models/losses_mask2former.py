@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from .losses import LayerOutput, Normalizers, check_labels, dice_cost
 from .matching import LabelGuide, Pairs, hungarian, pair_up
 from .point_sampling import BinaryMasks, Draw, PointSampler, point_terms, sample_points
+from .pseudo_targets import PseudoTargets, leave_out
 
 
 def pairwise_mask_costs(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,6 +44,7 @@ class MaskClassificationLoss:
         normalizers: Normalizers | None = None,
         draw: Draw | None = None,
         label_guide: LabelGuide | None = None,
+        pseudo: PseudoTargets | None = None,
     ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Loss terms, weighted, by name (`class_0`, `mask_0`, `dice_0`, ... last layer last) and the assignments.
 
@@ -50,9 +52,9 @@ class MaskClassificationLoss:
         pixel_mask (B, H, W), 1 on the image: points are drawn there only. label_guide changes the matching costs.
         """
         with torch.autocast(layers[0].mask_logits.device.type, enabled=False):  # it would multiply in half precision
-            return self._losses(layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide)
+            return self._losses(layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide, pseudo)
 
-    def _losses(self, layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide):
+    def _losses(self, layers, mask_labels, class_labels, pixel_mask, normalizers, draw, label_guide, pseudo):
         device = layers[0].mask_logits.device
         check_labels(class_labels, mask_labels, layers[0].class_logits.shape[-1] - 1)
         class_labels = [labels.to(device).long() for labels in class_labels]
@@ -67,11 +69,14 @@ class MaskClassificationLoss:
         matches = hungarian(costs)
         logits = [layer.class_logits for layer in layers]
         pairs = pair_up(matches, [len(labels) for labels in class_labels], device)
-        class_terms = self._class_terms(logits, class_labels, pairs, normalizers.class_weight)
+        left_out = None if pseudo is None else pseudo.left_out_by_masks([layer.mask_logits for layer in layers])
+        class_terms = self._class_terms(logits, class_labels, pairs, normalizers.class_weight, pseudo, left_out)
+        weights = None if pseudo is None else pseudo.weights_of(pairs)
         losses = {}
         for index, (layer, class_term) in enumerate(zip(layers, class_terms, strict=True)):
             losses[f"class_{index}"] = self.class_weight * class_term
-            mask_term, dice_term = self._mask_terms(index, layer.mask_logits, masks, pairs, extent, draw)
+            own = None if weights is None else weights[index]
+            mask_term, dice_term = self._mask_terms(index, layer.mask_logits, masks, pairs, extent, draw, own)
             losses[f"mask_{index}"] = self.mask_weight * mask_term / num_masks
             losses[f"dice_{index}"] = self.dice_weight * dice_term / num_masks
         return losses, matches
@@ -119,8 +124,11 @@ class MaskClassificationLoss:
         terms = self._class_terms(text_logits, labels, pairs, divisor)
         return {f"text_class_{index}": self.class_weight * term for index, term in enumerate(terms)}
 
-    def _class_terms(self, logits: list[Tensor], class_labels: list[Tensor], pairs: Pairs, divisor) -> list[Tensor]:
-        """Cross-entropies of all layers' (B, N, K + 1) logits: weighted sums over their divisors."""
+    def _class_terms(
+        self, logits: list[Tensor], class_labels: list[Tensor], pairs: Pairs, divisor, pseudo=None, left_out=None
+    ) -> list[Tensor]:
+        """Cross-entropies of all layers' (B, N, K + 1) logits: weighted sums over their divisors. left_out (L, B, N):
+        queries that are no background."""
         stacked = torch.stack(logits).float()  # (L, B, N, K + 1)
         background = stacked.shape[-1] - 1
         target = torch.full(stacked.shape[:3], background, dtype=torch.int64, device=stacked.device)
@@ -128,6 +136,8 @@ class MaskClassificationLoss:
         weight = stacked.new_ones(background + 1)
         weight[background] = self.no_object_weight
         total = F.cross_entropy(stacked.flatten(0, 2), target.flatten(), weight=weight, reduction="none")
+        if pseudo is not None:
+            total = _with_pseudo(total.view(target.shape), stacked, pairs, pseudo, left_out)
         if divisor is None:
             divisor = weight[target].sum((1, 2)).clamp(min=1e-6)
         return list((total.view(len(logits), -1).sum(1) / divisor).unbind())
@@ -137,8 +147,10 @@ class MaskClassificationLoss:
         matched = sum(min(count, num_queries) for count in counts)
         return matched + self.no_object_weight * (num_queries * len(counts) - matched)
 
-    def _mask_terms(self, index, logits, masks: BinaryMasks, pairs: Pairs, extent, draw) -> tuple[Tensor, Tensor]:
-        """Point-sampled cross-entropy and dice of the matched masks of one layer, summed."""
+    def _mask_terms(
+        self, index, logits, masks: BinaryMasks, pairs: Pairs, extent, draw, weights=None
+    ) -> tuple[Tensor, Tensor]:
+        """Point-sampled cross-entropy and dice of the matched masks of one layer, summed, perhaps with weights (M,)."""
         image, query, ids = pairs.image[index], pairs.query[index], pairs.target[index]
         if len(query) == 0:
             nothing = logits.float().sum() * 0
@@ -147,7 +159,17 @@ class MaskClassificationLoss:
             self.num_points, self.oversample_ratio, self.importance_ratio, index,
             None if extent is None else extent[image], draw,
         )  # fmt: skip
-        return point_terms(logits, image, query, masks, ids, sampler)
+        return point_terms(logits, image, query, masks, ids, sampler, weights)
+
+
+def _with_pseudo(losses: Tensor, logits: Tensor, pairs: Pairs, pseudo: PseudoTargets, left_out: Tensor) -> Tensor:
+    """Cross-entropies (L, B, N) against the probabilities of pseudo labels, without what is left out."""
+    wanted = pseudo.classes_of(pairs)
+    if wanted is not None:
+        wanted = torch.cat([wanted, 1 - wanted.sum(-1, keepdim=True)], -1)
+        place = (pairs.layer, pairs.image, pairs.query)
+        losses = losses.index_put(place, -(wanted * logits[place].log_softmax(-1)).sum(-1))
+    return leave_out(losses, pairs, left_out)
 
 
 def image_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:

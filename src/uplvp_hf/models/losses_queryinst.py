@@ -23,6 +23,7 @@ from .losses import (
 )
 from .masks import tight_boxes
 from .matching import LabelGuide, Pairs, hungarian, pair_up
+from .pseudo_targets import PseudoTargets
 from .roi import crop_masks
 
 
@@ -69,6 +70,7 @@ class QueryInstLoss(FocalClassLoss):
         normalizers: Normalizers | None = None,
         text_logits: list[Tensor] | None = None,
         label_guide: LabelGuide | None = None,
+        pseudo: PseudoTargets | None = None,
     ) -> tuple[dict[str, Tensor], list[list[tuple[Tensor, Tensor]]]]:
         """Loss terms, weighted, by name (`class_0`, `box_0`, `giou_0`, `mask_0`, ...) and the assignments.
 
@@ -94,10 +96,12 @@ class QueryInstLoss(FocalClassLoss):
         # Outside of the terms: the mask heads may run under autocast.
         masks = [predict_masks(stage, pairs.image[stage], pairs.query[stage]) for stage in range(len(layers))]
         with torch.autocast(device.type, enabled=False):  # it would multiply in half precision
-            terms = self.class_terms(logits, texts, labels, pairs)
-            terms.update(self._box_terms(boxes, torch.cat(target_boxes), factors, pairs))
+            left_out = None if pseudo is None else pseudo.left_out_by_boxes(boxes)
+            terms = self.class_terms(logits, texts, labels, pairs, pseudo, left_out)
+            weights = None if pseudo is None else pseudo.weights_of(pairs)
+            terms.update(self._box_terms(boxes, torch.cat(target_boxes), factors, pairs, weights))
             targets = mask_targets(mask_labels, boxes.detach(), limits, pairs, masks[0].shape[-1])
-            terms["mask"] = self.mask_weight * self._mask_term(masks, targets, labels[pairs.target])
+            terms["mask"] = self.mask_weight * self._mask_term(masks, targets, labels[pairs.target], weights)
         known = None if normalizers is None else normalizers.masks
         divisor = torch.as_tensor(pairs.query.shape[1] if known is None else known).clamp(min=1)
         return {
@@ -123,23 +127,28 @@ class QueryInstLoss(FocalClassLoss):
             costs.append(cost + self.giou_cost * box_giou_cost(boxes[:, i], targets))
         return costs
 
-    def _box_terms(self, boxes: Tensor, target_boxes: Tensor, factors: Tensor, pairs: Pairs) -> dict[str, Tensor]:
-        """L1 over image sizes and GIoU of matched boxes, summed over pairs: (S,) each."""
+    def _box_terms(self, boxes, target_boxes: Tensor, factors, pairs: Pairs, weights=None) -> dict[str, Tensor]:
+        """L1 over image sizes and GIoU of matched boxes, summed over pairs, perhaps with weights (S, M): (S,) each."""
         if pairs.query.shape[1] == 0:
             nothing = boxes.sum((1, 2, 3)) * 0
             return {"box": nothing, "giou": nothing}
         predicted, target = boxes[pairs.layer, pairs.image, pairs.query], target_boxes[pairs.target]  # (S, M, 4)
         factor = factors[pairs.image]
-        difference = (predicted / factor - target / factor).abs().sum((1, 2))
-        overlap = giou_loss(predicted.flatten(0, 1), target.flatten(0, 1)).view(predicted.shape[:2]).sum(1)
+        difference = (predicted / factor - target / factor).abs()
+        overlap = giou_loss(predicted.flatten(0, 1), target.flatten(0, 1)).view(predicted.shape[:2])
+        if weights is not None:
+            difference, overlap = difference * weights[..., None], overlap * weights
+        difference, overlap = difference.sum((1, 2)), overlap.sum(1)
         return {"box": self.box_weight * difference, "giou": self.giou_weight * overlap}
 
-    def _mask_term(self, masks: list[Tensor], targets: Tensor, labels: Tensor) -> Tensor:
-        """Dice loss of the channel of the true class, summed over pairs: per stage (M, K, S, S) -> (S,)."""
+    def _mask_term(self, masks: list[Tensor], targets: Tensor, labels: Tensor, weights=None) -> Tensor:
+        """Dice loss of the channel of the true class, summed over pairs, perhaps with weights (S, M): per stage
+        (M, K, S, S) -> (S,)."""
         terms = []
-        for logits, target, label in zip(masks, targets, labels, strict=True):
+        for stage, (logits, target, label) in enumerate(zip(masks, targets, labels, strict=True)):
             own = logits[torch.arange(len(label), device=label.device), label].float().sigmoid()
-            terms.append(dice_loss(own.flatten(1), target.flatten(1), self.dice_eps).sum())
+            dice = dice_loss(own.flatten(1), target.flatten(1), self.dice_eps)
+            terms.append((dice if weights is None else dice * weights[stage]).sum())
         return torch.stack(terms)
 
 

@@ -135,12 +135,12 @@ class KNetForInstanceSegmentation(QuerySegmenter, KNetPreTrainedModel):
 
     def loss(
         self, layers, features, mask_labels, class_labels, normalizers=None, draw=None, text_logits=None,
-        label_guide=None,
+        label_guide=None, pseudo=None,
     ):  # fmt: skip
         """See `QuerySegmenter.loss` and `KNetLoss`. `draw` is not used: nothing is sampled."""
         maps = [doubled(map_, features.pixel_mask) for map_ in (features.masks, features.class_maps)]
         return self.loss_function(
-            *maps, layers, mask_labels, class_labels, features.pixel_mask, normalizers, text_logits, label_guide
+            *maps, layers, mask_labels, class_labels, features.pixel_mask, normalizers, text_logits, label_guide, pseudo
         )
 
 

@@ -219,14 +219,14 @@ class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
 
     def loss(
         self, layers, features, mask_labels, class_labels, normalizers=None, draw=None, text_logits=None,
-        label_guide=None,
+        label_guide=None, pseudo=None,
     ):  # fmt: skip
         """See `QuerySegmenter.loss` and `MaskClassificationLoss`. Both class heads have the class weight."""
         if not self.config.use_auxiliary_loss:
             layers, text_logits = layers[-1:], None if text_logits is None else text_logits[-1:]
         loss = self.loss_function
         guide = label_guide if text_logits is None else loss.with_text_cost(text_logits, class_labels, label_guide)
-        terms, matches = loss(layers, mask_labels, class_labels, features.pixel_mask, normalizers, draw, guide)
+        terms, matches = loss(layers, mask_labels, class_labels, features.pixel_mask, normalizers, draw, guide, pseudo)
         if text_logits is not None:
             terms.update(loss.text_terms(text_logits, class_labels, matches, normalizers))
         return terms, matches

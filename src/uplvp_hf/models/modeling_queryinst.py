@@ -187,7 +187,7 @@ class QueryInstForInstanceSegmentation(QuerySegmenter, QueryInstPreTrainedModel)
 
     def loss(
         self, layers, features, mask_labels, class_labels, normalizers=None, draw=None, text_logits=None,
-        label_guide=None,
+        label_guide=None, pseudo=None,
     ):  # fmt: skip
         """See `QuerySegmenter.loss` and `QueryInstLoss`. `draw` is not used: nothing is sampled."""
         first = 0 if self.config.use_auxiliary_loss else len(layers) - 1
@@ -207,6 +207,7 @@ class QueryInstForInstanceSegmentation(QuerySegmenter, QueryInstPreTrainedModel)
             normalizers,
             None if text_logits is None else text_logits[first:],
             label_guide,
+            pseudo,
         )
 
 

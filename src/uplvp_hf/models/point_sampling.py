@@ -117,18 +117,25 @@ def _most_uncertain(maps: Tensor, candidates: Tensor, wanted: int) -> tuple[Tens
 
 
 def point_terms(
-    logits: Tensor, image: Tensor, query: Tensor, masks: BinaryMasks, ids: Tensor, sampler: PointSampler
+    logits: Tensor,
+    image: Tensor,
+    query: Tensor,
+    masks: BinaryMasks,
+    ids: Tensor,
+    sampler: PointSampler,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums over matched pairs of the mean cross-entropy and of the dice loss at sampled points, two scalars.
 
     logits (B, N, h, w); image, query, ids (M,): pair m is query[m] of image[m] with mask ids[m]. No pair twice.
+    weights (M,): of the pairs in the sums.
     """
-    return _PointTerms.apply(logits, image, query, masks, ids, sampler)
+    return _PointTerms.apply(logits, image, query, masks, ids, sampler, weights)
 
 
 class _PointTerms(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, image, query, masks, ids, sampler):
+    def forward(ctx, logits, image, query, masks, ids, sampler, weights):
         maps = logits[image, query].float()
         slopes = maps.new_zeros((2, *maps.shape)) if ctx.needs_input_grad[0] else None
         entropies, dices = [], []
@@ -140,10 +147,14 @@ class _PointTerms(torch.autograd.Function):
             if slopes is not None:
                 spread = _to_maps(slope, points, maps.shape[-2:])  # (m, 2, h, w)
                 slopes[:, chosen] = spread.transpose(0, 1)
+        entropy, dice = torch.cat(entropies), torch.cat(dices)
+        if weights is not None:
+            entropy, dice = entropy * weights, dice * weights
+            slopes = None if slopes is None else slopes.mul_(weights[:, None, None])
         ctx.save_for_backward(slopes, image, query)
         ctx.shape, ctx.dtype = logits.shape, logits.dtype
         ctx.by_rows = takes_rows(logits)
-        return torch.cat(entropies).sum(), torch.cat(dices).sum()
+        return entropy.sum(), dice.sum()
 
     @staticmethod
     @once_differentiable
@@ -154,7 +165,7 @@ class _PointTerms(torch.autograd.Function):
             gradient = torch.sparse_coo_tensor(torch.stack([image, query]), rows, ctx.shape, check_invariants=False)
         else:
             gradient = rows.new_zeros(ctx.shape).index_put_((image, query), rows)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None, None, None
 
 
 def _terms(value: Tensor, target: Tensor, with_slopes: bool) -> tuple[Tensor, Tensor, Tensor | None]:

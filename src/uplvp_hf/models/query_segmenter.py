@@ -19,6 +19,7 @@ from .errors import UserError
 from .losses import LayerOutput, Normalizers
 from .matching import LabelGuide
 from .point_sampling import Draw
+from .pseudo_targets import PseudoTargets
 from .transfer import TransferReport, transfer_weights
 
 # (queries (B, N, D), features as `encode` gives them, number of the stage) -> the queries that enter the stage.
@@ -233,11 +234,12 @@ class QuerySegmenter(QueryNetwork):
         draw: Draw | None = None,
         text_logits: list[Tensor] | None = None,
         label_guide: LabelGuide | None = None,
+        pseudo: PseudoTargets | None = None,
     ) -> tuple[dict[str, Tensor], Matches]:
         """Weighted loss terms by name, and the assignments of every supervised layer.
 
         text_logits: of a further class head for every layer, which adds its class cost to the matching and terms
-        `text_class_0`, ... label_guide changes the matching costs.
+        `text_class_0`, ... label_guide changes the matching costs. pseudo: of pseudo labels, see there.
         """
         raise NotImplementedError
 
@@ -258,19 +260,21 @@ class QuerySegmenter(QueryNetwork):
         output_auxiliary_logits: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        pseudo: PseudoTargets | None = None,
         **kwargs,
     ) -> SegmenterOutput | tuple:
         """
         pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding;
         mask_labels: per image (G, H, W) bool at the padded input size; class_labels: per image (G,) int in 0..K-1.
-        `normalizers` and `draw` are for the training loop and for tests: see `Normalizers` and `Draw`. Raises UserError
+        `normalizers`, `draw` and `pseudo` are for the training loop and for tests: see their classes. Raises UserError
         for labels that do not fit the masks or the classes.
         """
         features, queries, layers = self.run(pixel_values, pixel_mask, output_attentions=output_attentions)
         losses = None
         if mask_labels is not None:
             labels = self.labels_for(mask_labels, class_labels)
-            losses, _ = self.loss(layers, features, mask_labels, labels, normalizers, draw)
+            options = {} if pseudo is None else {"pseudo": pseudo}
+            losses, _ = self.loss(layers, features, mask_labels, labels, normalizers, draw, **options)
         return self.describe(
             queries, layers, losses, output_hidden_states, output_auxiliary_logits, return_dict=return_dict
         )

@@ -22,6 +22,8 @@ def model_inputs(batch: dict, device: torch.device, stage: str) -> dict:
     inputs["mask_labels"] = [masks.dense().to(device, non_blocking=True) for masks in batch["mask_labels"]]
     if stage != "pretrain":
         del inputs["prompt_scores"]
+    if "pseudo" in batch:
+        inputs["pseudo"] = batch["pseudo"].to(device)
     return inputs
 
 

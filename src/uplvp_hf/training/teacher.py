@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..data.usage import MIN_AREA
 from ..data.views import UnlabeledViews, seen_from
+from ..models.pseudo_targets import PseudoTargets
 from .config import TrainSettings
 from .pseudo_labels import ClassThresholds, PseudoInstances, find_pseudo_instances
 from .pseudo_quality import PseudoStatistics
@@ -99,12 +100,25 @@ class Teacher:
             **views["strong"], "image_ids": views["image_ids"], "weight": self.weight(step),
             "mask_labels": [], "class_labels": [], "prompt_scores": [],
         }  # fmt: skip
-        for (weak, strong), own in zip(views["windows"], found, strict=True):
+        qualities, probabilities = [], []
+        unsure = torch.zeros((len(found), *canvas), dtype=torch.bool)
+        for index, ((weak, strong), own) in enumerate(zip(views["windows"], found, strict=True)):
             window, size = seen_from(strong, weak), (weak.height, weak.width)
             masks, shown = window.masks(own.rles, *size, MIN_AREA)
             batch["mask_labels"].append(masks.on_canvas(*canvas))
             batch["class_labels"].append(own.labels[shown])
             batch["prompt_scores"].append(own.scores[shown])
+            qualities.append(own.qualities[shown])
+            probabilities.append(own.probabilities[shown])
+            doubtful, _ = window.masks(own.unsure, *size, 1)
+            region = torch.from_numpy(doubtful.union() & ~masks.union())
+            unsure[index, : window.height, : window.width] = region
+        batch["pseudo"] = PseudoTargets(
+            qualities if self.own.weigh_masks else None,
+            probabilities if self.own.soft_classes else None,
+            unsure if self.own.ignore == "unsure" else None,
+            self.own.ignore != "all",
+        )
         return batch
 
     def _note(self, step: int, views: dict[str, Any], found: list[PseudoInstances]) -> None:
