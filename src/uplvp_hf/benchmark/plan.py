@@ -13,7 +13,10 @@ from typing import Any
 from ..training.config import ConfigError, TrainSettings, load_settings
 from .recipe import Arm, Benchmark
 
-_PATHS = {"data": ("train", "train_images", "val", "val_images"), "model": ("init", "backbone_weights")}
+_PATHS = {
+    "data": ("train", "train_images", "val", "val_images", "unlabeled", "unlabeled_images"),
+    "model": ("init", "backbone_weights"),
+}
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,7 @@ def label_folder(name: str) -> str:
 
 
 _NOT_IN_NAMES = re.compile(r"[^\w.+@-]")
+_UNLABELED_KEYS = {"path": "unlabeled", "split": "unlabeled_split", "images": "unlabeled_images"}
 _TRAIN_KEYS = {"path": "train", "split": "train_split", "images": "train_images"}
 
 
@@ -148,6 +152,8 @@ def _finetune_settings(
     values |= {f"data.{key}": value for key, value in {**sources.train, **sources.val}.items()}
     values |= {"data.subset" if isinstance(count, str) else "data.labels_per_class": count}
     values |= {"data.split_seed": seed, "seed": seed, "stage": "finetune"}
+    if arm.unlabeled:
+        values |= {f"data.{_UNLABELED_KEYS[key]}": value for key, value in sources.unlabeled.items()}
     optim = _settings(recipes.finetune, values, folder).optim
     if optim.epochs is not None:
         if arm.equal_total:

@@ -87,6 +87,9 @@ class Arm(Settings):
     labels: str | None = setting(None, "the label set to pre-train on; none: no pre-training")
     pretrain: dict[str, Any] = setting({}, "settings of pre-training in this arm alone")
     finetune: dict[str, Any] = setting({}, "settings of fine-tuning in this arm alone")
+    unlabeled: bool = setting(
+        False, "fine-tune with a teacher on the unlabeled images of the benchmark (`data.unlabeled` of training)"
+    )
     steps: float = setting(
         1.0, "fine-tuning steps as a factor of the usual number; 0 evaluates the pre-trained model as it is", least=0
     )

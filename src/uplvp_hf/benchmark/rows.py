@@ -49,6 +49,7 @@ def make_row(folder: Path, job: Job) -> dict[str, Any]:
         "metrics": {name: _rounded(last[name]) for name in METRICS},
         "per_class": {name: _rounded(value) for name, value in last["per_class"].items()},
         "class_agnostic": last.get("class_agnostic", job.settings.evaluation.class_agnostic),
+        "pseudo": _pseudo_curve(own / "log.jsonl"),
         "curve": {step: _rounded(metrics["AP"]) for step, metrics in evaluations.items()},
         "query_spread": spread(maps),
         "label": label_record(folder, job.row["labels"]),
@@ -59,6 +60,16 @@ def make_row(folder: Path, job: Job) -> dict[str, Any]:
         "hardware": (summary or before[0])["hardware"],
         **source_revision(),
     }
+
+
+def _pseudo_curve(log: Path) -> dict[str, dict[str, float]] | None:
+    """Number and quality of the pseudo instances by step, as a training with a teacher logs them; else None."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+    found = {
+        str(line["step"]): {key.removeprefix("pseudo_"): round(line[key], 4) for key in line if "pseudo_" in key}
+        for line in lines
+    }
+    return {step: values for step, values in found.items() if values} or None
 
 
 def _rounded(value: float | None) -> float | None:
@@ -75,6 +86,7 @@ def _stage(summary: dict[str, Any]) -> dict[str, Any]:
         elif value != usual[key]:
             changed[key] = value
     paths = ("output", "data.train", "data.val", "data.train_images", "data.val_images", "model.init")
+    paths += ("data.unlabeled", "data.unlabeled_images")
     changed = {key: value for key, value in changed.items() if key not in (*paths, "model.backbone_weights")}
     return {
         "steps": settings["optim"]["steps"],
