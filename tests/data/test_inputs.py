@@ -99,7 +99,7 @@ def test_ids_columns_and_splits(tmp_path):
     datasets.DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "data")
     with pytest.raises(DataError, match=r"has 2 splits.*train, test"):
         load_dataset_rows(tmp_path / "data")
-    with pytest.raises(DataError, match="has no split 'val', only train, test"):
+    with pytest.raises(DataError, match=r"has no split 'val'\. It has: train, test"):
         load_dataset_rows(tmp_path / "data", split="val")
     train = load_dataset_rows(tmp_path / "data", split="train")
     assert [row["image_id"] for row in train.rows] == [0, 1, 2] and train[1]["file_name"] == "1"

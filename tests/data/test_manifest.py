@@ -257,12 +257,12 @@ def test_another_source_is_refused(varied, tmp_path, change, reason):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m["image_ids"].pop(), "3 entries of 'kept' for 2 images"),
+        (lambda m: m["image_ids"].pop(), "are not those of its hash"),
         (lambda m: m["kept"][0].append(7), "are not those of its hash"),
-        (lambda m: m["kept"][0].append(-7), r"kept\[0\]: 'kept' must be at least 0"),
+        (lambda m: m["kept"][0].append(-7), "are not those of its hash"),
         (lambda m: m.update(schema_version=9), "schema version 9"),
         (lambda m: m.pop("hash"), "has no 'hash'"),
-        (lambda m: m.update(image_ids=[[1]]), r"image_ids\[0\]"),
+        (lambda m: m.update(image_ids=[[1]]), "are not those of its hash"),
         (lambda m: m.update(source={}), "has no 'name'"),
     ],
 )

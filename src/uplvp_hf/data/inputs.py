@@ -13,6 +13,7 @@ from .dataset import InstanceDataset, LazyRows, Row, RowStream, empty_objects
 from .errors import DataError, ImageError
 from .fields import read_lines
 from .hf_objects import ReadObjects, find_objects
+from .layouts import choose_split
 
 if TYPE_CHECKING:
     import datasets
@@ -201,11 +202,7 @@ def _choose_split(data: Any, split: str | None, source: str) -> datasets.Dataset
         if split is not None:
             raise DataError(f"has no splits, split {split!r} was asked for", file=source)
         return data
-    if split is None and len(data) > 1:
-        raise DataError(f"has {len(data)} splits", file=source, remedy=f"Choose one by `split`: {', '.join(data)}.")
-    if split is not None and split not in data:
-        raise DataError(f"has no split {split!r}, only {', '.join(data)}", file=source)
-    return data[split or next(iter(data))]
+    return data[choose_split(list(data), split, source)]
 
 
 def _is_image(feature: Any) -> bool:

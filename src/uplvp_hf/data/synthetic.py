@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 from PIL import Image
-from pycocotools import mask as coco_mask
-
-from uplvp_hf.data import drawing
-from uplvp_hf.files import write_json
 
 from ..models.errors import UserError
+from ..models.masks import encode_masks
+from . import drawing
+from .coco import write_coco
+from .dataset import Row, RowStream
+from .layouts import objects_of
 
 BACKGROUND = "background"
 """Caption of an image without an object."""
@@ -194,24 +196,17 @@ def write_scenes(folder: str | os.PathLike, count: int, seed: int, size: int = 1
     if target.exists() or (images_dir.is_dir() and any(images_dir.iterdir())):
         raise FileExistsError(f"{folder} already holds images or annotations; choose another folder or empty it")
     images_dir.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(exist_ok=True)
-    images: list[dict] = []
-    annotations: list[dict] = []
-    for index in range(count):
-        scene = make_scene(_nth_seed(seed, index), size=size)
-        image_id, name = index + 1, f"{index + 1:06d}.png"
-        scene["image"].save(images_dir / name, compress_level=3)
-        images.append({"id": image_id, "file_name": name, "width": size, "height": size})
-        for label, mask in zip(scene["labels"], scene["masks"]):
-            annotations.append(_coco_annotation(len(annotations) + 1, image_id, label, mask))
-    content = {
-        "info": {"description": f"uplvp_hf synthetic scenes, count={count}, seed={seed}, size={size}"},
-        "licenses": [],
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)],
-    }
-    write_json(target, content, indent=None)
+
+    def rows() -> Iterator[Row]:
+        for index in range(count):
+            scene, file = make_scene(_nth_seed(seed, index), size=size), images_dir / f"{index + 1:06d}.png"
+            scene["image"].save(file, compress_level=3)
+            category_ids = [label + 1 for label in scene["labels"]]
+            objects = objects_of(encode_masks(scene["masks"]), category_ids, [False] * len(category_ids))
+            sides = {"width": size, "height": size}
+            yield Row(image=str(file), image_id=index + 1, file_name=file.name, **sides, objects=objects)
+
+    write_coco(RowStream(rows, [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]), target)
     return folder
 
 
@@ -330,19 +325,6 @@ def _scene_caption(labels: list[int]) -> str:
         number = "an" if times == 1 and look.name[0] in "aeiou" else numbers[times]
         parts.append(f"{number} {look.name.removesuffix(look.shape)}{noun}")
     return " and ".join(parts)
-
-
-def _coco_annotation(annotation_id: int, image_id: int, label: int, mask: np.ndarray) -> dict:
-    rle = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    return {
-        "id": annotation_id,
-        "image_id": image_id,
-        "category_id": label + 1,
-        "segmentation": {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")},
-        "bbox": [float(value) for value in coco_mask.toBbox(rle)],
-        "area": float(mask.sum()),
-        "iscrowd": 0,
-    }
 
 
 def _nth_seed(seed: int, index: int) -> int:

@@ -4,6 +4,7 @@ color jitter, all drawn from one passed generator. Copy-paste of two images: `co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torchvision.transforms.v2 import functional
 
 from ..models.errors import UserError
 from ..models.masks import segmentation_to_rle
+from ..settings import Settings, setting
 from .instance_masks import InstanceMasks
 from .usage import MIN_AREA
 from .window import Window
@@ -25,72 +27,43 @@ def uniform(generator: torch.Generator, low: float, high: float) -> float:
     return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()
 
 
-class TrainTransform:
+@dataclass
+class TrainTransform(Settings):
     """One image with its masks, resized, turned, cropped, mirrored and jittered in color.
 
     Resizing is large-scale jitter (Ghiasi et al. 2021, "Simple Copy-Paste", section 3): by f ~ U(scale_range) times the
     factor that fits the longer side to `size`, then a random crop of at most `size` x `size`. With `short_edges` it is
-    multi-scale resizing instead, without a crop.
-
-    Args:
-        size: side of the crop in pixels, a multiple of 32. Not used with `short_edges`.
-        scale_range: (low, high) of f, positive. Two equal numbers switch the jitter off.
-        flip: probability of mirroring left to right, 0 to 1.
-        color_jitter: j; brightness, contrast and saturation are each scaled by a factor from U(1 - j, 1 + j). 0 to 1;
-            0 switches it off.
-        min_area: instances with fewer pixels than this after the crop are dropped.
-        short_edges: (low, high) in pixels: the shorter side is drawn from the whole numbers low to high. One number
-            fixes it. None: large-scale jitter.
-        longest_edge: the longer side is at most this many pixels, for which the shorter one shrinks too. None: no
-            limit.
-        keep_ratio: False makes every image `longest_edge` wide and the drawn edge high, portraits too.
-        rotate: largest angle in degrees, 0 to 45: the resized image is turned by U(-rotate, rotate) about its center,
-            on its own canvas.
-        rotate_probability: of turning at all, 0 to 1.
-        fill: RGB, 0 to 255, of what a turned image leaves empty.
-
-    Raises UserError for an argument out of its range.
+    multi-scale resizing instead, without a crop. Raises UserError for an argument out of its range.
     """
 
-    def __init__(
-        self,
-        size: int,
-        scale_range: tuple[float, float] = (0.5, 1.5),
-        flip: float = 0.5,
-        color_jitter: float = 0.2,
-        min_area: int = MIN_AREA,
-        short_edges: Sequence[int] | None = None,
-        longest_edge: int | None = None,
-        keep_ratio: bool = True,
-        rotate: float = 0.0,
-        rotate_probability: float = 0.5,
-        fill: tuple[int, int, int] = IMAGENET_MEAN,
-    ) -> None:
-        if size <= 0 or size % 32:
-            raise UserError(f"size must be a positive multiple of 32, got {size}")
-        if len(scale_range) != 2 or not 0 < scale_range[0] <= scale_range[1]:
-            raise UserError(f"scale_range must be two positive numbers, the lower first, got {scale_range}")
-        if not 0 <= flip <= 1 or not 0 <= color_jitter <= 1:
-            raise UserError(f"flip and color_jitter must be within 0 to 1, got {flip} and {color_jitter}")
-        if min_area < 1:
-            raise UserError(f"min_area must be at least 1 pixel, got {min_area}")
-        if not 0 <= rotate <= 45 or not 0 <= rotate_probability <= 1:
-            raise UserError(
-                f"rotate must be within 0 to 45 degrees and rotate_probability within 0 to 1, got {rotate} and "
-                f"{rotate_probability}"
-            )
-        _check_edges(short_edges, longest_edge, keep_ratio)
-        self.size = size
-        self.scale_range = (float(scale_range[0]), float(scale_range[1]))
-        self.flip = flip
-        self.color_jitter = color_jitter
-        self.min_area = min_area
-        self.short_edges = None if short_edges is None else (short_edges[0], short_edges[-1])
-        self.longest_edge = longest_edge
-        self.keep_ratio = keep_ratio
-        self.rotate = rotate
-        self.rotate_probability = rotate_probability
-        self.fill = tuple(fill)
+    size: int = setting(MISSING, "side of the crop in pixels, a multiple of 32; not used with `short_edges`", least=32)
+    scale_range: tuple[float, float] = setting((0.5, 1.5), "(low, high) of f; two equal numbers: no jitter", above=0)
+    flip: float = setting(0.5, "probability of mirroring left to right", least=0, most=1)
+    color_jitter: float = setting(
+        0.2, "j: brightness, contrast and saturation are each scaled by U(1 - j, 1 + j); 0: not", least=0, most=1
+    )
+    min_area: int = setting(MIN_AREA, "instances with fewer pixels after the crop are dropped", least=1)
+    short_edges: Sequence[int] | None = setting(
+        None, "the shorter side is drawn from the whole numbers low to high, or is one number; none: jitter", least=1
+    )
+    longest_edge: int | None = setting(
+        None, "most pixels of the longer side, for which the shorter one shrinks too; none: no limit", least=1
+    )
+    keep_ratio: bool = setting(True, "false: every image becomes `longest_edge` wide and the drawn edge high")
+    rotate: float = setting(
+        0.0, "degrees: the resized image is turned by U(-rotate, rotate) about its center", least=0, most=45
+    )
+    rotate_probability: float = setting(0.5, "of turning at all", least=0, most=1)
+    fill: tuple[int, int, int] = setting(IMAGENET_MEAN, "RGB of what a turned image leaves empty", least=0, most=255)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size % 32:
+            raise UserError(f"size must be a positive multiple of 32, got {self.size}")
+        if len(self.scale_range) != 2 or self.scale_range[0] > self.scale_range[1]:
+            raise UserError(f"scale_range must be two positive numbers, the lower first, got {self.scale_range}")
+        _check_edges(self.short_edges, self.longest_edge, self.keep_ratio)
+        self.short_edges = None if self.short_edges is None else (self.short_edges[0], self.short_edges[-1])
 
     def __call__(
         self, image: Image.Image, segmentations: Sequence[Any], height: int, width: int, generator: torch.Generator
@@ -163,10 +136,10 @@ def _check_edges(short_edges: Sequence[int] | None, longest_edge: int | None, ke
         if longest_edge is not None or not keep_ratio:
             raise UserError("longest_edge and keep_ratio=False belong to short_edges, which is not given")
         return
-    if len(short_edges) not in (1, 2) or not 1 <= short_edges[0] <= short_edges[-1]:
+    if len(short_edges) not in (1, 2) or short_edges[0] > short_edges[-1]:
         raise UserError(f"short_edges must be one or two positive numbers, the lower first, got {short_edges}")
     if longest_edge is None:
         if not keep_ratio:
             raise UserError("keep_ratio=False needs longest_edge, the width of every image")
-    elif longest_edge < 1 or (keep_ratio and longest_edge < short_edges[-1]):
+    elif keep_ratio and longest_edge < short_edges[-1]:
         raise UserError(f"longest_edge must be at least as long as short_edges {short_edges}, got {longest_edge}")

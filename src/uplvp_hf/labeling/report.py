@@ -20,6 +20,7 @@ from ..data.store_reader import read_failures, read_header, read_store, shard_fi
 from ..files import write_text
 from .quality import proposal_quality, row_keys
 from .signs import Signs
+from .store import flatten
 
 SCORE_EDGES = np.linspace(0, 1, 21)
 AREA_EDGES = 10.0 ** np.linspace(-4, 0, 17)  # shares of the image
@@ -229,7 +230,7 @@ def _page(
     return environment.from_string(template).render(
         store=os.path.abspath(store),
         header=header,
-        settings=_flat(header["settings"]),
+        settings=[(name, _text(value)) for name, value in flatten(header["settings"]).items()],
         numbers=numbers,
         charts=_charts(statistics),
         reasons=Counter(str(failure["reason"]) for failure in failures).most_common(10),
@@ -261,15 +262,8 @@ def _charts(statistics: Statistics) -> str:
     return svg[svg.index("<svg") :]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    lines: list[tuple[str, str]] = []
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            lines += _flat(value, f"{prefix}{name}.")
-        else:
-            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            lines.append((prefix + str(name), text))
-    return lines
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _number(value: float | None, digits: int = 0) -> str:

@@ -77,13 +77,14 @@ def make_header(
     }
 
 
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with keys such as "settings.threshold"."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
     return {
         name: leaf
         for key, inner in value.items()
-        for name, leaf in _flatten(inner, f"{prefix}.{key}" if prefix else key).items()
+        for name, leaf in flatten(inner, f"{prefix}.{key}" if prefix else key).items()
     }
 
 
@@ -91,7 +92,7 @@ def header_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[st
     """Readable lines, one for each setting in which two headers differ."""
     lines = []
     for part in ("labeler", "encoder", "vocabulary", "categories", "settings"):
-        before, after = _flatten({part: old.get(part)}), _flatten({part: new.get(part)})
+        before, after = flatten({part: old.get(part)}), flatten({part: new.get(part)})
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
                 lines.append(f"{key}: {before.get(key)!r} in the store, {after.get(key)!r} now")

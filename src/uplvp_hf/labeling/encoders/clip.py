@@ -28,6 +28,7 @@ from PIL import Image
 from torch import nn
 
 from ...models.errors import UserError, reading
+from ...models.image_processing_base_uplvp import stored_settings
 from .license import weights_license
 from .pixels import images_to_pixels
 from .text import encode_texts
@@ -201,17 +202,14 @@ def load_clip(
     model, kind = _load_towers(name_or_path, dtype, text_tower)
     with reading(str(name_or_path)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path) if text_tower else None
-    if (image_mean is None or image_std is None) and _has_preprocessor(name_or_path):
-        processor = transformers.AutoImageProcessor.from_pretrained(name_or_path)
-        image_mean = image_mean or processor.image_mean
-        image_std = image_std or processor.image_std
+    stored = stored_settings(name_or_path)
     *_, family_mean, family_std = FAMILIES[kind]
     clip = Clip(
         model.to(device),
         tokenizer,
         str(name_or_path),
-        tuple(image_mean or family_mean),
-        tuple(image_std or family_std),
+        tuple(image_mean or stored.get("image_mean") or family_mean),
+        tuple(image_std or stored.get("image_std") or family_std),
         weights_license(name_or_path),
         _read_recommended(name_or_path),
     )
@@ -250,18 +248,10 @@ def _load_towers(name_or_path: str, dtype: torch.dtype | str | None, text_tower:
 
 
 def _dtype(value: torch.dtype | str | None) -> torch.dtype:
-    if isinstance(value, str) and value in DTYPES:
-        return DTYPES[value]
-    if value is None:
-        return torch.float32
-    if value in DTYPES.values():
-        return value
-    raise UserError(f"dtype {value!r} is unknown; use one of {', '.join(DTYPES)}")
-
-
-def _has_preprocessor(name_or_path: str) -> bool:
-    files = ("preprocessor_config.json", "processor_config.json")
-    return any(_find_file(name_or_path, file) is not None for file in files)
+    found: Any = torch.float32 if value is None else DTYPES.get(str(value), value)
+    if found not in DTYPES.values():
+        raise UserError(f"dtype {value!r} is unknown; use one of {', '.join(DTYPES)}")
+    return found
 
 
 def _find_file(name_or_path: str, file: str) -> str | None:
