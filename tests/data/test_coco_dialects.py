@@ -85,6 +85,12 @@ MASKS = {
     "pairs": lambda parts: [pairs(parts[0])],
     "pairs without a list": lambda parts: pairs(parts[0]),
     "points": lambda parts: [{"x": x, "y": y} for x, y in pairs(parts[0])],
+    "points of OpenCV": lambda parts: [[[point] for point in pairs(parts[0])]],
+    "numbers in one text": lambda parts: [", ".join(map(str, parts[0]))],
+    "run lengths in one text": lambda parts: {
+        "size": [30, 40],
+        "counts": " ".join(map(str, uncompressed(parts[0])["counts"])),
+    },
     "numbers as text": lambda parts: [[str(side) for side in parts[0]]],
     "JSON in a text": lambda parts: json.dumps(parts),
     "run lengths in a list": lambda parts: [uncompressed(parts[0])],
@@ -104,6 +110,13 @@ VALUES = {
     "box with nan": ("annotations", {"bbox": lambda box: [*box[:3], float("nan")]}),
     "box text": ("annotations", {"bbox": lambda box: [str(side) for side in box]}),
     "box JSON in a text": ("annotations", {"bbox": json.dumps}),
+    "box of numbers in a text": ("annotations", {"bbox": lambda box: ",".join(map(str, box))}),
+    "box of three": ("annotations", {"bbox": lambda box: box[:3]}),
+    "box of names": ("annotations", {"bbox": lambda box: dict(zip("xywh", box))}),
+    "box with a negative side": ("annotations", {"bbox": lambda box: [*box[:3], -1]}),
+    "area a word": ("annotations", {"area": lambda _: "large"}),
+    "area negative": ("annotations", {"area": lambda _: -1}),
+    "area in a list": ("annotations", {"area": lambda area: [area]}),
     "area empty": ("annotations", {"area": lambda _: ""}),
     "area text": ("annotations", {"area": str}),
     "area nan": ("annotations", {"area": lambda _: float("nan")}),
@@ -111,6 +124,8 @@ VALUES = {
     "area null": ("annotations", {"area": lambda _: None}),
     "category ids text": ("annotations", {"category_id": str}),
     "image ids text": ("annotations", {"image_id": str}),
+    "image ids as floats in a text": ("annotations", {"image_id": lambda image_id: f" {image_id}.0 "}),
+    "image ids with zeros in front": ("images", {"id": lambda image_id: f"{image_id:06d}"}),
     "image ids text in images": ("images", {"id": str}),
     "category ids text in categories": ("categories", {"id": str}),
     "sizes null": ("images", {"width": lambda _: None, "height": lambda _: None}),
@@ -158,10 +173,55 @@ def test_values(folder, form):
     assert len(said) == 1 and " times)" in said[0]
     objects = dataset[0]["objects"]
     assert objects["iscrowd"] == [0, 0] and dataset.category_ids == [1, 2]
-    if form in ("box empty", "box null", "box with nan"):
+    if form in ("box empty", "box null", "box with nan", "box of three", "box of names", "box with a negative side"):
         assert objects["bbox"] == [[5, 5, 10, 10], [20, 2, 16, 10]], "of the mask"
     if form.startswith("area") and form != "area text":
         assert objects["area"] == AREAS
+
+
+@pytest.mark.parametrize("section", ["images", "annotations", "categories"])
+def test_sections_that_are_objects_by_id(folder, section):
+    content = plain()
+    content[section] = {str(entry["id"]): entry for entry in content[section]}
+    dataset, said = read(folder, content)
+    check(dataset)
+    assert len(said) == 1 and f"'{section}' is an object in place of a list" in said[0]
+
+
+def test_names_of_classes_by_id_and_numbers_as_names(folder):
+    dataset, _ = read(folder, {**plain(), "categories": {"1": "x", "2": "y"}})
+    check(dataset)
+    assert dataset.id2label == {0: "x", 1: "y"}
+    dataset, said = read(folder, {**plain(), "categories": [{"id": 1, "name": 0}, {"id": 2, "name": 1.0}]})
+    assert dataset.id2label == {0: "0", 1: "1"} and len(said) == 1
+
+
+def test_doubles_of_images_and_null_entries(folder):
+    content = plain()
+    content["images"].append(copy.deepcopy(content["images"][0]))
+    for section in ("images", "annotations"):
+        content[section].insert(1, None)
+    dataset, said = read(folder, content)
+    check(dataset)
+    assert len(dataset) == 2 and len(said) == 3
+    content["images"][-1]["file_name"] = "deep/b c.png"  # another image under the same id
+    with pytest.raises(DataError, match="image id 1 occurs twice"):
+        read(folder, content)
+
+
+def test_run_lengths_without_a_size_are_those_of_the_image(folder):
+    content = plain()
+    for entry, outline in zip(content["annotations"], (SQUARE, BAR, SQUARE, BAR)):
+        entry["segmentation"] = {"counts": uncompressed(outline)["counts"]}
+    check(read(folder, content)[0])
+    content["annotations"][0]["segmentation"]["counts"][-1] += 1
+    assert "runs sum to 1201" in read(folder, content)[0].failures[0]["reason"]
+
+
+@pytest.mark.parametrize("nothing", [[[]], {}, ""])
+def test_empty_masks_are_no_masks(folder, nothing):
+    with pytest.raises(DataError, match=r"all are boxes"):
+        read(folder, changed("annotations", segmentation=lambda _: nothing))
 
 
 def test_crowds_are_still_crowds(folder):
@@ -177,7 +237,7 @@ def test_file_names(folder, form):
     assert len(said) == (form != "beside")
 
 
-@pytest.mark.parametrize("key", ["path", "filename", "fileName", "coco_url"])
+@pytest.mark.parametrize("key", ["path", "filename", "fileName", "coco_url", "file", "img_path", "file_path"])
 def test_file_names_under_another_key(folder, key):
     content = plain()
     for entry in content["images"]:

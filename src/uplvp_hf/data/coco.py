@@ -59,6 +59,8 @@ def clean_segmentation(
             return None
         changed = len(parts) < len(segmentation)
         segmentation = parts
+    elif isinstance(segmentation, dict) and "counts" in segmentation and segmentation.get("size") is None:
+        segmentation = {**segmentation, "size": [height, width]}  # a wrong one does not fit the run lengths
     try:
         rle = segmentation_to_rle(segmentation, height, width)
     except DataError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,8 @@ _MISSING = object()  # a field that is not there; as a result: leave the field o
 _FLAGS = {"false": 0, "true": 1, "": 0, "none": 0, "null": 0}
 _SCALARS = (str, int, float)
 _SAMPLE = 50  # images whose names say whether those of a file lead to its images
-_NAMES = ("path", "filename", "fileName", "name", "image", "coco_url")  # of images, where there is no "file_name"
+# Of images, where there is no "file_name".
+_NAMES = ("path", "filename", "fileName", "file_path", "filepath", "img_path", "name", "image", "file", "coco_url")
 _BACKGROUND = ("_background_", "__background__", "__ignore__")
 
 
@@ -59,6 +61,11 @@ def _whole(value: Any) -> Any:
     return value
 
 
+def _text(value: Any) -> Any:
+    """Numbers as text."""
+    return f"{value:g}" if type(value) in (int, float) else value
+
+
 def _flag(value: Any) -> Any:
     """True, false, null and text."""
     if value is None or isinstance(value, bool):
@@ -76,32 +83,47 @@ def _number(value: Any) -> Any:
     return _MISSING if value is None or (isinstance(value, float) and not math.isfinite(value)) else value
 
 
+def _area(value: Any) -> Any:
+    """As a number; what cannot be an area is left out."""
+    value = _number(value)
+    return value if type(value) in (int, float) and value > 0 else _MISSING
+
+
 def _box(value: Any) -> Any:
-    """An empty box is left out, as is one with a null or nan in it; numbers may be text, the list JSON in a text."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
-    if value in (None, [], ""):
+    """Four numbers, which may be text, or the list JSON in a text; anything else is left out: the mask has a box."""
+    sides = _listed(value) if isinstance(value, str) else value
+    if not isinstance(sides, list) or len(sides) != 4:
         return _MISSING
-    if not isinstance(value, list) or all(type(side) in (int, float) and math.isfinite(side) for side in value):
-        return value
-    sides = [_number(side) for side in value]
-    return _MISSING if any(side is _MISSING for side in sides) else sides
+    numbers = [_number(side) for side in sides]
+    if any(type(number) not in (int, float) for number in numbers) or min(numbers[2:]) < 0:
+        return _MISSING
+    return value if numbers == value else numbers
+
+
+def _listed(text: str) -> Any:
+    """What a text holds: JSON, or numbers between commas, semicolons or spaces; the text itself where it is neither."""
+    if text[:1] in ("[", "{"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    parts = re.split(r"[,;\s]+", text.strip(" ,;\n\t"))
+    numbers = [_scalar(part) for part in parts]
+    return text if len(parts) < 2 or None in numbers else numbers
 
 
 def _segmentation(value: Any) -> Any:
     """Flat, nested and paired polygons, run lengths in a list, counts as text of bytes or as floats, JSON in a text."""
-    if isinstance(value, str) and value[:1] in ("[", "{"):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return value
+    if isinstance(value, str):
+        value = _listed(value)
+    if value in ("", {}, [[]], [None]):
+        return []  # no mask
     if isinstance(value, dict):
         return _run_lengths(value)
     if not isinstance(value, list) or not value:
         return value
+    if any(isinstance(part, str) for part in value):
+        value = [_listed(part) if isinstance(part, str) else part for part in value]
     if all(isinstance(part, list) and len(part) > 2 and type(part[0]) in (int, float) for part in value):
         return value  # as the format has it
     if all(isinstance(part, dict) and "counts" in part for part in value):
@@ -135,6 +157,8 @@ def _scalar(value: Any) -> Any:
 def _point(value: Any) -> list[Any] | None:
     if isinstance(value, dict) and {"x", "y"} <= value.keys():
         value = [value["x"], value["y"]]
+    while isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
+        value = value[0]  # OpenCV's contours
     sides = [_scalar(side) for side in value] if isinstance(value, list) and len(value) == 2 else [None]
     return None if None in sides else sides
 
@@ -144,8 +168,8 @@ def _run_lengths(value: dict[str, Any]) -> dict[str, Any]:
     try:
         if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):
             counts = ast.literal_eval(counts).decode("ascii")
-        elif isinstance(counts, str) and counts.startswith("["):
-            counts = json.loads(counts)
+        elif isinstance(counts, str):
+            counts = _listed(counts)  # compressed counts hold neither commas nor spaces
     except (ValueError, SyntaxError):
         return value
     if isinstance(counts, list) and any(type(run) is not int for run in counts):
@@ -169,7 +193,10 @@ def _united(parts: list[dict[str, Any]], value: Any) -> Any:
 
 Field = tuple[Callable[[Any], Any], str]
 # {field: (its repair, what the warning says)}. A repair gives the value itself back where there is nothing to do.
-CATEGORY_FIELDS: dict[str, Field] = {"id": (_whole, "category ids are text and are read as numbers")}
+CATEGORY_FIELDS: dict[str, Field] = {
+    "id": (_whole, "category ids are text and are read as numbers"),
+    "name": (_text, "names of categories are numbers and are read as text"),
+}
 IMAGE_FIELDS: dict[str, Field] = {
     "width": (_whole, "the sizes of images are text and are read as numbers"),
     "height": (_whole, "the sizes of images are text and are read as numbers"),
@@ -177,8 +204,8 @@ IMAGE_FIELDS: dict[str, Field] = {
 ANNOTATION_FIELDS: dict[str, Field] = {
     "category_id": (_whole, "category ids are text and are read as numbers"),
     "iscrowd": (_flag, "'iscrowd' is not a number (false, null or text) and is read as 0 or 1"),
-    "bbox": (_box, "'bbox' is empty, text or not finite; it is repaired or taken from the mask"),
-    "area": (_number, "'area' is text or no finite number; it is repaired or taken from the mask"),
+    "bbox": (_box, "'bbox' is empty, text or no box; it is repaired or taken from the mask"),
+    "area": (_area, "'area' is text or no positive number; it is repaired or taken from the mask"),
     "segmentation": (_segmentation, "'segmentation' is nested or in another form than COCO's; it is read all the same"),
 }  # fmt: skip
 
@@ -216,6 +243,7 @@ def normalize(content: Any, path: str, finder: ImageFinder) -> None:
     if not isinstance(content, dict):
         return
     repairs = Repairs(path)
+    _repair_sections(content, repairs)
     for where, entry in _entries(content, "images"):
         _repair(entry, IMAGE_FIELDS, where, repairs)
     _repair_names(content, finder, repairs)
@@ -228,11 +256,35 @@ def normalize(content: Any, path: str, finder: ImageFinder) -> None:
     repairs.warn()
 
 
+def _repair_sections(content: dict[str, Any], repairs: Repairs) -> None:
+    """Objects by id in place of lists, null among the entries, and images that are listed twice with equal fields."""
+    for key in ("images", "annotations", "categories"):
+        section = content.get(key)
+        if isinstance(section, dict):
+            content[key] = [_with_id(entry, name, key) for name, entry in section.items()]
+            repairs.note(f"{key!r} is an object in place of a list; its values are read", None)
+        elif isinstance(section, list) and any(entry is None for entry in section):
+            content[key] = [entry for entry in section if entry is not None]
+            repairs.note(f"null among the {key} is left out", None)
+    unlike: dict[str, Any] = {}
+    for where, entry in _entries(content, "images"):
+        if unlike.setdefault(repr(entry.get("id")), entry) is not entry and unlike[repr(entry.get("id"))] == entry:
+            repairs.note("an image is listed twice", where)
+            content["images"] = [other for other in content["images"] if other is not entry]
+
+
+def _with_id(entry: Any, name: str, key: str) -> Any:
+    """An entry that stands under its id; of categories it may be the name alone."""
+    if key == "categories" and isinstance(entry, str):
+        entry = {"name": entry}
+    return {"id": name, **entry} if isinstance(entry, dict) else entry
+
+
 def _repair_names(content: dict[str, Any], finder: ImageFinder, repairs: Repairs) -> None:
     entries = _entries(content, "images")
     for where, entry in entries:
         other = next((key for key in _NAMES if isinstance(entry.get(key), str)), None)
-        if "file_name" not in entry and other is not None:
+        if entry.get("file_name") is None and other is not None:
             entry["file_name"] = entry[other]
             repairs.note(f"images have no 'file_name'; {other!r} is taken", where)
     named = [(where, entry) for where, entry in entries if isinstance(entry.get("file_name"), str)]
@@ -265,16 +317,22 @@ def _is_size(value: Any) -> bool:
 
 
 def _match_image_ids(content: dict[str, Any], repairs: Repairs) -> None:
-    """Ids that are text in one section and numbers in the other."""
+    """Ids that are text in one section and numbers in the other, or `000012` in one and 12 in the other."""
     ids = [entry["id"] for _, entry in _entries(content, "images") if isinstance(entry.get("id"), _SCALARS)]
-    known, by_text = set(ids), {str(value): value for value in ids}
+    known, by_text = set(ids), {_plain(value): value for value in ids}
     if len(by_text) < len(known):
         return  # 1 and "1" are two images
     for where, entry in _entries(content, "annotations"):
         value = entry.get("image_id")
-        if isinstance(value, _SCALARS) and value not in known and str(value) in by_text:
-            entry["image_id"] = by_text[str(value)]
+        if isinstance(value, _SCALARS) and value not in known and _plain(value) in by_text:
+            entry["image_id"] = by_text[_plain(value)]
             repairs.note("image ids are text in one section and numbers in the other", where)
+
+
+def _plain(value: Any) -> str:
+    """An id without what does not count in it: 7, 7.0, "7.0" and "007" are one."""
+    value = _whole(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
 
 
 def _repair_categories(content: dict[str, Any], repairs: Repairs) -> None:
