@@ -1,10 +1,13 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from uplvp_hf.data import ImageError, InstanceDataset, Row, empty_objects, image_size, load_dataset_rows, open_image
+from uplvp_hf.models.images import open_bytes
 
 
 @pytest.fixture
@@ -117,6 +120,50 @@ def test_exif_rotation(tmp_path, pixels, orientation):
     np.testing.assert_array_equal(np.asarray(upright), TURNS[orientation](stored))
     assert upright.size == image_size(file) == ((30, 40) if orientation >= 5 else (40, 30))
     assert upright.getexif().get(0x0112, 1) == 1, "a second reader would turn it again"
+
+
+@pytest.mark.parametrize("orientation", list(TURNS))
+def test_exif_rotation_of_a_tiff(tmp_path, pixels, orientation):
+    """Pillow turns TIFF files itself when it decodes them, and says their size as turned before that."""
+    file = tmp_path / "turned.tif"
+    Image.fromarray(pixels).save(file, exif=exif(orientation))
+    turned = (30, 40) if orientation >= 5 else (40, 30)
+    upright, stored = open_image(file), open_image(file, exif=False)
+    np.testing.assert_array_equal(np.asarray(upright), TURNS[orientation](pixels))
+    np.testing.assert_array_equal(np.asarray(stored), pixels)
+    assert upright.size == image_size(file) == turned and image_size(file, exif=False) == (40, 30)
+    np.testing.assert_array_equal(np.asarray(open_bytes(file.read_bytes())), np.asarray(upright))
+    if orientation >= 5:
+        assert open_image(file, size=(40, 30)).size == (40, 30)
+
+
+def deep_png(file, values):
+    """A PNG with 16 bits a color, which Pillow does not write: gray and alpha, RGB or RGBA by the last axis."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, channels = values.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    parts = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + parts)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+@pytest.mark.parametrize("bits", [12, 16])
+def test_colors_of_16_bits(tmp_path, pixels, channels, bits):
+    deep = (pixels[..., [0, 1, 2, 2]] / 255 * (2**bits - 1)).round().astype(np.uint16)
+    shown = pixels[..., [0, 0, 0]] if channels == 2 else pixels
+    deep = deep[..., [0, 3]] if channels == 2 else deep[..., :channels]
+    deep[..., -1] = 65535 if channels != 3 else deep[..., -1]  # opaque
+    deep_png(tmp_path / "deep.png", deep)
+    if bits == 16:
+        opened, levels = open_image(tmp_path / "deep.png"), 256
+    else:
+        with pytest.warns(UserWarning, match=r"deep\.png.*12 bits and brightened"):
+            opened, levels = open_image(tmp_path / "deep.png"), 16
+    assert np.abs(np.asarray(opened).astype(int) - shown).max() <= 256 / levels
 
 
 def test_annotations_decide_the_frame_of_a_rotated_image(tmp_path, pixels):

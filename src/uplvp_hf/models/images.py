@@ -30,6 +30,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BACK = {**_TURNS, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
 def _orientation(image: Image.Image, file: str) -> int:
@@ -89,6 +90,33 @@ def _stated_white(image: Image.Image) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
+def _decoded(image: Image.Image, file: str) -> Image.Image:
+    """The image with its pixels. Pillow keeps the upper 8 bits of colors of 16, so that those of 10, 12 or 14 used bits
+    would be black: they are scaled by the bits that are left, with a warning."""
+    args = image.tile[0][3] if getattr(image, "tile", None) else None
+    deep = image.mode in ("RGB", "RGBA") and ";16" in str(args[0] if isinstance(args, tuple) else args)
+    try:
+        image.load()
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
+        raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})", file=file) from error
+    if not deep:
+        return image
+    values = np.array(image)
+    high = int(values[..., :3].max())
+    bits = next((bits for bits in (10, 12, 14) if 0 < high < 2 ** (bits - 8)), None)
+    if bits is None:
+        return image
+    warnings.warn(
+        f"{file}: its 16-bit colors end below {2**bits}, so it is taken as an image of {bits} bits and brightened, "
+        f"with the {bits - 8} bits that Pillow leaves of them. Convert it to 8 bits.",
+        stacklevel=5,
+    )
+    values[..., :3] = values[..., :3].astype(np.uint16) * 255 // (2 ** (bits - 8) - 1)
+    bright = Image.fromarray(values)
+    bright.info = image.info
+    return bright
+
+
 def to_rgb(image: Image.Image, file: str = "image in memory") -> Image.Image:
     """Any PIL image as 8-bit RGB.
 
@@ -97,6 +125,7 @@ def to_rgb(image: Image.Image, file: str = "image in memory") -> Image.Image:
     8, 10, 12 or 14 bits is taken to have that depth, with a warning. Floats are 0..1; if any is larger all are taken
     as 0..255, with a warning. Raises ImageError for integers outside of 0..65535 and floats outside of 0..255.
     """
+    image = _decoded(image, file)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -159,16 +188,25 @@ def as_rgb(
     image: Image.Image, size: tuple[int, int] | None = None, file: str = "image in memory", exif: bool = True
 ) -> Image.Image:
     """A PIL image as `open_image` would give it; see there for `size`, `exif` and what is raised."""
-    orientation = _orientation(image, file) if exif else 1
-    try:
-        image.load()
-    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})", file=file) from error
+    image = _decoded(image, file)
+    return _plain(image, _orientation(image, file) if exif else 1, size, file)
+
+
+def _plain(image: Image.Image, orientation: int, size: tuple[int, int] | None, file: str) -> Image.Image:
     result = _turn(to_rgb(image, file), orientation, size, file)
     if result is image:
         result = image.copy()
     result.info = {}  # with its EXIF left in, the next reader would turn the image once more
     return result
+
+
+def _file_as_rgb(image: Image.Image, size: tuple[int, int] | None, file: str, exif: bool) -> Image.Image:
+    """`as_rgb` of a file that was just opened, whose stored frame counts whatever Pillow does with it."""
+    orientation = _orientation(image, file)
+    image = _decoded(image, file)
+    if orientation != 1 and image.format == "TIFF" and _orientation(image, file) == 1:  # Pillow has turned it
+        image = image.transpose(_BACK[orientation])
+    return _plain(image, orientation if exif else 1, size, file)
 
 
 def _open(source: str | io.BytesIO, file: str) -> Image.Image:
@@ -182,6 +220,8 @@ def _open(source: str | io.BytesIO, file: str) -> Image.Image:
 
 def _size(image: Image.Image, file: str, exif: bool = True) -> tuple[int, int]:
     width, height = image.size
+    if image.format == "TIFF":  # whose size Pillow gives as it will turn it
+        width, height = image.tag_v2.get(256, width), image.tag_v2.get(257, height)
     return (height, width) if exif and _orientation(image, file) >= 5 else (width, height)
 
 
@@ -200,7 +240,7 @@ def open_image(path: str | os.PathLike[str], size: tuple[int, int] | None = None
     """
     path = os.fspath(path)
     with _open(path, path) as image:
-        return as_rgb(image, size, path, exif)
+        return _file_as_rgb(image, size, path, exif)
 
 
 def open_bytes(
@@ -208,7 +248,7 @@ def open_bytes(
 ) -> Image.Image:
     """The content of an image file as `open_image` would give it; `file` names it in errors."""
     with _open(io.BytesIO(content), file) as image:
-        return as_rgb(image, size, file, exif)
+        return _file_as_rgb(image, size, file, exif)
 
 
 def bytes_size(content: bytes, file: str = "image in memory") -> tuple[int, int]:
