@@ -33,7 +33,9 @@ SHORTCUTS = {
     "background": ("labeler", "namer"),
 }
 # What goes with a store that is only reported on or exported.
-AFTERWARDS = ("images", "settings", "report", "quiet", "verbose")
+AFTERWARDS = ("images", "settings", "report", "features", "quiet", "verbose")
+# What else goes with --features.
+NETWORKS = ("clip", "backbone", "backbone_weights", "device")
 _WORD = re.compile(r"[a-z_]+(\.\w+)+=", re.ASCII)
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--limit", type=int, help="only the first images")
     add("--split", help="annotations/{SPLIT}.json of a COCO folder, or a split of a datasets dataset")
     add("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (default: report.html in the store)")
+    add(
+        "--features",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="with a finished store alone: let --clip or --backbone look at its masks, and keep a vector of each in "
+        "the store, or in FOLDER, for model.kernel_target",
+    )
     add_verbosity(parser)
     return parser
 
@@ -170,25 +180,55 @@ def _finished_store(args: argparse.Namespace) -> dict[str, Any]:
 
     values: dict[str, Any] = {"output": {}}
     merge_words(values, args.settings)
-    asked = args.report is not None or bool(values["output"].keys() & {"coco", "parquet"})
+    asked = args.report is not None or bool(values["output"].keys() & {"coco", "parquet"}) or args.features is not None
     if not asked or not os.path.isfile(os.path.join(args.images or "", "header.json")):
         store = " (without it, only a pseudo-label store can be reported on or exported)" if asked else ""
         raise UserError(f"--output is needed: the folder that the labels are written to{store}")
     defaults = vars(build_parser().parse_args([]))
+    allowed = AFTERWARDS if args.features is None else AFTERWARDS + NETWORKS
     useless = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
-               if name not in AFTERWARDS and value != defaults[name]]  # fmt: skip
-    useless += [name for name in values if name != "output"]
+               if name not in allowed and value != defaults[name]]  # fmt: skip
+    useless += [name for name in values if name != "output" and (name != "networks" or args.features is None)]
     if useless:
         raise UserError(f"{useless[0]} has no effect on a finished store; name an --output to label")
     output = build_settings(OutputSettings, values["output"], "output.")
     _check_output(output, args.report)
-    return {"output": args.images} | _write_more(args.report, output, args.images)
+    summary = {"output": args.images}
+    if args.features is not None:
+        summary["features"] = _describe(args, values.get("networks", {}))
+    return summary | _write_more(args.report, output, args.images)
+
+
+def _describe(args: argparse.Namespace, words: dict[str, Any]) -> dict[str, Any]:
+    """Vectors of the masks of a finished store. words: of `networks`. Raises UserError unless one network is named."""
+    if (args.clip is None) == (args.backbone is None):
+        raise UserError("--features needs the network that looks at the masks: --clip or --backbone, one of the two")
+    from ..labeling.settings import NetworkSettings
+
+    networks = build_settings(NetworkSettings, words, "networks.")
+    if useless := sorted(networks.given - {"pad_type"}):
+        raise UserError(f"networks.{useless[0]} has no effect with --features")
+    check_device(args.device)
+    import torch
+
+    from ..labeling.encoders.backbone import load_encoder
+    from ..labeling.encoders.clip import load_clip
+    from ..labeling.features import CropDescriber, MapDescriber, describe_store
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.clip is not None:
+        describer: Any = CropDescriber(load_clip(args.clip, device=device, text_tower=False))
+    else:
+        describer = MapDescriber(load_encoder(args.backbone, args.backbone_weights, networks.pad_type, device=device))
+    return describe_store(args.images, describer, args.features or None, progress=not args.quiet)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Label, report, export; returns the summary. Raises UserError and OSError for what the user can put right."""
     if args.images is not None and args.output is None:
         return _finished_store(args)
+    if args.features is not None:
+        raise UserError("--features is for a finished store, without --output; labeling keeps features by itself")
     args.labeler = args.labeler or _default_labeler(args)
     entry = labeler_entry(args.labeler)
     # Features that are precomputed come without an image tower that could name crops.

@@ -86,6 +86,8 @@ def label_images(
         labeler.name, labeler.encoder_name, names, kept, categories, root, labeler.license, run.batch_size
     )
     with StoreWriter(output_dir, header, run.resume, processes.rank, shard_size) as store:
+        # A namer that looks at the masks replaces what the labeler saw of them.
+        store.about_features = getattr(namer, "about_features", None) or getattr(labeler, "about_features", None)
         work = Run(
             dataset,
             labeler,
@@ -100,6 +102,7 @@ def label_images(
             unnamed=names.index(AGNOSTIC_NAME) if run.unnamed == "keep" else None,
             image_root=root,
             save_images=save_images,
+            features=run.features,
             progress=progress,
         )
         return work.label(run.calibration_images, run.max_failed)

@@ -80,6 +80,11 @@ class BackboneLabeler(Labeler):
         """What the labels depend on, for the store's header."""
         return self.config.as_dict() | {"dtype": self.encoder.dtype_name}
 
+    @property
+    def about_features(self) -> dict[str, Any]:
+        """Of the vectors that are kept of the masks: the map that the labeler looks at, under each mask."""
+        return {"network": self.encoder_name, "of": f"map of {self.name}", **self.settings}
+
 
 class Namer(Protocol):
     """Gives proposals `labels` (indices into `names`; -1: none of them) and `confidences`."""

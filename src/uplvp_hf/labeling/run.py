@@ -67,6 +67,7 @@ class _Finished:
     skipped: int
     rows: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    features: list[np.ndarray | None] = field(default_factory=list)
     failures: list[tuple[Row, int, DataError]] = field(default_factory=list)
     instances: int = 0
 
@@ -129,6 +130,7 @@ class Run:
     unnamed: int | None
     image_root: str | None
     save_images: bool
+    features: bool
     progress: bool
 
     def label(self, calibration_images: int, max_failed: float) -> LabelSummary:
@@ -327,6 +329,8 @@ class Run:
                 continue
             result.rows.append(json.dumps(row))
             result.files.append(image_file(rows[k]))
+            empty = np.zeros((0, 0), np.float16)
+            result.features.append((proposals.features if len(proposals) else empty) if self.features else None)
             result.instances += len(proposals)
         result.failures = [(rows[k], block.first + k, errors[k]) for k in sorted(errors)]
         return result
@@ -335,7 +339,7 @@ class Run:
         for row, number, error in result.failures:
             reason = error.reason if isinstance(error, ImageError) else str(error)
             self.store.fail(image_file(row), f"row {number} (image id {row['image_id']!r})", reason)
-        self.store.add_block(result.rows, result.files)
+        self.store.add_block(result.rows, result.files, result.features)
         summary = self.summary
         summary.done += len(result.rows)
         summary.skipped += result.skipped

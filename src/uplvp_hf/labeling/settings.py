@@ -57,6 +57,9 @@ class RunSettings(Settings):
     unnamed: str = setting(
         "drop", "masks without a sure name are dropped, or kept as class 'object'", choices=("drop", "keep")
     )
+    features: bool = setting(
+        True, "keep the vector of each mask that labeler or namer computed anyway, for model.kernel_target=labeler"
+    )
     image_root: str | None = setting(None, "image paths are written relative to this folder; none: absolute")
     resume: bool = setting(True, "false refuses an output folder that holds labels already")
 

@@ -3,6 +3,7 @@
     folder/header.json               schema version, labeler, settings and their hash, encoder, vocabulary, categories
     folder/rows-00000-00000.jsonl    rows of rank 0, finished shards only, each of whole batches
     folder/failures.jsonl            images that could not be labeled; failures-00001.jsonl of rank 1 while it runs
+    folder/features-00000-00000.npy  a vector of each mask of such a shard, where a network saw it (data.store_features)
     folder/images/                   images that were in no file, such as those of a streamed dataset
 
 Every file is written under a temporary name, synced and renamed, so that a kill or a full disk leaves finished shards
@@ -23,13 +24,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..data.dataset import Row
 from ..data.errors import DataError
+from ..data.store_features import ABOUT
 from ..data.store_reader import SCHEMA_VERSION, read_failures, read_header, shard_files
 from ..files import only_run, replacing, write_json, write_json_lines, write_text
 from ..models.errors import UserError
+from .features import save_features
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +142,8 @@ class StoreWriter:
         self._next_shard = self._count_shards()
         self.repaired: set[str] = set()
         self._rows: list[str] = []
+        self._features: list[np.ndarray | None] = []
+        self.about_features: dict[str, Any] | None = None  # of the features that are added, for `features.json`
         first = self.rank == 0
         self.failures_file = self.folder / ("failures.jsonl" if first else f"failures-{self.rank:05d}.jsonl")
         before = read_failures(self.folder) if self.resumed else []
@@ -209,9 +215,15 @@ class StoreWriter:
         """Append a row (JSON values only) of the image `file`."""
         self.add_block([json.dumps(row)], [file])
 
-    def add_block(self, lines: Sequence[str], files: Sequence[str]) -> None:
-        """Append rows, as JSON, of the images `files`, which stay together in one shard. Clears earlier failures."""
+    def add_block(
+        self, lines: Sequence[str], files: Sequence[str], features: Sequence[np.ndarray | None] | None = None
+    ) -> None:
+        """Append rows, as JSON, of the images `files`, which stay together in one shard. Clears earlier failures.
+
+        features: the vectors of the masks of each row, see `features.save_features`.
+        """
         self._rows += lines
+        self._features += [None] * len(lines) if features is None else features
         cleared = [file for file in files if self._failures.pop(file, None)]
         self._failures_changed |= bool(cleared)
         self.repaired |= self._failed_before.intersection(files)
@@ -275,8 +287,12 @@ class StoreWriter:
         """Write the waiting rows as a shard, and the failures."""
         if self._rows:
             name = f"rows-{self.rank:05d}-{self._next_shard:05d}.jsonl"
+            # First: a shard that is read has its features.
+            if save_features(self.folder, name, self._features) and self.about_features is not None:
+                write_json(self.folder / ABOUT, self.about_features)
+                self.about_features = None  # once
             write_text(self.folder / name, "\n".join(self._rows) + "\n")
-            self._rows, self._next_shard = [], self._next_shard + 1
+            self._rows, self._features, self._next_shard = [], [], self._next_shard + 1
         if self._failures_changed:  # else another process may be about to merge the file
             write_json_lines(self.failures_file, self._failures.values())
             self._failures_changed = False

@@ -16,6 +16,7 @@ from ...models.errors import UserError
 from ...models.masks import mask_iou_matrix, tight_boxes
 
 NMS_KINDS = ("mask", "matrix", "none")
+KEPT = ("masks", "scores", "labels", "confidences", "features")  # of `Proposals.take`
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Proposals:
     masks: (N, H, W) bool at the image's size. scores: (N,) float32, higher is better.
     labels: (N,) int64 index into the vocabulary, or None while class-agnostic.
     confidences: (N,) float32 in [0, 1], how sure the namer was of `labels`, or None.
+    features: (N, D) float16, what a network saw of each mask, or None where nothing looked (`labeling.features`).
     """
 
     masks: np.ndarray
     scores: np.ndarray
     labels: np.ndarray | None = None
     confidences: np.ndarray | None = None
+    features: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -40,7 +43,7 @@ class Proposals:
         indices = np.asarray(indices)
         if indices.dtype != bool:
             indices = indices.astype(np.int64)
-        kept = {name: getattr(self, name) for name in ("masks", "scores", "labels", "confidences")}
+        kept = {name: getattr(self, name) for name in KEPT}
         return replace(self, **{name: None if value is None else value[indices] for name, value in kept.items()})
 
     @classmethod

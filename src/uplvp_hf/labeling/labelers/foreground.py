@@ -21,6 +21,7 @@ from PIL import Image
 from ...data.dataset import Row
 from ..cutting.proposals import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
 from ..encoders.pixels import Size
+from ..features import pooled
 from ..protocol import BackboneLabeler, Finish
 from ..settings import ForegroundSettings
 
@@ -119,11 +120,16 @@ class ForegroundLabeler(BackboneLabeler):
         for chunk, size in largest:
             members, totals = [images[k] for k in chunk], [sums[k] for k in chunk]
             fine = self.config.fine_stages if self.config.refine else ()
-            maps = self._add_coarse(members, size, sizes[-1], totals, fine)
+            *maps, last = self._add_coarse(members, size, sizes[-1], totals, fine)
+            offset = encoder.cell_offset(size[0] / last.shape[2], self.config.cell_offset)
             offsets = [encoder.cell_offset(size[0] / level.shape[2]) for level in maps]
-            for index, soft in zip(chunk, self._sharpen(torch.stack(totals), maps, offsets, grids[chunk[0]])):
-                found[index] = soft
-        return lambda: (self._components(soft.cpu(), image.size[::-1]) for soft, image in zip(found, images))
+            sharp = self._sharpen(torch.stack(totals), maps, offsets, grids[chunk[0]])
+            for index, soft, own in zip(chunk, sharp, last):
+                found[index] = soft, own, offset
+        return lambda: (
+            pooled(self._components(soft.cpu(), image.size[::-1]), own, offset)
+            for (soft, own, offset), image in zip(found, images)
+        )
 
     def _add_coarse(
         self,
@@ -133,7 +139,8 @@ class ForegroundLabeler(BackboneLabeler):
         totals: Sequence[torch.Tensor],
         fine_stages: Sequence[int],
     ) -> list[torch.Tensor]:
-        """Encode images of one size, add their coarse maps to `totals`, and return the maps of `fine_stages`."""
+        """Encode images of one size and add their coarse maps to `totals`; returns the maps of `fine_stages` and the
+        one that the coarse maps are made of."""
         encoded = self.encoder(self.encoder.pixels(images, size), stages=(*fine_stages, self.config.stage))
         *fine, last = (level.float() for level in encoded)
         offset = self.encoder.cell_offset(size[0] / last.shape[2], self.config.cell_offset)
@@ -142,7 +149,7 @@ class ForegroundLabeler(BackboneLabeler):
         for total, soft in zip(totals, maps):
             large = standardize(upsample_grid(soft, total.shape[1:], offset))
             total += large * torch.tensor(wanted, device=large.device)[:, None, None]
-        return fine
+        return [*fine, last]
 
     def _sharpen(
         self, sums: torch.Tensor, maps: Sequence[torch.Tensor], offsets: Sequence[float], grid: Size

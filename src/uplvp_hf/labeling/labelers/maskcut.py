@@ -15,6 +15,7 @@ from ..cutting.normalized_cut import BATCH_FLOATS, affinity, second_eigenvector
 from ..cutting.proposals import Proposals, filter_proposals, upsample_grid
 from ..cutting.refine import pamr
 from ..encoders.pixels import images_to_pixels
+from ..features import pooled
 from ..protocol import BackboneLabeler, Finish
 from ..settings import NcutSettings
 
@@ -141,9 +142,9 @@ class NcutLabeler(BackboneLabeler):
             _, soft, scores = cut_out(
                 features, config.masks, config.tau, config.min_area, config.max_iou, config.center
             )
-            for index, *values in zip(chunk, members, soft, scores.cpu()):
-                found[index] = (*values, size, offset)
-        return lambda: (self._enlarge(*values) for values in found)
+            for index, own, *values in zip(chunk, features, members, soft, scores.cpu()):
+                found[index] = (*values, size, offset), own
+        return lambda: (pooled(self._enlarge(*values), own, values[-1]) for values, own in found)
 
     def _enlarge(
         self, image: Image.Image, soft: torch.Tensor, scores: torch.Tensor, size: tuple[int, int], offset: float

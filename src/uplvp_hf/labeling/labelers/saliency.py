@@ -22,6 +22,7 @@ from ...data.dataset import Row
 from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals, matrix_nms, upsample_grid
 from ..encoders.backbone import Encoder
+from ..features import pooled
 from ..protocol import BackboneLabeler, Finish
 from ..settings import SaliencySettings
 
@@ -177,14 +178,15 @@ class SaliencyLabeler(BackboneLabeler):
         for chunk, size in self.encoder.passes(images, self.config.image_size, self._fit):
             members = [images[i] for i in chunk]
             features, offset = self.encoder.map_of(members, size, self.config.stage, self.config.cell_offset)
-            for index, kept in zip(chunk, self.propose_maps(features)):
-                found[index] = (*kept, offset)
+            for index, kept, own in zip(chunk, self.propose_maps(features), features):
+                found[index] = (*kept, own, offset)
 
         def enlarge() -> Iterator[Proposals]:
-            for image, (soft, scores, offset) in zip(images, found):
+            for image, (soft, scores, features, offset) in zip(images, found):
                 large = upsample_grid(soft, image.size[::-1], offset) >= self.config.threshold
                 proposals = Proposals(large.cpu().numpy(), scores)
-                yield proposals.take(proposals.masks.any(axis=(1, 2)))  # a median filter can empty a mask
+                proposals = proposals.take(proposals.masks.any(axis=(1, 2)))  # a median filter can empty a mask
+                yield pooled(proposals, features, offset)
 
         return enlarge
 

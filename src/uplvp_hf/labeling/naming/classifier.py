@@ -71,7 +71,7 @@ class ClassifierNamer:
         if self.config.mode == "crop":
             config = self.config
             crops = crops_of(images, proposals, config.context, config.surroundings, self.encoder.image_mean)
-            return name_crops(crops, proposals, self.probabilities, self.config.batch_size)
+            return name_crops(crops, proposals, lambda batch: (self.probabilities(batch), None), config.batch_size)
         named = list(proposals)
         # An image without masks needs no name.
         todo = [index for index, p in enumerate(proposals) if len(p)]

@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 
 from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals
+from ..features import shortened
 
 
 def crop_box(box: Sequence[float], width: int, height: int, context: float) -> tuple[int, int, int, int]:
@@ -68,15 +69,27 @@ def crops_of(
 def name_crops(
     crops: Iterator[Image.Image],
     proposals: Sequence[Proposals],
-    probabilities: Callable[[Sequence[Image.Image]], torch.Tensor],
+    look: Callable[[Sequence[Image.Image]], tuple[torch.Tensor, torch.Tensor | None]],
     batch_size: int,
 ) -> list[Proposals]:
-    """Name all masks of several images by `probabilities(crops) -> (N, K)`, `batch_size` crops at a time."""
-    parts = [probabilities(batch).cpu() for batch in iter(lambda: list(itertools.islice(crops, batch_size)), [])]
-    confidences, labels = torch.cat(parts).max(dim=1) if parts else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    """Name all masks of several images by `look(crops)`, `batch_size` crops at a time: probabilities (N, K), and
+    vectors (N, D) that are kept as features, or None, which keeps what the labeler has."""
+    parts = [look(batch) for batch in iter(lambda: list(itertools.islice(crops, batch_size)), [])]
+    confidences, labels = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+    if parts:
+        confidences, labels = torch.cat([part.cpu() for part, _ in parts]).max(dim=1)
+    seen = [vectors.cpu() for _, vectors in parts if vectors is not None]
+    features = shortened(torch.cat(seen)) if seen else None
     named, start = [], 0
     for p in proposals:
         end = start + len(p)
-        named.append(replace(p, labels=labels[start:end].numpy(), confidences=confidences[start:end].float().numpy()))
+        named.append(
+            replace(
+                p,
+                labels=labels[start:end].numpy(),
+                confidences=confidences[start:end].float().numpy(),
+                features=p.features if features is None else features[start:end],
+            )
+        )
         start = end
     return named

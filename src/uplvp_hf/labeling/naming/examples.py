@@ -18,6 +18,7 @@ from ...models.errors import UserError
 from ...models.masks import mask_iou_matrix, tight_boxes
 from ..cutting.proposals import Proposals
 from ..encoders.backbone import Encoder
+from ..features import shortened, split
 from ..fingerprint import fingerprint
 from ..prompt_settings import ExamplesSettings, look
 from .mask_features import MaskFeatures
@@ -220,6 +221,12 @@ class ExamplesNamer:
         return own | {"classes": list(self.names), "examples": fingerprint(self.examples.dataset)}
 
     @property
+    def about_features(self) -> dict[str, Any]:
+        """Of the vectors that are kept of the masks."""
+        look_at = {name: getattr(self.config, name) for name in ("view", "context", "surroundings")}
+        return {"network": self.encoder.name, "of": "examples", **look_at, "image_size": self.features.image_size}
+
+    @property
     def notes(self) -> list[str]:
         """What the user should know before a run: examples a class, and what could not be used."""
         counts = torch.bincount(self.prototypes.labels, minlength=len(self.names)).tolist()
@@ -236,12 +243,13 @@ class ExamplesNamer:
         """Name the masks; the labeler's own labels are replaced. Masks like no example get the label -1."""
         if not any(len(p) for p in proposals):
             return [_named(p, np.zeros(0, np.int64), np.zeros(0, np.float32)) for p in proposals]
-        labels, confidences = self.prototypes.name(self.features(images, proposals), self.calibration)
+        vectors = self.features(images, proposals)
+        labels, confidences = self.prototypes.name(vectors, self.calibration)
         named, start = [], 0
-        for p in proposals:
+        for p, seen in zip(proposals, split(shortened(vectors), proposals)):
             part = slice(start, start + len(p))
             start += len(p)
-            result = _named(p, labels[part].numpy(), confidences[part].float().numpy())
+            result = _named(replace(p, features=seen), labels[part].numpy(), confidences[part].float().numpy())
             named.append(result if self.config.nms is None else resolve_overlaps(result, self.config.nms))
         return named
 

@@ -16,6 +16,7 @@ from ...models.masks import tight_boxes
 from ...models.prompts import mask_weights
 from ..cutting.proposals import Proposals
 from ..encoders.backbone import Encoder
+from ..features import aligned
 from ..prompt_settings import LookSettings
 from .crops import crop_box, fill_color
 
@@ -87,21 +88,11 @@ class MaskFeatures:
         """(N, D): the map of the whole image under each of its masks."""
         size = self._size(*image.size)
         maps, _ = self._encode([image], size)
-        weights = mask_weights(torch.from_numpy(self._aligned(masks, size, maps)), maps.shape[-2:]).to(maps.device)
+        stride = size[0] / maps.shape[2]
+        offset = self.network.cell_offset(stride) if getattr(self.network, "shift", 0.0) else 0.0
+        moved = aligned(masks, maps.shape[-2:], offset)
+        weights = mask_weights(torch.from_numpy(moved), maps.shape[-2:]).to(maps.device)
         return _pool(maps.expand(len(masks), -1, -1, -1), weights)
-
-    def _aligned(self, masks: np.ndarray, size: tuple[int, int], maps: torch.Tensor) -> np.ndarray:
-        """Masks moved as far to the left and the top as the cells of the map lie to the right and below their place
-        (`Encoder.shift`); what leaves the image stays at its border."""
-        if not getattr(self.network, "shift", 0.0):
-            return masks
-        moves = []
-        for axis, length in ((1, masks.shape[1]), (2, masks.shape[2])):
-            stride = size[axis - 1] / maps.shape[axis + 1]
-            pixels = round(self.network.cell_offset(stride) * length / maps.shape[axis + 1])
-            moves.append(np.minimum(np.arange(length) + pixels, length - 1))
-        moved = masks[:, moves[0]][:, :, moves[1]]
-        return np.where(moved.any(axis=(1, 2))[:, None, None], moved, masks)
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         """(height, width) that an image or a crop is stretched to."""

@@ -11,6 +11,7 @@ from PIL import Image
 from ..cutting.proposals import Proposals
 from ..encoders.prompt_templates import TEMPLATES, read_background, read_templates
 from ..encoders.text import TextEmbeddings, split_synonyms, texts_of
+from ..features import crop_about
 from ..settings import ZeroShotSettings
 from .crops import crops_of, name_crops
 
@@ -56,17 +57,26 @@ class ClipZeroShotNamer:
         values = {name: getattr(self.config, name) for name in ("context", "surroundings", "temperature")}
         return {"clip": self.clip.name, **values} | {name: getattr(self, name) for name in own}
 
-    @torch.inference_mode()
+    @property
+    def about_features(self) -> dict[str, Any]:
+        """Of the vectors that are kept of the masks."""
+        return crop_about(self.clip.name, self.config.context, self.config.surroundings)
+
     def probabilities(self, crops: Sequence[Image.Image]) -> torch.Tensor:
         """(N, K) softmax over the classes and the background names, without the latter."""
+        return self._look(crops)[0]
+
+    @torch.inference_mode()
+    def _look(self, crops: Sequence[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The probabilities, and the embeddings (N, D)."""
         size = (self.clip.image_size, self.clip.image_size)
         features = self.clip.encode_images(self.clip.pixels(crops, size))
         cosine = torch.nn.functional.normalize(features, dim=-1) @ self.text.vectors.T
         scale = self.clip.model.logit_scale.float().exp() / self.config.temperature
-        return (self.text.per_class(cosine) * scale).softmax(dim=-1)[:, : len(self.entries)]
+        return (self.text.per_class(cosine) * scale).softmax(dim=-1)[:, : len(self.entries)], features
 
     def __call__(self, images: Sequence[Image.Image], proposals: Sequence[Proposals]) -> list[Proposals]:
         """Name the masks; the labeler's own labels are replaced."""
         config = self.config
         crops = crops_of(images, proposals, config.context, config.surroundings, self.clip.image_mean)
-        return name_crops(crops, proposals, self.probabilities, self.config.batch_size)
+        return name_crops(crops, proposals, self._look, self.config.batch_size)
