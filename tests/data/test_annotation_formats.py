@@ -134,6 +134,26 @@ def test_cvat(tmp_path):
         load_dataset_rows(tmp_path)
 
 
+def test_utf_16_and_broken_class_files(tmp_path):
+    """Tools of Windows write UTF-16; a file of class names that cannot be read is named, not replaced by numbers."""
+    for name in ("labelme/a", "cvat/images/sub/a", "cvat/images/sub/b", "yolo/images/train/a"):
+        image(tmp_path / f"{name}.png")
+    labelme(tmp_path / "labelme/a.json", [shape("caf\u00e9", SQUARE)])
+    text = (tmp_path / "labelme/a.json").read_text()
+    (tmp_path / "labelme/a.json").write_text(text, encoding="utf-16")
+    assert load_dataset_rows(tmp_path / "labelme").mask(0, 0).sum() == 100
+    (tmp_path / "cvat/annotations.xml").write_text(
+        "<?xml version='1.0' encoding='utf-16'?>" + CVAT[CVAT.index("<annotations") :], encoding="utf-16"
+    )
+    with pytest.warns(DataWarning):
+        assert len(load_dataset_rows(tmp_path / "cvat")) == 2
+    (tmp_path / "yolo/labels/train").mkdir(parents=True)
+    (tmp_path / "yolo/labels/train/a.txt").write_text(line(0, SQUARE))
+    (tmp_path / "yolo/data.yaml").write_text("names: [dog, cat\ntrain: images/train")
+    with pytest.raises(DataError, match=r"data\.yaml: cannot be read"):
+        load_dataset_rows(tmp_path / "yolo", split="train")
+
+
 def line(label, outline):
     return " ".join(
         [str(label), *(f"{side / (30 if k else 40):.6f}" for point in outline for k, side in enumerate(point))]

@@ -33,7 +33,7 @@ def is_cvat(path: str) -> bool:
     if not (file.lower().endswith(".xml") and os.path.isfile(file)):
         return False
     with open(file, "rb") as stream:
-        return b"<annotations" in stream.read(512)
+        return b"<annotations" in stream.read(512).replace(b"\0", b"")  # of UTF-16
 
 
 def read_cvat(path: str | os.PathLike[str], split: str | None = None, unlabeled: bool = False) -> InstanceDataset:

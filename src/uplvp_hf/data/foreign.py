@@ -89,7 +89,7 @@ def other_files(folder: str, files: list[str]) -> str:
 def _is_voc_xml(path: str) -> bool:
     try:
         with open(path, "rb") as stream:
-            head = stream.read(4096)
+            head = stream.read(4096).replace(b"\0", b"")  # of UTF-16
     except OSError:
         return False
     return b"<annotation" in head and b"<bndbox" in head

@@ -31,7 +31,7 @@ def _is_file(path: str) -> bool:
         with open(path, "rb") as file:
             head = file.read(4096)
             file.seek(max(0, os.path.getsize(path) - 4096))
-            found = head + file.read()  # imageData, which may be long, stands between
+            found = (head + file.read()).replace(b"\0", b"")  # of UTF-16; imageData, which may be long, stands between
     except OSError:
         return False
     return b'"shapes"' in found and (b'"imagePath"' in found or b'"shape_type"' in found)

@@ -24,17 +24,21 @@ _SPLITS = ("train", "val", "valid", "test")
 
 
 def _settings(folder: str) -> tuple[str | None, dict[str, Any]]:
-    """The YAML file that names classes, and what it holds."""
+    """The YAML file that names classes, and what it holds. Raises DataError where there is none but a broken one."""
+    broken = None
     for name in sorted(os.listdir(folder), key=lambda name: (name != "data.yaml", name)):
         if name.lower().endswith((".yaml", ".yml")):
             file = os.path.join(folder, name)
             try:
                 with open(file, encoding="utf-8-sig") as stream:
                     content = yaml.safe_load(stream)
-            except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                broken = broken or DataError(f"cannot be read ({' '.join(str(error).split())[:200]})", file=file)
                 continue
             if isinstance(content, dict) and "names" in content:
                 return file, content
+    if broken is not None:  # without it classes would have numbers for names
+        raise broken
     return None, {}
 
 

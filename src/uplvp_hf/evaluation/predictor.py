@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, segmentation_to_rle
 from uplvp_hf.files import check_model_name
+from uplvp_hf.models.class_names import match_names
 
 from .backends import Evaluator, make_evaluator
 from .coco_map import NAMES
@@ -223,21 +224,15 @@ def match_category_ids(config: Any, dataset: InstanceDataset) -> list[int]:
     data_names = [category["name"] for category in dataset.categories]
     if model_names == data_names:
         return list(dataset.category_ids)
-    by_name = dict(zip(data_names, dataset.category_ids))
-    left = (
-        [name for name in model_names if name not in by_name],
-        [name for name in data_names if name not in model_names],
-    )
-    folded, data_folded = ([name.strip().lower() for name in names] for names in left)
-    if sorted(folded) != sorted(data_folded) or len({*folded}) < len(folded) or len(by_name) < len(data_names):
+    places = match_names(model_names, data_names)
+    if len(model_names) != len(data_names) or len({*places} - {None}) < len(data_names):
         raise DataError(
             f"the model has {len(model_names)} classes {_some(model_names)}, the dataset {len(data_names)} "
             f"{_some(data_names)}",
             file=dataset.name or "dataset",
             remedy="Fine-tune on these classes, rename the categories of the annotations, or evaluate class-agnostic.",
         )
-    by_folded = {key: by_name[name] for key, name in zip(data_folded, left[1])}
-    return [by_name[name] if name in by_name else by_folded[name.strip().lower()] for name in model_names]
+    return [dataset.category_ids[place] for place in places if place is not None]
 
 
 def _some(names: list[str], limit: int = 12) -> str:

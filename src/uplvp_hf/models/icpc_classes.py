@@ -6,7 +6,7 @@ from torch import nn
 from .configuration_icpc import IcpcConfig
 from .errors import UserError
 from .icpc_prompts import name_tokens
-from .transfer import TransferReport, transfer_weights
+from .transfer import TransferReport, class_rows, transfer_weights
 
 STRIDES = (4, 8, 16, 32)
 
@@ -46,7 +46,7 @@ def transfer_by_class(source: nn.Module, target: nn.Module, class_head: str) -> 
     """`transfer_weights`, and the columns of the pyramid's convolutions that read the score maps, by class name; those
     of classes that the source does not know start from the mean."""
     report = transfer_weights(source, target, class_head)
-    old_rows = {name.casefold(): index for index, name in source.config.id2label.items()}
+    rows = class_rows(source.config.id2label, target.config.id2label)
     for level, stride in enumerate(STRIDES):
         if stride not in source.config.score_strides or stride not in target.config.score_strides:
             continue
@@ -54,9 +54,8 @@ def transfer_by_class(source: nn.Module, target: nn.Module, class_head: str) -> 
         count = new.shape[1] - target.config.num_labels
         new[:, :count] = old[:, :count]
         new[:, count:] = old[:, count:].mean(1, keepdim=True)
-        for index, name in target.config.id2label.items():
-            if name.casefold() in old_rows:
-                new[:, count + index] = old[:, count + old_rows[name.casefold()]]
+        for index, row in rows.items():
+            new[:, count + index] = old[:, count + row]
         label = f"neck.lateral.{level}.weight"
         if label in report.reinitialized:
             report.reinitialized.remove(label)

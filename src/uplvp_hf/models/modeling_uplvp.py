@@ -97,7 +97,8 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
     def set_text_features(self, features: Tensor, class_names: list[str]) -> None:
         """Gives the additional class head its text embeddings: (any number, text_dim), one row a name.
 
-        Every class of the model needs a row (case does not matter); they are normalized and saved with the weights.
+        Every class of the model needs a row (case counts only between names that differ in nothing else); they are
+        normalized and saved with the weights.
         """
         if self.text_heads is None:
             raise UserError("The model has no text class head: set `text_dim` in its configuration.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
+from .class_names import match_names
 from .errors import UserError
 
 
@@ -83,11 +84,12 @@ def checked_text_features(features: Tensor, class_names: list[str], id2label: di
     """
     if features.dim() != 2 or len(features) != len(class_names):
         raise UserError(f"Text features {tuple(features.shape)} do not fit {len(class_names)} class names.")
-    rows = {str(name).casefold(): row for row, name in enumerate(class_names)}
-    missing = [name for name in id2label.values() if name.casefold() not in rows]
+    wanted = [id2label[index] for index in range(len(id2label))]
+    places = match_names(wanted, [str(name) for name in class_names])
+    missing = [name for name, place in zip(wanted, places, strict=True) if place is None]
     if missing:
         raise UserError(f"No text feature for the classes: {', '.join(missing)}. Given: {', '.join(class_names)}.")
-    chosen = features.float()[[rows[id2label[index].casefold()] for index in range(len(id2label))]]
+    chosen = features.float()[[place for place in places if place is not None]]
     length = chosen.norm(dim=1)
     if not (torch.isfinite(length) & (length > 0)).all():
         raise UserError("Text features must be finite and not zero.")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .class_names import match_names
 from .errors import UserError
 
 CLASS_HEADS = ("remap", "spread", "new")
@@ -56,7 +57,7 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
         raise UserError(f"class_head must be one of {', '.join(CLASS_HEADS)}, got `{class_head}`.")
     report = TransferReport(spread=class_head == "spread")
     old, new = source.state_dict(), target.state_dict()
-    rows = _class_rows(source.config.id2label, target.config.id2label)
+    rows = class_rows(source.config.id2label, target.config.id2label)
     same_classes = source.config.id2label == target.config.id2label
     prefix = "" if target.segmenter is target else "segmenter."
     class_sized = {f"{prefix}{name}" for name in target.segmenter.class_sized}
@@ -79,10 +80,11 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
     return report
 
 
-def _class_rows(old: dict[int, str], new: dict[int, str]) -> dict[int, int]:
-    """New class id -> old class id, for classes of the same name whatever the case."""
-    known = {name.casefold(): index for index, name in old.items()}
-    return {index: known[name.casefold()] for index, name in new.items() if name.casefold() in known}
+def class_rows(old: dict[int, str], new: dict[int, str]) -> dict[int, int]:
+    """New class id -> old class id, for classes of the same name."""
+    ids = list(old)
+    places = match_names(list(new.values()), list(old.values()))
+    return {index: ids[place] for index, place in zip(new, places) if place is not None}
 
 
 def _copy_rows(

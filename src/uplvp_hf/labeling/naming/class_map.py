@@ -75,17 +75,18 @@ def resolve_class_map(
         class_map: as `read_class_map` returns it.
         num_classes: of the classifier.
         id2label: its class names; a name of `class_map` must equal one of them, or one of the synonyms that it lists
-            between commas ("tench, Tinca tinca"). Case does not matter.
+            between commas ("tench, Tinca tinca"). Case counts only between names that differ in nothing else.
         classifier: its name, for messages.
 
     Raises UserError naming the class for an index beyond the classifier's classes, for a name that it does not have
     or has twice, for names where it has none, and for a class of the classifier that two classes claim.
     """
-    places = _places(id2label or {})
+    id2label = id2label or {}
+    places = _places(id2label)
     resolved: dict[str, list[int]] = {}
     owner: dict[int, str] = {}
     for name, entries in class_map.items():
-        indices = sorted({_index(entry, name, num_classes, places, classifier) for entry in entries})
+        indices = sorted({_index(entry, name, num_classes, places, classifier, id2label) for entry in entries})
         if not indices:
             raise UserError(f"class map, {name!r}: no class of {classifier}")
         for index in indices:
@@ -108,7 +109,14 @@ def _places(id2label: Mapping[int, str]) -> dict[str, list[int]]:
     return parts | full
 
 
-def _index(entry: int | str, name: str, num_classes: int, places: Mapping[str, Sequence[int]], classifier: str) -> int:
+def _index(
+    entry: int | str,
+    name: str,
+    num_classes: int,
+    places: Mapping[str, Sequence[int]],
+    classifier: str,
+    id2label: Mapping[int, str],
+) -> int:
     if isinstance(entry, int):
         if not 0 <= entry < num_classes:
             raise UserError(f"class map, {name!r}: {classifier} has no class {entry}, only 0 to {num_classes - 1}")
@@ -118,6 +126,7 @@ def _index(entry: int | str, name: str, num_classes: int, places: Mapping[str, S
             f"class map, {name!r}: {entry!r} is a name, but {classifier} comes without class names; give its index"
         )
     found = places.get(entry.strip().lower(), [])
+    found = [index for index in found if id2label[index].strip() == entry.strip()] or found
     if not found:
         near = difflib.get_close_matches(entry.strip().lower(), places, n=3)
         hint = f"; it has {', '.join(near)}" if near else ""
