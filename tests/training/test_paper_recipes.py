@@ -16,7 +16,8 @@ from uplvp_hf.training.build import build_model
 from uplvp_hf.training.config import ConfigError, load_settings
 from uplvp_hf.training.recipes_file import shipped_recipes
 
-PAPER = [name for name in shipped_recipes() if name.startswith("paper/")]
+TEACHERS = [name for name in shipped_recipes() if name.startswith("paper/") and "_teacher_" in name]
+PAPER = [name for name in shipped_recipes() if name.startswith("paper/") and name not in TEACHERS]
 SEGMENTERS, DATA = ("knet", "queryinst", "mask2former"), ("coco5", "coco10", "coco_full", "cityscapes", "ctw1500")
 IMAGES = {"coco5": 5914, "coco10": 11828, "coco_full": 118287, "cityscapes": 2975, "ctw1500": 1000}
 CLASSES = {"coco": 80, "cityscapes": 8, "ctw1500": 1}
@@ -99,6 +100,29 @@ def test_a_recipe_is_what_its_name_and_comment_say(name):
         check_finetuning(name, segmenter, settings)
     else:
         check_pretraining(name, segmenter, settings)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_teachers_have_the_settings_of_the_released_code(name):
+    settings, comment = load_settings(name), comment_of(name)
+    share = re.search(r"coco(\d+)_teacher", name)[1]
+    assert settings.output == f"runs/{name}" and settings.data.subset == f"1@{share}"
+    assert f"on {share} % of COCO" in comment and "Never run here." in comment
+    teacher, optim = settings.teacher, settings.optim
+    assert (teacher.class_threshold, teacher.weight, teacher.burn_in, settings.average_decay) == (
+        0.7,
+        2.0,
+        50000,
+        0.9996,
+    )
+    assert (teacher.color, teacher.hue, teacher.gray, teacher.blur, teacher.cutouts) == (0.4, 0.1, 0.2, 0.5, 0)
+    assert (optim.steps, 8 * optim.batch_size, optim.lr, optim.weight_decay) == (368750, 16, 1e-4, 0.05)
+    assert [round(part * optim.steps) for part in optim.milestones] == pytest.approx([327778, 355093], abs=1)
+    assert settings.data.unlabeled == settings.data.train and settings.data.scale_range == [0.1, 2.0]
+
+
+def test_every_published_share_has_a_teacher():
+    assert set(TEACHERS) == {f"paper/mask2former_coco{share}_teacher_finetune" for share in (1, 2, 5, 10)}
 
 
 def check_finetuning(name, segmenter, settings):
