@@ -162,6 +162,14 @@ def test_unlabeled_images_that_cannot_be_used_are_refused(unlabeled, tmp_path):
         load_unlabeled(settings, train, None)
 
 
+def test_a_model_without_queries_is_refused(run, words, unlabeled):
+    backbone = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 40]}
+    backbone |= {"depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]}
+    segmenter = {"model_type": "mask_rcnn", "backbone_config": backbone, "hidden_size": 32}
+    with pytest.raises(ConfigError, match="has no queries"):
+        run("run", *words, f"model.segmenter={json.dumps(segmenter)}")
+
+
 def test_classes_without_labels_are_named(unlabeled, scenes_dir, caplog):
     train = load_dataset_rows(scenes_dir)
     train.categories = [*train.categories, {"id": 99, "name": "otter"}]

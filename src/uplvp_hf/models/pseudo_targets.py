@@ -31,9 +31,11 @@ class PseudoTargets:
     background: bool = True
 
     def to(self, device: torch.device) -> "PseudoTargets":
-        lists = (self.mask_weights, self.class_targets)
-        moved = [None if values is None else [value.to(device) for value in values] for values in lists]
-        return PseudoTargets(*moved, None if self.unsure is None else self.unsure.to(device), self.background)
+        def moved(values: list[Tensor] | None) -> list[Tensor] | None:
+            return None if values is None else [value.to(device) for value in values]
+
+        unsure = None if self.unsure is None else self.unsure.to(device)
+        return PseudoTargets(moved(self.mask_weights), moved(self.class_targets), unsure, self.background)
 
     def weights_of(self, pairs: Pairs) -> Tensor | None:
         """(L, M) weights of matched pairs."""

@@ -107,8 +107,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
         settings = on_one_batch(settings)
     train_rows, val_rows = build_data(settings.data, kernel_features(settings))
     extra_rows = load_extra(settings, train_rows, val_rows)
-    unlabeled = load_unlabeled(settings.data, train_rows, val_rows)
     model = build_model(settings, train_rows)
+    unlabeled = load_unlabeled(settings.data, train_rows, val_rows, model)
     if val_rows is not None:
         evaluated_classes(model.config, val_rows, evaluates_agnostic(settings))  # now, not after hours of training
     settings = with_steps(settings, len(train_rows), accelerator.num_processes)

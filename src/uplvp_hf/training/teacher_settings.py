@@ -79,7 +79,9 @@ class TeacherSettings(Settings):
     blur: float = setting(
         0.5, "probability that it is blurred, by a Gaussian of 0.1 to 2 pixels (as above)", least=0, most=1
     )
-    cutouts: int = setting(3, "most rectangles of it that are erased (as above)", least=0)
+    cutouts: int = setting(
+        3, "most rectangles of it that are erased, each drawn with probability 1/2 (Unbiased Teacher: up to 3)", least=0
+    )
     cutout_area: list[float] = setting(
         [0.02, 0.2], "area of such a rectangle, as shares of the view (as above)", above=0, most=1
     )

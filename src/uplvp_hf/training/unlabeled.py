@@ -13,7 +13,8 @@ from ..data.errors import ImageError
 from ..data.transforms import TrainTransform
 from ..data.usage import training_usage
 from ..data.views import StrongColors, UnlabeledViews
-from .config import DataSettings, TrainSettings
+from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
+from .config import ConfigError, DataSettings, TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -21,16 +22,18 @@ _TRIED = 20  # images that are opened before the training starts
 
 
 def load_unlabeled(
-    settings: DataSettings, train: InstanceDataset, val: InstanceDataset | None
+    settings: DataSettings, train: InstanceDataset, val: InstanceDataset | None, model: object = None
 ) -> InstanceDataset | None:
     """The images of `data.unlabeled`, or None. Labels that they happen to have stay, for `teacher.measure` alone.
 
     Labeled images among them are reported, since both parts train on them; so are classes that no label shows, which a
-    teacher cannot learn. Raises DataError for validation images among them, by path or content, and where none of the
-    first images can be opened.
+    teacher cannot learn. Raises ConfigError for a model without queries, and DataError for validation images among
+    them, by path or content, and where none of the first images can be opened.
     """
     if settings.unlabeled is None:
         return None
+    if isinstance(model, MaskRcnnForInstanceSegmentation):
+        raise ConfigError("A `mask_rcnn` has no queries that could be pseudo instances: leave `data.unlabeled` out.")
     dataset = load_dataset_rows(settings.unlabeled, images=settings.unlabeled_images, split=settings.unlabeled_split)
     _refuse_unusable(dataset, settings.unlabeled)
     if val is not None:
