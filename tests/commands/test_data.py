@@ -74,13 +74,13 @@ def test_split_convert_and_train_on_it(scenes, tmp_path, capsys):
     assert main(words) == 0
     assert sorted(COCO(str(output)).imgs) == sorted(found["image_ids"])
     for subset in (manifest, "1@25"):
-        train, _ = build_data(load_settings(None, [f"data.train={scenes}", f"data.subset={subset}"]).data)
+        train, _ = build_data(load_settings(None, [f"data.train={scenes}", f"data.subset={subset}"]))
         assert [row["image_id"] for row in train.rows] == found["image_ids"] and train.manifest == found
-    train, _ = build_data(load_settings(None, [f"data.train={scenes}", "data.labels_per_class=1"]).data)
+    train, _ = build_data(load_settings(None, [f"data.train={scenes}", "data.labels_per_class=1"]))
     assert train.manifest["name"] == "0@1images" and len(train) == train.manifest["counts"]["images"]
     words = [f"data.train={scenes}", "data.train_format=images"]
     with pytest.raises(ConfigError, match="without classes"):
-        build_data(load_settings(None, words).data)
+        build_data(load_settings(None, words))
     with pytest.raises(ConfigError, match=r"`data\.subset` or `data\.labels_per_class`, not both"):
         load_settings(None, ["data.subset=1@10", "data.labels_per_class=1"])
 

@@ -11,7 +11,7 @@ DOT = [[5, 5, 8, 5, 8, 8, 5, 8]]  # 9 px
 
 
 def settings(folder, *words):
-    return load_settings(None, [f"data.train={folder}", *words]).data
+    return load_settings(None, [f"data.train={folder}", *words])
 
 
 def test_counts_and_reasons(make_coco, annotation):

@@ -77,7 +77,7 @@ def test_means_and_deviations_over_seeds(two_arms):
     means = [sum(run[i] for run in AP["b"]) / 2 for i in range(3)]
     first = next(i for i in range(3) if means[i] >= goal)
     assert comparison.reached(comparison.arms[1]) == pytest.approx(first + 1)
-    assert comparison.notes == ["lr=0.001: no run with seed 2 (split_seed 0), which other arms have."]
+    assert comparison.notes == ["lr=0.001: no run with seed 2, which other arms have."]
 
 
 def test_tables_say_the_same_as_the_numbers(two_arms):

@@ -33,7 +33,7 @@ def checkpoint(tmp_path, tiny_segmenter):
 
 def build(*words, **defaults):
     settings = with_image_settings(load_settings(None, [str(word) for word in words], **defaults))
-    train, _ = build_data(settings.data)
+    train, _ = build_data(settings)
     return settings, build_model(settings, train)
 
 
@@ -118,3 +118,16 @@ def test_prompts_in_a_fine_tuning_are_reported(scenes_dir, tiny_segmenter, caplo
         message = "Without effect in fine-tuning, as they are about prompts: `model.num_prompts`, `model.prompt_drop`."
         assert (message in caplog.text) is told
         caplog.clear()
+
+
+def test_the_seed_of_the_run_draws_the_labeled_images_too(tmp_path):
+    """Unless the split has a seed of its own."""
+    write_scenes(tmp_path / "scenes", 40, seed=3)
+
+    def drawn(seed, *words):
+        words = [f"seed={seed}", f"data.train={tmp_path / 'scenes'}", "data.labels_per_class=1", *words]
+        train, _ = build_data(load_settings(overrides=words))
+        return train.manifest["seed"], [train.image_id(index) for index in range(len(train))]
+
+    assert drawn(7) == drawn(0, "data.split_seed=7") and drawn(7)[0] == 7
+    assert drawn(7, "data.split_seed=0") == drawn(0) != drawn(7)

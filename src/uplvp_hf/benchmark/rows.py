@@ -29,7 +29,7 @@ def make_row(folder: Path, job: Job) -> dict[str, Any]:
     """The row of a finished fine-tuning, or of a pre-trained model that is evaluated here as it is."""
     own = folder / job.folder
     before = [json.loads((folder / need / "training_summary.json").read_text()) for need in job.needs]
-    _, val = build_data(job.settings.data)
+    _, val = build_data(job.settings)
     if job.kind == "finetune":
         summary = json.loads((own / "training_summary.json").read_text())
         evaluations, model_folder = summary["evaluations"], own

@@ -60,7 +60,7 @@ def write_preview(settings: TrainSettings, file: str, count: int = COUNT) -> Non
     Raises UserError for an unknown kind of file or a count below 1, ConfigError and DataError as training does.
     """
     from uplvp_hf.files import replacing
-    from uplvp_hf.training.build import build_data, build_samples, kernel_features, with_image_settings
+    from uplvp_hf.training.build import build_data, build_samples, with_image_settings
 
     suffix = Path(file).suffix.lower()
     if suffix not in _SUFFIXES:
@@ -68,7 +68,7 @@ def write_preview(settings: TrainSettings, file: str, count: int = COUNT) -> Non
     if count < 1:
         raise UserError(f"--count must be at least 1, got {count}")
     settings = with_image_settings(settings)
-    rows, _ = build_data(settings.data, kernel_features(settings))
+    rows, _ = build_data(settings)
     samples = build_samples(settings, rows)
     names = {0: "object"} if samples.label_map is None else rows.id2label
     sheet = preview_sheet(samples, names, count)

@@ -46,7 +46,8 @@ class Run:
     def replicate(self) -> tuple:
         """What tells the repetitions of an arm apart: the seeds of training and of the split."""
         fold = re.match(r"(\d+)@", str(self.settings.get("data.subset")))
-        return self.seed, self.settings.get("data.split_seed"), fold and fold[1]
+        split_seed = self.settings.get("data.split_seed")
+        return self.seed, self.seed if split_seed is None else split_seed, fold and fold[1]
 
     def x(self, step: int, axis: str) -> float:
         """Place of `step` on an axis of `X_AXES`. Seconds count training alone: those recorded with an evaluation, else

@@ -55,6 +55,11 @@ def base_model(summary: dict[str, Any]) -> str | None:
     return init if init and is_repository(init) else None
 
 
+def _split_seed(data: dict[str, Any], settings: dict[str, Any]) -> Any:
+    seed = data.get("split_seed")
+    return settings.get("seed", 0) if seed is None else seed
+
+
 def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
     """Data, settings, time and hardware of `training_summary.json`, and the split of `split.json`."""
     if not summary:
@@ -67,7 +72,7 @@ def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
         ("Data", None if data.get("train") is None else public(data["train"])),
         ("Split", data.get("train_split")),
         ("Labeled subset", _split(split) or (None if data.get("subset") is None else public(data["subset"]))),
-        ("Labels per class", None if labels is None else f"{labels} (seed {data.get('split_seed', 0)})"),
+        ("Labels per class", None if labels is None else f"{labels} (seed {_split_seed(data, settings)})"),
         ("Images", summary.get("images")),
         ("Started from", None if model.get("init") is None else public(model["init"])),
         ("Backbone weights", None if model.get("backbone_weights") is None else public(model["backbone_weights"])),

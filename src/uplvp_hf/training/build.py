@@ -64,29 +64,29 @@ def _load(settings: DataSettings, part: str, features: str | None = None) -> Ins
     return crowds_as_objects(dataset) if settings.crowds_as_objects else dataset
 
 
-def build_data(settings: DataSettings, features: str | None = None) -> tuple[InstanceDataset, InstanceDataset | None]:
+def build_data(settings: TrainSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
     """Training rows (cut to the low-data split, whose manifest they carry) and validation rows, or None.
-
-    features: see `kernel_features`.
 
     Raises ConfigError and DataError for data that cannot be used, and where training would have nothing to learn.
     """
-    if settings.train is None:
+    data = settings.data
+    if data.train is None:
         raise ConfigError("`data.train` is not set: give a COCO JSON, a folder or a pseudo-label store.")
-    train = _load(settings, "train", features)
+    train = _load(data, "train", kernel_features(settings))
     if not train.categories:
-        raise ConfigError(f"{settings.train} holds images without classes: label it first (`uplvp label`).")
-    if settings.labels_per_class is not None:
-        rule = SplitSpec("images", settings.labels_per_class, settings.split_seed, allow_fewer=settings.allow_fewer)
+        raise ConfigError(f"{data.train} holds images without classes: label it first (`uplvp label`).")
+    seed = settings.seed if data.split_seed is None else data.split_seed
+    if data.labels_per_class is not None:
+        rule = SplitSpec("images", data.labels_per_class, seed, allow_fewer=data.allow_fewer)
         train = take_split(train, rule)
-    elif settings.subset is not None:
-        train = take_split(train, settings.subset, settings.split_seed, settings.allow_fewer)
+    elif data.subset is not None:
+        train = take_split(train, data.subset, seed, data.allow_fewer)
     val = None
-    if settings.val is not None:
-        val = _load(settings, "val")
+    if data.val is not None:
+        val = _load(data, "val")
         _check_images(val, "val")
     _check_images(train, "train")
-    training_usage(train, settings.size, settings.max_instances).refuse_nothing(train.name)
+    training_usage(train, data.size, data.max_instances).refuse_nothing(train.name)
     return train, val
 
 

@@ -42,7 +42,9 @@ class DataSettings(Settings):
     crowds_as_objects: bool = setting(
         False, "objects with iscrowd = 1 are single objects, as in files that write every run-length mask so (CVAT)"
     )
-    split_seed: int = setting(0, "seed of the low-data split, which is recorded in split.json")
+    split_seed: int | None = setting(
+        None, "seed of the low-data split, which is recorded in split.json; none: the run's `seed`"
+    )
     extra: str | None = setting(
         None,
         f"{READABLE}, with the same class names: mixed into fine-tuning; {PRETRAINING}: the labels that `model.init` "

@@ -32,7 +32,7 @@ from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
 from ..models.modeling_uplvp import UplvpPreTrainedModel
 from .batch import effective_normalizers, model_inputs, weighted_loss
-from .build import build_data, build_model, build_processor, build_samples, kernel_features, with_image_settings
+from .build import build_data, build_model, build_processor, build_samples, with_image_settings
 from .checkpoint import (
     check_resumed,
     load_checkpoint,
@@ -105,7 +105,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
     given = settings
     if settings.overfit_one_batch:
         settings = on_one_batch(settings)
-    train_rows, val_rows = build_data(settings.data, kernel_features(settings))
+    train_rows, val_rows = build_data(settings)
     extra_rows = load_extra(settings, train_rows, val_rows)
     model = build_model(settings, train_rows)
     unlabeled = load_unlabeled(settings.data, train_rows, val_rows, model)
@@ -118,6 +118,9 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
         if extra_rows is not None:
             used = training_usage(extra_rows, settings.data.size, settings.data.max_instances)
             logger.info("Mixed in from data.extra: %s", str(used).removeprefix("Training uses "))
+        if train_rows.manifest is not None:
+            split = train_rows.manifest
+            logger.info("The labeled images are split %s, drawn with seed %s.", split["name"], split["seed"])
         record_manifest(train_rows.manifest, settings.output)
     if accelerator.process_index:  # all have the same weights, but should not drop the same prompts
         set_seed(settings.seed * 1_000_003 + accelerator.process_index)
