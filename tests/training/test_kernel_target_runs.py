@@ -70,7 +70,7 @@ def test_batches_hold_the_features_of_the_store_or_of_a_folder(store, tmp_path):
         words = ["stage=pretrain", f"data.train={store}", "data.size=64", f"model.kernel_target={name}"]
         settings = with_image_settings(load_settings(None, words))
         assert kernel_features(settings) == str(folder)
-        rows, _ = build_data(settings.data, kernel_features(settings))
+        rows, _ = build_data(settings)
         loader = make_loader(build_samples(settings, rows), settings, 0, 0, 1)
         batch = next(iter(loader))
         scores = {}
@@ -87,10 +87,10 @@ def test_batches_hold_the_features_of_the_store_or_of_a_folder(store, tmp_path):
 
 def test_stores_of_the_earlier_form_load_and_say_what_is_missing(store, run, tmp_path, scenes_dir):
     words = ["stage=pretrain", f"data.train={store}", "model.segmenter={model_type: mask2former}"]
-    rows, _ = build_data(load_settings(None, words).data)
+    rows, _ = build_data(load_settings(None, words))
     assert len(rows) > 0 and all("features" not in row["objects"] for row in rows.rows)
     with pytest.raises(DataError, match=r"no features of these masks.*uplvp label STORE --features"):
-        build_data(load_settings(None, words).data, str(store))
+        build_data(load_settings(None, [*words, f"model.kernel_target={store}"]))
     with pytest.raises(ConfigError, match="asks for features of the masks"):
         run("a", *FROZEN, f"data.train={scenes_dir}")
     with pytest.raises(ConfigError, match="there is no /nowhere"):

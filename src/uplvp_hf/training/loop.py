@@ -119,8 +119,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
             used = training_usage(extra_rows, settings.data.size, settings.data.max_instances)
             logger.info("Mixed in from data.extra: %s", str(used).removeprefix("Training uses "))
         if train_rows.manifest is not None:
-            split = train_rows.manifest
-            logger.info("The labeled images are split %s, drawn with seed %s.", split["name"], split["seed"])
+            logger.info("The labeled images are split %(name)s, drawn with seed %(seed)s.", train_rows.manifest)
         record_manifest(train_rows.manifest, settings.output)
     if accelerator.process_index:  # all have the same weights, but should not drop the same prompts
         set_seed(settings.seed * 1_000_003 + accelerator.process_index)
