@@ -163,6 +163,8 @@ def check_pretraining(name, segmenter, settings):
     assert (optim.epochs, milestones(optim)) == (12, pytest.approx([8, 11], abs=0.001))
     assert (optim.weight_decay, optim.clip, optim.warmup, model.prompt_drop) == (decay, clip, warmup, drop)
     assert (model.prompt_matching, model.kernel_supervision_weight, model.num_prompts) == ("cosine", 1.0, 20)
+    assert (model.kernel_target, model.kernel_loss, model.kernel_head) == ("prompt", "cosine", "none")
+    assert (model.prompt_injection, model.kernel_queries, model.kernel_centering) == ("add", "all", 0.0)
     assert model.freeze_backbone == (segmenter != "queryinst") and settings.data.flip == 0.1
     assert (model.freeze_stages, model.freeze_backbone_norm) == ((1, True) if segmenter == "queryinst" else (0, False))
     assert (
