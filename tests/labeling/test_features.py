@@ -83,7 +83,11 @@ def test_backbone_labelers_keep_their_map_under_the_masks(kind):
     found = kind(FixedEncoder(feature), **options[kind])([blob_image(number) for number in range(2)])
     assert any(len(p) for p in found)
     for p in found:
-        assert np.array_equal(p.features, pooled(replace(p, features=None), feature).features) if len(p) else True
+        if len(p):
+            want = pooled(replace(p, features=None), feature).features.astype(np.float32)
+            cosines = (want * p.features.astype(np.float32)).sum(1)
+            # Saliency averages the cells of its mask on the grid, the others the pixels of the enlarged one.
+            assert cosines.min() > (0.95 if kind is SaliencyLabeler else 0.999)
 
 
 def test_labeling_keeps_what_the_namer_saw_of_the_masks_it_keeps(tmp_path):

@@ -72,9 +72,14 @@ def pooled(proposals: Proposals, features: torch.Tensor, offset: float = 0.0) ->
     if not len(proposals):
         return proposals
     grid = features.shape[-2:]
-    weights = mask_weights(torch.from_numpy(aligned(proposals.masks, grid, offset)), grid).flatten(1).to(features)
-    vectors = weights @ features.flatten(1).T / weights.sum(dim=1, keepdim=True).clamp_min(1e-12)
-    return replace(proposals, features=shortened(vectors))
+    weights = mask_weights(torch.from_numpy(aligned(proposals.masks, grid, offset)), grid)
+    return replace(proposals, features=averages(weights, features))
+
+
+def averages(weights: torch.Tensor, features: torch.Tensor) -> np.ndarray:
+    """Weighted averages of the cells of a map: (N, h, w), (C, h, w) -> (N, C) as they are kept, see `shortened`."""
+    weights = weights.flatten(1).to(features)
+    return shortened(weights @ features.flatten(1).T / weights.sum(dim=1, keepdim=True).clamp_min(1e-12))
 
 
 def split(vectors: np.ndarray, proposals: Sequence[Proposals]) -> list[np.ndarray]:

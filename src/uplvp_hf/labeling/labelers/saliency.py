@@ -22,7 +22,7 @@ from ...data.dataset import Row
 from ...models.masks import tight_boxes
 from ..cutting.proposals import Proposals, matrix_nms, upsample_grid
 from ..encoders.backbone import Encoder
-from ..features import pooled
+from ..features import averages
 from ..protocol import BackboneLabeler, Finish
 from ..settings import SaliencySettings
 
@@ -184,9 +184,9 @@ class SaliencyLabeler(BackboneLabeler):
         def enlarge() -> Iterator[Proposals]:
             for image, (soft, scores, features, offset) in zip(images, found):
                 large = upsample_grid(soft, image.size[::-1], offset) >= self.config.threshold
-                proposals = Proposals(large.cpu().numpy(), scores)
-                proposals = proposals.take(proposals.masks.any(axis=(1, 2)))  # a median filter can empty a mask
-                yield pooled(proposals, features, offset)
+                seen = averages(soft >= self.config.threshold, features)  # on the grid, which is cheaper
+                proposals = Proposals(large.cpu().numpy(), scores, features=seen)
+                yield proposals.take(proposals.masks.any(axis=(1, 2)))  # a median filter can empty a mask
 
         return enlarge
 
