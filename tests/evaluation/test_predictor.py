@@ -105,6 +105,48 @@ def test_undecodable_image_is_left_out_and_listed(dataset, processor, tmp_path):
         evaluate_model(Oracle(only), processor, only, progress=False)
 
 
+class Small(Oracle):
+    """A machine that has memory for `batch` images, and none for the one of `faulty`."""
+
+    def forward(self, pixel_values, pixel_mask):
+        if len(pixel_values) > 1:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory")
+        if self.position == self.faulty:
+            self.position += 1
+            raise MemoryError
+        return super().forward(pixel_values, pixel_mask)
+
+
+def test_an_image_that_needs_too_much_memory_is_left_out(dataset, processor):
+    model = Small(dataset)
+    model.faulty = 2
+    metrics = evaluate_model(model, processor, dataset, batch_size=4, progress=False)
+    assert metrics["num_images"] == 6 and metrics["AP50"] > 0.99
+    (failure,) = metrics["failures"]
+    assert failure["row"] == "row 2" and "not enough memory" in failure["reason"]
+
+
+def test_an_image_that_the_processor_refuses_is_left_out(dataset, tmp_path):
+    """A setting of the checkpoint that one image exceeds is no reason to lose the others."""
+    rows = [copy.copy(row) for row in dataset.rows]
+    large = dataset.load_image(1).resize((400, 400))
+    rows[1] |= {"image": large, "width": 400, "height": 400, "objects": rows[1]["objects"] | {}}
+    failures, limited = [], UplvpImageProcessor(size={"longest_edge": 192}, max_pixels=150_000)
+    whole = dataset.subset([0, *range(2, 7)])
+    mixed = InstanceDataset(rows, dataset.categories)
+    pairs = list(predict_dataset(Oracle(whole), limited, mixed, progress=False, failures=failures))
+    assert len(pairs) == 6 and failures[0]["row"] == "row 1" and "max_pixels=150000" in failures[0]["reason"]
+
+
+def test_other_errors_are_raised(dataset, processor):
+    class Faulty(Oracle):
+        def forward(self, pixel_values, pixel_mask):
+            raise RuntimeError("a fault of the model")
+
+    with pytest.raises(RuntimeError, match="a fault of the model"):
+        list(predict_dataset(Faulty(dataset), processor, dataset, progress=False))
+
+
 def named(dataset, names):
     categories = [{"id": 10 + k, "name": name} for k, name in enumerate(names)]
     return InstanceDataset(dataset.rows, categories)

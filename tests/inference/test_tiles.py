@@ -243,3 +243,22 @@ def test_a_large_image_takes_no_memory_for_its_masks(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 1 < len(result["rle"]) <= 20 and peak < 36e6 / 4
+
+
+def test_an_image_that_loses_a_window_is_listed_and_not_half_predicted():
+    class Small(ColorSegmenter):
+        def forward(self, pixel_values, pixel_mask):
+            if (pixel_values * 255).round().eq(77).any():
+                raise MemoryError
+            return super().forward(pixel_values, pixel_mask)
+
+    faulty, failures = scene(), []
+    faulty[200, 300] = 77
+    rows = dataset_of(scene(), faulty, scene())
+    tiles = Tiles(128, overlap=0.25)
+    found = list(
+        predict_rows(Small(), plain_processor(320), rows, tiles, progress=False, failures=failures, threshold=0.3)
+    )
+    assert [row["image_id"] for row, _ in found] == [1, 3]
+    (failure,) = failures
+    assert failure["row"] == "row 1" and "window" in failure["reason"] and "not enough memory" in failure["reason"]

@@ -7,17 +7,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, segmentation_to_rle
+from uplvp_hf.data import DataError, InstanceDataset, Row, segmentation_to_rle
 from uplvp_hf.files import check_model_name
 from uplvp_hf.models.class_names import match_names
 
 from .backends import Evaluator, make_evaluator
 from .coco_map import NAMES
+from .failing import failure_of, together_or_alone
 from .processes import gather, gather_errors, place
 
 METRICS = NAMES
@@ -101,7 +103,7 @@ def predict_dataset(
         top_k: most instances an image; COCO looks at 100.
         device: the model is moved there; default: where it is.
         progress: whether to show a progress bar.
-        failures: images that cannot be decoded are left out and appended here as {"file", "row", "reason"}.
+        failures: {"file", "row", "reason"} of images that cannot be decoded or need too much memory are appended here.
         mask_threshold: a pixel belongs to a mask when its probability is above this (0.3 in the released K-Net recipes
             for small shares of COCO).
         share: (number of this process, number of processes) that share the rows, each row in one of them. Windows of
@@ -119,11 +121,16 @@ def predict_dataset(
     total = sum(len(rows) for rows in _own_windows(len(dataset), batch_size, share))
     bar = tqdm(total=total, desc="predict", unit="img", disable=None if progress else True)
     failures = failures if failures is not None else []
+
+    def fail(error: Exception, index: int) -> None:
+        failures.append(failure_of(error, dataset[index]["file_name"], index))
+
     try:
         for groups, attempted in _ahead(_windows(processor, dataset, batch_size, failures, share)):
             found: dict[int, dict[str, Any]] = {}
             for indices, sizes, inputs in groups:
-                found.update(zip(indices, _instances(model, processor, inputs, sizes, options)))
+                predict = partial(_instances, model, processor, inputs, sizes, options)
+                found |= together_or_alone(indices, predict, fail)
             for index in sorted(found):
                 yield dataset[index], found.pop(index)
             bar.update(attempted)
@@ -133,19 +140,18 @@ def predict_dataset(
 
 
 def _instances(
-    model: torch.nn.Module, processor: Any, inputs: dict[str, torch.Tensor], sizes: list[tuple[int, int]], options: dict
-) -> list[dict[str, Any]]:
-    """The results of a batch, on the CPU."""
+    model: torch.nn.Module, processor: Any, inputs: dict[str, torch.Tensor], sizes: list[tuple[int, int]],
+    options: dict[str, float], places: list[int],
+)  -> list[dict[str, Any]]:  # fmt: skip
+    """The results of the images at `places` of a batch, on the CPU."""
     parameter = next(model.parameters())
+    pixels, mask = (inputs[key][places] for key in ("pixel_values", "pixel_mask"))
     with torch.inference_mode():
-        outputs = model(
-            pixel_values=inputs["pixel_values"].to(parameter.device, parameter.dtype),
-            pixel_mask=inputs["pixel_mask"].to(parameter.device),
-        )
+        outputs = model(pixel_values=pixels.to(parameter.device, parameter.dtype), pixel_mask=mask.to(parameter.device))
     results = processor.post_process_instance_segmentation(
         outputs,
-        target_sizes=sizes,
-        input_sizes=processor.get_input_sizes(inputs["pixel_mask"]),
+        target_sizes=[sizes[place] for place in places],
+        input_sizes=processor.get_input_sizes(mask),
         return_rle=True,
         return_segmentation=False,
         **options,
@@ -180,11 +186,10 @@ def _windows(
         for index in indices:
             try:
                 image = dataset.load_image(index)
-            except ImageError as error:
-                file = error.file or dataset[index]["file_name"]
-                failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
+                inputs = processor(image, return_tensors="pt")
+            except Exception as error:
+                failures.append(failure_of(error, dataset[index]["file_name"], index))
                 continue
-            inputs = processor(image, return_tensors="pt")
             shape = tuple(inputs["pixel_values"].shape)
             alike.setdefault(shape, []).append((index, (image.height, image.width), inputs))
         yield (

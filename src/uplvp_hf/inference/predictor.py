@@ -83,12 +83,12 @@ def predict_rows(
     for index in tqdm(range(len(dataset)), desc="predict", unit="img", disable=None if progress else True):
         row = dataset[index]
         try:
-            image = dataset.load_image(index)
+            result = _predict_tiled(model, processor, dataset.load_image(index), tiles, settings)
         except ImageError as error:
             file = error.file or row["file_name"]
             failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
             continue
-        yield row, _predict_tiled(model, processor, image, tiles, settings)
+        yield row, result
 
 
 def _predict_tiled(
@@ -102,8 +102,11 @@ def _predict_tiled(
 
     cut = InstanceDataset(LazyRows(read, lambda index: index, range(len(windows))), [])
     found: list[tuple[Window, dict[str, Any]]] = []
-    for row, result in predict_dataset(model, processor, cut, progress=False, **settings):
+    lost: list[dict[str, Any]] = []
+    for row, result in predict_dataset(model, processor, cut, progress=False, failures=lost, **settings):
         found.append((windows[row["image_id"]], result))
+    if lost:  # an image without some of its windows would look as if nothing were there
+        raise ImageError(f"window {lost[0]['row'].split()[-1]} of {len(windows)}: {lost[0]['reason']}")
     return found[0][1] if len(windows) == 1 else merge_windows(found, *image.size, tiles)
 
 
