@@ -51,10 +51,11 @@ class Row(_Row, total=False):
     has empty lists in `objects`. width and height are 0 for content that no image can be read from. `as_stored`
     (absent: False) marks images that were annotated as they are stored, whatever rotation their EXIF asks for. `void`
     holds segmentations of regions where a detection is neither right nor wrong; absent: not known. Only the AP of the
-    Cityscapes benchmark reads them."""
+    Cityscapes benchmark reads them. `label_map`: the file with the class of every pixel that the objects are from."""
 
     as_stored: bool
     void: list[Any]
+    label_map: str
 
 
 def empty_objects() -> Objects:
@@ -115,6 +116,10 @@ class LazyRows(Sequence[Row]):
     def select(self, indices: Iterable[int]) -> LazyRows:
         """The rows at `indices`, in that order."""
         return LazyRows(self._read, self._identify, [self._indices[index] for index in indices])
+
+    def bare(self) -> LazyRows:
+        """The same rows without their objects where the reader (its method `bare`) can spare itself making them."""
+        return LazyRows(getattr(self._read, "bare", self._read), self._identify, self._indices)
 
     def map(self, change: Callable[[Row], Row]) -> LazyRows:
         """The same rows, each passed through `change` when it is asked for."""

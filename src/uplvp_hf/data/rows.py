@@ -26,6 +26,7 @@ from .inputs import (
     rows_of_files,
     stream_huggingface,
 )
+from .label_map_folder import is_label_map_folder, read_label_map_folder
 from .labelme import is_labelme, read_labelme
 from .store_reader import read_store
 from .voc import read_voc, voc_root
@@ -39,6 +40,7 @@ LAYOUTS: dict[str, tuple[Callable[[str], object], Callable[..., InstanceDataset]
     "labelme": (is_labelme, read_labelme),
     "yolo": (is_yolo, read_yolo),
     "cvat": (is_cvat, read_cvat),
+    "label_maps": (is_label_map_folder, read_label_map_folder),
 }
 FORMATS = ("coco", *LAYOUTS, "store", "images", "list", "datasets")
 # What people take for images and is not read.
@@ -107,6 +109,7 @@ def load_dataset_rows(
             a folder with `annotations/*.json` and `images/`: its only file, or `instances.json`, or `{split}.json`;
             the root of Cityscapes, CTW1500, VOC2012 or VOC2007 as published (docs/data.md shows the trees): masks are
             made when a row is asked for;
+            a folder with `images/`, `annotations/` of label maps, and `classes.txt` (see `label_map_folder`);
             a pseudo-label store (a folder with `header.json`);
             a folder of images, searched recursively: unlabeled rows;
             a text file (.txt, .lst) of image paths, one a line, relative to the file: unlabeled rows;

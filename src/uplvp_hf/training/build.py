@@ -282,7 +282,7 @@ def _baseline(settings: TrainSettings, train: InstanceDataset) -> MaskRcnnForIns
     _check_baseline(settings)
     id2label, category_ids = classes_of(settings, train)
     given = {key: value for key, value in settings.model.segmenter.items() if key != "model_type"}
-    _refuse_unknown_names(given, MaskRcnnConfig, "model.segmenter.")
+    refuse_unknown_names(given, MaskRcnnConfig, "model.segmenter.")
     config = MaskRcnnConfig(**given, id2label=id2label, category_ids=category_ids)
     _refuse_unknown(given, config)
     return MaskRcnnForInstanceSegmentation(config)
@@ -296,7 +296,7 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedMod
     id2label, category_ids = classes_of(settings, train)
     own = OWN_SEGMENTERS.get(settings.model.segmenter.get("model_type"))
     if own is not None:  # these refuse by themselves, without the place of the key in the recipe
-        _refuse_unknown_names(settings.model.segmenter, own, "model.segmenter.")
+        refuse_unknown_names(settings.model.segmenter, own, "model.segmenter.")
     config = UplvpConfig(
         segmenter_config=dict(settings.model.segmenter),
         id2label=id2label,
@@ -309,13 +309,13 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedMod
 
 def _refuse_unknown(given: dict, config: PreTrainedConfig, prefix: str = "model.segmenter.") -> None:
     """Raises ConfigError for a misspelled key of a segmenter or backbone: transformers would take it silently."""
-    _refuse_unknown_names(given, type(config), prefix)
+    refuse_unknown_names(given, type(config), prefix)
     for key, value in given.items():
         if isinstance(value, dict) and isinstance(getattr(config, key, None), PreTrainedConfig):
             _refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
 
 
-def _refuse_unknown_names(given: dict, kind: type[PreTrainedConfig], prefix: str) -> None:
+def refuse_unknown_names(given: dict, kind: type[PreTrainedConfig], prefix: str) -> None:
     known = {*kind.__dataclass_fields__, *kind.attribute_map, "model_type", "num_labels"}
     for key in given:
         # Properties of backbone configurations, and our own addition to timm's.

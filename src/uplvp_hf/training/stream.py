@@ -81,7 +81,12 @@ class _Keyed(Dataset):
 
 
 def make_loader(
-    samples: TrainingSet | MixedSamples, settings: TrainSettings, start: int, rank: int, world: int
+    samples: TrainingSet | MixedSamples,
+    settings: TrainSettings,
+    start: int,
+    rank: int,
+    world: int,
+    together: Callable[[list[dict]], dict] | None = None,
 ) -> DataLoader:
     """Micro-batches of this process, on the canvas that `data.canvas` says. Their `mask_labels` are `InstanceMasks`:
     dense masks would be copied between processes, and be held for all micro-batches of a step at once."""
@@ -89,7 +94,7 @@ def make_loader(
     return DataLoader(
         _Keyed(samples),
         batch_sampler=SampleKeys(len(samples), settings, start, rank, world, extra),
-        collate_fn=partial(collate, pad_to=settings.data.size if settings.data.square else None, dense=False),
+        collate_fn=together or partial(collate, pad_to=pad_to, dense=False),
         num_workers=settings.data.workers,
         persistent_workers=settings.data.workers > 0,
         generator=torch.Generator().manual_seed(settings.seed),  # leaves the global random state alone
