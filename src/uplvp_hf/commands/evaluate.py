@@ -1,4 +1,4 @@
-"""`uplvp evaluate`: mask AP of a model on a labeled dataset."""
+"""`uplvp evaluate`: mask AP of a model on a labeled dataset, or mIoU of a semantic segmenter."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
+from . import _semantic
 from ._terminal import add_verbosity, check_device, verb
 
 if TYPE_CHECKING:
@@ -23,8 +24,9 @@ METRICS = ("coco", "cityscapes")
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp evaluate",
-        description="Mask AP of a model on a labeled dataset. With --output DIR: metrics.json, results.json (COCO "
-        "results), per_class.csv and report.html, a page with the best and worst images.",
+        description="Mask AP of a model on a labeled dataset, or mIoU of a semantic segmenter. With --output DIR: "
+        "metrics.json and per_class.csv, for mask AP also results.json (COCO results) and report.html, a page with the "
+        "best and worst images.",
     )
     parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
     parser.add_argument(
@@ -56,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--threshold", type=float, default=0.5, help="least score of what the page shows and rates (default: 0.5)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    _semantic.add_semantic_arguments(parser)
     add_verbosity(parser)
     return parser
 
@@ -65,9 +68,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data.usage import crowds_as_objects
     from uplvp_hf.evaluation import evaluate_model, evaluated_classes, load_segmenter, make_evaluator
     from uplvp_hf.evaluation.backends import resolve_backend
+    from uplvp_hf.evaluation.semantic import is_semantic_model
     from uplvp_hf.labeling.processes import Processes
 
     _check(arguments)
+    if is_semantic_model(arguments.model):
+        where = {"images": arguments.images, "split": arguments.split, "format": arguments.format}
+        return _semantic.evaluate(arguments, load_dataset_rows(arguments.data, **where))
     make_evaluator(arguments.backend, arguments.metric)  # refused now, not after loading everything
     arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else "streaming"
     processes = Processes()

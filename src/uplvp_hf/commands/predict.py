@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
+from . import _semantic
 from ._terminal import AGAIN, add_verbosity, check_device, verb
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ OVERLAYS = "overlays"
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="uplvp predict", description="Instances in images, as COCO JSON and overlays."
+        prog="uplvp predict",
+        description="Instances in images, as COCO JSON and overlays. Semantic segmenters write maps/ with the class of "
+        "every pixel.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a trained or exported (ONNX) model, or USER/NAME on the Hub")
@@ -43,17 +46,22 @@ def make_parser() -> argparse.ArgumentParser:
     add("--no-overlays", action="store_true", help="write the JSON only")
     add("--overwrite", action="store_true", help="begin anew in a folder that has results")
     add("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    _semantic.add_semantic_arguments(parser)
     add_verbosity(parser)
     return parser
 
 
 def _predict_alone(arguments: argparse.Namespace) -> None:
+    from uplvp_hf.evaluation.semantic import is_semantic_model
     from uplvp_hf.files import only_run
 
     tiles = _check(arguments)
     check_device(arguments.device)
     with only_run(arguments.output, "name another --output"):
-        _predict(arguments, tiles)
+        if is_semantic_model(arguments.model):
+            _semantic.predict(arguments, _find(arguments, Path(arguments.output)))
+        else:
+            _predict(arguments, tiles)
 
 
 def _predict(arguments: argparse.Namespace, tiles: Tiles | None) -> None:

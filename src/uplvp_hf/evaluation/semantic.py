@@ -18,8 +18,25 @@ from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row
 from ..data.semantic import label_map, semantic_view
 from ..models.errors import UserError
 from ..models.label_maps import ignored_label
-from .predictor import match_category_ids
+from .predictor import load_segmenter, match_category_ids
 from .processes import gather, gather_errors, place
+
+
+def is_semantic_model(name_or_dir: str) -> bool:
+    """Whether a folder or repository holds a semantic segmenter of ours; False for what cannot be read."""
+    from ..models.configuration_icpc import IcpcConfig
+
+    try:
+        return IcpcConfig.get_config_dict(name_or_dir)[0].get("model_type") == IcpcConfig.model_type
+    except (OSError, ValueError):
+        return False
+
+
+def load_semantic(name_or_dir: str, device: str | torch.device | None = None) -> tuple[Any, Any]:
+    """Model and image processor, as `load_segmenter` gives them."""
+    from ..models.modeling_icpc import IcpcForSemanticSegmentation
+
+    return load_segmenter(name_or_dir, device, further={"icpc": IcpcForSemanticSegmentation})
 
 
 class MeanIoU:

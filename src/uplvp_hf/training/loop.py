@@ -25,14 +25,11 @@ from tqdm.auto import tqdm
 
 from ..data import DataError
 from ..data.manifest import record_manifest
-from ..data.usage import training_usage
-from ..evaluation.predictor import evaluated_classes
 from ..files import only_run, usual_rights, write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
 from ..models.modeling_uplvp import UplvpPreTrainedModel
-from .batch import effective_normalizers, model_inputs, weighted_loss
-from .build import build_data, build_model, build_processor, build_samples, with_image_settings
+from .batch import weighted_loss
 from .checkpoint import (
     check_resumed,
     load_checkpoint,
@@ -45,7 +42,6 @@ from .checkpoint import (
 from .config import TrainingAborted, TrainSettings
 from .freezing import training_mode
 from .launch import hardware, make_accelerator
-from .mixture import load_extra
 from .norm_statistics import NormStatistics
 from .one_batch import describe_one_batch, on_one_batch, report_one_batch
 from .optim import images_per_step, learning_rate_factor, make_optimizer, with_steps
@@ -53,10 +49,10 @@ from .output import check_output, claim_output, summary
 from .random_state import random_state, restore_random_state
 from .run_log import LossMeans, RunLog
 from .sharding import whole
-from .stream import make_loader
+from .task import task_of
 from .teacher import Teacher, unlabeled_batches
 from .unlabeled import build_views, load_unlabeled
-from .validation import Validation, evaluates_agnostic
+from .validation import Validation
 from .weights import RunWeights
 
 logger = logging.getLogger(__name__)
@@ -100,40 +96,42 @@ def train(settings: TrainSettings, resume: bool = False, progress: bool = True) 
 
 def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, progress: bool) -> TrainResult:
     set_seed(settings.seed)
-    settings = with_image_settings(settings)
+    task = task_of(settings)
+    settings = task.with_image_settings(settings)
     check_output(settings, resume)
     given = settings
     if settings.overfit_one_batch:
         settings = on_one_batch(settings)
-    train_rows, val_rows = build_data(settings)
-    extra_rows = load_extra(settings, train_rows, val_rows)
-    model = build_model(settings, train_rows)
+    train_rows, val_rows = task.data(settings)
+    extra_rows = task.extra(settings, train_rows, val_rows)
+    model = task.model(settings, train_rows)
     unlabeled = load_unlabeled(settings.data, train_rows, val_rows, model)
     if val_rows is not None:
-        evaluated_classes(model.config, val_rows, evaluates_agnostic(settings))  # now, not after hours of training
+        task.check_evaluation(settings, model.config, val_rows)  # now, not after hours of training
     settings = with_steps(settings, len(train_rows), accelerator.num_processes)
     claim_output(given, accelerator)
     if accelerator.is_main_process:
-        logger.info("%s", training_usage(train_rows, settings.data.size, settings.data.max_instances))
+        logger.info("%s", task.usage(settings, train_rows))
         if extra_rows is not None:
-            used = training_usage(extra_rows, settings.data.size, settings.data.max_instances)
-            logger.info("Mixed in from data.extra: %s", str(used).removeprefix("Training uses "))
+            used = task.usage(settings, extra_rows).removeprefix("Training uses ")
+            logger.info("Mixed in from data.extra: %s", used)
         if train_rows.manifest is not None:
             logger.info("The labeled images are split %(name)s, drawn with seed %(seed)s.", train_rows.manifest)
         record_manifest(train_rows.manifest, settings.output)
     if accelerator.process_index:  # all have the same weights, but should not drop the same prompts
         set_seed(settings.seed * 1_000_003 + accelerator.process_index)
-    samples, views = build_samples(settings, train_rows, extra_rows), build_views(settings, unlabeled)
-    return _Run(settings, accelerator, model, samples, views, val_rows, progress).go(resume)
+    samples, views = task.samples(settings, train_rows, extra_rows), build_views(settings, unlabeled)
+    return _Run(settings, task, accelerator, model, samples, views, val_rows, progress).go(resume)
 
 
 class _Run:
-    def __init__(self, settings, accelerator, model, samples, views, val_rows, progress):
+    def __init__(self, settings, task, accelerator, model, samples, views, val_rows, progress):
+        self.task = task
         self.settings, self.accelerator, self.samples, self.val_rows = settings, accelerator, samples, val_rows
         self.images = len(samples) + len(getattr(samples, "extra", ())) + len(views or ())  # all that is trained on
         self.output = Path(settings.output)
         self.progress = progress and accelerator.is_main_process
-        self.processor = build_processor(settings.data)
+        self.processor = task.processor(settings, model)
         self.weights = RunWeights(settings, accelerator, model)
         self.model, self.plain = self.weights.wrapped, self.weights.plain
         self.teacher = None if views is None else Teacher(settings, accelerator, self.weights, views)
@@ -143,7 +141,7 @@ class _Run:
         self.scaler = getattr(accelerator, "scaler", None)
         self.means = LossMeans(accelerator)
         self.log = RunLog(settings, accelerator)
-        self.validation = Validation(settings, accelerator, self.processor, val_rows, len(samples), self.progress)
+        self.validation = Validation(settings, task, accelerator, self.processor, val_rows, len(samples), self.progress)
 
     def go(self, resume: bool) -> TrainResult:
         start = self._restore() if resume else 0
@@ -185,7 +183,8 @@ class _Run:
         """(step, its micro-batches), from step `start` on."""
         settings, accelerator = self.settings, self.accelerator
         steps, count = range(start, settings.optim.steps), settings.optim.accumulation
-        loader = make_loader(self.samples, settings, start, accelerator.process_index, accelerator.num_processes)
+        place = (accelerator.process_index, accelerator.num_processes)
+        loader = self.task.loader(self.samples, settings, start, *place)
         batches = iter(loader)
         unlabeled = unlabeled_batches(self.teacher, start)
         if settings.overfit_one_batch:
@@ -202,7 +201,8 @@ class _Run:
         """Sets up model and learning rates for this step and makes one update. Returns the loss terms."""
         settings = self.settings
         training_mode(self.plain, settings.model.freeze_backbone_norm)
-        self.plain.set_progress(step * self._images_per_step() / len(self.samples))
+        epoch = step * self._images_per_step() / len(self.samples)
+        self.task.set_progress(self.plain, epoch, step / settings.optim.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["base_lr"] * learning_rate_factor(step, settings.optim)
         return self._update(step, micro_batches)
@@ -217,14 +217,14 @@ class _Run:
 
     def _update(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
         """One optimizer step over the accumulated micro-batches. Returns the loss terms, detached; none if skipped."""
-        normalizers = effective_normalizers(self.plain, self.accelerator, micro_batches)
+        normalizers = self.task.normalizers(self.plain, self.accelerator, micro_batches)
         totals: dict[str, torch.Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
         self.statistics.keep()
         finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         with CostWatch() as costs:
             for index, batch in enumerate(micro_batches):
-                inputs = model_inputs(batch, self.accelerator.device, self.settings.stage)
+                inputs = self.task.inputs(batch, self.accelerator.device, self.settings.stage)
                 with self._sync(index == len(micro_batches) - 1):
                     with self.accelerator.autocast():
                         output = self.model(**inputs, normalizers=normalizers)
@@ -293,7 +293,7 @@ class _Run:
 
     def _evaluate(self, step: int) -> None:
         metrics = self.validation.run(step, self.weights, self.result)
-        self.log.write(step, {f"val_{key}": metrics[key] for key in ("AP", "AP50", "AP75", "training_seconds")})
+        self.log.write(step, {f"val_{key}": metrics[key] for key in (*self.task.metrics, "training_seconds")})
 
     def _report(self, step: int, bar: tqdm) -> None:
         """Logs the means over the steps since the last line, without those that were skipped."""
@@ -376,6 +376,7 @@ class _Run:
             with writing(self.output / "model.safetensors"):
                 model.save_pretrained(self.output)
                 self.processor.save_pretrained(self.output)
+                self.task.save(model, self.output)
                 usual_rights(self.output)
             write_json(self.output / "training_summary.json", summary(self.settings, result, self._facts()))
             if failures:

@@ -45,7 +45,6 @@ class SemanticTask(InstanceTask):
     """The class of every pixel."""
 
     metrics = ("mIoU", "mAcc", "aAcc")
-    shown = ("mIoU", "aAcc")
 
     def with_image_settings(self, settings: TrainSettings) -> TrainSettings:
         """As for instances, with CLIP's own mean and deviation where `model.init` has none."""
@@ -58,7 +57,7 @@ class SemanticTask(InstanceTask):
         return with_image_settings(settings)
 
     def data(self, settings: TrainSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
-        train, val = build_data(settings.data)
+        train, val = build_data(settings)
         train = semantic_view(train)
         label_map(train, 0)  # an error in the list of classes shows now
         return train, None if val is None else semantic_view(val)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -89,8 +89,10 @@ def make_loader(
     together: Callable[[list[dict]], dict] | None = None,
 ) -> DataLoader:
     """Micro-batches of this process, on the canvas that `data.canvas` says. Their `mask_labels` are `InstanceMasks`:
-    dense masks would be copied between processes, and be held for all micro-batches of a step at once."""
+    dense masks would be copied between processes, and be held for all micro-batches of a step at once. `together` makes
+    batches of other samples."""
     extra = len(samples.extra) if isinstance(samples, MixedSamples) else 0
+    pad_to = settings.data.size if settings.data.square else None
     return DataLoader(
         _Keyed(samples),
         batch_sampler=SampleKeys(len(samples), settings, start, rank, world, extra),

@@ -17,7 +17,7 @@ from ..data.usage import training_usage
 from ..evaluation.predictor import evaluate_model, evaluated_classes
 from ..models.losses import Normalizers
 from .batch import effective_normalizers, model_inputs
-from .build import build_data, build_model, build_processor, build_samples, kernel_features, with_image_settings
+from .build import build_data, build_model, build_processor, build_samples, with_image_settings
 from .config import TrainSettings
 from .mixture import load_extra
 from .stream import make_loader
@@ -27,14 +27,13 @@ class InstanceTask:
     """Masks with classes: pre-training and fine-tuning of query segmenters and Mask R-CNN."""
 
     metrics = ("AP", "AP50", "AP75")  # of an evaluation; the first one decides which model is the best
-    shown = ("AP", "AP50")
 
     def with_image_settings(self, settings: TrainSettings) -> TrainSettings:
         return with_image_settings(settings)
 
     def data(self, settings: TrainSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
         """Rows to train on, and to evaluate on if any."""
-        return build_data(settings.data, kernel_features(settings))
+        return build_data(settings)
 
     def extra(self, settings: TrainSettings, train: InstanceDataset, val: InstanceDataset | None):
         return load_extra(settings, train, val)

@@ -11,13 +11,13 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..data import InstanceDataset
-from ..evaluation.predictor import evaluate_model
 from ..files import write_json
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_uplvp import UplvpPreTrainedModel
 from .checkpoint import list_checkpoints, new_folder, remove_folder
 from .config import TrainSettings
 from .optim import images_per_step
+from .task import InstanceTask
 from .weights import RunWeights
 
 if TYPE_CHECKING:
@@ -35,13 +35,14 @@ class Validation:
     def __init__(
         self,
         settings: TrainSettings,
+        task: InstanceTask,
         accelerator: Accelerator,
         processor: UplvpImageProcessor,
         rows: InstanceDataset | None,
         images: int,
         progress: bool,
     ):
-        self.settings, self.accelerator, self.processor = settings, accelerator, processor
+        self.settings, self.task, self.accelerator, self.processor = settings, task, accelerator, processor
         self.rows, self.progress, self.output = rows, progress, Path(settings.output)
         self.steps = evaluation_steps(settings, images, accelerator.num_processes) if rows is not None else set()
         wanted = settings.evaluation
@@ -63,18 +64,7 @@ class Validation:
 
     def _evaluate(self, model: UplvpPreTrainedModel) -> dict:
         """Every process predicts its share of the images, and all get the numbers."""
-        settings = self.settings.evaluation
-        return evaluate_model(
-            model,
-            self.processor,
-            self.rows,
-            batch_size=settings.batch_size,
-            class_agnostic=evaluates_agnostic(self.settings),
-            progress=self.progress,
-            mask_threshold=settings.mask_threshold,
-            backend=settings.backend,
-            distributed=True,
-        )
+        return self.task.evaluate(model, self.processor, self.rows, self.settings, self.progress)
 
     def is_exhausted(self, evaluations: dict[int, dict]) -> bool:
         """Whether none of the last `evaluation.patience` evaluations improved the best AP."""
@@ -136,14 +126,12 @@ def best_step(evaluations: dict[int, dict]) -> int:
 
 
 def shown(metrics: dict) -> str:
-    """AP and AP50 in per cent, as they are printed; a dash where there was nothing to find."""
-    numbers = ((key, metrics[key]) for key in ("AP", "AP50"))
+    """AP and AP50, or mIoU and aAcc, in per cent, as they are printed; a dash where there was nothing to find."""
+    numbers = ((key, metrics[key]) for key in (("mIoU", "aAcc") if "mIoU" in metrics else ("AP", "AP50")))
     return "  ".join(f"{key} {'-' if value is None else f'{100 * value:.1f}'}" for key, value in numbers)
 
 
-def evaluates_agnostic(settings: TrainSettings) -> bool:
-    return settings.evaluation.class_agnostic or settings.model.class_agnostic
-
-
 def _score(metrics: dict) -> float:
-    return -1.0 if metrics["AP"] is None else metrics["AP"]
+    """AP, or mIoU of a semantic segmenter."""
+    value = metrics["mIoU" if "mIoU" in metrics else "AP"]
+    return -1.0 if value is None else value

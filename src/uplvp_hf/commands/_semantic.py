@@ -1,0 +1,147 @@
+"""What `uplvp evaluate` and `uplvp predict` do with a semantic segmenter."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..models.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from uplvp_hf.data import InstanceDataset
+
+
+def add_semantic_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("semantic segmenters")
+    group.add_argument("--window", type=int, metavar="SIZE", help="cut the resized image into windows of that side")
+    group.add_argument("--stride", type=int, metavar="PIXELS", help="between windows (default: two thirds of a window)")
+    group.add_argument("--scales", metavar="LIST", help="mean over several sizes, such as 0.5,1,1.5 (default: 1)")
+    group.add_argument("--flip", action="store_true", help="mean over the image and its mirror image")
+
+
+def semantic_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options of `segment_image`. Raises UserError for numbers that make no sense."""
+    try:
+        scales = tuple(float(word) for word in (arguments.scales or "1").split(","))
+    except ValueError as error:
+        raise UserError(f"--scales {arguments.scales}: write numbers such as 0.5,1,1.5") from error
+    if min(scales) <= 0:
+        raise UserError("--scales must be positive")
+    for name in ("window", "stride"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 32:
+            raise UserError(f"--{name} must be at least 32 pixels")
+    if arguments.window is not None and arguments.window % 32:
+        raise UserError(f"--window must be a multiple of 32 pixels, not {arguments.window}")
+    if arguments.stride is not None and (arguments.window is None or arguments.stride > arguments.window):
+        raise UserError("--stride needs a --window that is at least as large")
+    return {"scales": scales, "flip": arguments.flip, "window": arguments.window, "stride": arguments.stride}
+
+
+def evaluate(arguments: argparse.Namespace, dataset: InstanceDataset) -> None:
+    """Prints the numbers; with --output writes metrics.json and per_class.csv, and the worst and best images."""
+    from uplvp_hf.evaluation.semantic import evaluate_semantic, load_semantic
+    from uplvp_hf.files import replacing, write_json
+    from uplvp_hf.labeling.processes import Processes
+
+    options = semantic_options(arguments)
+    model, processor = load_semantic(arguments.model, arguments.device)
+    if arguments.output:
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+    images: list[dict[str, Any]] = []
+
+    def keep(row: Any, found: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> None:
+        total = int(counts.sum())
+        right = float(counts.diagonal().sum() / total) if total else None
+        images.append({"file_name": row["file_name"], "accuracy": right, "pixels": total})
+
+    metrics = evaluate_semantic(
+        model, processor, dataset, progress=not arguments.quiet, distributed=True, on_result=keep, **options
+    )
+    if Processes().rank != 0:
+        return
+    metrics["failures"] = [*dataset.failures, *metrics["failures"]]
+    print(format_metrics(metrics))
+    if not arguments.output:
+        return
+    output = Path(arguments.output)
+    rated = sorted((one for one in images if one["accuracy"] is not None), key=lambda one: one["accuracy"])
+    extra = {"data": arguments.data, "split": arguments.split, "worst": rated[:10], "best": rated[::-1][:10]}
+    write_json(output / "metrics.json", {**metrics, **extra})
+    with replacing(output / "per_class.csv", "w") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["class", "IoU"])
+        writer.writerows(metrics["per_class"].items())
+    print(f"{output / 'metrics.json'}, {output / 'per_class.csv'}")
+
+
+def format_metrics(metrics: dict[str, Any]) -> str:
+    """The numbers and the IoU of every class, in per cent."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    lines = ["  ".join(f"{name} {percent(metrics[name])}" for name in ("mIoU", "mAcc", "aAcc"))]
+    width = max(len(name) for name in metrics["per_class"])
+    lines += [f"{name:<{width}} {percent(value):>6}" for name, value in metrics["per_class"].items()]
+    if metrics["absent"]:
+        lines.append(f"{metrics['absent']} classes occur neither in labels nor in predictions, and do not count.")
+    lines.append(f"{metrics['num_images']} images, {metrics['seconds']:.1f} s.")
+    lines += [f"Left out: {one['file']}, {one['row']}: {one['reason']}" for one in metrics["failures"][:10]]
+    return "\n".join(lines)
+
+
+def predict(arguments: argparse.Namespace, dataset: InstanceDataset) -> None:
+    """Writes a label map of every image into maps/, and an overlay of its classes into overlays/.
+
+    The values of a map are the ids of the classes in the dataset that the model was trained on; classes.txt lists
+    them. Images whose map is there already are not computed again, unless --overwrite was given.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from uplvp_hf.evaluation.semantic import load_semantic, segment_dataset
+    from uplvp_hf.files import replacing, write_json_lines, write_text
+    from uplvp_hf.inference.sources import pixels_unbounded, plain_stem
+
+    output, options = Path(arguments.output), semantic_options(arguments)
+    model, processor = load_semantic(arguments.model, arguments.device)
+    config = model.config
+    ids = np.array(config.category_ids)
+    names = [f"{number} {config.id2label[index]}" for index, number in enumerate(ids)]
+    write_text(output / "classes.txt", "".join(f"{line}\n" for line in names))
+
+    def place(folder: str, row: Any) -> Path:
+        return output / folder / f"{row['image_id']:06d}_{plain_stem(row['file_name'])}.png"
+
+    known = [not arguments.overwrite and place("maps", row).is_file() for row in dataset.rows]
+    todo = dataset.subset([index for index, done in enumerate(known) if not done])
+    failures = list(dataset.failures)
+    with pixels_unbounded():
+        for index, row, found in segment_dataset(model, processor, todo, not arguments.quiet, failures, **options):
+            values = ids[found].astype(np.uint8 if ids.max() < 256 and ids.min() >= 0 else np.uint16)
+            if not arguments.no_overlays:
+                with replacing(place("overlays", row), "wb") as stream:
+                    draw(todo.load_image(index), found, len(ids)).save(stream, format="PNG")
+            with replacing(place("maps", row), "wb") as stream:
+                Image.fromarray(values).save(stream, format="PNG")
+    write_json_lines(output / "failures.jsonl", failures)
+    print(f"{len(todo) - len(failures)} label maps, {sum(known)} were there already: {output / 'maps'}")
+
+
+def draw(image: Image, labels: np.ndarray, count: int) -> Image:
+    """The image under the colors of its classes."""
+    import colorsys
+
+    import numpy as np
+    from PIL import Image
+
+    # Neighboring numbers get hues far apart: steps of the golden ratio.
+    hues = [(index * 0.618034) % 1 for index in range(count)]
+    colors = np.array([colorsys.hsv_to_rgb(hue, 0.75, 0.95) for hue in hues]) * 255
+    mixed = 0.5 * np.asarray(image, dtype=np.float32) + 0.5 * colors[labels]
+    return Image.fromarray(mixed.round().astype(np.uint8))
