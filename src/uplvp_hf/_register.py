@@ -27,25 +27,20 @@ def register_auto_classes() -> None:
         AutoModelForImageSegmentation,
         AutoModelForInstanceSegmentation,
         AutoModelForPreTraining,
-        AutoModelForSemanticSegmentation,
         AutoModelForUniversalSegmentation,
     )
     from transformers.models.auto import modeling_auto
     from transformers.utils import is_torchvision_available
 
-    from .models.configuration_icpc import IcpcConfig
     from .models.configuration_knet import KNetConfig
     from .models.configuration_queryinst import QueryInstConfig
     from .models.configuration_uplvp import UplvpConfig
-    from .models.image_processing_pil_icpc import IcpcImageProcessorPil
     from .models.image_processing_pil_uplvp import UplvpImageProcessorPil
-    from .models.modeling_icpc import IcpcForSemanticSegmentation
     from .models.modeling_knet import KNetForInstanceSegmentation, KNetModel
     from .models.modeling_queryinst import QueryInstForInstanceSegmentation, QueryInstModel
     from .models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
     processors = {"pil": UplvpImageProcessorPil}
-    semantic_processors = {"pil": IcpcImageProcessorPil}
     bodies = [  # a UPLVP model is a segmenter of another architecture; there is no smaller body that all of them have
         (UplvpConfig, UplvpForInstanceSegmentation),
         (KNetConfig, KNetModel),
@@ -58,12 +53,10 @@ def register_auto_classes() -> None:
     ]
     if is_torchvision_available():
         from .models.configuration_mask_rcnn import MaskRcnnConfig
-        from .models.image_processing_icpc import IcpcImageProcessor
         from .models.image_processing_uplvp import UplvpImageProcessor
         from .models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 
         processors["torchvision"] = UplvpImageProcessor
-        semantic_processors["torchvision"] = IcpcImageProcessor
         bodies.append((MaskRcnnConfig, MaskRcnnForInstanceSegmentation))
         models.append((MaskRcnnConfig, MaskRcnnForInstanceSegmentation))
     AutoModelForPreTraining.register(UplvpConfig, UplvpForPreTraining)
@@ -81,10 +74,28 @@ def register_auto_classes() -> None:
         # Without this entry the pipeline works but logs that the model is not supported.
         modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES[config.model_type] = model.__name__
         AutoImageProcessor.register(config, image_processor_classes=dict(processors))
+    _register_semantic()
+
+
+def _register_semantic() -> None:
+    """The same for semantic segmentation."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation
+    from transformers.models.auto import modeling_auto
+    from transformers.utils import is_torchvision_available
+
+    from .models.configuration_icpc import IcpcConfig
+    from .models.image_processing_pil_icpc import IcpcImageProcessorPil
+    from .models.modeling_icpc import IcpcForSemanticSegmentation
+
+    processors = {"pil": IcpcImageProcessorPil}
+    if is_torchvision_available():
+        from .models.image_processing_icpc import IcpcImageProcessor
+
+        processors["torchvision"] = IcpcImageProcessor
     AutoConfig.register(IcpcConfig.model_type, IcpcConfig)
     AutoModelForSemanticSegmentation.register(IcpcConfig, IcpcForSemanticSegmentation)
     modeling_auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES[IcpcConfig.model_type] = "IcpcForSemanticSegmentation"
-    AutoImageProcessor.register(IcpcConfig, image_processor_classes=semantic_processors)
+    AutoImageProcessor.register(IcpcConfig, image_processor_classes=processors)
 
 
 def register_pipeline() -> None:

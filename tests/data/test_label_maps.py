@@ -47,7 +47,7 @@ def test_ids_of_the_files_are_reduced_once(tmp_path, maps):
     for k, category in enumerate(objects["category_id"]):
         assert np.array_equal(dataset.mask(1, k), maps[1] == category)
     report = check_dataset(lambda: dataset)
-    assert report["images"] == 3 and not report["faults"]
+    assert report["images"] == 3 and not report["broken"]
 
 
 def test_names_alone_are_numbered_from_zero(tmp_path, maps):

@@ -185,16 +185,9 @@ def convert_checkpoint(
     found = detect_format(source)
     if found != "resnet":  # of a model that was saved inside a wrapper for several devices
         source = {name.removeprefix("module."): tensor for name, tensor in source.items()}
+    options = (kind, config, (classes, named), category_ids, settings, tokenizer)
     try:
-        if found == "resnet":
-            model, converted, dropped = _backbone(source)
-        elif found == "denseclip":
-            model, converted = build_denseclip(source, classes or named, category_ids, settings or {}, tokenizer)
-            dropped = {name: _DROPPED[COUNTER] for name in source if re.fullmatch(COUNTER, name)}
-        else:
-            model, converted, dropped = _segmenter(
-                source, _formats()[found], kind, config, (classes, named), category_ids, settings
-            )
+        model, converted, dropped = _converted(source, found, *options)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint} ({found}): the tensor {error} (our name) is missing.") from error
     except ValueError as error:
@@ -210,6 +203,16 @@ def convert_checkpoint(
         output / "conversion_report.json", {"source": Path(checkpoint).name, "format": found, **report.as_dict()}
     )
     return report
+
+
+def _converted(source, found: str, kind: str, config, classes, category_ids, settings, tokenizer):
+    """The model, its tensors under our names, and {name: reason} of those that have no place in it."""
+    if found == "resnet":
+        return _backbone(source)
+    if found == "denseclip":
+        model, converted = build_denseclip(source, classes[0] or classes[1], category_ids, settings or {}, tokenizer)
+        return model, converted, {name: _DROPPED[COUNTER] for name in source if re.fullmatch(COUNTER, name)}
+    return _segmenter(source, _formats()[found], kind, config, classes, category_ids, settings)
 
 
 def _backbone(source: dict[str, Tensor]):

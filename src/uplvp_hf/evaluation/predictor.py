@@ -40,12 +40,10 @@ def load_segmenter(
         DataError: if it holds another kind of model, or weights that lack tensors or do not fit `config.json`.
     """
     from uplvp_hf.models.configuration_uplvp import UplvpConfig
-    from uplvp_hf.models.image_processing_icpc import IcpcImageProcessor
     from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
     from uplvp_hf.models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
     from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
-    processors = {"icpc": IcpcImageProcessor}
     models = {"uplvp": UplvpForInstanceSegmentation, "mask_rcnn": MaskRcnnForInstanceSegmentation, **(further or {})}
     if os.path.isdir(name_or_dir):
         for needed in ("config.json", "preprocessor_config.json"):
@@ -75,7 +73,7 @@ def load_segmenter(
             remedy="Is the folder complete, and its number of classes the one that was trained?",
         )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return model.to(device).eval(), processors.get(kind, UplvpImageProcessor).from_pretrained(name_or_dir)
+    return model.to(device).eval(), UplvpImageProcessor.from_pretrained(name_or_dir)
 
 
 def predict_dataset(

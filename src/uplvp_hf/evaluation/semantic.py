@@ -34,9 +34,11 @@ def is_semantic_model(name_or_dir: str) -> bool:
 
 def load_semantic(name_or_dir: str, device: str | torch.device | None = None) -> tuple[Any, Any]:
     """Model and image processor, as `load_segmenter` gives them."""
+    from ..models.image_processing_icpc import IcpcImageProcessor
     from ..models.modeling_icpc import IcpcForSemanticSegmentation
 
-    return load_segmenter(name_or_dir, device, further={"icpc": IcpcForSemanticSegmentation})
+    model, _ = load_segmenter(name_or_dir, device, further={"icpc": IcpcForSemanticSegmentation})
+    return model, IcpcImageProcessor.from_pretrained(name_or_dir)
 
 
 class MeanIoU:
