@@ -93,10 +93,11 @@ def test_parts_of_a_batch_count_together(scenes, tmp_path):
     chosen = task.with_image_settings(chosen)
     rows, _ = task.data(chosen)
     model = task.model(chosen, rows).eval()
-    loader = iter(task.loader(task.samples(chosen, rows, None), chosen, 0, 0, 1))
+    accelerator = Accelerator(cpu=True)
+    loader = iter(task.loader(task.samples(chosen, rows, None), chosen, 0, accelerator))
     parts = [next(loader), next(loader)]
     joined = {key: torch.cat([part[key] for part in parts]) for key in ("pixel_values", "labels")}
-    divisors = task.normalizers(model, Accelerator(cpu=True), parts)
+    divisors = task.normalizers(model, accelerator, parts)
     with torch.no_grad():
         whole = model(**joined).losses
         split = [model(**task.inputs(part, torch.device("cpu"), "finetune"), normalizers=divisors) for part in parts]

@@ -126,8 +126,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
 
 class _Run:
     def __init__(self, settings, task, accelerator, model, samples, views, val_rows, progress):
-        self.task = task
-        self.settings, self.accelerator, self.samples, self.val_rows = settings, accelerator, samples, val_rows
+        self.task, self.settings, self.accelerator = task, settings, accelerator
+        self.samples, self.val_rows = samples, val_rows
         self.images = len(samples) + len(getattr(samples, "extra", ())) + len(views or ())  # all that is trained on
         self.output = Path(settings.output)
         self.progress = progress and accelerator.is_main_process
@@ -183,8 +183,7 @@ class _Run:
         """(step, its micro-batches), from step `start` on."""
         settings, accelerator = self.settings, self.accelerator
         steps, count = range(start, settings.optim.steps), settings.optim.accumulation
-        place = (accelerator.process_index, accelerator.num_processes)
-        loader = self.task.loader(self.samples, settings, start, *place)
+        loader = self.task.loader(self.samples, settings, start, accelerator)
         batches = iter(loader)
         unlabeled = unlabeled_batches(self.teacher, start)
         if settings.overfit_one_batch:

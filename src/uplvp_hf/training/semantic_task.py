@@ -106,9 +106,10 @@ class SemanticTask(InstanceTask):
             image_std=list(data.image_std), ignore_index=model.config.semantic_loss_ignore_index,
         )  # fmt: skip
 
-    def loader(self, samples: Any, settings: TrainSettings, start: int, rank: int, world: int) -> DataLoader:
+    def loader(self, samples: Any, settings: TrainSettings, start: int, accelerator: Accelerator) -> DataLoader:
         together = partial(collate_semantic, size=settings.data.size, ignored=samples.ignored)
-        return make_loader(samples, settings, start, rank, world, together)
+        place = (accelerator.process_index, accelerator.num_processes)
+        return make_loader(samples, settings, start, *place, together)
 
     def set_progress(self, model: Any, epoch: float, share: float) -> None:
         model.progress = share

@@ -55,8 +55,9 @@ class InstanceTask:
     def processor(self, settings: TrainSettings, model: Any) -> Any:
         return build_processor(settings.data)
 
-    def loader(self, samples: Any, settings: TrainSettings, start: int, rank: int, world: int) -> DataLoader:
-        return make_loader(samples, settings, start, rank, world)
+    def loader(self, samples: Any, settings: TrainSettings, start: int, accelerator: Accelerator) -> DataLoader:
+        """The micro-batches of this process, from step `start` on."""
+        return make_loader(samples, settings, start, accelerator.process_index, accelerator.num_processes)
 
     def set_progress(self, model: Any, epoch: float, share: float) -> None:
         """Tells the model, before a step, how many epochs and which share of the steps are done."""
