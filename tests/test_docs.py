@@ -77,3 +77,19 @@ def test_rows_are_of_the_sources_that_the_script_has(load_script):
     assert {(name, source) for name in ("animals7", "balloon") for source in quality.image_sources(None)} <= found
     keys = {"set", "split", "images", "backbone", "seed", "source", *quality.KEYS, *quality.NAMED_KEYS}
     assert all(set(row) <= keys and row["images"] in (61, 100) for row in rows.values())
+
+
+# docs/results.md: the log of the pilot run of a teacher.
+
+
+def test_the_table_of_the_pilot_is_that_of_its_log():
+    lines = [json.loads(line) for line in (ROOT / "docs/results/teacher_pilot.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line for line in lines if "pseudo_instances" in line}
+    text = (ROOT / "docs/results.md").read_text()
+    rows = {"pseudo instances an image": ("instances", 2), "their precision, hidden labels": ("precision", 2)}
+    rows |= {"their recall": ("recall", 2), "half believed, an image": ("unsure", 1)}
+    for name, (key, digits) in rows.items():
+        cells = [f"{logged[step][f'pseudo_{key}']:.{digits}f}" for step in (140, 200, 260, 320, 380)]
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    scores = [f"{100 * line['val_AP']:.1f} after {line['step']}" for line in lines if "val_AP" in line]
+    assert f"The AP was {scores[0]} steps, {', '.join(scores[1:])}." in text

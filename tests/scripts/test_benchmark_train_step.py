@@ -25,6 +25,18 @@ def test_small_run(monkeypatch, capsys):
 
 
 @pytest.mark.slow
+def test_steps_with_a_teacher(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    import benchmark_train_step
+
+    small = ["--teacher", "--no-memory", "--size", "64", "--points", "64", "--rounds", "1", "--queries", "6"]
+    assert benchmark_train_step.main([*small, "--batch", "1"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result.keys() == {"teacher_ratio", "teacher_processor_ratio", "supervised_seconds"}
+    assert result["teacher_processor_ratio"] > 1
+
+
+@pytest.mark.slow
 def test_losses_that_differ_are_refused(monkeypatch):
     sys.path.insert(0, str(SCRIPT.parent))
     try:

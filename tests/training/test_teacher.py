@@ -6,7 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_helpers import assert_same_run, log_of, stop_at
+from training_helpers import (
+    DESCENT,
+    DETERMINISTIC,
+    PROCESS,
+    TRAIN,
+    assert_same_run,
+    largest_difference,
+    log_of,
+    on_two_processes,
+    state_of,
+    stop_at,
+)
 
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.errors import DataError
@@ -131,6 +142,23 @@ def test_a_teacher_that_finds_nothing_says_so_once(run, words, caplog):
     run("run", *words, "teacher.class_threshold=1", "teacher.patience=2")
     said = [record.getMessage() for record in caplog.records if "no pseudo instance" in record.getMessage()]
     assert len(said) == 1 and "in 2 steps (up to step 4)" in said[0] and "teacher.class_threshold (now 1)" in said[0]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, words, deterministic, tmp_path):
+    """Weights, divisors, and how often the classes were found. A parameter without a gradient would end the second
+    update of DistributedDataParallel."""
+    more = [*words, *DESCENT, "optim.ema=0.9", "teacher.adaptive=0.5", "teacher.burn_in=1", "teacher.ramp=0"]
+    more += ["checkpoint.every=2", "teacher.measure=true"]
+    run("one", *more, "optim.batch_size=4")
+    script = tmp_path / "distributed.py"
+    script.write_text(PROCESS + DETERMINISTIC + TRAIN)
+    on_two_processes(script, recipe, tmp_path / "two", *more, "optim.batch_size=2")
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    one, two = (state_of(tmp_path / name / "checkpoint-2")["teacher"] for name in ("one", "two"))
+    assert one["counts"] == two["counts"] and sum(one["counts"]) > 0
+    for line, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
 
 
 def test_validation_images_are_refused_by_path_and_by_content(unlabeled, tmp_path, caplog):
