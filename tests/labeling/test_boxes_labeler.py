@@ -248,9 +248,9 @@ def image_dir(tmp_path, count):
     return tmp_path / "images"
 
 
-def boxes_json(tmp_path, annotations, images=2, **more):
+def boxes_json(tmp_path, annotations, **more):
     content = {
-        "images": [{"id": k, "file_name": f"{k}.png", "width": 80, "height": 60} for k in range(images)],
+        "images": [{"id": k, "file_name": f"{k}.png", "width": 80, "height": 60} for k in range(2)],
         "annotations": annotations,
         "categories": [{"id": 3, "name": "bear"}, {"id": 7, "name": "deer"}],
     }
@@ -318,6 +318,26 @@ def test_lists_of_boxes_and_stores_are_read_too(folders, tmp_path):
 def test_faults_of_a_boxes_file_are_named(tmp_path, entry, message):
     with pytest.raises(DataError, match=message):
         read_boxes(boxes_json(tmp_path, [entry]))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"images": [{"id": 0}]}, "image 0: has no 'file_name'"),
+        ({"annotations": 3}, "annotations are no list but int"),
+    ],
+)
+def test_other_faults_of_a_boxes_file_are_named(tmp_path, more, message):
+    with pytest.raises(DataError, match=message):
+        read_boxes(boxes_json(tmp_path, **{"annotations": []} | more))
+
+
+def test_a_boxes_file_need_not_know_the_sizes_of_its_images(folders, tmp_path):
+    folder = image_dir(tmp_path, 1)
+    entry = {"image_id": 4, "category_id": 3, "bbox": [5, 5, 35, 35]}
+    path = boxes_json(tmp_path, [entry], images=[{"id": 4, "file_name": "0.png", "width": None}])
+    dataset = load_dataset_rows(folder)
+    assert len(BoxesLabeler(folders("sam"), boxes=path)([dataset.load_image(0)], dataset.rows)[0]) == 1
 
 
 def test_a_detector_that_finds_nothing(folders, tmp_path):

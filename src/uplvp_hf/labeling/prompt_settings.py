@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from ..settings import Settings, setting
-
-VIEWS = ("crop", "image")
-SURROUNDINGS = ("both", "keep", "paint")
+from .settings import FileSettings
 
 
 @dataclass(frozen=True)
@@ -18,7 +16,7 @@ class LookSettings(Settings):
         "crop",
         "crop looks at a square around each mask, so that small objects are seen at full size; image looks at the "
         "whole image once, which is cheaper where images have many masks",
-        choices=VIEWS,
+        choices=("crop", "image"),
     )
     image_size: int | None = setting(
         None,
@@ -31,7 +29,7 @@ class LookSettings(Settings):
         "both",
         "what a crop shows around the object: what is there (keep), the network's mean color (paint), or each once "
         "(both), at twice the cost",
-        choices=SURROUNDINGS,
+        choices=("both", "keep", "paint"),
     )
     batch_size: int = setting(32, "crops of a forward pass", least=1)
 
@@ -56,8 +54,8 @@ class ExamplesSettings(LookSettings):
     min_similarity: float | None = setting(
         None,
         "a mask less similar to its class than this stays unnamed (a cosine, centered); -1 names all. none: a little "
-        "below the least similar of the examples, each left out in turn; what is likelier no object than one of any "
-        "class then stays unnamed too",
+        "below the least similar of the examples, each left out in turn; what is no object with a probability of .8 "
+        "then stays unnamed too",
         least=-1,
         most=1,
     )
@@ -99,7 +97,7 @@ class ConceptSettings(KeptMasksSettings):
 
 
 @dataclass(frozen=True)
-class BoxesSettings(KeptMasksSettings):
+class BoxesSettings(KeptMasksSettings, FileSettings):
     """Boxes of a zero-shot detector or a file, turned into masks by a SAM."""
 
     threshold: float | None = setting(
@@ -117,16 +115,3 @@ class BoxesSettings(KeptMasksSettings):
         least=1,
     )
     boxes_per_pass: int = setting(64, "boxes of an image that the SAM is asked for at once", least=1)
-    match: str = setting(
-        "auto",
-        "what ties the images of a boxes file to the labeled ones: the whole file name (or its last part where that is "
-        "unambiguous), the image id, or auto: the name, else the id of an image of equal size",
-        choices=("auto", "file_name", "image_id"),
-    )
-    categories: str | None = setting(None, "COCO json that names the categories of a list of boxes, which has ids only")
-    missing: str | None = setting(
-        None,
-        "images that a boxes file lacks are listed as failures (fail) or get no masks (empty); none: empty for lists "
-        "of boxes, which leave out images without any, otherwise fail",
-        choices=("fail", "empty"),
-    )

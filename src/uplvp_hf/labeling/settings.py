@@ -273,8 +273,8 @@ class NcutSettings(Settings):
 
 
 @dataclass(frozen=True)
-class MaskFileSettings(Settings):
-    """Masks that another program wrote."""
+class FileSettings(Settings):
+    """How the images of a file with masks or boxes are found."""
 
     match: str = setting(
         "auto",
@@ -282,13 +282,21 @@ class MaskFileSettings(Settings):
         "unambiguous), the image id, or auto: the name, else the id of an image of equal size",
         choices=("auto", "file_name", "image_id"),
     )
-    categories: str | None = setting(None, "COCO json that names the categories of a results list; none: the ids")
+    categories: str | None = setting(
+        None, "COCO json that names the categories of a list, which has ids only; none: the ids"
+    )
     missing: str | None = setting(
         None,
-        "images that the file does not have: fail lists them, empty gives them no masks; none: empty for results "
-        "lists, which leave out images without results, else fail",
+        "images that the file does not have: fail lists them, empty gives them no masks; none: empty for lists, which "
+        "leave out images without results, else fail",
         choices=("fail", "empty"),
     )
+
+
+@dataclass(frozen=True)
+class MaskFileSettings(FileSettings):
+    """Masks that another program wrote."""
+
     min_score: float = setting(0.0, "masks of a lower score are left out")
     min_area: int = setting(1, "masks of fewer pixels are left out", least=0)
     top: int = setting(100, "most masks of an image, best scores first", least=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -21,9 +20,10 @@ from ..naming.crops import crop_box
 from ..naming.examples import Examples, read_examples
 from ..prompt_settings import BoxesSettings
 from ..protocol import Labeler
+from ..settings import MaskFileSettings
 from .box_segmenter import BoxSegmenter
 from .detectors import Boxes, load_detector
-from .mask_file import MaskFileLabeler, read_masks
+from .mask_file import MaskFileLabeler, is_number, named_categories, read_json, read_masks, rows_of_entries
 
 
 class BoxesLabeler(Labeler):
@@ -76,7 +76,7 @@ class BoxesLabeler(Labeler):
             licenses.append((detector, known))
         else:
             dataset = read_boxes(boxes, config.categories)
-            self.file = MaskFileLabeler(dataset, match=config.match, missing=config.missing)
+            self.file = MaskFileLabeler(dataset, MaskFileSettings(config.match, config.categories, config.missing))
             self.vocabulary = self.file.vocabulary
             self._origin = {"content": fingerprint(boxes)}
         self.segmenter = BoxSegmenter(model, device, dtype, config.boxes_per_pass)
@@ -172,69 +172,37 @@ def read_boxes(source: str | os.PathLike[str] | InstanceDataset, categories: str
     path = os.fspath(source)
     if not path.lower().endswith(".json"):
         return read_masks(path, categories)
-    content = _json(path)
-    entries, images = content, None
+    content, rows = read_json(path), None
     if isinstance(content, dict):
-        entries, images = content.get("annotations", []), content.get("images", [])
-    if not isinstance(entries, list):
-        raise DataError("is neither a COCO file nor a list of boxes", file=path)
-    rows: dict[Any, Row] = {}
-    for entry in images or []:
-        size = {"width": int(entry["width"]), "height": int(entry["height"])}
-        rows[entry["id"]] = Row(
-            image="", image_id=entry["id"], file_name=str(entry["file_name"]), objects=empty_objects(), **size
-        )
-    for place, entry in enumerate(entries):
-        _add_box(rows, entry, images is None, path, f"entry {place}")
-    named = content if images is not None else {} if categories is None else _json(categories)
-    return InstanceDataset(list(rows.values()), _categories(rows, named, categories or path, path), path)
+        rows = {entry["id"]: _image_row(entry) for entry in _listed_images(content, path)}
+    entries = content.get("annotations", []) if isinstance(content, dict) else content
+    rows = rows_of_entries(path, entries, "bbox", rows)
+    for row in rows.values():
+        _check_boxes(row, path)
+    names = named_categories(rows, path if isinstance(content, dict) else categories, path)
+    return InstanceDataset(list(rows.values()), names, path)
 
 
-def _add_box(rows: dict[Any, Row], entry: Any, anywhere: bool, path: str, where: str) -> None:
-    """Put a box of a file into the row of its image."""
-    needed = ("image_id", "category_id", "bbox")
-    lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
-    if lacking:
-        raise DataError(f"has no {lacking[0]!r}", file=path, row=where, remedy=f"A box has {', '.join(needed)}.")
-    box, score = entry["bbox"], entry.get("score", 1.0)
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
-        raise DataError(f"a bbox is four finite numbers, got {box!r:.80}", file=path, row=where)
-    if not _is_number(score) or not 0 <= score <= 1:
-        raise DataError(f"a score is a number from 0 to 1, got {score!r:.80}", file=path, row=where)
-    key = entry["image_id"]
-    if key not in rows:
-        if not anywhere:
-            raise DataError(f"names the image {key!r}, which the file does not list", file=path, row=where)
-        rows[key] = Row(image="", image_id=key, file_name=str(key), objects=empty_objects())
-    x, y, width, height = map(float, box)
-    corners = [x, y, x + width, y, x + width, y + height, x, y + height]
-    values = {"segmentation": [corners], "category_id": entry["category_id"], "bbox": [x, y, width, height]}
-    values |= {"area": width * height, "iscrowd": int(entry.get("iscrowd", 0)), "score": float(score)}
-    for name, value in values.items():
-        rows[key]["objects"][name].append(value)
+def _listed_images(content: dict[str, Any], path: str) -> list[dict[str, Any]]:
+    images = content.get("images", [])
+    for place, entry in enumerate(images):
+        lacking = [key for key in ("id", "file_name") if not isinstance(entry, dict) or key not in entry]
+        if lacking:
+            raise DataError(f"has no {lacking[0]!r}", file=path, row=f"image {place}")
+    return images
 
 
-def _categories(rows: dict[Any, Row], content: Any, source: str, path: str) -> list[dict[str, Any]]:
-    """The categories that `content` names; without any, those of the boxes, by their ids."""
-    used = sorted({number for row in rows.values() for number in row["objects"]["category_id"]})
-    known = {entry["id"]: str(entry["name"]) for entry in content.get("categories", [])}
-    if not known:
-        return [{"id": number, "name": str(number)} for number in used]
-    for number in used:
-        if number not in known:
-            raise DataError(f"names no category {number!r}, which a box of {path} has", file=source)
-    return [{"id": number, "name": name} for number, name in known.items()]
+def _image_row(entry: dict[str, Any]) -> Row:
+    """Of an image of a COCO file; sizes that are missing or no numbers are not known."""
+    size = {key: int(entry[key]) for key in ("width", "height") if is_number(entry.get(key))}
+    known = size if len(size) == 2 else {}
+    return Row(image="", image_id=entry["id"], file_name=str(entry["file_name"]), objects=empty_objects(), **known)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def _json(path: str) -> Any:
-    try:
-        with open(path, encoding="utf-8") as stream:
-            return json.load(stream)
-    except FileNotFoundError as error:
-        raise DataError("no such file", file=path) from error
-    except ValueError as error:
-        raise DataError(f"is not valid JSON ({error})", file=path) from error
+def _check_boxes(row: Row, path: str) -> None:
+    for box, score in zip(row["objects"]["bbox"], row["objects"]["score"]):
+        where = {"file": path, "row": f"image {row['image_id']!r}"}
+        if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
+            raise DataError(f"a bbox is four finite numbers, got {box!r:.80}", **where)
+        if not 0 <= score <= 1:
+            raise DataError(f"the score of a box is a number from 0 to 1, got {score!r}", **where)

@@ -144,38 +144,59 @@ def read_masks(path: str | os.PathLike[str], categories: str | None = None) -> I
 
 
 def _read_results(path: str, categories: str | None) -> InstanceDataset:
-    entries = _read_json(path)
-    rows: dict[int | str, Row] = {}
+    rows = rows_of_entries(path, read_json(path), "segmentation")
+    return InstanceDataset(list(rows.values()), named_categories(rows, categories, path), path)
+
+
+def rows_of_entries(path: str, entries: Any, key: str, rows: dict[Any, Row] | None = None) -> dict[Any, Row]:
+    """Rows by image id, with what a list of {"image_id", "category_id", `key`, "score"} says of their objects.
+
+    rows: of the images that there are; None: there are those that the list names. Raises DataError naming the entry.
+    """
+    found = {} if rows is None else rows
+    needed = ("image_id", "category_id", key)
+    if not isinstance(entries, list):
+        raise DataError(f"its annotations are no list but {type(entries).__name__}", file=path)
     for place, entry in enumerate(entries):
-        needed = ("image_id", "category_id", "segmentation")
-        lacking = [key for key in needed if not isinstance(entry, dict) or key not in entry]
+        where = {"file": path, "row": f"entry {place}"}
+        lacking = [name for name in needed if not isinstance(entry, dict) or name not in entry]
         if lacking:
-            raise DataError(
-                f"has no {lacking[0]!r}",
-                file=path,
-                row=f"entry {place}",
-                remedy="A COCO results list has image_id, category_id, segmentation and score in each entry.",
-            )
-        key = entry["image_id"]
-        row = rows.setdefault(key, Row(image="", image_id=key, file_name=str(key), objects=empty_objects()))
-        score = entry.get("score", 1.0)
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not np.isfinite(score):
-            raise DataError(f"a score must be a finite number, got {score!r}", file=path, row=f"entry {place}")
-        for name, value in (("segmentation", entry["segmentation"]), ("score", float(score)), ("iscrowd", 0)):
-            row["objects"][name].append(value)
-        row["objects"]["category_id"].append(entry["category_id"])
-    ids = sorted({number for row in rows.values() for number in row["objects"]["category_id"]})
-    names = {number: str(number) for number in ids}
-    if categories is not None:
-        known = {entry["id"]: entry["name"] for entry in _read_json(categories).get("categories", [])}
-        unknown = [number for number in ids if number not in known]
-        if unknown:
-            raise DataError(f"names no category {unknown[0]!r}, which {path} has", file=categories)
-        names = known
-    return InstanceDataset(list(rows.values()), [{"id": number, "name": name} for number, name in names.items()], path)
+            remedy = f"An entry has {', '.join(needed)}, and may have a score."
+            raise DataError(f"has no {lacking[0]!r}", **where, remedy=remedy)
+        image, score = entry["image_id"], entry.get("score", 1.0)
+        if not is_number(score):
+            raise DataError(f"a score must be a finite number, got {score!r:.80}", **where)
+        if rows is not None and image not in rows:
+            raise DataError(f"names the image {image!r}, which the file does not list", **where)
+        own = Row(image="", image_id=image, file_name=str(image), objects=empty_objects())
+        objects = found.setdefault(image, own)["objects"]
+        values = {name: entry[name] for name in needed[1:]} | {"score": float(score)}
+        for name, value in (values | {"iscrowd": int(entry.get("iscrowd", 0))}).items():
+            objects[name].append(value)
+    return found
 
 
-def _read_json(path: str) -> Any:
+def named_categories(rows: dict[Any, Row], source: str | None, path: str) -> list[dict[str, Any]]:
+    """The categories that the COCO file `source` names; without any, those of the objects of `rows`, by their ids.
+
+    Raises DataError for an object whose category is not among them.
+    """
+    used = sorted({number for row in rows.values() for number in row["objects"]["category_id"]})
+    known = [] if source is None else read_json(source).get("categories", [])
+    names = {entry["id"]: str(entry["name"]) for entry in known} or {number: str(number) for number in used}
+    unknown = [number for number in used if number not in names]
+    if unknown:
+        raise DataError(f"names no category {unknown[0]!r}, which {path} has", file=source)
+    return [{"id": number, "name": name} for number, name in names.items()]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def read_json(path: str) -> Any:
+    """The content of a JSON file. Raises DataError where there is none."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -95,8 +95,8 @@ class Prototypes:
     def calibrate(self) -> Calibration:
         """Temperature and bias that make the left-out examples and ground likeliest. The floor lies one standard
         deviation below the least similarity of a left-out example to its class (of N examples, one in N + 1 new ones
-        would be below that least itself), or three below their mean. Masks that are likelier ground than all classes
-        together are no objects.
+        would be below that least itself), or three below their mean. Masks that are ground with a probability of .8 are
+        no objects.
 
         Examples that are the only ones of their class have nothing to be compared with. Without two others, nothing
         is known: the defaults of `Calibration` name every mask.
@@ -118,7 +118,7 @@ class Prototypes:
         known = ~rows.isnan().any(dim=1)
         temperature, bias = _likeliest(rows[known], targets[known], self.classes)
         floor = min(own.min() - own.std(), own.mean() - 3 * own.std())
-        return Calibration(temperature, bias, float(floor), most_ground=0.5)
+        return Calibration(temperature, bias, float(floor), most_ground=0.8)
 
     def _centered(self, vectors: torch.Tensor) -> torch.Tensor:
         return F.normalize(vectors - self.center, dim=-1)
