@@ -98,11 +98,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scenes", type=int, default=100, help="for --clip (default: 100)")
     add("--proxy-backbone", help="a vision transformer such as DINO, for recipe proxy (default: it is left out)")
     add("--variants-of", nargs="+", default=["naclip"], help="recipes that the options are tried on (default: naclip)")
-    add(
-        "--examples", nargs="+", metavar="FOLDER[:POOL:TEST]", default=[], help="sets whose masks examples name; scenes"
-    )
+    add("--examples", nargs="+", metavar="FOLDER[:POOL:TEST]", default=[], help="sets whose masks are named; scenes")
     add("--shots", type=int, nargs="+", default=[1, 3, 5, 10], help="examples a class (default: 1 3 5 10)")
     add("--draws", type=int, default=10, help="of the examples (default: 10)")
+    add("--every", type=int, default=1, help="of the images of --examples take every Nth (default: 1, all)")
     add("--features", help="folder that keeps what the networks of --examples make of the masks")
     add("--only", nargs="+", help="names of sources, recipes or options (default: all)")
     add("--output", help="append a line of JSON for every row of the tables to this file")
@@ -239,9 +238,11 @@ def example_sets(arguments: argparse.Namespace, place: str, folder: str) -> list
         return [load_dataset_rows(write_scenes(path, arguments.scenes, int(path.name))) for path in paths]
     path, *splits = place.split(":")
     if splits:
-        return [load_dataset_rows(path, split=split) for split in splits]
-    every = load_dataset_rows(path)
-    return [every.subset(range(start, len(every), 2)) for start in (0, 1)]
+        parts = [load_dataset_rows(path, split=split) for split in splits]
+    else:
+        every = load_dataset_rows(path)
+        parts = [every.subset(range(start, len(every), 2)) for start in (0, 1)]
+    return [part.subset(range(0, len(part), arguments.every)) for part in parts]
 
 
 def described_sets(arguments: argparse.Namespace, place: str, name: str) -> list[Any]:
@@ -253,7 +254,9 @@ def described_sets(arguments: argparse.Namespace, place: str, name: str) -> list
     from uplvp_hf.labeling.naming.examples import Described, describe, read_examples
     from uplvp_hf.labeling.naming.mask_features import MaskFeatures
 
-    kept = None if arguments.features is None else Path(arguments.features) / f"{name}.pt"
+    every = [f"every_{arguments.every}"] if arguments.every > 1 else []
+    stem = f"scenes_{arguments.seed}" if place == "scenes" else "_".join([name, *place.split(":")[1:], *every])
+    kept = None if arguments.features is None else Path(arguments.features) / f"{stem}.pt"
     if kept is not None and kept.is_file():
         return [Described(**values) for values in torch.load(kept, weights_only=True)]
     if place == "scenes":
@@ -323,6 +326,7 @@ def measure_examples(arguments: argparse.Namespace) -> dict[str, Any]:
     for place in arguments.examples:
         name = "synthetic scenes" if place == "scenes" else Path(place.split(":")[0]).name
         where = {"set": name, "split": place.partition(":")[2] or None}
+        where |= {"every": arguments.every} if arguments.every > 1 else {}
         where["network"] = "the package's CLIP" if place == "scenes" else arguments.backbone
         pool, test = described_sets(arguments, place, name)
         where |= {"classes": len(pool.names), "pool": len(pool.labels), "masks": len(test.labels)}

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/results.md and their figures from the rows in docs/results.
+"""Writes the tables of README.md, docs/results.md and docs/labeling.md and the figures from the rows in docs/results.
 
 Commands:
 
@@ -11,6 +11,7 @@ A block is one of
     <!-- rows: table SET SEGMENTER -->           arms against labels, AP / AP50
     <!-- rows: claims SET -->                    differences of the arms that the papers' claims name, and verdicts
     <!-- rows: longer -->                        docs/results/animals7_500_steps.jsonl, an earlier comparison
+    <!-- rows: examples -->                      docs/results/labels_from_examples.jsonl, names from few examples
 
 SET is a file docs/results/SET.jsonl, rows that `uplvp benchmark` wrote.
 """
@@ -33,7 +34,7 @@ from uplvp_hf.evaluation.compare_page import figure_bytes, plot_curves
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/labeling.md")
 SETS = ("animals7", "balloon", "scenes", "knet_tuning")
 IN_HEADLINE = {  # set -> (its name in tables, labels of the headline)
     "animals7": ("seven animals, photographs", 10),
@@ -132,6 +133,22 @@ def longer_table() -> str:
     return "\n".join(lines)
 
 
+def examples_table() -> str:
+    """Markdown: what few examples make of true masks, shares in per cent, mean and deviation over draws."""
+    rows = [json.loads(line) for line in (ROOT / RESULTS / "labels_from_examples.jsonl").read_text().splitlines()]
+    columns = ("right", "right_by_default", "kept", "right_of_kept", "ground_unnamed", "ground_dropped")
+    lines = [
+        "| set | examples | named rightly | by default | sure of | right of these | ground unnamed | ground dropped |"
+    ]
+    lines.append("|---|---:" + "|---:" * len(columns) + "|")
+    for row in rows:
+        means = [(row[name], row[f"{name}_sd"]) for name in columns]
+        cells = ["-" if mean is None else f"{100 * mean:.1f} ({100 * deviation:.1f})" for mean, deviation in means]
+        name = row["set"] if not row["split"] else f"{row['set']}, {row['split'].replace(':', ' to ')}"
+        lines.append(f"| {name} | {row['examples']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def query_figures(root: Path = ROOT) -> dict[str, bytes]:
     """File in docs/results -> .png: mean masks of the queries after fine-tuning, an arm a line.
 
@@ -152,6 +169,8 @@ def block(words: list[str], rows: dict[str, list[dict]]) -> str:
         return headline_table(rows)
     if words == ["longer"]:
         return longer_table()
+    if words == ["examples"]:
+        return examples_table()
     if len(words) == 3 and words[0] == "table" and words[1] in rows:
         return results_table(rows[words[1]], words[2])
     if len(words) == 2 and words[0] == "claims" and words[1] in rows:
