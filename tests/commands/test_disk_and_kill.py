@@ -39,10 +39,11 @@ def test_full_disk_while_labeling(fails, label, scenes_dir, tmp_path, full_disk)
     assert main(label(images, labels, *more, "--limit", "3")) == 0
     first = (labels / "rows-00000-00000.jsonl").read_bytes()
     with full_disk(500):
-        # `--limit` is no setting of the labels, so this is the same store.
-        line = fails(label(images, labels, *more), labels / "rows-00000-00001.jsonl", "make room")
+        # `--limit` is no setting of the labels, so this is the same store. The features of a shard come before it.
+        line = fails(label(images, labels, *more), labels / "features-00000-00001.npy", "make room")
     assert "run the same command again" in line
-    assert sorted(path.name for path in labels.iterdir()) == ["header.json", "rows-00000-00000.jsonl"]
+    names = ["features-00000-00000.npy", "features.json", "header.json", "rows-00000-00000.jsonl"]
+    assert sorted(path.name for path in labels.iterdir()) == names
     assert (labels / "rows-00000-00000.jsonl").read_bytes() == first and len(read_store(labels)) == 3
     assert main(label(images, labels, *more)) == 0
     assert read_store(labels).rows == read_store(whole).rows

@@ -46,7 +46,11 @@ def test_options_and_settings_exist(words, tmp_path, monkeypatch):
         return
     args = parse(words)
     if args.output is None:
-        assert args.report is not None or args.features is not None or any(word.startswith("output.") for word in args.settings)
+        assert (
+            args.report is not None
+            or args.features is not None
+            or any(word.startswith("output.") for word in args.settings)
+        )
         return
     args.labeler = args.labeler or "clip"
     args.namer = args.namer or labeler_entry(args.labeler).namer

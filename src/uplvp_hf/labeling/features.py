@@ -8,6 +8,7 @@ to look at the masks, is given them by `describe_store` (`uplvp label STORE --fe
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -133,8 +134,10 @@ def save_features(folder: str | os.PathLike[str], shard: str, vectors: Sequence[
     if not kept or any(one is None for one in kept) or len({one.shape[1] for one in kept if one is not None}) > 1:
         file.unlink(missing_ok=True)  # of an earlier shard of this name
         return False
+    content = io.BytesIO()  # into a file, numpy's own error of a full disk names neither
+    np.save(content, np.concatenate(kept))
     with replacing(file, "wb") as stream:
-        np.save(stream, np.concatenate(kept))
+        stream.write(content.getbuffer())
     return True
 
 
