@@ -31,16 +31,6 @@ from .layouts import (
     stems,
 )
 
-CLASSES = {
-    24: "person",
-    25: "rider",
-    26: "car",
-    27: "truck",
-    28: "bus",
-    31: "train",
-    32: "motorcycle",
-    33: "bicycle",
-}
 # The labels by id. Those that are no class hide what was drawn before them. License plates lie on vehicles and are not
 # drawn.
 _LABELS = (
@@ -49,6 +39,7 @@ _LABELS = (
     "traffic light", "traffic sign", "vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus",
     "caravan", "trailer", "train", "motorcycle", "bicycle",
 )  # fmt: skip
+CLASSES = {label_id: _LABELS[label_id] for label_id in (24, 25, 26, 27, 28, 31, 32, 33)}
 _IDS = {name: label_id for label_id, name in enumerate(_LABELS)}
 _NUMBERED = {*CLASSES, 29, 30}  # caravans and trailers have instances, too
 # What the benchmark does not judge (ignoreInEval in labels.py of cityscapesScripts): pixels of exactly these values, so

@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from tempfile import TemporaryFile
 from typing import IO, Any
 
@@ -105,9 +106,12 @@ class _Reader:
         except DataError as error:
             if self.strict:
                 raise
-            self.failures.append({"file": self.path, "row": error.row or where, "reason": error.reason})
+            self._fail(error.row or where, error.reason)
             return False
         return True
+
+    def _fail(self, where: str, reason: str) -> None:
+        self.failures.append({"file": self.path, "row": where, "reason": reason})
 
     def _read_image(self, entry: Any, where: str) -> None:
         require(entry, ("id", "file_name", "width", "height"), self.path, where)
@@ -173,9 +177,7 @@ class _Reader:
         require(entry, ("image_id", "category_id"), path, where)
         if entry.get("segmentation") in (None, []) and entry.get("bbox"):
             where = f"{where} (id {entry['id']})" if "id" in entry else where
-            self.failures.append(
-                {"file": path, "row": where, "reason": "the segmentation is empty: a box without a mask"}
-            )
+            self._fail(where, "the segmentation is empty: a box without a mask")
             self.boxes += 1
             self.dropped += 1
             return
@@ -190,10 +192,7 @@ class _Reader:
         row = self.rows[image_id]
         if not self.strict:
             self._look_closer(entry, row, where)
-
-        def complain(reason: str) -> None:
-            self.failures.append({"file": path, "row": where, "reason": reason})
-
+        complain = partial(self._fail, where)
         cleaned = clean_segmentation(entry["segmentation"], row["height"], row["width"], complain)
         if (cleaned is None or cleaned[2]) and not fits(entry["segmentation"], row["width"], row["height"]):
             self.misfits.add(image_id)
@@ -292,12 +291,8 @@ def read_content(
     refuse_other_formats(content, path)
     if images is None:
         entries = content.get("images") if isinstance(content, dict) else None
-        names = (
-            [entry.get("file_name") for entry in entries[:20] if isinstance(entry, dict)]
-            if isinstance(entries, list)
-            else []
-        )
-        images = find_images(path, names)
+        some = entries[:20] if isinstance(entries, list) else []
+        images = find_images(path, [entry.get("file_name") for entry in some if isinstance(entry, dict)])
     # The folder of the file is a guess, and may hold everything that its owner has: no search below it.
     finder = ImageFinder(os.fspath(images), deep=os.path.abspath(images) != os.path.dirname(path))
     normalize(content, path, finder)

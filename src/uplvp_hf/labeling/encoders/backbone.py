@@ -21,8 +21,8 @@ from torch import nn
 
 from ...models.errors import UserError, reading
 from ...models.image_processing_base_uplvp import stored_settings
-from .license import weights_license
 from .pixels import Size, fit_longest, group_by_size, images_to_pixels
+from .weights import refuse_missing, weights_license
 
 # timm modules behind the last feature map: a weights file without them is a headless backbone, not a broken one.
 HEAD_MODULES = ("conv_head", "bn2", "norm_head", "classifier", "head", "head_fc", "head_drop", "fc", "fc_norm")
@@ -200,17 +200,6 @@ def _check_own_weights(name_or_path: str, weights, pad_type) -> None:
         raise UserError(f"backbone {name_or_path!r}: weights and pad_type are for timm:NAME; a folder holds its own")
 
 
-def _refuse_missing(name: str, missing: Sequence[str]) -> None:
-    """A tensor that is not in the checkpoint is random; norms of a backbone's outputs alone start as the identity and
-    do not exist in classification checkpoints."""
-    missing = sorted(key for key in missing if not key.startswith("hidden_states_norms"))
-    if missing:
-        raise UserError(
-            f"backbone {name}: {len(missing)} tensors are not in the checkpoint, such as {missing[:3]}; they would be "
-            "random. Name a complete checkpoint of this architecture"
-        )
-
-
 def _size_multiple(config: Any, default: int) -> int:
     """The patch size of a plain vision transformer; `default` for networks that halve the map several times."""
     patch = getattr(config, "patch_size", None)
@@ -345,7 +334,7 @@ def _load_classifier(path: str, allow_random: bool = False, device: Any = "cpu",
     with reading(path):
         model, info = AutoModelForImageClassification.from_pretrained(path, output_loading_info=True, **extra)
     if not allow_random:
-        _refuse_missing(path, info["missing_keys"])
+        refuse_missing(path, info["missing_keys"])
     config = model.config
     labels = {int(index): str(label) for index, label in config.id2label.items()}
     placeholders = all(label == f"LABEL_{index}" for index, label in labels.items())  # transformers' own
@@ -374,13 +363,14 @@ def _load_backbone(path: str, allow_random: bool, device, dtype) -> Encoder:
     extra = {} if dtype is None else {"dtype": dtype}
     try:
         model, info = kind.from_pretrained(path, config=config, output_loading_info=True, **extra)
-        missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
+        # Norms of a backbone's outputs start as the identity, and classification checkpoints do not have them.
+        missing = [key for key in info["missing_keys"] if not key.startswith(("pooler.", "hidden_states_norms"))]
     except OSError:
         if not allow_random:
             raise
         model, missing = (kind.from_config(config) if wrap else kind(config)).to(dtype), []
     if not allow_random:
-        _refuse_missing(path, missing)
+        refuse_missing(path, missing)
     mean, std = _mean_and_std(path)
     options = {"size_multiple": _size_multiple(config, default=32), "license": weights_license(path)}
     return Encoder(wrap(model) if wrap else model, path, mean, std, device=device, **options)

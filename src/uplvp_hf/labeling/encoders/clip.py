@@ -29,9 +29,9 @@ from torch import nn
 
 from ...models.errors import UserError, reading
 from ...models.image_processing_base_uplvp import stored_settings
-from .license import weights_license
 from .pixels import images_to_pixels
 from .text import encode_texts
+from .weights import refuse_missing, weights_license
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -241,9 +241,7 @@ def _load_towers(name_or_path: str, dtype: torch.dtype | str | None, text_tower:
             config.projection_dim = width
     loader = getattr(transformers, both if text_tower else vision_only)
     model, info = loader.from_pretrained(name_or_path, config=config, output_loading_info=True, dtype=_dtype(dtype))
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{name_or_path}: {len(missing)} tensors are not in the checkpoint, such as {missing[:3]}")
+    refuse_missing(name_or_path, info["missing_keys"])
     return model.eval().requires_grad_(False), kind
 
 

@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ...models.errors import UserError
-from ..encoders.license import weights_license
+from ..encoders.weights import load_frozen, model_type, weights_license
 
 MASK_BYTES = 1 << 26  # full-size logits that exist at a time while masks are made: 64 MB
 
@@ -32,16 +31,11 @@ class BoxSegmenter:
         dtype: torch.dtype | None = None,
         boxes_per_pass: int = 64,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForMaskGeneration, AutoProcessor
+        from transformers import AutoModelForMaskGeneration, AutoProcessor
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES as KINDS
 
-        kind = AutoConfig.from_pretrained(model).model_type
-        if kind not in KINDS:
-            raise UserError(f"{model} is a {kind} model, which makes no masks of boxes; known are {', '.join(KINDS)}")
-        extra = {} if dtype is None else {"dtype": dtype}
-        loaded, info = AutoModelForMaskGeneration.from_pretrained(model, output_loading_info=True, **extra)
-        refuse_missing(model, info["missing_keys"])
-        self.model = loaded.eval().requires_grad_(False).to(device)
+        model_type(model, KINDS, f"which makes no masks of boxes; known are {', '.join(KINDS)}")
+        self.model = load_frozen(AutoModelForMaskGeneration, model, device, dtype)
         self.processor = AutoProcessor.from_pretrained(model)
         self.name, self.license = str(model), weights_license(model)
         self.boxes_per_pass = boxes_per_pass
@@ -99,13 +93,3 @@ class BoxSegmenter:
             for part in logits.split(step)
         ]
         return np.concatenate(parts).astype(bool)
-
-
-def refuse_missing(model: str, missing: Sequence[str]) -> None:
-    """Raises UserError for a checkpoint without some of the tensors: they would be random."""
-    if missing:
-        some = ", ".join(sorted(missing)[:3])
-        raise UserError(
-            f"{model}: {len(missing)} tensors are not in the checkpoint, such as {some}; they would be random. "
-            "Name a complete checkpoint of this architecture"
-        )

@@ -13,11 +13,11 @@ from PIL import Image
 from ...data import Row
 from ...models.errors import UserError
 from ..cutting.proposals import Proposals, filter_proposals, mask_nms, top_k
-from ..encoders.license import weights_license
 from ..encoders.text import split_synonyms
+from ..encoders.weights import load_frozen, model_type, weights_license
 from ..prompt_settings import ConceptSettings
 from ..protocol import Labeler
-from .box_segmenter import MASK_BYTES, refuse_missing
+from .box_segmenter import MASK_BYTES
 
 
 class ConceptLabeler(Labeler):
@@ -45,19 +45,13 @@ class ConceptLabeler(Labeler):
         dtype: torch.dtype | None = None,
         **changes: Any,
     ) -> None:
-        from transformers import AutoConfig, Sam3Model, Sam3Processor
+        from transformers import Sam3Model, Sam3Processor
 
         self.config = ConceptSettings.of(settings, **changes)
         if not entries:
             raise UserError("the concept labeler needs a vocabulary: the words that it looks for")
-        kind = AutoConfig.from_pretrained(model).model_type
-        if kind not in ("sam3", "sam3_video"):
-            raise UserError(f"{model} is a {kind} model, which masks no words; name a SAM 3, such as facebook/sam3")
-        extra: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-        kind_of_model: Any = Sam3Model
-        loaded, info = kind_of_model.from_pretrained(model, output_loading_info=True, **extra)
-        refuse_missing(model, info["missing_keys"])
-        self.model = loaded.eval().requires_grad_(False).to(device)
+        model_type(model, ("sam3", "sam3_video"), "which masks no words; name a SAM 3, such as facebook/sam3")
+        self.model = load_frozen(Sam3Model, model, device, dtype)
         self.processor = Sam3Processor.from_pretrained(model)
         self.encoder_name, self.license = str(model), weights_license(model)
         self.entries = list(entries)

@@ -17,8 +17,8 @@ from PIL import Image
 from torchvision.ops import box_convert
 
 from ...models.errors import UserError
-from ..encoders.license import weights_license
-from .box_segmenter import refuse_missing
+from ..encoders.pixels import group_by_size
+from ..encoders.weights import load_frozen, model_type, weights_license
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Detector:
         """
         least = self.threshold if threshold is None else threshold
         found: list[list[Boxes]] = [[] for _ in images]
-        for members in _by_size(images):
+        for members in group_by_size(images, 0, lambda width, height, _: (height, width)).values():
             chosen = [images[k] for k in members]
             for logits, owners, boxes in self.look(chosen):
                 for place, k in enumerate(members):
@@ -228,29 +228,17 @@ def load_detector(
     Raises OSError when it cannot be found, UserError when it is no zero-shot detector, lacks tensors, takes no crops,
     or has nothing to look for.
     """
-    from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor
+    from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-    kind = AutoConfig.from_pretrained(name).model_type
-    if kind not in DETECTORS:
-        raise UserError(f"{name} is a {kind} model, no zero-shot detector; known are {', '.join(DETECTORS)}")
+    kind = model_type(name, DETECTORS, f"no zero-shot detector; known are {', '.join(DETECTORS)}")
     if crops and kind != "owlv2":
         raise UserError(f"{name} is a {kind} model, which finds by words alone; OWLv2 also takes example crops")
     if not crops and not any(phrases):
         raise UserError(f"{name} needs to be told what to look for; give a vocabulary")
-    extra = {} if dtype is None else {"dtype": dtype}
-    model, info = AutoModelForZeroShotObjectDetection.from_pretrained(name, output_loading_info=True, **extra)
-    refuse_missing(name, info["missing_keys"])
-    model = model.eval().requires_grad_(False).to(device)
+    model = load_frozen(AutoModelForZeroShotObjectDetection, name, device, dtype)
     options: dict[str, Any] = {"crops": crops} if crops else {}
     processor = AutoProcessor.from_pretrained(name)
     return DETECTORS[kind](model, processor, phrases, phrases_per_pass, **options), weights_license(name)
-
-
-def _by_size(images: Sequence[Image.Image]) -> list[list[int]]:
-    groups: dict[tuple[int, int], list[int]] = {}
-    for k, image in enumerate(images):
-        groups.setdefault(image.size, []).append(k)
-    return list(groups.values())
 
 
 def _join(parts: Sequence[Boxes]) -> Boxes:

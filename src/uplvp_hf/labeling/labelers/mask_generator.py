@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 
 from ...data import Row
-from ...models.errors import UserError, reading
 from ..cutting.proposals import Proposals, filter_proposals, mask_nms, top_k
-from ..encoders.license import weights_license
+from ..encoders.weights import model_type, weights_license
 from ..protocol import Labeler
 from ..settings import MaskGeneratorSettings
 
@@ -62,12 +61,9 @@ class MaskGeneratorLabeler(Labeler):
 
 
 def _load_generator(model: str, device: str | torch.device, dtype: torch.dtype | None) -> Any:
-    from transformers import AutoConfig, pipeline
+    from transformers import pipeline
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASK_GENERATION_MAPPING_NAMES as KINDS
 
-    with reading(str(model)):
-        kind = AutoConfig.from_pretrained(model).model_type
-    if kind not in KINDS:
-        raise UserError(f"{model} is a {kind} model, which generates no masks; known are {', '.join(KINDS)}")
+    model_type(model, KINDS, f"which generates no masks; known are {', '.join(KINDS)}")
     extra = {} if dtype is None else {"dtype": dtype}
     return pipeline("mask-generation", model=model, device=device, **extra)

@@ -13,7 +13,7 @@ from PIL import Image
 from ...data import InstanceDataset, Row, decode_segmentation, empty_objects
 from ...models.masks import mask_area
 from ..cutting.proposals import Proposals, mask_nms
-from ..encoders.license import weights_license
+from ..encoders.weights import weights_license
 from ..fingerprint import hash_files
 from ..protocol import Labeler
 from ..settings import SegmenterSettings
