@@ -295,7 +295,7 @@ def _convert_list(value: Any, kind: Any, origin: type, inner: tuple[Any, ...]) -
     parts = list(value) if isinstance(value, (list, tuple)) else [value]
     fixed = origin is tuple and Ellipsis not in inner
     if fixed and len(parts) != len(inner):
-        raise _Unfit(kind, plain_list(parts))
+        raise _Unfit(kind, [plain(part) for part in parts])
     kinds = inner if fixed else [inner[0] if inner else Any] * len(parts)
     converted = []
     for place, (part, wanted) in enumerate(zip(parts, kinds)):
@@ -304,11 +304,6 @@ def _convert_list(value: Any, kind: Any, origin: type, inner: tuple[Any, ...]) -
         except _Unfit as unfit:
             raise _Unfit(unfit.kind, unfit.value, f"[{place}]{unfit.place}") from None
     return tuple(converted) if origin is tuple else converted
-
-
-def plain_list(values: Sequence[Any]) -> list[Any]:
-    """`plain` of every element."""
-    return [plain(value) for value in values]
 
 
 def _check_limits(key: str, value: Any, limits: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from uplvp_hf.data import (
     read_coco,
     write_coco,
 )
+from uplvp_hf.data.check import check_dataset
 
 HOLES = {"size": [30, 40], "counts": [35, 5, 25, 5, 1130]}  # uncompressed: two runs of 5 px in columns 1 and 2
 
@@ -235,8 +236,8 @@ def test_missing_image_is_met_when_opened_or_checked(make_coco, annotation):
     assert dataset.failures == [] and len(dataset) == 2
     with pytest.raises(ImageError, match=r"b\.png: no such image"):
         dataset.load_image(1)
-    checked = load_dataset_rows(folder, check_images=True)
-    assert [(f["file"], f["row"]) for f in checked.failures] == [(str(folder / "images" / "b.png"), "row 1")]
+    (broken,) = check_dataset(lambda: load_dataset_rows(folder), images=True)["broken"]
+    assert broken["file"] == str(folder / "images" / "b.png") and broken["row"].startswith("row 1 ")
 
 
 def test_folders_and_splits(make_coco, annotation, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from uplvp_hf.data import ImageError, InstanceDataset, Row, empty_objects, image_size, load_dataset_rows, open_image
+from uplvp_hf.data.check import check_dataset
 from uplvp_hf.models.images import open_bytes
 
 
@@ -228,7 +229,7 @@ def test_missing_image_and_folder_in_place_of_one(tmp_path):
 
 
 def test_folder_of_images(tmp_path, pixels):
-    """Good ones become rows, those without a readable head failures; cut off ones are found by check_images."""
+    """Good ones become rows, those without a readable head failures; cut off ones are found by `check_dataset`."""
     for name in ("b.png", "deep/er/a.JPG", ".hidden/x.png", "._ghost.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / name, exif=exif(6))
@@ -241,9 +242,9 @@ def test_folder_of_images(tmp_path, pixels):
     assert [row["image_id"] for row in dataset.rows] == [row["file_name"] for row in dataset.rows]
     assert (dataset[0]["width"], dataset[0]["height"]) == (30, 40) == dataset.load_image(0).size
     assert {failure["file"].split("/")[-1] for failure in dataset.failures} == {"empty.jpg", "text.jpg", "flipped.png"}
-    checked = load_dataset_rows(tmp_path, check_images=True)
-    assert len(checked) == 4 and len(checked.failures) == 5
-    assert {f["file"].split("/")[-1] for f in checked.failures[3:]} == {"cut.jpg", "cut.png"}
+    report = check_dataset(lambda: load_dataset_rows(tmp_path), images=True)
+    assert report["images"] == 4 and len(report["broken"]) == 5
+    assert {fault["file"].split("/")[-1] for fault in report["broken"][3:]} == {"cut.jpg", "cut.png"}
 
 
 def test_errors_survive_pickling(tmp_path):

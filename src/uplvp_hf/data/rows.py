@@ -15,7 +15,7 @@ from .coco_files import coco_files, find_annotations, has_image_suffix, looks_li
 from .ctw1500 import is_ctw1500, read_ctw1500
 from .cvat import is_cvat, read_cvat
 from .dataset import InstanceDataset, RowStream
-from .errors import DataError, DataWarning, ImageError
+from .errors import DataError, DataWarning
 from .foreign import other_files, refuse_file
 from .inputs import (
     LIST_SUFFIXES,
@@ -79,21 +79,10 @@ def read_image_folder(path: str | os.PathLike[str]) -> InstanceDataset:
     return InstanceDataset(rows, [], path, failures)
 
 
-def _check_images(dataset: InstanceDataset) -> None:
-    for index in range(len(dataset)):
-        try:
-            dataset.load_image(index)
-        except ImageError as error:
-            row = dataset[index]
-            file = row["image"] if isinstance(row["image"], str) else row["file_name"]
-            dataset.failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
-
-
 def load_dataset_rows(
     path: str | os.PathLike[str],
     images: str | os.PathLike[str] | None = None,
     split: str | None = None,
-    check_images: bool = False,
     config: str | None = None,
     image_column: str | None = None,
     id_column: str | None = None,
@@ -118,12 +107,12 @@ def load_dataset_rows(
         images: folder that the file names of COCO files and stores are relative to; None: found beside the file.
         split: which file of `annotations/`, which split of a published layout or of a `datasets` dataset.
         config, image_column, id_column: of a `datasets` dataset.
-        check_images: open every image now and list those that cannot be opened in `failures`; their rows stay. By
-            default images are opened when they are used, and `load_image` raises ImageError then.
         unlabeled: the images alone are of interest: annotations are not read, and none are needed.
         format: one of `FORMATS`, where the path could be several; None: what it looks like.
         strict: False lists faulty entries of a COCO file or a store in `failures` instead of raising at the first.
 
+    Images are opened when they are used, and `load_image` raises ImageError then; `uplvp data check --images-too` opens
+    all of them.
     Raises DataError for a path that is none of these or could be several, and as the readers do.
     """
     given, path = os.fspath(path), os.path.abspath(os.fspath(path))
@@ -135,13 +124,9 @@ def load_dataset_rows(
     kind = format or ("datasets" if hub else _format_of(path, split, unlabeled))
     columns = {"config": config, "image_column": image_column, "id_column": id_column}
     if kind == "datasets":
-        dataset = read_huggingface(given if hub else path, split, **columns)
-    else:
-        _refuse(path, **columns)
-        dataset = _load_files(kind, path, images, split, unlabeled, strict)
-    if check_images:
-        _check_images(dataset)
-    return dataset
+        return read_huggingface(given if hub else path, split, **columns)
+    _refuse(path, **columns)
+    return _load_files(kind, path, images, split, unlabeled, strict)
 
 
 def stream_dataset_rows(path: str | os.PathLike[str], split: str | None = None, **columns: str | None) -> RowStream:

@@ -148,17 +148,14 @@ class PluginLabeler(Labeler):
 
     def measure(self, images: Sequence[Image.Image], rows: Sequence[Row] | None = None) -> list[Any]:
         """The source's own, or nothing."""
-        if not hasattr(self.source, "measure"):
-            return []
-        return self._json("measure", list(self.source.measure(images, rows)))
+        return self._own("measure", [], images, rows)
 
     def calibrate(self, statistics: list[Any]) -> dict[str, Any]:
         """The source's own, or nothing."""
-        if not hasattr(self.source, "calibrate"):
-            return {}
-        return self._json("calibrate", self.source.calibrate(statistics))
+        return self._own("calibrate", {}, statistics)
 
-    def _json(self, method: str, value: Any) -> Any:
+    def _own(self, method: str, otherwise: Any, *args: Any) -> Any:
+        value = getattr(self.source, method)(*args) if hasattr(self.source, method) else otherwise
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
