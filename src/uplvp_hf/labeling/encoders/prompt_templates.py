@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from ...data.fields import read_lines
 from ...models.errors import UserError
 
 # Seven of the eighty below that CLIP's authors report to do about as well as all of them.
@@ -55,6 +56,12 @@ BACKGROUND_PRESETS = {
 }  # fmt: skip
 
 
+def lines_of(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file without comments (#) and empty ones. Raises DataError for a file that is not UTF-8."""
+    lines = (line.split("#", 1)[0].strip() for _, line in read_lines(os.fspath(path)))
+    return [line for line in lines if line]
+
+
 def read_templates(value: str | os.PathLike[str] | Sequence[str]) -> tuple[str, ...]:
     """Prompt templates: a preset's name ("bare", "openai7", "openai80"), one template, a text file with one a line (#
     begins a comment line), or a sequence of templates. Raises UserError for a template without {}, or none at all."""
@@ -65,9 +72,7 @@ def read_templates(value: str | os.PathLike[str] | Sequence[str]) -> tuple[str, 
         if "{}" in text:
             templates = (text,)
         elif os.path.isfile(text):
-            with open(text, encoding="utf-8") as stream:
-                lines = [line.strip() for line in stream]
-            templates = tuple(line for line in lines if line and not line.startswith("#"))
+            templates = tuple(line for _, line in read_lines(text) if not line.startswith("#"))
         else:
             raise UserError(
                 f"templates {text!r}: neither a preset ({', '.join(TEMPLATE_PRESETS)}), nor a file, nor a template "
@@ -93,7 +98,5 @@ def read_background(value: str | os.PathLike[str] | Sequence[str] | None, entrie
         taken = {name.strip().lower() for entry in entries for name in entry.split(",")}
         return [name for name in BACKGROUND_PRESETS[text] if name not in taken]
     if os.path.isfile(text):
-        with open(text, encoding="utf-8") as stream:
-            lines = [line.split("#", 1)[0].strip() for line in stream]
-        return [line for line in lines if line]
+        return lines_of(text)
     return [name.strip() for name in text.split(",") if name.strip()]

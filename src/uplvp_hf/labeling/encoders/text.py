@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ...data.text_embeddings import read_text_matrix, write_text_matrix
 from ...models.errors import UserError
-from .prompt_templates import TEMPLATES, read_templates
+from .prompt_templates import TEMPLATES, lines_of, read_templates
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ def read_vocabulary(text: str | os.PathLike[str]) -> list[str]:
     as "bear,deer,otter" (each name a class). Raises UserError when it is empty, or names a class twice."""
     text = os.fspath(text)
     if os.path.isfile(text):
-        with open(text, encoding="utf-8-sig") as stream:  # editors of Windows put a mark in front
-            lines = [line.split("#", 1)[0] for line in stream]
-        entries = [", ".join(names) for line in lines if (names := split_synonyms(line))]
+        entries = [", ".join(names) for line in lines_of(text) if (names := split_synonyms(line))]
     elif text.endswith((".txt", ".csv")) or os.sep in text:
         raise UserError(f"vocabulary {text}: no such file")
     else:
