@@ -74,17 +74,7 @@ def label_images(
         changes["image_root"] = os.fspath(changes["image_root"])
     run = RunSettings.of(settings, **changes)
     processes = Processes()
-    names = list(labeler.vocabulary if namer is None else namer.names) or [AGNOSTIC_NAME]
-    kept = {**labeler.settings, "min_confidence": min_confidence, "calibration_images": run.calibration_images}
-    kept["namer"] = None if namer is None else {"name": namer.name, **namer.settings}
-    if run.unnamed == "keep":
-        kept["unnamed"] = run.unnamed
-        names += [AGNOSTIC_NAME] if AGNOSTIC_NAME not in names else []
-    categories = choose_categories(names, dataset)
-    root = None if run.image_root is None else os.path.abspath(run.image_root)
-    header = make_header(
-        labeler.name, labeler.encoder_name, names, kept, categories, root, labeler.license, run.batch_size
-    )
+    header = _header(dataset, labeler, namer, run, min_confidence)
     with StoreWriter(output_dir, header, run.resume, processes.rank, shard_size) as store:
         # A namer that looks at the masks replaces what the labeler saw of them.
         store.about_features = getattr(namer, "about_features", None) or getattr(labeler, "about_features", None)
@@ -97,12 +87,29 @@ def label_images(
             run.batch_size,
             limit,
             workers=run.workers or decode_workers(processes),
-            category_ids=[category["id"] for category in categories],
+            category_ids=[category["id"] for category in header["categories"]],
             min_confidence=min_confidence,
-            unnamed=names.index(AGNOSTIC_NAME) if run.unnamed == "keep" else None,
-            image_root=root,
+            unnamed=header["vocabulary"].index(AGNOSTIC_NAME) if run.unnamed == "keep" else None,
+            image_root=header["image_root"],
             save_images=save_images,
             features=run.features,
             progress=progress,
         )
         return work.label(run.calibration_images, run.max_failed)
+
+
+def _header(
+    dataset: InstanceDataset | RowStream, labeler: Labeler, namer: Namer | None, run: RunSettings, min_confidence: float
+) -> dict[str, Any]:
+    """The store's header: all that the labels depend on, their names and categories."""
+    names = list(labeler.vocabulary if namer is None else namer.names) or [AGNOSTIC_NAME]
+    kept = {**labeler.settings, "min_confidence": min_confidence, "calibration_images": run.calibration_images}
+    kept["namer"] = None if namer is None else {"name": namer.name, **namer.settings}
+    if run.unnamed == "keep":
+        kept["unnamed"] = run.unnamed
+        names += [AGNOSTIC_NAME] if AGNOSTIC_NAME not in names else []
+    root = None if run.image_root is None else os.path.abspath(run.image_root)
+    categories = choose_categories(names, dataset)
+    return make_header(
+        labeler.name, labeler.encoder_name, names, kept, categories, root, labeler.license, run.batch_size
+    )
