@@ -17,7 +17,8 @@ from uplvp_hf.training.config import ConfigError, load_settings
 from uplvp_hf.training.recipes_file import shipped_recipes
 
 TEACHERS = [name for name in shipped_recipes() if name.startswith("paper/") and "_teacher_" in name]
-PAPER = [name for name in shipped_recipes() if name.startswith("paper/") and name not in TEACHERS]
+SEMANTIC = [name for name in shipped_recipes() if name.startswith("paper/icpc_")]
+PAPER = [name for name in shipped_recipes() if name.startswith("paper/") and name not in (*TEACHERS, *SEMANTIC)]
 SEGMENTERS, DATA = ("knet", "queryinst", "mask2former"), ("coco5", "coco10", "coco_full", "cityscapes", "ctw1500")
 IMAGES = {"coco5": 5914, "coco10": 11828, "coco_full": 118287, "cityscapes": 2975, "ctw1500": 1000}
 CLASSES = {"coco": 80, "cityscapes": 8, "ctw1500": 1}
@@ -100,6 +101,20 @@ def test_a_recipe_is_what_its_name_and_comment_say(name):
         check_finetuning(name, segmenter, settings)
     else:
         check_pretraining(name, segmenter, settings)
+
+
+@pytest.mark.parametrize("name", SEMANTIC)
+def test_semantic_recipes_have_the_schedule_of_denseclip(name):
+    settings, comment = load_settings(name), comment_of(name)
+    optim = settings.optim
+    assert settings.output == f"runs/{name}" and "Not run here" in comment and "inferred" in comment
+    steps, size = {"ade20k_f": (80_000, 640), "cocostuff10k_f": (40_000, 512)}.get(
+        name.removeprefix("paper/icpc_vitb_").removesuffix("inetune"), (80_000, 512)
+    )
+    assert (optim.steps, settings.data.size, 8 * optim.batch_size) == (steps, size, 32)
+    assert (optim.lr, optim.weight_decay, optim.backbone_multiplier) == (1e-4, 1e-4, 0.1)
+    assert (optim.schedule, optim.power, optim.warmup, optim.warmup_factor) == ("poly", 0.9, 1500, 1e-6)
+    assert settings.data.scale_range == [0.5, 2.0] and settings.data.color_jitter == 0.5
 
 
 @pytest.mark.parametrize("name", TEACHERS)
