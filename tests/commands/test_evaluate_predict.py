@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from uplvp_hf.commands import evaluate, predict
 from uplvp_hf.data import DataWarning, load_dataset_rows
 from uplvp_hf.evaluation import BACKENDS, METRICS, backends, load_segmenter, make_evaluator, predict_dataset
+from uplvp_hf.files import only_run
 
 
 def test_evaluate_writes_metrics_and_results(tiny_model_dir, scenes_dir, tmp_path, capsys):
@@ -54,6 +55,14 @@ def test_crowds_can_be_evaluated_as_objects(tiny_model_dir, scenes_dir, tmp_path
     assert evaluate.main([str(tiny_model_dir), str(tmp_path / "crowds.json"), *options]) == 2
     refused = capsys.readouterr().err
     assert "crowds" in refused and "--crowds-as-objects" in refused and len(refused.strip().splitlines()) == 1
+
+
+def test_a_second_evaluation_into_one_output_is_refused(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    options = ["--output", str(tmp_path / "out"), "--quiet", "--device", "cpu"]
+    with only_run(tmp_path / "out"):
+        assert evaluate.main([str(tiny_model_dir), str(scenes_dir), *options]) == 2
+        assert "another run is writing" in capsys.readouterr().err
+        assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("backend", ["streaming", "pycocotools"])

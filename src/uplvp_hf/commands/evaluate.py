@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,9 +67,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from uplvp_hf.data import load_dataset_rows
     from uplvp_hf.data.usage import crowds_as_objects
-    from uplvp_hf.evaluation import evaluate_model, evaluated_classes, load_segmenter, make_evaluator
+    from uplvp_hf.evaluation import evaluated_classes, load_segmenter, make_evaluator
     from uplvp_hf.evaluation.backends import resolve_backend
     from uplvp_hf.evaluation.semantic import is_semantic_model
+    from uplvp_hf.files import only_run
     from uplvp_hf.labeling.processes import Processes
 
     _check(arguments)
@@ -83,8 +85,24 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         dataset = crowds_as_objects(dataset)
     model, processor = load_segmenter(arguments.model, arguments.device)
     category_ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
-    if arguments.output:
-        Path(arguments.output).mkdir(parents=True, exist_ok=True)  # if it cannot be written, say so now
+    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if arguments.output:  # if it cannot be written, say so now
+        Path(arguments.output).mkdir(parents=True, exist_ok=True)
+        alone = only_run(arguments.output, "name another --output") if processes.rank == 0 else alone
+    with alone:
+        _score(arguments, processes, dataset, (model, processor), category_ids)
+
+
+def _score(
+    arguments: argparse.Namespace,
+    processes: Processes,
+    dataset: InstanceDataset,
+    segmenter: tuple[Any, Any],
+    category_ids: list[int],
+) -> None:
+    from uplvp_hf.evaluation import evaluate_model
+
+    model, processor = segmenter
     kept = _Kept(arguments, category_ids) if arguments.output else None
     metrics = evaluate_model(
         model,
