@@ -52,20 +52,22 @@ def compare_teacher(arguments: argparse.Namespace) -> dict[str, float]:
 def steps_of(kind: str, arguments: argparse.Namespace, folder: Path):
     """Yields after every step of a run of this kind."""
     from uplvp_hf.data.synthetic import write_scenes
-    from uplvp_hf.training.build import build_data, build_model, build_samples, with_image_settings
     from uplvp_hf.training.launch import make_accelerator
     from uplvp_hf.training.loop import _Run
+    from uplvp_hf.training.task import task_of
     from uplvp_hf.training.unlabeled import build_views, load_unlabeled
 
     for seed, name in enumerate(("labeled", "unlabeled")):
         if not (folder / name).is_dir():
             write_scenes(folder / name, 16, seed=seed, size=arguments.size)
-    settings = with_image_settings(settings_of(kind, arguments, folder))
+    settings = settings_of(kind, arguments, folder)
+    task = task_of(settings)
+    settings = task.with_image_settings(settings)
     accelerator = make_accelerator(settings)
-    rows, _ = build_data(settings.data)
-    model = build_model(settings, rows)
+    rows, _ = task.data(settings)
+    model = task.model(settings, rows)
     views = build_views(settings, load_unlabeled(settings.data, rows, None))
-    run: Any = _Run(settings, accelerator, model, build_samples(settings, rows), views, None, False)
+    run: Any = _Run(settings, task, accelerator, model, task.samples(settings, rows, None), views, None, False)
     for step, micro_batches in run._batches(0):
         run._step(step, micro_batches)
         yield
