@@ -11,11 +11,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..models.errors import UserError
-from ..models.remote_code import OWN_MODELS
+from ..models.remote_code import OWN_MODELS, SEMANTIC
 from .run_record import base_model, earlier_stages, plain, public, read_json, settings_yaml, training_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
 EXAMPLE_THRESHOLD = 0.3  # least score of what the images with masks show; as the endpoint's default
+SEMANTIC_HEADLINE = ("mIoU", "mAcc", "aAcc")
 HEADLINE = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
 
 
@@ -55,7 +56,9 @@ def build_card(
     names = [name for _, name in sorted((int(key), name) for key, name in labels.items())]
     pretrained_only = "UplvpForPreTraining" in (config.get("architectures") or [])
     architecture = segmenter.get("model_type", "unknown")
-    kind = "A pre-training checkpoint" if pretrained_only else "An instance segmenter"
+    semantic = config.get("model_type") in SEMANTIC
+    kind = "A semantic segmenter" if semantic else "An instance segmenter"
+    kind = "A pre-training checkpoint" if pretrained_only else kind
     return ModelCard.from_template(
         _metadata(repo_id, license, architecture, summary, results, examples, remote_code),
         template_path=str(TEMPLATE),
@@ -69,7 +72,8 @@ def build_card(
         remote_code=remote_code,
         native=config.get("model_type") not in OWN_MODELS,
         trust=", trust_remote_code=True" if remote_code else "",
-        endpoint=remote_code and not pretrained_only,
+        endpoint=remote_code and not pretrained_only and not semantic,
+        semantic=semantic,
         examples=examples,
         example_threshold=EXAMPLE_THRESHOLD,
         training=training_rows(summary, read_json(model_dir / "split.json", optional=True)),
@@ -96,7 +100,13 @@ def _metadata(
         pipeline_tag="image-segmentation",
         license=license,
         base_model=base_model(summary),
-        tags=["instance-segmentation", "uplvp", architecture, "vision", *(["custom_code"] if remote_code else [])],
+        tags=[
+            f"{'semantic' if architecture in SEMANTIC else 'instance'}-segmentation",
+            "uplvp",
+            architecture,
+            "vision",
+            *(["custom_code"] if remote_code else []),
+        ],
         model_name=repo_id.split("/")[-1],
         eval_results=_eval_results(results),
         widget=[
@@ -139,7 +149,8 @@ def _results(repo_id: str, summary: dict[str, Any], metrics_file: str | os.PathL
         origin = "Measured in training, on these weights. To measure it again with `scripts/evaluate.py`:"
     if not metrics:
         return None
-    if "AP" not in metrics:
+    headline = SEMANTIC_HEADLINE if "mIoU" in metrics else HEADLINE
+    if headline[0] not in metrics:
         raise UserError(
             f"{metrics_file or 'training_summary.json'}: no 'AP', only {sorted(metrics)}. `uplvp evaluate` writes a "
             "metrics.json that has it."
@@ -151,9 +162,9 @@ def _results(repo_id: str, summary: dict[str, Any], metrics_file: str | os.PathL
         "dataset": name,
         "split": split,
         "class_agnostic": class_agnostic,
-        "metrics": {key: metrics[key] for key in HEADLINE if metrics.get(key) is not None},
-        "names": list(HEADLINE),
-        "cells": ["-" if metrics.get(key) is None else f"{100 * metrics[key]:.1f}" for key in HEADLINE],
+        "metrics": {key: metrics[key] for key in headline if metrics.get(key) is not None},
+        "names": list(headline),
+        "cells": ["-" if metrics.get(key) is None else f"{100 * metrics[key]:.1f}" for key in headline],
         "per_class": [
             (plain(key), "-" if value is None else f"{100 * value:.1f}")
             for key, value in (metrics.get("per_class") or {}).items()
@@ -171,12 +182,14 @@ def _eval_results(results: dict[str, Any] | None) -> list[EvalResult] | None:
     return [
         EvalResult(
             task_type="image-segmentation",
-            task_name="Instance Segmentation",
+            task_name="Semantic Segmentation" if name in SEMANTIC_HEADLINE else "Instance Segmentation",
             dataset_type=re.sub(r"[^a-z0-9._-]+", "-", results["dataset"].lower()).strip("-") or "custom",
             dataset_name=results["data"],
             dataset_split=results["split"],
-            metric_type="mask_" + name.lower(),
-            metric_name="mask " + name + (" (class-agnostic)" if results["class_agnostic"] else ""),
+            metric_type=name.lower() if name in SEMANTIC_HEADLINE else "mask_" + name.lower(),
+            metric_name=name
+            if name in SEMANTIC_HEADLINE
+            else "mask " + name + (" (class-agnostic)" if results["class_agnostic"] else ""),
             metric_value=round(value, 4),
         )
         for name, value in results["metrics"].items()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..files import check_model_name, new_folder
 from ..models.errors import UserError
-from ..models.remote_code import OWN_MODELS, add_code, without_code
+from ..models.remote_code import OWN_MODELS, SEMANTIC, add_code, without_code
 from .card import EXAMPLE_THRESHOLD, build_card
 from .errors import hub_errors
 from .run_record import read_json
@@ -72,7 +72,8 @@ def prepare_folder(
             add_code(folder, config["model_type"])
         elif own:
             without_code(folder)
-        if remote_code and "UplvpForPreTraining" not in (config.get("architectures") or []):
+        answers = config.get("model_type") not in SEMANTIC  # the handler speaks of instances
+        if remote_code and answers and "UplvpForPreTraining" not in (config.get("architectures") or []):
             for name in ("handler.py", "requirements.txt"):
                 shutil.copyfile(TEMPLATES / name, folder / name)
         _add_license(model_dir, folder, license)
