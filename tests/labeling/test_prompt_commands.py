@@ -13,6 +13,7 @@ from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.demo.pipeline import synthetic_clip_path
 from uplvp_hf.labeling import proposal_quality
+from uplvp_hf.labeling.encoders.weights import weights_license
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,10 @@ def test_example_images_are_the_only_input(folder, tmp_path, capsys):
     assert "Examples a class: " in printed and f"License of the weights of {folder / 'sam'}: apache-2.0" in printed
     settings = header(out)["settings"]
     assert header(out)["labeler"] == "sam" and settings["namer"]["name"] == "examples"
+    license = weights_license(synthetic_clip_path())
+    networks = {str(folder / "sam"): "apache-2.0"} | ({} if license is None else {str(synthetic_clip_path()): license})
+    joined = ", ".join(f"{text} ({name})" for name, text in networks.items())
+    assert header(out)["license"] == ("apache-2.0" if license is None else joined)
     assert set(header(out)["vocabulary"]) <= {c["name"] for c in load_dataset_rows(folder / "few").categories}
     assert len(rows(out)) == 6 and (out / "report.html").is_file()
 

@@ -241,6 +241,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from ..data import load_dataset_rows, stream_dataset_rows
     from ..labeling import label_images
     from ..labeling.build import Builder, Names
+    from ..labeling.encoders.weights import licenses_of
 
     flags = ("labeler", "namer", "vocabulary", "clip", "backbone", "backbone_weights", "model", "masks", "device")
     flags += ("examples", "detector")
@@ -251,7 +252,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     else:
         dataset = load_dataset_rows(args.images, split=args.split, unlabeled=True, **columns)
     namer, labeler = builder.namer(), builder.labeler()
-    licenses = _licenses(labeler, namer)
+    licenses = licenses_of(labeler, namer)
     if is_main_process() and not args.quiet:
         _introduce(labeler, namer, licenses)
         _introduce_examples(builder.examples, dataset)
@@ -302,15 +303,6 @@ def _introduce_examples(examples: Any, dataset: Any) -> None:
 
     if examples is not None and (shared := shared_images(examples.dataset, dataset)):
         print(f"{shared} of the images to label are examples too: they get pseudo labels like the others", flush=True)
-
-
-def _licenses(labeler: Any, namer: Any) -> dict[str, str]:
-    """{network: license of its weights}, whose terms the labels may come under, as far as the model cards say."""
-    used = {labeler.encoder_name: getattr(labeler, "license", None)}
-    network = getattr(namer, "clip", None) or getattr(namer, "encoder", None)
-    if network is not None:
-        used[network.name] = getattr(network, "license", None)
-    return {name: license for name, license in used.items() if license is not None}
 
 
 def _write_more(report: str | None, output: Any, store: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..data.dataset import InstanceDataset, RowStream
+from .encoders.weights import join_licenses, licenses_of
 from .processes import Processes, decode_workers
 from .protocol import AGNOSTIC_NAME, Labeler, Namer
 from .run import LabelSummary, Run, apply_floor, proposals_to_row
@@ -110,6 +111,6 @@ def _header(
         names += [AGNOSTIC_NAME] if AGNOSTIC_NAME not in names else []
     root = None if run.image_root is None else os.path.abspath(run.image_root)
     categories = choose_categories(names, dataset)
-    return make_header(
-        labeler.name, labeler.encoder_name, names, kept, categories, root, labeler.license, run.batch_size
-    )
+    licenses = licenses_of(labeler, namer)
+    license = labeler.license if licenses.keys() <= {labeler.encoder_name} else join_licenses(licenses)
+    return make_header(labeler.name, labeler.encoder_name, names, kept, categories, root, license, run.batch_size)

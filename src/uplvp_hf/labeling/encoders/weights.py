@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -73,3 +73,17 @@ def refuse_missing(name: str, missing: Iterable[str]) -> None:
             f"{name}: {len(missing)} tensors are not in the checkpoint, such as {', '.join(missing[:3])}; they would "
             "be random. Name a complete checkpoint of this architecture"
         )
+
+
+def licenses_of(labeler: Any, namer: Any = None) -> dict[str, str]:
+    """{network: license of its weights}, whose terms the labels may come under, as far as the model cards say."""
+    used = {labeler.encoder_name: getattr(labeler, "license", None)}
+    network = getattr(namer, "clip", None) or getattr(namer, "encoder", None)
+    if network is not None:
+        used[network.name] = getattr(network, "license", None)
+    return {name: license for name, license in used.items() if license is not None}
+
+
+def join_licenses(licenses: Mapping[str, str]) -> str | None:
+    """Of several networks, as one line; None where none is known."""
+    return ", ".join(f"{license} ({name})" for name, license in licenses.items()) or None

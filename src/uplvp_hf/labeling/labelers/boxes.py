@@ -15,6 +15,7 @@ from ...data import DataError, InstanceDataset, Row, empty_objects
 from ...models.errors import UserError
 from ..cutting.proposals import Proposals, filter_proposals, mask_nms, top_k
 from ..encoders.text import split_synonyms
+from ..encoders.weights import join_licenses
 from ..fingerprint import fingerprint
 from ..naming.crops import crop_box
 from ..naming.examples import Examples, read_examples
@@ -82,8 +83,7 @@ class BoxesLabeler(Labeler):
         self.segmenter = BoxSegmenter(model, device, dtype, config.boxes_per_pass)
         licenses.append((self.segmenter.name, self.segmenter.license))
         self.encoder_name = self.segmenter.name if detector is None else f"{detector} + {self.segmenter.name}"
-        known = [f"{text} ({name})" for name, text in licenses if text is not None]
-        self.license = ", ".join(known) or None
+        self.license = join_licenses({name: text for name, text in licenses if text is not None})
         self._outside, self._empty = 0, 0
 
     def _crops(self, examples: Any) -> list[tuple[Image.Image, int]]:
