@@ -18,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
+from uplvp_hf.benchmark.rows import read_rows
 from uplvp_hf.cli import main
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.synthetic import CLASSES, write_scenes
@@ -245,13 +246,12 @@ def test_pretraining_without_arguments_runs_the_embedded_default(tmp_path, monke
     from uplvp_hf.demo import pipeline
 
     monkeypatch.setattr(pipeline, "_quiet", lambda: None)  # it sets up a process of its own
-    sizes = pipeline.DemoSizes(unlabeled=4, pretrain_steps=2)
     real = pipeline.pretrain_default
-    monkeypatch.setattr(pipeline, "pretrain_default", lambda: real(str(tmp_path / "default"), sizes))
+    monkeypatch.setattr(pipeline, "pretrain_default", lambda: real(str(tmp_path / "default"), scale=0.005))
     monkeypatch.setattr(sys, "argv", ["scripts/pretrain.py"])
     assert pretrain.main() == 0
     printed = capsys.readouterr().out
-    assert "No settings given: running the embedded default" in printed and "2 steps in" in printed
+    assert "No settings given: running the embedded default" in printed and "4 steps in" in printed
     model = UplvpForPreTraining.from_pretrained(tmp_path / "default" / "model")
     assert list(model.config.id2label.values()) == list(CLASSES)
 
@@ -267,10 +267,12 @@ def test_demo(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "Backbone" not in done.stderr and "Loading weights" not in done.stderr
-    results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert list(results["arms"]) == ["scratch", "scratch_equal_total", "pseudo_only", "pretrained"]
-    for arm in results["arms"].values():
-        assert 0 <= arm["AP"] <= 1 and 0 <= arm["AP50"] <= 1
+    rows = read_rows(tmp_path / "demo" / "rows.jsonl")
+    assert [row["arm"] for row in rows] == ["scratch", "scratch total", "no human label", "pre-trained"]
+    assert all(0 <= row["metrics"][name] <= 1 for row in rows for name in ("AP", "AP50"))
+    assert rows[-1]["finetune"]["settings"]["data.extra"] == "pretraining"
+    best = max(100 * row["metrics"]["AP"] for row in rows)
+    assert re.search(rf" {best:.1f} .* \*$", done.stdout, re.MULTILINE)
     report = (tmp_path / "demo" / "report.html").read_text()
     targets = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]*)|url\(["']?([^"')]*)""", report)
     assert targets and all("".join(pair).startswith(("data:", "#")) for pair in targets)  # nothing outside of the page

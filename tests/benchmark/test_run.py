@@ -109,13 +109,13 @@ def test_workers_take_the_gpus_in_turn(tmp_path, monkeypatch):
         def __init__(self, target, args):
             taken.append(args[-1])
 
-        start = join = lambda self: None
+        start = join = is_alive = lambda self: None
 
     monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Process))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     for processes in (1, 8):
         benchmark = load_benchmark(recipe_file(tmp_path, processes=processes))
-        run._work_together(benchmark, tmp_path / "out", [], workers=3)
+        run._work_together(benchmark, tmp_path / "out", [], workers=3, look=lambda: None)
     assert taken == ["2", "5", "2", None, None, None]
 
 

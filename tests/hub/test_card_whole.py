@@ -25,12 +25,17 @@ FIELDS = {
 @pytest.fixture(scope="module")
 def run_dir(scenes_dir, tiny_segmenter, tmp_path_factory):
     """Folder of a model: six scenes labeled by the tiny CLIP, two steps on the labels, two on the annotations."""
-    from uplvp_hf.demo.pipeline import label_scenes
+    from uplvp_hf.data import load_dataset_rows
+    from uplvp_hf.data.synthetic import BACKGROUND, CLASSES
+    from uplvp_hf.demo.pipeline import synthetic_clip_path
+    from uplvp_hf.labeling import ClipZeroShotNamer, DenseClipLabeler, label_images, load_clip
     from uplvp_hf.training.config import load_settings
     from uplvp_hf.training.loop import train
 
     folder = tmp_path_factory.mktemp("runs")
-    label_scenes(str(scenes_dir), folder / "labels")
+    clip = load_clip(synthetic_clip_path())
+    labeler, namer = DenseClipLabeler(clip, CLASSES), ClipZeroShotNamer(clip, CLASSES, background=[BACKGROUND])
+    label_images(load_dataset_rows(scenes_dir).unlabeled(), labeler, namer, folder / "labels", min_confidence=0.7)
     recipe = folder / "recipe.yaml"
     segmenter = {"segmenter": tiny_segmenter(), "prompt_matching": "cosine"}
     base = {"data": {"size": 64}, "model": segmenter, "optim": {"steps": 2, "batch_size": 2, "warmup": 0}, "seed": 3}

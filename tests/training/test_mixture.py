@@ -94,3 +94,45 @@ def test_shares_are_checked():
         load_settings(None, ["data.extra_share=1.5"])
     with pytest.raises(ConfigError, match="one or two shares"):
         load_settings(None, ["data.extra_share=0.1,0.2,0.3"])
+
+
+def pretrained(folder, **data):
+    """What a pre-training leaves, as far as `data.extra=pretraining` reads it."""
+    folder.mkdir(exist_ok=True)
+    words = [f"data.{key}={value}" for key, value in data.items()]
+    settings = load_settings(None, words, stage="pretrain").to_dict()
+    settings["model"]["class_agnostic"] = data.get("train") is None
+    settings["data"]["train"] = data.get("train") or "anywhere"
+    (folder / "training_summary.json").write_text(json.dumps({"settings": settings}))
+    return folder
+
+
+def test_the_labels_of_pretraining_are_the_default(more, scenes_dir, tmp_path, caplog):
+    caplog.set_level("INFO", logger="uplvp_hf")
+    train = load_dataset_rows(scenes_dir)
+    init = pretrained(tmp_path / "init", train=str(more))
+
+    def extra(*words, stage="finetune"):
+        caplog.clear()
+        return load_extra(load_settings(None, [f"model.init={init}", *words], stage=stage), train, None)
+
+    found = extra()
+    given = load_extra(load_settings(None, [f"data.extra={more}"]), train, None)
+    assert [row["objects"] for row in found.rows] == [row["objects"] for row in given.rows]
+    assert str(more) in caplog.text and "50%" in caplog.text
+    assert extra("data.extra=null") is None and extra(stage="pretrain") is None and not caplog.text
+    assert load_extra(load_settings(None), train, None) is None
+    train.categories.append({"id": 99, "name": "otter"})  # on its images otters would count as background
+    assert extra() is None and "has no class otter" in caplog.text
+    train.categories.pop()
+    pretrained(init, train=str(tmp_path / "moved"))
+    assert extra() is None and f"no longer at {tmp_path / 'moved'}" in caplog.text
+    pretrained(init)
+    assert extra() is None and "without classes" in caplog.text
+
+
+def test_labeled_images_are_not_mixed_in_again(more):
+    labeled = load_dataset_rows(more).subset([1, 3])
+    extra = load_extra(load_settings(None, [f"data.extra={more}"]), labeled, None)
+    assert [row["image_id"] for row in extra.rows] == [load_dataset_rows(more)[k]["image_id"] for k in (0, 2, 4)]
+    assert not extra.failures

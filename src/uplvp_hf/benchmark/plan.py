@@ -60,7 +60,8 @@ class Job:
 
 
 def make_plan(benchmark: Benchmark, output: Path, sources: Sources) -> list[Job]:
-    """All jobs, each after those that it needs; seed by seed, so that an unfinished benchmark has complete seeds.
+    """All jobs, each after those that it needs; labels first, as most arms wait for them, then seed by seed, so that
+    an unfinished benchmark has complete seeds.
 
     Raises ConfigError for settings that no training takes.
     """
@@ -71,7 +72,7 @@ def make_plan(benchmark: Benchmark, output: Path, sources: Sources) -> list[Job]
                 if seed in (arm.seeds or [seed]) and segmenter in (arm.segmenters or [segmenter]):
                     for job in _arm_jobs(benchmark, output, sources, segmenter, name, arm, seed):
                         jobs.setdefault(job.folder, job)
-    return list(jobs.values())
+    return sorted(jobs.values(), key=lambda job: job.kind != "label")
 
 
 def _arm_jobs(

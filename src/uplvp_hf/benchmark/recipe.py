@@ -105,6 +105,7 @@ class Benchmark(Settings):
     """A whole benchmark, see the head of this file."""
 
     name: str = setting("", "of the benchmark, for folders and tables")
+    about: str = setting("", "what its page says at the top; an empty line parts paragraphs")
     variables: dict[str, Any] = setting({}, "what `${name}` in any text stands for; null has to be given")
     data: BenchmarkData = field(default_factory=BenchmarkData)
     labels: dict[str, LabelSet] = setting({}, "label sets that arms pre-train on")

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..training.config import ConfigError
 from .figures import write_results
 from .plan import Job, make_plan
 from .recipe import Benchmark, LabelSet
+from .report import Report
 from .rows import make_row, read_query_maps, write_rows
 from .sources import prepare_sources
 
@@ -38,12 +39,12 @@ def run_benchmark(benchmark: Benchmark, output: str, workers: int = 1, progress:
 
     Several calls may share an output folder, also from several machines that share it: a job is locked while it runs.
     A job that fails is reported, what needs it is left out, the others go on. Writes `rows.jsonl`, one line a run, and
-    what `write_results` draws.
+    what `write_results` draws, and `report.html`, which grows with every job.
 
     Raises ConfigError when the folder holds another benchmark or a job failed, and as `prepare_sources` does.
     """
     folder = Path(output)
-    _claim(benchmark, folder)
+    claim(benchmark, folder)
     with _lock(folder / "locks" / "data", wait=True):
         sources = prepare_sources(benchmark, folder)
     jobs = make_plan(benchmark, folder, sources)
@@ -52,10 +53,16 @@ def run_benchmark(benchmark: Benchmark, output: str, workers: int = 1, progress:
         _check_unchanged(benchmark, folder, job)
     _warn_of_left_out(benchmark)
     logger.info("%d jobs, %d of them finished.", len(jobs), sum(is_done(folder, job) for job in jobs))
+    report = Report(benchmark, folder, jobs, sources)
+
+    def look() -> None:
+        report.update([job for job in jobs if is_done(folder, job)])
+
     if workers == 1:
-        _work(benchmark, folder, jobs, progress)
+        _work(benchmark, folder, jobs, progress, look)
     else:
-        _work_together(benchmark, folder, jobs, workers)
+        _work_together(benchmark, folder, jobs, workers, look)
+    look()
     rows = write_rows(folder, jobs)
     text = write_results(rows, folder, read_query_maps(folder, jobs)) if rows else ""
     failed = [job.folder for job in jobs if has_failed(folder, job)]
@@ -108,13 +115,13 @@ def _warn_of_left_out(benchmark: Benchmark) -> None:
 
 def show_plan(benchmark: Benchmark, folder: Path) -> str:
     """The jobs, one a line, and what is finished of them. Makes the folder, and the data that is to be made."""
-    _claim(benchmark, folder)
+    claim(benchmark, folder)
     jobs = make_plan(benchmark, folder, prepare_sources(benchmark, folder))
     lines = [f"{'done' if is_done(folder, job) else '    '}  {job.kind:9} {job.folder}" for job in jobs]
     return "\n".join([*lines, f"{len(jobs)} jobs"])
 
 
-def _claim(benchmark: Benchmark, folder: Path) -> None:
+def claim(benchmark: Benchmark, folder: Path) -> None:
     """Makes the folder this benchmark's own. More seeds, arms, labels and segmenters may be asked for later."""
     marker = folder / "benchmark.json"
     record = {"name": benchmark.name, "data": benchmark.data.as_dict(), "validation": benchmark.validation}
@@ -126,7 +133,7 @@ def _claim(benchmark: Benchmark, folder: Path) -> None:
     write_json(marker, record)
 
 
-def _work_together(benchmark: Benchmark, folder: Path, jobs: list[Job], workers: int) -> None:
+def _work_together(benchmark: Benchmark, folder: Path, jobs: list[Job], workers: int, look: Callable[[], None]) -> None:
     context = multiprocessing.get_context("spawn")
     gpus = _gpus() if benchmark.processes == 1 else []
     processes = [
@@ -136,6 +143,9 @@ def _work_together(benchmark: Benchmark, folder: Path, jobs: list[Job], workers:
     for process in processes:
         process.start()
     try:
+        while alive := [process for process in processes if process.is_alive()]:
+            alive[0].join(_PAUSE)
+            look()
         for process in processes:
             process.join()
     except KeyboardInterrupt:
@@ -163,12 +173,14 @@ def _worker(benchmark: Benchmark, folder: Path, jobs: list[Job], gpu: str | None
     transformers_logging.disable_progress_bar()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
-    _work(benchmark, folder, jobs, progress=False)
+    _work(benchmark, folder, jobs, progress=False, look=lambda: None)
 
 
-def _work(benchmark: Benchmark, folder: Path, jobs: Sequence[Job], progress: bool) -> None:
-    """Takes the first job that is free and whose needs are met, until none is left that could be done."""
+def _work(benchmark: Benchmark, folder: Path, jobs: Sequence[Job], progress: bool, look: Callable[[], None]) -> None:
+    """Takes the first job that is free and whose needs are met, until none is left that could be done. `look` is called
+    between jobs."""
     while waiting := [job for job in jobs if not is_done(folder, job) and not has_failed(folder, job)]:
+        look()
         if not any(_try(benchmark, folder, job, progress) for job in waiting if _is_ready(folder, jobs, job)):
             if not any(_may_become_ready(folder, jobs, job) for job in waiting):
                 return
@@ -205,11 +217,17 @@ def _try(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> bool:
             return False
         logger.info("%s ...", job.folder)
         try:
-            _WORK[job.kind](benchmark, folder, job, progress)
+            do_job(benchmark, folder, job, progress)
         except Exception as error:
             write_text(folder / job.folder / "error.txt", traceback.format_exc())
             logger.error("%s failed: %s", job.folder, error)
         return True
+
+
+def do_job(benchmark: Benchmark, folder: Path, job: Job, progress: bool = False) -> None:
+    """Does a job here and now, unless it is finished. What it needs has to be there."""
+    if not is_done(folder, job):
+        _WORK[job.kind](benchmark, folder, job, progress)
 
 
 @contextmanager

@@ -46,9 +46,9 @@ class DataSettings(Settings):
         None, "seed of the low-data split, which is recorded in split.json; none: the run's `seed`"
     )
     extra: str | None = setting(
-        None,
-        f"{READABLE}, with the same class names: mixed into fine-tuning; {PRETRAINING}: the labels that `model.init` "
-        "was pre-trained on, where it is a pre-training of ours and they are still there",
+        PRETRAINING,
+        f"mixed into fine-tuning: {READABLE}, with the same class names; {PRETRAINING}: the labels that `model.init` "
+        "was pre-trained on, where it is a pre-training of ours and they are still there; null: nothing",
     )
     extra_share: list[float] = setting(
         [0.5],

@@ -1,0 +1,167 @@
+"""The page of a benchmark, `report.html`: table, curves, pseudo labels beside the truth, predictions; one file.
+
+It is written again whenever a job ends, so that there is something to look at while the others run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import statistics
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..data import InstanceDataset, load_dataset_rows
+from ..data.dataset import Row
+from ..evaluation.compare_page import draw_curves, figure_bytes
+from ..evaluation.predictor import load_segmenter, predict_dataset
+from ..evaluation.visualize import overlay_uri
+from ..files import write_text
+from ..labeling.quality import proposal_quality, row_keys
+from ..models.errors import UserError
+from ..training.build import build_data
+from .figures import curves_of, mean_text
+from .plan import Job, label_folder
+from .recipe import Benchmark
+from .rows import labels_text
+from .sources import Sources
+
+logger = logging.getLogger(__name__)
+
+SIDE = 480  # most pixels of an image on the page
+SHOWN = 8  # images of each kind
+MEASURED = 500  # images on which the quality of pseudo labels is measured
+
+
+class Report:
+    """Says in the log, and on the page, what has been finished since it was last asked.
+
+    jobs: of the plan, in its order. done: folders of jobs -> what a job left there (`DONE` of `run`).
+    """
+
+    def __init__(self, benchmark: Benchmark, folder: Path, jobs: Sequence[Job], sources: Sources) -> None:
+        self.benchmark, self.folder, self.jobs, self.sources = benchmark, folder, list(jobs), sources
+        self._told: set[str] = set()
+        self._labels: list[dict[str, Any]] | None = None
+
+    def update(self, done: Sequence[Job]) -> None:
+        """Writes the page again if `done`, the finished jobs, are more than before. A page that cannot be drawn is no
+        reason to lose a benchmark: what was wrong is logged."""
+        new = [job for job in done if job.folder not in self._told]
+        if not new:
+            return
+        self._told |= {job.folder for job in new}
+        try:
+            self._write(done)
+        except (UserError, OSError) as error:
+            logger.warning("report.html could not be written: %s", error)
+        for job in new:
+            logger.info("%s", self._sentence(job))
+
+    def _sentence(self, job: Job) -> str:
+        if job.row:
+            row = json.loads((self.folder / job.folder / "row.json").read_text())
+            return f"{job.row['arm']}, seed {row['seed']}: AP {mean_text([row], 'AP')}, AP50 {mean_text([row], 'AP50')}"
+        if job.kind == "label":
+            return f"Pseudo labels are there. Look at {self.folder / 'report.html'}, which grows while the rest runs."
+        return f"{job.folder} is pre-trained."
+
+    def _write(self, done: Sequence[Job]) -> None:
+        finished = len(done) == len(self.jobs)
+        if self._labels is None and any(job.kind == "label" for job in done):
+            names = dict.fromkeys(job.label_set for job in done if job.kind == "label")
+            self._labels = [self._label_section(name) for name in names]
+        rows = [json.loads((self.folder / job.folder / "row.json").read_text()) for job in done if job.row]
+        template = (resources.files("uplvp_hf.benchmark") / "templates" / "report.html.j2").read_text()
+        page = jinja2.Environment(autoescape=True).from_string(template)
+        text = page.render(
+            name=self.benchmark.name,
+            about=self.benchmark.about,
+            done=len(done),
+            jobs=len(self.jobs),
+            tables=[self._table(rows, name) for name in dict.fromkeys(row["segmenter"] for row in rows)],
+            labels=self._labels or [],
+            predictions=self._predictions(done) if finished and rows else None,
+        )
+        write_text(self.folder / "report.html", text)
+
+    def _table(self, rows: list[dict[str, Any]], segmenter: str) -> dict[str, Any]:
+        """Lines of a segmenter in the order of the plan, and the one of best AP."""
+        own = [row for row in rows if row["segmenter"] == segmenter]
+        lines = []
+        for arm, count in dict.fromkeys((row["arm"], row["labels_per_class"]) for row in own):
+            chosen = [row for row in own if (row["arm"], row["labels_per_class"]) == (arm, count)]
+            values = [row["metrics"]["AP"] for row in chosen if row["metrics"]["AP"] is not None]
+            lines.append(
+                {
+                    "arm": arm + (" (class-agnostic AP)" if chosen[0]["class_agnostic"] else ""),
+                    "about": self.benchmark.arms[arm].about if arm in self.benchmark.arms else "",
+                    "labels": labels_text(count),
+                    "AP": mean_text(chosen, "AP"),
+                    "AP50": mean_text(chosen, "AP50"),
+                    "seconds": round(statistics.mean(map(_seconds, chosen))),
+                    "runs": len(chosen),
+                    "value": statistics.mean(values) if values else -1.0,
+                    "comparable": not chosen[0]["class_agnostic"],
+                }
+            )
+        best = max((line for line in lines if line["comparable"]), key=lambda line: line["value"], default=None)
+        curves = curves_of(own)
+        drawn = figure_bytes(draw_curves(curves), "svg").decode() if curves.arms else ""
+        return {"segmenter": segmenter, "lines": lines, "best": best, "curves": drawn[drawn.find("<svg") :]}
+
+    def _label_section(self, name: str) -> dict[str, Any]:
+        """A label set: numbers, and its first images, beside the truth where that is known."""
+        pseudo, truth = load_dataset_rows(self.folder / label_folder(name)), load_dataset_rows(**self.sources.unlabeled)
+        section: dict[str, Any] = {"name": name, "images": len(pseudo), "quality": None, "pairs": []}
+        section["masks"] = sum(len(row["objects"]["segmentation"]) for row in pseudo.rows)
+        known: dict[Any, Row] = {}
+        if truth.categories:
+            part = pseudo.subset(range(min(MEASURED, len(pseudo))))
+            measured = proposal_quality(part, truth)  # nan, a share of nothing, is no number for people
+            section["quality"] = {key: "none" if math.isnan(one) else f"{one:.2f}" for key, one in measured.items()}
+            known = dict(zip(row_keys(pseudo, truth)[1], truth.rows, strict=True))
+        for key, (index, row) in zip(row_keys(pseudo, truth)[0], enumerate(pseudo.rows), strict=True):
+            if index == SHOWN:
+                break
+            pair = [_drawn(pseudo, index, row)]
+            pair += [_drawn(pseudo, index, known[key], truth)] if key in known else []
+            section["pairs"].append(pair)
+        return section
+
+    def _predictions(self, done: Sequence[Job]) -> dict[str, Any]:
+        """The first images of `val`, by the last job of the plan that has a model of its own."""
+        job = [job for job in done if job.kind in ("finetune", "evaluate")][-1]
+        _, val = build_data(job.settings.data)
+        model, processor = load_segmenter(str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0])))
+        shown = val.subset(range(min(SHOWN, len(val))))
+        pairs = []
+        found = predict_dataset(model, processor, shown, threshold=0.5, progress=False)
+        for index, (row, instances) in enumerate(found):
+            labels, scores = instances["labels"].tolist(), instances["scores"].tolist()
+            image = shown.load_image(index)
+            ours = overlay_uri(image, instances["rle"], labels, scores, model.config.id2label, SIDE)
+            pairs.append([ours, _drawn(shown, index, row)])
+        return {"arm": job.row["arm"], "pairs": pairs}
+
+
+def _seconds(row: dict[str, Any]) -> float:
+    """Of all training of a run."""
+    return sum(row[stage]["seconds"] for stage in ("pretrain", "finetune") if row[stage])
+
+
+def _drawn(dataset: InstanceDataset, index: int, row: Row, names: InstanceDataset | None = None) -> str:
+    """The image of a dataset with the objects of a row. names: the dataset that the row is of, if another."""
+    categories = (names or dataset).categories
+    place = {category["id"]: number for number, category in enumerate(categories)}
+    labels = [place[category] for category in row["objects"]["category_id"]]
+    id2label = {number: category["name"] for number, category in enumerate(categories)}
+    return overlay_uri(dataset.load_image(index), row["objects"]["segmentation"], labels, None, id2label, SIDE)
+
+
+__all__ = ["Report"]
