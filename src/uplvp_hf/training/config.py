@@ -255,6 +255,12 @@ class TrainSettings(Settings):
     seed: int = setting(0, "of everything random", least=0)
     mixed_precision: str = setting("no", "fp16 on CUDA only", choices=("no", "bf16", "fp16"))
     log_every: int = setting(10, "steps between lines of the log", least=1)
+    gradients_every: int = setting(
+        100,
+        "steps between measurements of each loss term's share of the gradient, for the log, which the last step has "
+        "too; 0 for none",
+        least=0,
+    )
     tracker: str | None = setting(None, "one that Accelerate knows, such as tensorboard")
     fsdp: bool = setting(False, "weights, gradients and moments are spread over the processes")
     overfit_one_batch: bool = setting(

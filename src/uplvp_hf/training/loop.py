@@ -41,6 +41,7 @@ from .checkpoint import (
 )
 from .config import TrainingAborted, TrainSettings
 from .freezing import training_mode
+from .gradient_shares import gradient_shares, is_due
 from .launch import hardware, make_accelerator
 from .norm_statistics import NormStatistics
 from .one_batch import describe_one_batch, on_one_batch, report_one_batch
@@ -140,6 +141,7 @@ class _Run:
         self.result = TrainResult(self.plain, self.processor)
         self.scaler = getattr(accelerator, "scaler", None)
         self.means = LossMeans(accelerator)
+        self.shares: dict[str, float] = {}  # of the gradient, for the next line of the log
         self.log = RunLog(settings, accelerator)
         self.validation = Validation(settings, task, accelerator, self.processor, val_rows, len(samples), self.progress)
 
@@ -216,6 +218,7 @@ class _Run:
 
     def _update(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
         """One optimizer step over the accumulated micro-batches. Returns the loss terms, detached; none if skipped."""
+        settings = self.settings
         normalizers = self.task.normalizers(self.plain, self.accelerator, micro_batches)
         totals: dict[str, torch.Tensor] = {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -223,12 +226,14 @@ class _Run:
         finite = torch.ones((), dtype=torch.bool, device=self.accelerator.device)
         with CostWatch() as costs:
             for index, batch in enumerate(micro_batches):
-                inputs = self.task.inputs(batch, self.accelerator.device, self.settings.stage)
+                inputs = self.task.inputs(batch, self.accelerator.device, settings.stage)
                 with self._sync(index == len(micro_batches) - 1):
                     with self.accelerator.autocast():
                         output = self.model(**inputs, normalizers=normalizers)
                     loss, terms = weighted_loss(output, batch)
                     finite &= torch.isfinite(loss.detach())
+                    if index == 0 and is_due(step + 1, settings) and not self.weights.spread:
+                        self.shares = gradient_shares(output.losses, self.plain.parameters(), self.scaler)
                     self.accelerator.backward(loss)
                 for name, value in terms.items():
                     totals[name] = totals.get(name, 0.0) + value
@@ -300,7 +305,8 @@ class _Run:
         total = [sum(means.values())] if means else []
         loss = {"loss": total[0]} if means else {}
         found = {} if self.teacher is None else self.teacher.report()
-        self.log.write(step, {**loss, "lr": self.optimizer.param_groups[0]["lr"], **means, **found})
+        self.log.write(step, {**loss, "lr": self.optimizer.param_groups[0]["lr"], **means, **self.shares, **found})
+        self.shares = {}
         self.result.losses = [*self.result.losses[:1], *total]
         if loss:
             bar.set_postfix(loss=f"{loss['loss']:.2f}")

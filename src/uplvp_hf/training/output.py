@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Settings that may differ when a run is resumed: they do not change what an update does. The sizes of batches may as
 # long as the effective batch stays, which is checked when a checkpoint is loaded.
 _FREE = (
-    "evaluation.", "checkpoint.", "data.val", "data.workers", "log_every", "tracker", "fsdp", "optim.max_skipped",
-    "optim.batch_size", "optim.accumulation",
+    "evaluation.", "checkpoint.", "data.val", "data.workers", "log_every", "gradients_every", "tracker", "fsdp",
+    "optim.max_skipped", "optim.batch_size", "optim.accumulation",
 )  # fmt: skip
 _LENGTH = ("optim.steps", "optim.epochs")
 
