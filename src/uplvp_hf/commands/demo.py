@@ -11,12 +11,12 @@ from ._terminal import verb
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp demo",
-        description="Label generated scenes with the small CLIP of the package, pre-train, fine-tune on 20 labeled "
-        "images, and compare with training from scratch. Needs no data, weights or network; about 5 minutes on 2 "
-        "cores. With --app: a page on this machine that shows what a model finds in your images.",
+        description="Label generated scenes with the small CLIP of the package, pre-train, fine-tune on a few labeled "
+        "ones, and compare with training from scratch: the benchmark recipe `demo`. Needs no data, weights or network; "
+        "about 6 minutes on 2 free cores, with a page that grows meanwhile. With --app: a page on this machine that shows what a model finds in your images.",
     )
     parser.add_argument(
-        "--output", default="runs/demo", help="folder; an earlier demo there is replaced (default: runs/demo)"
+        "--output", default="runs/demo", help="folder; a demo that stopped there goes on (default: runs/demo)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on images and steps, for a quick look")
