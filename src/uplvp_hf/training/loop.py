@@ -383,7 +383,10 @@ class _Run:
                 self.processor.save_pretrained(self.output)
                 self.task.save(model, self.output)
                 usual_rights(self.output)
-            write_json(self.output / "training_summary.json", summary(self.settings, result, self._facts()))
+            write_json(
+                self.output / "training_summary.json",
+                summary(self.settings, result, self.samples, hardware(self.accelerator)),
+            )
             if failures:
                 path = self.output / "failures.jsonl"
                 write_text(path, "".join(line + "\n" for line in failures))
@@ -393,14 +396,6 @@ class _Run:
         self.log.end()
         # A launcher ends all processes when one ends badly, and none may end while the model is being written.
         self.accelerator.wait_for_everyone()
-
-    def _facts(self) -> dict:
-        """The entries of the summary that only the run knows."""
-        return {
-            "images": len(self.samples),
-            "parameters_trained": sum(p.numel() for p in self.plain.parameters() if p.requires_grad),
-            "hardware": hardware(self.accelerator),
-        }
 
 
 __all__ = ["DataError", "TrainResult", "train"]

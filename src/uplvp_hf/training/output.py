@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 
+from ..data.training_set import TrainingSet
 from ..files import write_json
 from ..models.errors import reading
 from .config import ConfigError, TrainSettings
+from .mixture import MixedSamples
 
 if TYPE_CHECKING:
     from .loop import TrainResult
@@ -53,14 +55,18 @@ def claim_output(settings: TrainSettings, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def summary(settings: TrainSettings, result: TrainResult, facts: dict) -> dict:
-    """What `training_summary.json` holds. facts: `images`, `parameters_trained` and `hardware`."""
+def summary(settings: TrainSettings, result: TrainResult, samples: TrainingSet | MixedSamples, machine: str) -> dict:
+    """What `training_summary.json` holds. machine: see `launch.hardware`."""
     model, evaluations = result.model, result.evaluations
+    extra = {"extra_images": len(samples.extra)} if isinstance(samples, MixedSamples) else {}
     return {
         "stage": settings.stage,
         "settings": settings.to_dict(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **facts,
+        "parameters_trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "images": len(samples),
+        **extra,
+        "hardware": machine,
         "seconds": round(result.seconds, 1),
         "steps": result.steps,
         "skipped_steps": result.skipped,
