@@ -35,7 +35,7 @@ from uplvp_hf.evaluation.compare_page import figure_bytes, plot_curves
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
 DOCUMENTS = ("README.md", "docs/results.md", "docs/labeling.md")
-SETS = ("animals7", "balloon", "scenes", "knet_tuning")
+SETS = ("animals7", "balloon", "scenes", "knet_tuning", "finetuning_scenes", "finetuning_animals7")
 IN_HEADLINE = {  # set -> (its name in tables, labels of the headline)
     "animals7": ("seven animals, photographs", 10),
     "balloon": ("balloons, photographs", 15),

@@ -79,7 +79,7 @@ def test_a_mixed_run_trains_on_both_and_resumes_exactly(run, more, tmp_path, mon
     words = ["stage=finetune", f"data.extra={more}", "data.extra_share=0.5", "optim.steps=6", "log_every=1"]
     caplog.set_level("INFO", logger="uplvp_hf")
     run("whole", *words)
-    assert "Mixed in from data.extra: 5 images" in caplog.text
+    assert "Mixed in: 5 images" in caplog.text
     assert json.loads((tmp_path / "whole" / "training_summary.json").read_text())["extra_images"] == 5
     run("alone", "stage=finetune", "optim.steps=6", "log_every=1")
     assert (tmp_path / "whole" / "log.jsonl").read_text() != (tmp_path / "alone" / "log.jsonl").read_text()

@@ -14,7 +14,7 @@ from .rows import label_counts, labels_text
 LEVEL = 0.05
 """Largest p-value, two-sided, at which a difference counts."""
 
-# What is claimed (SP and UPLVP, papers and released ablation settings; the last four are ours), the arm that should be
+# What is claimed (SP and UPLVP, papers and released ablation settings; the last eight are ours), the arm that should be
 # better, and the other.
 # Arms go by the names that they have in the recipes of this folder.
 CLAIMS = (
@@ -32,6 +32,10 @@ CLAIMS = (
     ("keeping the class head helps", "full", "full new head"),
     ('starting all classes from "object" helps', "full agnostic spread", "full agnostic"),
     ("a moving average of the weights helps", "full average", "full"),
+    ("mixing in the labels of pre-training helps fine-tuning", "mixed", "plain"),
+    ("a lower rate than 1e-3 helps fine-tuning", "rate 3e-4", "plain"),
+    ("a lower rate than 1e-3 helps mixed fine-tuning", "mixed rate 3e-4", "mixed"),
+    ("a falling share helps mixed fine-tuning", "mixed falling", "mixed"),
 )
 
 

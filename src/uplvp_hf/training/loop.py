@@ -114,8 +114,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
     if accelerator.is_main_process:
         logger.info("%s", task.usage(settings, train_rows))
         if extra_rows is not None:
-            used = task.usage(settings, extra_rows).removeprefix("Training uses ")
-            logger.info("Mixed in from data.extra: %s", used)
+            logger.info("Mixed in: %s", task.usage(settings, extra_rows).removeprefix("Training uses "))
         if train_rows.manifest is not None:
             logger.info("The labeled images are split %(name)s, drawn with seed %(seed)s.", train_rows.manifest)
         record_manifest(train_rows.manifest, settings.output)
