@@ -137,7 +137,7 @@ class Report:
     def _predictions(self, done: Sequence[Job]) -> dict[str, Any]:
         """The first images of `val`, by the last job of the plan that has a model of its own."""
         job = [job for job in done if job.kind in ("finetune", "evaluate")][-1]
-        _, val = build_data(job.settings.data)
+        _, val = build_data(job.settings)
         model, processor = load_segmenter(str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0])))
         shown = val.subset(range(min(SHOWN, len(val))))
         pairs = []
