@@ -52,19 +52,16 @@ def build_card(
         metrics_file = model_dir / "metrics.json"
     results = _results(repo_id, summary, metrics_file)
     segmenter = config.get("segmenter_config") or config  # a segmenter alone describes itself
-    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out
-    names = [name for _, name in sorted((int(key), name) for key, name in labels.items())]
+    names = _class_names(config)
     pretrained_only = "UplvpForPreTraining" in (config.get("architectures") or [])
     architecture = segmenter.get("model_type", "unknown")
-    semantic = config.get("model_type") in SEMANTIC
-    kind = "A semantic segmenter" if semantic else "An instance segmenter"
-    kind = "A pre-training checkpoint" if pretrained_only else kind
+    semantic = architecture in SEMANTIC
     return ModelCard.from_template(
         _metadata(repo_id, license, architecture, summary, results, examples, remote_code),
         template_path=str(TEMPLATE),
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
-        kind=f"{kind} ({architecture})",
+        kind=f"{_kind(semantic, pretrained_only)} ({architecture})",
         num_classes=len(names),
         classes=", ".join(map(plain, names)),
         facts=_facts(architecture, segmenter, processor),
@@ -83,6 +80,17 @@ def build_card(
         num_queries=segmenter.get("num_queries"),
         size=_size_text(processor.get("size") or {}),
     )
+
+
+def _class_names(config: dict[str, Any]) -> list[str]:
+    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out
+    return [name for _, name in sorted((int(key), name) for key, name in labels.items())]
+
+
+def _kind(semantic: bool, pretrained_only: bool) -> str:
+    if pretrained_only:
+        return "A pre-training checkpoint"
+    return "A semantic segmenter" if semantic else "An instance segmenter"
 
 
 def _metadata(
