@@ -16,7 +16,7 @@ from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.evaluation import as_prediction, as_reference, evaluate_model
 from uplvp_hf.evaluation.coco_map import compare
 from uplvp_hf.evaluation.examples import Examples, image_quality
-from uplvp_hf.evaluation.report import CLASS_COLUMNS, write_class_table, write_evaluation_page
+from uplvp_hf.evaluation.report import CLASS_COLUMNS, draw_precision, write_class_table, write_evaluation_page
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 
 
@@ -123,8 +123,8 @@ def test_page_holds_numbers_and_images(page):
     assert f"<b>{100 * metrics['AP']:.1f}</b><span>AP</span>" in text
     assert "&lt;b&gt;bold&lt;/b&gt;" in text and "<b>bold</b>" not in text
     assert "cut.png" in text and "cannot be decoded" in text
-    assert not re.search(r"(src|href)=\"(?!data:)", text)  # nothing is loaded from elsewhere
-    assert text.count("<polyline") == 3 and "None" not in text and "split" not in text.split("</style>")[1]
+    assert not re.search(r"(src|href)=\"(?!data:|#)", text)  # nothing is loaded from elsewhere
+    assert text.count("<svg") == 1 and "None" not in text and "split" not in text.split("</style>", 1)[1]
     uris = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', text)
     assert len(uris) == 2 * 4  # two best, two worst; prediction and truth
     sizes = {Image.open(io.BytesIO(base64.b64decode(uri))).size for uri in uris}
@@ -133,11 +133,13 @@ def test_page_holds_numbers_and_images(page):
 
 
 def test_curve_ends_at_the_numbers(page):
-    folder, metrics, _ = page
-    points = re.findall(r'<polyline class="c1" points="([^"]+)"', (folder / "report.html").read_text())[0].split()
-    assert len(points) == 101
-    heights = [1 - float(point.split(",")[1]) / 260 for point in points]
-    assert np.mean(heights) == pytest.approx(metrics["AP50"], abs=1e-3)
+    _, metrics, _ = page
+    curves = {
+        line.get_label(): line.get_xydata() for line in draw_precision(metrics["details"]["curves"]).axes[0].lines
+    }
+    assert curves.keys() == {"mean of IoU .50 to .95", "IoU .50", "IoU .75"}
+    assert len(curves["IoU .50"]) == 101
+    assert np.mean(curves["IoU .50"][:, 1]) == pytest.approx(metrics["AP50"], abs=1e-3)
 
 
 def test_class_table(page):
@@ -158,4 +160,4 @@ def test_page_without_images_or_classes(page, tmp_path):
     source = {"model": "m", "data": "d", "split": "val", "metric": "cityscapes"}
     write_evaluation_page(tmp_path / "page.html", bare, Examples(), dataset, {}, source)
     text = (tmp_path / "page.html").read_text()
-    assert "<img" not in text and "polyline class" not in text and "Left out" not in text and "split\nval" in text
+    assert "<img" not in text and "<svg" not in text and "Left out" not in text and "split\nval" in text

@@ -186,7 +186,8 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
 def test_folder_of_a_space(tmp_path):
     folder = prepare_space(tmp_path / "space", "somebody/model")
     names = {file.name for file in folder.iterdir()}
-    assert names == {"app.py", "README.md", "requirements.txt", "visualize.py", "images.py", "errors.py"}
+    beside = {"visualize.py", "images.py", "errors.py", "thresholds.py"}
+    assert names == {"app.py", "README.md", "requirements.txt", *beside}
     card = RepoCard.load(folder / "README.md", ignore_metadata_errors=False).data.to_dict()
     assert card["sdk"] == "gradio" and card["app_file"] == "app.py" and len(card["short_description"]) <= 60
     assert '"MODEL", "somebody/model"' in (folder / "app.py").read_text()

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForInstanceSegmentation, pipeline
 import uplvp_hf
 from uplvp_hf.data import open_image
 from uplvp_hf.hub.push import prepare_folder
+from uplvp_hf.models.thresholds import SCORE_THRESHOLD
 
 SHAPES = [(90, 50), (40, 70), (64, 64), (31, 80)]  # (width, height)
 
@@ -159,7 +160,7 @@ def test_settings(tiny_model_dir, segmenter, images):
     assert len(segmenter(images[0], top_k=2)) <= 2
     assert segmenter(images[0], mask_threshold=1.0) == []
     plain = pipeline("instance-segmentation", str(tiny_model_dir))
-    same(plain(images[0]), segmenter(images[0], threshold=0.3, top_k=100))
+    same(plain(images[0]), segmenter(images[0], threshold=SCORE_THRESHOLD, top_k=100))
     with pytest.raises(ValueError, match=r"No such setting of the pipeline: treshold"):
         segmenter(images[0], treshold=0.5)
     with pytest.raises(ValueError, match="masks must be one of rle, pil"):

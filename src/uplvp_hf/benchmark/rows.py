@@ -173,6 +173,3 @@ def labels_text(count: int | str) -> str:
     if count == 0:
         return "no label"
     return f"split {count}" if isinstance(count, str) else f"{count} labels a class"
-
-
-__all__ = ["label_counts", "labels_text", "make_row", "read_rows", "source_revision", "write_rows"]

@@ -70,7 +70,7 @@ def evaluate(arguments: argparse.Namespace, dataset: InstanceDataset) -> None:
         return
     output = Path(arguments.output)
     rated = sorted((one for one in images if one["accuracy"] is not None), key=lambda one: one["accuracy"])
-    extra = {"data": arguments.data, "split": arguments.split, "worst": rated[:10], "best": rated[::-1][:10]}
+    extra = {"data": arguments.path, "split": arguments.split, "worst": rated[:10], "best": rated[::-1][:10]}
     write_json(output / "metrics.json", {**metrics, **extra})
     with replacing(output / "per_class.csv", "w") as stream:
         writer = csv.writer(stream)

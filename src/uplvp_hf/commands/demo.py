@@ -16,18 +16,17 @@ def make_parser() -> argparse.ArgumentParser:
         "about 6 minutes on 2 free cores, with a page that grows meanwhile. With --app: a page on this machine that "
         "shows what a model finds in your images.",
     )
-    parser.add_argument(
-        "--output", default="runs/demo", help="folder; a demo that stopped there goes on (default: runs/demo)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on images and steps, for a quick look")
+    add = parser.add_argument
+    add("--output", default="runs/demo", help="folder; a demo that stopped there goes on (default: runs/demo)")
+    add("--seed", type=int, default=0)
+    add("--scale", type=float, default=1.0, help="factor on images and steps, for a quick look")
     page = parser.add_argument_group("the page of a model")
     page.add_argument("--app", metavar="MODEL", help="model folder or USER/NAME of the Hub; nothing is trained")
     page.add_argument("--port", type=int, default=7860, help="of the page, on this machine only (default: 7860)")
     page.add_argument(
         "--share", choices=("no", "yes"), default="no", help="yes: also a public address through gradio's servers"
     )
-    parser.add_argument("--verbose", action="store_true", help="also where in the code an error arose")
+    add("--verbose", action="store_true", help="also where in the code an error arose")
     return parser
 
 

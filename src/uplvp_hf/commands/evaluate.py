@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
+from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
 from . import _semantic
-from ._terminal import add_verbosity, check_device, verb
+from ._terminal import check_device, verb
+from .data import add_source, load_source
 
 if TYPE_CHECKING:
     from uplvp_hf.data import InstanceDataset
@@ -29,44 +31,38 @@ def make_parser() -> argparse.ArgumentParser:
         "metrics.json and per_class.csv, for mask AP also results.json (COCO results) and report.html, a page with the "
         "best and worst images.",
     )
-    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
-    parser.add_argument(
-        "data",
-        metavar="DATA",
-        help="labeled images, such as a COCO JSON file or folder, or a published layout",
-    )
-    parser.add_argument("--images", metavar="DIR", help="folder that the file names of the JSON are relative to")
-    parser.add_argument("--split", help="picks annotations/SPLIT.json of the folder, or a split of a published layout")
-    parser.add_argument("--format", help="of DATA, where it could be several, such as coco or cityscapes")
-    parser.add_argument(
-        "--crowds-as-objects", action="store_true", help="take objects with iscrowd = 1 for single objects"
-    )
-    parser.add_argument("--output", metavar="DIR", help="write the files there")
-    parser.add_argument("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
-    parser.add_argument("--class-agnostic", action="store_true", help="compare masks only, whatever their classes")
-    parser.add_argument("--metric", choices=METRICS, default="coco", help="coco, or the Cityscapes benchmark's AP")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
+    add_source(parser)
+    add("--output", metavar="DIR", help="write the files there")
+    add("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
+    add("--class-agnostic", action="store_true", help="compare masks only, whatever their classes")
+    add("--metric", choices=METRICS, default="coco", help="coco, or the Cityscapes benchmark's AP")
+    add(
         "--backend",
         choices=BACKENDS,
         default="streaming",
         help="who computes COCO's numbers, which are the same (default: streaming, which forgets the masks)",
     )
-    parser.add_argument(
-        "--mask-threshold", type=float, default=0.5, help="least probability of a mask's pixels (default: 0.5)"
+    add(
+        "--mask-threshold",
+        type=float,
+        default=MASK_THRESHOLD,
+        help="least probability of a pixel (default: %(default)s)",
     )
-    parser.add_argument("--report", action=argparse.BooleanOptionalAction, help="the page (default: with --output)")
-    parser.add_argument(
-        "--threshold", type=float, default=0.5, help="least score of what the page shows and rates (default: 0.5)"
+    add("--report", action=argparse.BooleanOptionalAction, help="the page (default: with --output)")
+    add(
+        "--threshold",
+        type=float,
+        default=SCORE_THRESHOLD,
+        help="least score of what the page shows and rates (default: %(default)s)",
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     _semantic.add_semantic_arguments(parser)
-    add_verbosity(parser)
     return parser
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from uplvp_hf.data import load_dataset_rows
-    from uplvp_hf.data.usage import crowds_as_objects
     from uplvp_hf.evaluation import evaluated_classes, load_segmenter, make_evaluator
     from uplvp_hf.evaluation.backends import resolve_backend
     from uplvp_hf.evaluation.semantic import is_semantic_model
@@ -75,14 +71,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     _check(arguments)
     if is_semantic_model(arguments.model):
-        where = {"images": arguments.images, "split": arguments.split, "format": arguments.format}
-        return _semantic.evaluate(arguments, load_dataset_rows(arguments.data, **where))
+        return _semantic.evaluate(arguments, load_source(arguments))
     make_evaluator(arguments.backend, arguments.metric)  # refused now, not after loading everything
     arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else "streaming"
     processes = Processes()
-    dataset = load_dataset_rows(arguments.data, images=arguments.images, split=arguments.split, format=arguments.format)
-    if arguments.crowds_as_objects:
-        dataset = crowds_as_objects(dataset)
+    dataset = load_source(arguments)
     model, processor = load_segmenter(arguments.model, arguments.device)
     category_ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
     alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -180,11 +173,7 @@ class _Kept:
 
 
 def _write(
-    arguments: argparse.Namespace,
-    metrics: dict[str, Any],
-    kept: _Kept,
-    dataset: InstanceDataset,
-    names: dict[int, str],
+    arguments: argparse.Namespace, metrics: dict[str, Any], kept: _Kept, dataset: InstanceDataset, names: dict[int, str]
 ) -> None:
     from uplvp_hf.evaluation.report import write_class_table, write_evaluation_page
     from uplvp_hf.files import write_json, write_json_lines
@@ -192,7 +181,7 @@ def _write(
     output = Path(arguments.output)
     source = {
         "command": shlex.join(["uplvp", "evaluate", *_words(arguments)]),
-        "data": str(arguments.data),
+        "data": str(arguments.path),
         "split": arguments.split,
         "model": arguments.model,
         "class_agnostic": arguments.class_agnostic,
@@ -217,14 +206,15 @@ def _write(
 
 
 def _words(arguments: argparse.Namespace) -> list[str]:
-    words = [arguments.model, arguments.data]
-    words += ["--split", arguments.split] if arguments.split else []
-    words += ["--images", arguments.images] if arguments.images else []
-    words += ["--format", arguments.format] if arguments.format else []
-    words += ["--crowds-as-objects"] if arguments.crowds_as_objects else []
-    words += ["--mask-threshold", f"{arguments.mask_threshold:g}"] if arguments.mask_threshold != 0.5 else []
-    words += ["--metric", arguments.metric] if arguments.metric != "coco" else []
-    return words + (["--class-agnostic"] if arguments.class_agnostic else [])
+    """Those of the command that its numbers depend on."""
+    words = [arguments.model, arguments.path]
+    usual = {"mask_threshold": MASK_THRESHOLD, "metric": "coco"}
+    for name in ("split", "images", "format", "config", "mask_threshold", "metric"):
+        value = getattr(arguments, name)
+        if value != usual.get(name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    flags = ("crowds_as_objects", "class_agnostic")
+    return words + [f"--{name.replace('_', '-')}" for name in flags if getattr(arguments, name)]
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -242,10 +232,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         for row in metrics["details"]["classes"]:
             numbers = f"{percent(row['AP']):>6} {percent(row['AP50']):>6} {row['annotations']:>12}"
             lines.append(f"{row['name']:<{width}} {numbers}")
-    lines += [
-        "",
-        f"{metrics['num_images']} images, {metrics['num_instances']} instances, {metrics['seconds']:.1f} s.",
-    ]
+    lines += ["", f"{metrics['num_images']} images, {metrics['num_instances']} instances, {metrics['seconds']:.1f} s."]
     shown = 10
     for failure in metrics["failures"][:shown]:
         lines.append(f"Left out: {failure['file']}, {failure['row']}: {failure['reason']}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
+from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
 from . import _semantic
 from ._terminal import AGAIN, add_verbosity, check_device, verb
 
@@ -34,8 +35,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="images, folders that are searched recursively, patterns such as 'shots/**/*.jpg', http(s) addresses",
     )  # fmt: skip
     add("--output", metavar="DIR", required=True, help="for predictions.json, overlays/, failures.jsonl")
-    add("--threshold", type=float, default=0.5, help="least score, 0 to 1 (default: 0.5)")
-    add("--mask-threshold", type=float, default=0.5, help="least probability of a mask's pixels (default: 0.5)")
+    add("--threshold", type=float, default=SCORE_THRESHOLD, help="least score, 0 to 1 (default: %(default)s)")
+    add(
+        "--mask-threshold",
+        type=float,
+        default=MASK_THRESHOLD,
+        help="least probability of a pixel (default: %(default)s)",
+    )
     add("--top-k", type=int, default=100, help="most instances an image, or a tile (default: 100)")
     add("--batch-size", type=int, default=8, help="images, or tiles, per forward pass (default: 8)")
     add("--tiles", type=int, metavar="SIZE", help="cut images larger than SIZE pixels into windows of that side")

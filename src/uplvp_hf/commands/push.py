@@ -11,25 +11,20 @@ from ._terminal import AGAIN, verb
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uplvp push", description="Push a trained model, with its card, to the Hub.")
-    parser.add_argument("model", metavar="MODEL_DIR", help="folder of a trained model")
-    parser.add_argument("--repo-id", required=True, metavar="USER/NAME", help="repository; made if it does not exist")
-    parser.add_argument("--private", action="store_true", help="make the repository private")
-    parser.add_argument("--revision", help="branch to push to; made if it does not exist (default: main)")
-    parser.add_argument("--license", default="apache-2.0", help="license of the weights (default: apache-2.0)")
-    parser.add_argument("--metrics", metavar="FILE", help="metrics.json of `uplvp evaluate`, for the card")
-    parser.add_argument("--example", metavar="FILE", action="append", default=[], help="image for the card's widget")
-    parser.add_argument(
-        "--no-code", action="store_true", help="leave out the source files (the library is needed then)"
-    )
-    parser.add_argument(
-        "--space", metavar="USER/NAME", help="also a Space: a page that shows what the model finds in uploaded images"
-    )
-    parser.add_argument("--message", default="Upload model", help="commit message")
-    parser.add_argument("--dry-run", action="store_true", help="write the folder and push nothing")
-    parser.add_argument(
-        "--output", metavar="DIR", help="where to write the folder, with --dry-run (that of a Space: DIR-space)"
-    )
-    parser.add_argument("--verbose", action="store_true", help="also where in the code an error arose")
+    add = parser.add_argument
+    add("model", metavar="MODEL_DIR", help="folder of a trained model")
+    add("--repo-id", required=True, metavar="USER/NAME", help="repository; made if it does not exist")
+    add("--private", action="store_true", help="make the repository private")
+    add("--revision", help="branch to push to; made if it does not exist (default: main)")
+    add("--license", default="apache-2.0", help="license of the weights (default: apache-2.0)")
+    add("--metrics", metavar="FILE", help="metrics.json of `uplvp evaluate`, for the card")
+    add("--example", metavar="FILE", action="append", default=[], help="image for the card's widget")
+    add("--no-code", action="store_true", help="leave out the source files (the library is needed then)")
+    add("--space", metavar="USER/NAME", help="also a Space: a page that shows what the model finds in uploaded images")
+    add("--message", default="Upload model", help="commit message")
+    add("--dry-run", action="store_true", help="write the folder and push nothing")
+    add("--output", metavar="DIR", help="where to write the folder, with --dry-run (that of a Space: DIR-space)")
+    add("--verbose", action="store_true", help="also where in the code an error arose")
     return parser
 
 

@@ -34,24 +34,23 @@ def run_training(stage: str, description: str, argv: list[str] | None) -> int:
         epilog=_EPILOG.format(settings=describe(TrainSettings)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings, see below")
-    parser.add_argument(
+    add = parser.add_argument
+    add("settings", nargs="*", metavar="section.key=value", help="settings, see below")
+    add(
         "--recipe",
         action="append",
         default=[],
         help="YAML file, or the name of a shipped recipe; repeatable, later wins",
     )
-    parser.add_argument("--output", help="folder for checkpoints and the model (default: runs/<stage>)")
-    parser.add_argument("--seed", type=int, help="seed of everything random (default: 0)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in the output")
-    parser.add_argument(
+    add("--output", help="folder for checkpoints and the model (default: runs/<stage>)")
+    add("--seed", type=int, help="seed of everything random (default: 0)")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in the output")
+    add(
         "--overfit-one-batch",
         action="store_true",
         help="train on the first batch only, to see that the loss can fall (default output: runs/<stage>-one-batch)",
     )
-    parser.add_argument(
-        "--preview", metavar="FILE", help="write a sheet of augmented training samples there (.png, .jpg) and stop"
-    )
+    add("--preview", metavar="FILE", help="write a sheet of augmented training samples there (.png, .jpg) and stop")
     add_verbosity(parser)
     arguments = parser.parse_intermixed_args(argv)  # settings and options in any order
     again = f"run the same command again{'' if arguments.resume else ' with --resume'} to go on"

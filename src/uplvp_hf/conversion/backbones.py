@@ -15,13 +15,15 @@ _PREFIXES = ("module.encoder_q.", "encoder_q.", "backbone.", "module.backbone.",
 _HEADS = r"(fc|head|projection_head|prototypes|neck|queue|bn_neck)(\d*)\b.*"
 
 
-def split_backbone(state: dict[str, Tensor]) -> tuple[dict[str, tuple[str, Tensor]], dict[str, str]]:
-    """The ResNet inside a checkpoint: {name in torchvision's terms: (original name, tensor)}, and what is left out
-    with the reason. Raises UserError when there is no ResNet."""
+def convert_resnet_backbone(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors of a transformers `ResNetBackbone`, and {original name: reason} of those left out. Nothing is copied.
+
+    Raises UserError when there is no ResNet, or for tensors of the backbone that have no place.
+    """
     prefix = next((p for p in _PREFIXES if f"{p}layer1.0.conv1.weight" in state), None)
     if prefix is None:
         raise UserError(f"No ResNet in torchvision's names in this checkpoint; it begins with {list(state)[:3]}.")
-    inside, dropped = {}, {}
+    converted, dropped, unknown = {}, {}, []
     for name, tensor in state.items():
         inner = name.removeprefix(prefix)
         if not name.startswith(prefix):
@@ -30,24 +32,10 @@ def split_backbone(state: dict[str, Tensor]) -> tuple[dict[str, tuple[str, Tenso
             dropped[name] = "head of the pre-training task or classifier"
         elif inner.endswith("num_batches_tracked"):
             dropped[name] = "counter that inference does not read"
-        else:
-            inside[inner] = (name, tensor)
-    return inside, dropped
-
-
-def convert_resnet_backbone(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors of a transformers `ResNetBackbone`, and {original name: reason} of those left out. Nothing is copied.
-
-    Raises UserError when there is no ResNet, or for tensors of the backbone that have no place.
-    """
-    inside, dropped = split_backbone(state)
-    converted, unknown = {}, []
-    for name, (original, tensor) in inside.items():
-        ours = resnet_name(name)
-        if ours is None:
-            unknown.append(original)
-        else:
+        elif ours := resnet_name(inner):
             converted[ours] = tensor
+        else:
+            unknown.append(name)
     if unknown:
         raise UserError(f"{len(unknown)} tensors have no place in a ResNet: {', '.join(unknown[:5])}.")
     return converted, dropped

@@ -6,8 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +46,6 @@ _GAPS = {
     "num_batches_tracked": "counter that starts at zero",
     "criterion.empty_weight": "follows from the configuration",
 }
-
-
-@dataclass(frozen=True)
-class _Format:
-    """How one kind of checkpoint is converted. infer: settings of the segmenter from its tensors under our names;
-    from_config: the same from the original's configuration."""
-
-    model_type: str
-    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    infer: Callable[[dict[str, Tensor]], dict[str, Any]]
-    from_config: Callable[[dict[str, Any]], dict[str, Any]] | None
 
 
 def mask2former_settings(state: dict[str, Tensor]) -> dict[str, Any]:
@@ -136,13 +124,14 @@ def _count(state: dict[str, Tensor], pattern: str) -> int:
     return max((int(match[1]) for name in state if (match := re.fullmatch(pattern, name))), default=-1) + 1
 
 
-def _formats() -> dict[str, _Format]:
-    return {
-        "knet": _Format("knet", convert_mmdet_knet, knet_settings, config_from_mmdet_knet),
-        "queryinst": _Format("queryinst", convert_mmdet_queryinst, queryinst_settings, config_from_mmdet_queryinst),
-        "mask2former-mmdet": _Format("mask2former", convert_mmdet_mask2former, mask2former_settings, config_from_mmdet),
-        "mask2former-detectron2": _Format("mask2former", convert_detectron2_mask2former, mask2former_settings, None),
-    }
+# By kind of checkpoint: model type, converter of the tensors, settings of the segmenter from its tensors under our
+# names, and the same from the original's configuration.
+_NETWORKS = {
+    "knet": ("knet", convert_mmdet_knet, knet_settings, config_from_mmdet_knet),
+    "queryinst": ("queryinst", convert_mmdet_queryinst, queryinst_settings, config_from_mmdet_queryinst),
+    "mask2former-mmdet": ("mask2former", convert_mmdet_mask2former, mask2former_settings, config_from_mmdet),
+    "mask2former-detectron2": ("mask2former", convert_detectron2_mask2former, mask2former_settings, None),
+}
 
 
 def convert_checkpoint(
@@ -158,14 +147,12 @@ def convert_checkpoint(
     """Converts a file and writes a folder.
 
     Args:
-        checkpoint: K-Net, QueryInst or Mask2Former in mmdetection's names, Mask2Former in detectron2's, checkpoints of
-            UPLVP's pre-training (the same networks and a few tensors more), or a ResNet in torchvision's names
-            (torchvision, MoCo, DenseCL, SwAV), or a DenseCLIP. The kind is told from the names.
+        checkpoint: K-Net, QueryInst or Mask2Former of mmdetection, detectron2 or UPLVP's pre-training, a ResNet in
+            torchvision's names (torchvision, MoCo, DenseCL, SwAV), or a DenseCLIP. The kind is told from the names.
         output: new folder. A ResNet becomes a `ResNetBackbone`, whose model.safetensors recipes take as
             `model.backbone_weights`, a DenseCLIP an `IcpcForSemanticSegmentation`; everything else as `kind` says.
-        kind: "instance" (`UplvpForInstanceSegmentation`), "pretraining" (`UplvpForPreTraining`, which keeps
-            Mask2Former's prompt projection and the joint of query and prompt)
-            or "segmenter" (the network alone, as transformers or we have it).
+        kind: "instance" (`UplvpForInstanceSegmentation`), "pretraining" (`UplvpForPreTraining`, which keeps the
+            projection of prompts), or "segmenter" (the network alone, as transformers or we have it).
         config: JSON file of the original's configuration, its `model` section or a file that holds one. Without it
             sizes are read off the tensors.
         classes, category_ids: names and original ids; None: the names that mmdetection saved, else COCO's for 80
@@ -199,9 +186,7 @@ def convert_checkpoint(
         _semantic_processor(model.config).save_pretrained(output)
     elif found != "resnet" and kind != "segmenter":
         _processor().save_pretrained(output)
-    write_json(
-        output / "conversion_report.json", {"source": Path(checkpoint).name, "format": found, **report.as_dict()}
-    )
+    write_json(output / "conversion_report.json", {"source": Path(checkpoint).name, "format": found, **vars(report)})
     return report
 
 
@@ -212,7 +197,7 @@ def _converted(source, found: str, kind: str, config, classes, category_ids, set
     if found == "denseclip":
         model, converted = build_denseclip(source, classes[0] or classes[1], category_ids, settings or {}, tokenizer)
         return model, converted, {name: _DROPPED[COUNTER] for name in source if re.fullmatch(COUNTER, name)}
-    return _segmenter(source, _formats()[found], kind, config, classes, category_ids, settings)
+    return _wrapped(source, *_segmenter(source, found, config, classes, settings), kind, category_ids)
 
 
 def _backbone(source: dict[str, Tensor]):
@@ -226,58 +211,53 @@ def _backbone(source: dict[str, Tensor]):
     return model, converted, dropped
 
 
-def _segmenter(source, form: _Format, kind: str, config, classes, category_ids, settings):
-    dropped = {name: reason for name in source if (reason := _drop_reason(name))}
-    converted = form.convert({name: tensor for name, tensor in source.items() if name not in dropped})
-    found = form.infer(converted)
+def _segmenter(source, form: str, config, classes, settings):
+    """Configuration of the segmenter, its class names, its tensors, and the reasons of those left out."""
+    model_type, convert, infer, from_config = _NETWORKS[form]
+    reasons = {name: _drop_reason(name) for name in source}
+    dropped = {name: reason for name, reason in reasons.items() if reason}
+    converted = convert({name: tensor for name, tensor in source.items() if name not in dropped})
+    found = infer(converted)
     if config is not None:
-        if form.from_config is None:
+        if from_config is None:
             raise UserError("a configuration file is read for mmdetection's models only; leave it out.")
         try:
-            found |= form.from_config(_read_config(config))
+            found |= from_config(_read_config(config))
         except (KeyError, TypeError, IndexError) as error:
             raise UserError(f"configuration {config} is not that of such a model: {error!r}.") from error
     found |= settings or {}
     labels = _labels(found.pop("num_labels"), *classes)
-    segmenter_config = {"model_type": form.model_type, **found}
-    if kind == "segmenter":
-        model = _plain(segmenter_config, labels)
-        _load(model, converted)
-        return model, converted, dropped
-    model, converted, extras = _uplvp(kind, segmenter_config, labels, category_ids, converted, source)
-    dropped = {name: reason for name, reason in dropped.items() if name not in extras}
-    return model, converted, dropped
+    return {"model_type": model_type, **found}, labels, converted, dropped
 
 
-def _uplvp(kind: str, segmenter_config: dict, labels: dict[int, str], category_ids, converted, source):
-    """The model, its tensors, and the names of those that only pre-training has and that found a place."""
+def _wrapped(source, segmenter_config: dict, labels: dict[int, str], converted, dropped, kind: str, category_ids):
+    """The model with its weights, its tensors, and the reasons of those left out."""
     from ..models.configuration_uplvp import UplvpConfig
     from ..models.modeling_base_uplvp import coco_category_ids
     from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
-    ids = list(category_ids) if category_ids is not None else coco_category_ids(labels)
-    extras = _pretraining_tensors(source) if kind == "pretraining" else {}
-    method: dict[str, Any] = {}
-    if "prompt_fusion.linear.weight" in extras:
-        method["prompt_injection"] = "concat"
-    config = UplvpConfig(segmenter_config=segmenter_config, id2label=labels, category_ids=ids, **method)
-    model = (UplvpForPreTraining if kind == "pretraining" else UplvpForInstanceSegmentation)(config)
-    built = model.state_dict()
-    extras = {ours: pair for ours, pair in extras.items() if ours in built}
-    converted = {f"segmenter.{name}": tensor for name, tensor in converted.items()}
-    converted |= {ours: tensor for ours, (_, tensor) in extras.items()}
-    _load(model, converted)
-    return model, converted, {original for original, _ in extras.values()}
-
-
-def _pretraining_tensors(source: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """{our name: (original name, tensor)} of what only pre-training has."""
-    return {
+    if kind == "segmenter":
+        model = _plain(segmenter_config, labels)
+        _load(model, converted)
+        return model, converted, dropped
+    found = {
         match.expand(ours): (name, tensor)
         for name, tensor in source.items()
         for pattern, ours in _PRETRAINING
-        if (match := re.fullmatch(pattern, name))
+        if kind == "pretraining" and (match := re.fullmatch(pattern, name))
     }
+    method = {"prompt_injection": "concat"} if "prompt_fusion.linear.weight" in found else {}
+    ids = list(category_ids) if category_ids is not None else coco_category_ids(labels)
+    config = UplvpConfig(segmenter_config=segmenter_config, id2label=labels, category_ids=ids, **method)
+    model = (UplvpForPreTraining if kind == "pretraining" else UplvpForInstanceSegmentation)(config)
+    built = model.state_dict()
+    converted = {f"segmenter.{name}": tensor for name, tensor in converted.items()}
+    for ours, (name, tensor) in found.items():
+        if ours in built:
+            converted[ours] = tensor
+            dropped.pop(name, None)
+    _load(model, converted)
+    return model, converted, dropped
 
 
 def _plain(segmenter_config: dict, labels: dict[int, str]):

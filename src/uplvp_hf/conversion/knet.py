@@ -3,50 +3,13 @@
 Backbones: ResNet 18 to 152. Sizes are read from the configuration and the tensors, so shrunken networks convert too.
 """
 
-import re
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..models.errors import UserError
-from .resnet import resnet_config, resnet_name
+from .naming import Names
+from .resnet import resnet_config
 
-_STAGE = r"roi_head\.mask_head\.(\d+)\."
-_OURS = r"model.stages.\1."
-
-# Pattern over the whole original name -> our name. Group 1, 2, ... as in `re.sub`.
-_RULES = [
-    (r"neck\.lateral_convs\.(\d+)\.conv\.(.+)", r"model.pyramid.lateral.\1.\2"),
-    (r"neck\.fpn_convs\.(\d+)\.conv\.(.+)", r"model.pyramid.output.\1.\2"),
-    (
-        r"rpn_head\.localization_fpn\.convs_all_levels\.(\d+)\.conv(\d+)\.conv\.(.+)",
-        r"model.semantic_pyramid.levels.\1.\2.conv.\3",
-    ),
-    (
-        r"rpn_head\.localization_fpn\.convs_all_levels\.(\d+)\.conv(\d+)\.gn\.(.+)",
-        r"model.semantic_pyramid.levels.\1.\2.norm.\3",
-    ),
-    (r"rpn_head\.localization_fpn\.conv_pred\.conv\.(.+)", r"model.semantic_pyramid.localization.conv.\1"),
-    (r"rpn_head\.localization_fpn\.conv_pred\.gn\.(.+)", r"model.semantic_pyramid.localization.norm.\1"),
-    (r"rpn_head\.localization_fpn\.aux_convs\.0\.conv\.(.+)", r"model.semantic_pyramid.semantic.conv.\1"),
-    (r"rpn_head\.localization_fpn\.aux_convs\.0\.gn\.(.+)", r"model.semantic_pyramid.semantic.norm.\1"),
-    (r"rpn_head\.loc_convs\.(\d+)\.conv\.(.+)", r"model.kernel_head.localization.\1.conv.\2"),
-    (r"rpn_head\.loc_convs\.(\d+)\.gn\.(.+)", r"model.kernel_head.localization.\1.norm.\2"),
-    (r"rpn_head\.seg_convs\.(\d+)\.conv\.(.+)", r"model.kernel_head.semantic.\1.conv.\2"),
-    (r"rpn_head\.seg_convs\.(\d+)\.gn\.(.+)", r"model.kernel_head.semantic.\1.norm.\2"),
-    (r"rpn_head\.conv_seg\.(.+)", r"model.kernel_head.classifier.\1"),
-    (_STAGE + r"attention\.attn\.out_proj\.(.+)", _OURS + r"self_attn.out_proj.\2"),
-    (_STAGE + r"attention_norm\.(.+)", _OURS + r"self_attn_norm.\2"),
-    (_STAGE + r"feat_transform\.conv\.(.+)", _OURS + r"feature_transform.\2"),
-    (_STAGE + r"ffn\.layers\.0\.0\.(.+)", _OURS + r"fc1.\2"),
-    (_STAGE + r"ffn\.layers\.1\.(.+)", _OURS + r"fc2.\2"),
-    (_STAGE + r"ffn_norm\.(.+)", _OURS + r"feedforward_norm.\2"),
-    (_STAGE + r"cls_fcs\.(\d+)\.(.+)", _OURS + r"class_layers.\2.\3"),
-    (_STAGE + r"fc_cls\.(.+)", _OURS + r"classifier.\2"),
-    (_STAGE + r"mask_fcs\.(\d+)\.(.+)", _OURS + r"mask_layers.\2.\3"),
-    (_STAGE + r"fc_mask\.(.+)", _OURS + r"mask_kernel.\2"),
-]
 # Parts of a kernel updator, ours by theirs.
 _UPDATE = {
     "dynamic_layer": "feature_projection",
@@ -60,46 +23,50 @@ _UPDATE = {
     "fc_layer": "output",
     "fc_norm": "output_norm",
 }
+_NORM = {"conv": "conv", "gn": "norm"}
+_FPN, _PYRAMID = "rpn_head.localization_fpn.", "model.semantic_pyramid."
+_STAGE, _OURS = "roi_head.mask_head.#.", r"model.stages.\1."
+
+_NAMES = Names(
+    "K-Net",
+    "model.backbone.",
+    {
+        "neck.lateral_convs.#.conv.*": r"model.pyramid.lateral.\1.\2",
+        "neck.fpn_convs.#.conv.*": r"model.pyramid.output.\1.\2",
+        **{
+            there: here
+            for part, ours in _NORM.items()
+            for there, here in {
+                f"{_FPN}convs_all_levels.#.conv#.{part}.*": rf"{_PYRAMID}levels.\1.\2.{ours}.\3",
+                f"{_FPN}conv_pred.{part}.*": rf"{_PYRAMID}localization.{ours}.\1",
+                f"{_FPN}aux_convs.0.{part}.*": rf"{_PYRAMID}semantic.{ours}.\1",
+                f"rpn_head.loc_convs.#.{part}.*": rf"model.kernel_head.localization.\1.{ours}.\2",
+                f"rpn_head.seg_convs.#.{part}.*": rf"model.kernel_head.semantic.\1.{ours}.\2",
+            }.items()
+        },
+        "rpn_head.init_kernels.weight": "model.kernel_head.kernels.weight",
+        "rpn_head.conv_seg.*": r"model.kernel_head.classifier.\1",
+        _STAGE + "attention.attn.in_proj_(weight|bias)": _OURS + r"self_attn.{qkv}_proj.\2",
+        _STAGE + "attention.attn.out_proj.*": _OURS + r"self_attn.out_proj.\2",
+        _STAGE + "attention_norm.*": _OURS + r"self_attn_norm.\2",
+        _STAGE + "feat_transform.conv.*": _OURS + r"feature_transform.\2",
+        _STAGE + "ffn.layers.0.0.*": _OURS + r"fc1.\2",
+        _STAGE + "ffn.layers.1.*": _OURS + r"fc2.\2",
+        _STAGE + "ffn_norm.*": _OURS + r"feedforward_norm.\2",
+        **{f"{_STAGE}kernel_update_conv.{part}.*": rf"{_OURS}update.{ours}.\2" for part, ours in _UPDATE.items()},
+        _STAGE + "cls_fcs.#.*": _OURS + r"class_layers.\2.\3",
+        _STAGE + "fc_cls.*": _OURS + r"classifier.\2",
+        _STAGE + "mask_fcs.#.*": _OURS + r"mask_layers.\2.\3",
+        _STAGE + "fc_mask.*": _OURS + r"mask_kernel.\2",
+    },
+)
 
 
 def convert_mmdet_knet(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of an original K-Net -> that of `KNetForInstanceSegmentation`. No tensor is copied.
-
-    `num_batches_tracked` of batch norms is left out. Raises UserError naming every tensor that has no place in ours.
-    """
-    converted: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in state.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        found = _convert(name, tensor)
-        converted.update(found)
-        if not found:
-            unknown.append(name)
-    if unknown:
-        raise UserError(f"{len(unknown)} tensors have no place in a K-Net with a ResNet: {', '.join(unknown)}.")
-    return converted
-
-
-def _convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor under our name: none if it has no place, three for the packed attention projection."""
-    if name.startswith("backbone."):
-        part = resnet_name(name.removeprefix("backbone."))
-        return {f"model.backbone.{part}": tensor} if part else {}
-    if name == "rpn_head.init_kernels.weight":
-        return {"model.kernel_head.kernels.weight": tensor.flatten(1)}  # 1 x 1 filters
-    for pattern, ours in _RULES:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return {match.expand(ours): tensor}
-    match = re.fullmatch(_STAGE + r"kernel_update_conv\.(\w+)\.(.+)", name)
-    if match and match[2] in _UPDATE:
-        return {f"model.stages.{match[1]}.update.{_UPDATE[match[2]]}.{match[3]}": tensor}
-    match = re.fullmatch(_STAGE + r"attention\.attn\.in_proj_(weight|bias)", name)
-    if match:
-        parts = zip("qkv", torch.chunk(tensor, 3), strict=True)
-        return {f"model.stages.{match[1]}.self_attn.{which}_proj.{match[2]}": part for which, part in parts}
-    return {}
+    """As `Names.convert`; kernels are 1 x 1 filters there."""
+    converted = _NAMES.convert(state)
+    kernels = "model.kernel_head.kernels.weight"
+    return converted | ({kernels: converted[kernels].flatten(1)} if kernels in converted else {})
 
 
 def config_from_mmdet_knet(config: dict[str, Any]) -> dict[str, Any]:
@@ -114,9 +81,9 @@ def config_from_mmdet_knet(config: dict[str, Any]) -> dict[str, Any]:
     stage, fpn = stages[0], head["localization_fpn"]
     _check_structure(config)
     assigners = [config["train_cfg"]["rpn"]["assigner"], *(part["assigner"] for part in config["train_cfg"]["rcnn"])]
-    _require("the assigners' costs", [_costs(one) for one in assigners], [_costs(assigners[0])] * len(assigners))
+    _NAMES.require("the assigners' costs", [_costs(one) for one in assigners], [_costs(assigners[0])] * len(assigners))
     losses = {name: stage[f"loss_{name}"]["loss_weight"] for name in ("cls", "mask", "dice")}
-    _require("loss weights of the head", [head[f"loss_{k}"]["loss_weight"] for k in ("mask", "dice")],
+    _NAMES.require("loss weights of the head", [head[f"loss_{k}"]["loss_weight"] for k in ("mask", "dice")],
              [losses["mask"], losses["dice"]])  # fmt: skip
     costs, clip = _costs(assigners[0]), stage.get("loss_cls_clip", {})
     return {
@@ -158,8 +125,8 @@ def _check_structure(config: dict[str, Any]) -> None:
     head, iterative = config["rpn_head"], config["roi_head"]
     stages, fpn = iterative["mask_head"], head["localization_fpn"]
     stage = stages[0]
-    _require("stages", [_sizes(one) for one in stages], [_sizes(stage)] * iterative["num_stages"])
-    _require(
+    _NAMES.require("stages", [_sizes(one) for one in stages], [_sizes(stage)] * iterative["num_stages"])
+    _NAMES.require(
         "stage weights",
         list(iterative.get("stage_loss_weights", [1] * iterative["num_stages"])),
         [1] * iterative["num_stages"],
@@ -168,13 +135,13 @@ def _check_structure(config: dict[str, Any]) -> None:
     found = [stage["out_channels"], head["in_channels"], head["out_channels"], config["neck"]["out_channels"]]
     found += [fpn[name] for name in ("in_channels", "feat_channels", "out_channels")]
     found += [stage["kernel_updator_cfg"][name] for name in ("in_channels", "feat_channels", "out_channels")]
-    _require("channels of all parts", found, [channels] * len(found))
-    _require("groups of both norms", head["norm_cfg"]["num_groups"], fpn["norm_cfg"]["num_groups"])
-    _require("classes of head and stages", head["num_classes"], stage["num_classes"])
-    _require("levels", (config["neck"]["num_outs"], fpn["start_level"], fpn["end_level"], fpn["upsample_times"]),
+    _NAMES.require("channels of all parts", found, [channels] * len(found))
+    _NAMES.require("groups of both norms", head["norm_cfg"]["num_groups"], fpn["norm_cfg"]["num_groups"])
+    _NAMES.require("classes of head and stages", head["num_classes"], stage["num_classes"])
+    _NAMES.require("levels", (config["neck"]["num_outs"], fpn["start_level"], fpn["end_level"], fpn["upsample_times"]),
              (4, 0, 3, 2))  # fmt: skip
     encoding = fpn["positional_encoding"]
-    _require("position encoding", (encoding["num_feats"], encoding.get("normalize")), (channels // 2, True))
+    _NAMES.require("position encoding", (encoding["num_feats"], encoding.get("normalize")), (channels // 2, True))
     for what, value, needed in [
         ("fusion by concatenation", fpn.get("fuse_by_cat", False), False),
         ("coordinates", fpn.get("cat_coors", False), False),
@@ -190,13 +157,8 @@ def _check_structure(config: dict[str, Any]) -> None:
         ("focal losses", {(loss["alpha"], loss["gamma"]) for loss in (stage["loss_cls"], head["loss_seg"])},
          {(stage["loss_cls"]["alpha"], stage["loss_cls"]["gamma"])}),
     ]:  # fmt: skip
-        _require(what, value, needed)
+        _NAMES.require(what, value, needed)
 
 
 def _sizes(stage: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in stage.items() if name != "batch_size"}
-
-
-def _require(what: str, found: Any, needed: Any) -> None:
-    if found != needed:
-        raise UserError(f"This K-Net cannot be converted: {what} must be {needed}, got {found}.")

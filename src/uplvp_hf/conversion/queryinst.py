@@ -6,96 +6,51 @@ Backbones: ResNet 18 to 152. Sizes are read from the configuration, so shrunken 
 import re
 from typing import Any
 
-from torch import Tensor
+from .naming import Names
+from .resnet import resnet_config
 
-from ..models.errors import UserError
-from .resnet import resnet_config, resnet_name
-
-# Pattern over the whole name in mmdetection -> our name. \1, \2, ... are the groups.
-_RULES = [
-    (r"neck\.lateral_convs\.(\d+)\.conv\.(.+)", r"model.neck.lateral.\1.\2"),
-    (r"neck\.fpn_convs\.(\d+)\.conv\.(.+)", r"model.neck.output.\1.\2"),
-    (r"rpn_head\.init_proposal_bboxes\.weight", "model.proposal_boxes.weight"),
-    (r"rpn_head\.init_proposal_features\.weight", "model.proposal_features.weight"),
-]
-# The same within a stage of the box head and of the mask head.
-_BOX_RULES = [
-    (r"attention\.attn\.in_proj_(weight|bias)", r"attention.in_proj.\1"),
-    (r"attention\.attn\.out_proj\.(.+)", r"attention.out_proj.\1"),
-    (r"(attention_norm|ffn_norm)\.(.+)", r"\1.\2"),
-    (r"instance_interactive_conv\.dynamic_layer\.(.+)", r"dynamic_conv.kernels.\1"),
-    (r"instance_interactive_conv\.(norm_in|norm_out)\.(.+)", r"dynamic_conv.\1.\2"),
-    (r"instance_interactive_conv\.fc_layer\.(.+)", r"dynamic_projection.\1"),
-    (r"instance_interactive_conv\.fc_norm\.(.+)", r"dynamic_projection_norm.\1"),
-    (r"instance_interactive_conv_norm\.(.+)", r"dynamic_norm.\1"),
-    (r"ffn\.layers\.0\.0\.(.+)", r"fc1.\1"),
-    (r"ffn\.layers\.1\.(.+)", r"fc2.\1"),
-    (r"fc_cls\.(.+)", r"class_predictor.\1"),
-    (r"fc_reg\.(.+)", r"box_predictor.\1"),
-]
-_MASK_RULES = [
-    (r"instance_interactive_conv\.dynamic_layer\.(.+)", r"dynamic_conv.kernels.\1"),
-    (r"instance_interactive_conv\.(norm_in|norm_out)\.(.+)", r"dynamic_conv.\1.\2"),
-    (r"convs\.(\d+)\.conv\.(.+)", r"convs.\1.conv.\2"),
-    (r"convs\.(\d+)\.bn\.(.+)", r"convs.\1.norm.\2"),
-    (r"upsample\.(.+)", r"upsample.\1"),
-    (r"conv_logits\.(.+)", r"class_masks.\1"),
-]
+_BOX, _STAGE = "roi_head.bbox_head.#.", r"model.stages.\1."
+_MASK, _HEAD = "roi_head.mask_head.#.", r"model.mask_heads.\1."
+_CONV = "instance_interactive_conv"
 
 
-def convert_mmdet_queryinst(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State dict of an mmdetection QueryInst -> that of `QueryInstForInstanceSegmentation`. No tensor is copied.
-
-    `num_batches_tracked` of batch norms is left out. Raises UserError naming every tensor that has no place in our
-    model.
-    """
-    converted: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in state.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        ours = queryinst_name(name)
-        if ours is None:
-            unknown.append(name)
-        else:
-            converted[ours] = tensor
-    if unknown:
-        raise UserError(
-            f"{len(unknown)} tensors have no place in a QueryInst with a ResNet: {', '.join(unknown)}. Other backbones "
-            "are not converted."
-        )
-    return converted
+def _predictor_layer(match: re.Match) -> str | None:
+    """Linear layer, norm and ReLU stand in one list there: `cls_fcs.4.weight` -> `class_layers.1.norm.weight`."""
+    layer, part = divmod(int(match[3]), 3)
+    kind = {"cls": "class", "reg": "box"}[match[2]]
+    return None if part == 2 else f"model.stages.{match[1]}.{kind}_layers.{layer}.{('linear', 'norm')[part]}.{match[4]}"
 
 
-def queryinst_name(name: str) -> str | None:
-    """Name of a tensor in mmdetection -> ours, None if it has no place."""
-    if name.startswith("backbone."):
-        part = resnet_name(name.removeprefix("backbone."))
-        return f"model.backbone.{part}" if part else None
-    match = re.fullmatch(r"roi_head\.(bbox|mask)_head\.(\d+)\.(.+)", name)
-    if not match:
-        return _first(_RULES, name)
-    kind, stage, part = match.groups()
-    ours = _predictor_layer(part) if kind == "bbox" else None
-    ours = ours or _first(_BOX_RULES if kind == "bbox" else _MASK_RULES, part)
-    return ours and f"model.{'stages' if kind == 'bbox' else 'mask_heads'}.{stage}.{ours}"
-
-
-def _first(rules: list[tuple[str, str]], name: str) -> str | None:
-    for pattern, ours in rules:
-        match = re.fullmatch(pattern, name)
-        if match:
-            return match.expand(ours)
-    return None
-
-
-def _predictor_layer(name: str) -> str | None:
-    """`cls_fcs.4.weight` -> `class_layers.1.norm.weight`: linear layer, norm and ReLU stand in one list there."""
-    match = re.fullmatch(r"(cls|reg)_fcs\.(\d+)\.(.+)", name)
-    if not match or int(match[2]) % 3 == 2:
-        return None
-    part = ("linear", "norm")[int(match[2]) % 3]
-    return f"{'class' if match[1] == 'cls' else 'box'}_layers.{int(match[2]) // 3}.{part}.{match[3]}"
+_NAMES = Names(
+    "QueryInst",
+    "model.backbone.",
+    {
+        "neck.lateral_convs.#.conv.*": r"model.neck.lateral.\1.\2",
+        "neck.fpn_convs.#.conv.*": r"model.neck.output.\1.\2",
+        "rpn_head.init_proposal_bboxes.weight": "model.proposal_boxes.weight",
+        "rpn_head.init_proposal_features.weight": "model.proposal_features.weight",
+        _BOX + "(cls|reg)_fcs.#.*": _predictor_layer,
+        _BOX + "attention.attn.in_proj_(weight|bias)": _STAGE + r"attention.in_proj.\2",
+        _BOX + "attention.attn.out_proj.*": _STAGE + r"attention.out_proj.\2",
+        _BOX + "(attention_norm|ffn_norm).*": _STAGE + r"\2.\3",
+        _BOX + f"{_CONV}.dynamic_layer.*": _STAGE + r"dynamic_conv.kernels.\2",
+        _BOX + f"{_CONV}.(norm_in|norm_out).*": _STAGE + r"dynamic_conv.\2.\3",
+        _BOX + f"{_CONV}.fc_layer.*": _STAGE + r"dynamic_projection.\2",
+        _BOX + f"{_CONV}.fc_norm.*": _STAGE + r"dynamic_projection_norm.\2",
+        _BOX + f"{_CONV}_norm.*": _STAGE + r"dynamic_norm.\2",
+        _BOX + "ffn.layers.0.0.*": _STAGE + r"fc1.\2",
+        _BOX + "ffn.layers.1.*": _STAGE + r"fc2.\2",
+        _BOX + "fc_cls.*": _STAGE + r"class_predictor.\2",
+        _BOX + "fc_reg.*": _STAGE + r"box_predictor.\2",
+        _MASK + f"{_CONV}.dynamic_layer.*": _HEAD + r"dynamic_conv.kernels.\2",
+        _MASK + f"{_CONV}.(norm_in|norm_out).*": _HEAD + r"dynamic_conv.\2.\3",
+        _MASK + "convs.#.conv.*": _HEAD + r"convs.\2.conv.\3",
+        _MASK + "convs.#.bn.*": _HEAD + r"convs.\2.norm.\3",
+        _MASK + "upsample.*": _HEAD + r"upsample.\2",
+        _MASK + "conv_logits.*": _HEAD + r"class_masks.\2",
+    },
+)
+convert_mmdet_queryinst, queryinst_name = _NAMES.convert, _NAMES.name
 
 
 def config_from_mmdet_queryinst(config: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +65,7 @@ def config_from_mmdet_queryinst(config: dict[str, Any]) -> dict[str, Any]:
     boxes, masks = _per_stage(head["bbox_head"], stages), _per_stage(head["mask_head"], stages)
     train = _per_stage(train, stages)
     for name, entries in (("bbox_head", boxes), ("mask_head", masks), ("train_cfg.rcnn", train)):
-        _require(f"every stage of {name}", entries, [entries[0]] * stages)
+        _NAMES.require(f"every stage of {name}", entries, [entries[0]] * stages)
     box, mask, assigner = boxes[0], masks[0], train[0]["assigner"]
     box_roi, mask_roi = head["bbox_roi_extractor"], head["mask_roi_extractor"]
     _check(config, head, box, mask, train[0])
@@ -147,23 +102,25 @@ def config_from_mmdet_queryinst(config: dict[str, Any]) -> dict[str, Any]:
 def _check(config: dict, head: dict, box: dict, mask: dict, train: dict) -> None:
     """What our model does not have."""
     box_roi, mask_roi = head["bbox_roi_extractor"], head["mask_roi_extractor"]
-    _require("the neck's type", config["neck"]["type"], "FPN")
-    _require("the neck's levels", config["neck"]["num_outs"], 4)
-    _require("stage_loss_weights", [float(w) for w in head["stage_loss_weights"]], [1.0] * head["num_stages"])
-    _require("dropout", float(box.get("dropout", 0.0)), 0.0)
-    _require("class_agnostic", bool(mask.get("class_agnostic", False)), False)
-    _require("means of the box coder", [float(m) for m in box["bbox_coder"]["target_means"]], [0.0] * 4)
-    _require("clip_border", box["bbox_coder"].get("clip_border", True), False)
+    _NAMES.require("the neck's type", config["neck"]["type"], "FPN")
+    _NAMES.require("the neck's levels", config["neck"]["num_outs"], 4)
+    _NAMES.require("stage_loss_weights", [float(w) for w in head["stage_loss_weights"]], [1.0] * head["num_stages"])
+    _NAMES.require("dropout", float(box.get("dropout", 0.0)), 0.0)
+    _NAMES.require("class_agnostic", bool(mask.get("class_agnostic", False)), False)
+    _NAMES.require("means of the box coder", [float(m) for m in box["bbox_coder"]["target_means"]], [0.0] * 4)
+    _NAMES.require("clip_border", box["bbox_coder"].get("clip_border", True), False)
     for extractor in (box_roi, mask_roi):
-        _require("featmap_strides", list(extractor["featmap_strides"]), [4, 8, 16, 32])
+        _NAMES.require("featmap_strides", list(extractor["featmap_strides"]), [4, 8, 16, 32])
         for name, default in (("finest_scale", 56), ("out_channels", box["in_channels"])):
-            _require(name, extractor.get(name, default), box_roi.get(name, default))
-        _require("sampling_ratio", extractor["roi_layer"]["sampling_ratio"], box_roi["roi_layer"]["sampling_ratio"])
-    _require("width of the mask head", mask["conv_out_channels"], box["in_channels"])
-    _require("dynamic width of the mask head", mask["dynamic_conv_cfg"]["feat_channels"],
+            _NAMES.require(name, extractor.get(name, default), box_roi.get(name, default))
+        _NAMES.require(
+            "sampling_ratio", extractor["roi_layer"]["sampling_ratio"], box_roi["roi_layer"]["sampling_ratio"]
+        )
+    _NAMES.require("width of the mask head", mask["conv_out_channels"], box["in_channels"])
+    _NAMES.require("dynamic width of the mask head", mask["dynamic_conv_cfg"]["feat_channels"],
              box["dynamic_conv_cfg"]["feat_channels"])  # fmt: skip
-    _require("mask_size", train["mask_size"], 2 * mask_roi["roi_layer"]["output_size"])
-    _require("pos_weight", train["pos_weight"], 1)
+    _NAMES.require("mask_size", train["mask_size"], 2 * mask_roi["roi_layer"]["output_size"])
+    _NAMES.require("pos_weight", train["pos_weight"], 1)
     for name, entry, kind in (
         ("loss_cls", box["loss_cls"], "FocalLoss"),
         ("loss_bbox", box["loss_bbox"], "L1Loss"),
@@ -171,14 +128,9 @@ def _check(config: dict, head: dict, box: dict, mask: dict, train: dict) -> None
         ("loss_mask", mask["loss_mask"], "DiceLoss"),
         ("assigner", train["assigner"], "HungarianAssigner"),
     ):
-        _require(name, entry["type"], kind)
+        _NAMES.require(name, entry["type"], kind)
 
 
 def _per_stage(entry: list | dict, stages: int) -> list:
     """One entry for all stages, or one each."""
     return list(entry) if isinstance(entry, list | tuple) else [entry] * stages
-
-
-def _require(what: str, found: Any, needed: Any) -> None:
-    if found != needed:
-        raise UserError(f"This QueryInst cannot be converted: {what} must be {needed}, got {found}.")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -41,17 +41,10 @@ class ConversionReport:
         for name, tensor in converted.items():
             owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
         report = cls(dropped=dict(dropped))
-        lost = []
-        for name, tensor in source.items():
-            if name in dropped:
-                continue
-            ours = owners.get(tensor.untyped_storage().data_ptr(), [])
-            if ours == [name]:
-                report.kept.append(name)
-            elif ours:
-                report.renamed[name] = ours
-            else:
-                lost.append(name)
+        found = {name: owners.get(tensor.untyped_storage().data_ptr(), []) for name, tensor in source.items()}
+        report.kept = [name for name, ours in found.items() if ours == [name]]
+        report.renamed = {name: ours for name, ours in found.items() if ours and ours != [name]}
+        lost = [name for name, ours in found.items() if not ours and name not in dropped]
         if lost:
             raise UserError(f"{len(lost)} tensors were neither converted nor dropped: {', '.join(lost[:5])}.")
         for name in model_names:
@@ -65,22 +58,11 @@ class ConversionReport:
         """Our tensors that should have been in the checkpoint: the model does not work as the original did."""
         return [name for name, reason in self.missing.items() if reason == INITIALIZED]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
         lines = [
             f"{len(self.kept)} tensors kept their name, {len(self.renamed)} were renamed, "
             f"{len(self.dropped)} dropped, {len(self.missing)} of ours are missing there."
         ]
-        lines += [f"  dropped {count} x {reason}" for reason, count in _tally(self.dropped.values())]
-        lines += [f"  missing {count} x {reason}" for reason, count in _tally(self.missing.values())]
+        for title, reasons in (("dropped", self.dropped), ("missing", self.missing)):
+            lines += [f"  {title} {count} x {reason}" for reason, count in Counter(reasons.values()).items()]
         return "\n".join(lines)
-
-
-def _tally(reasons: Iterable[str]) -> list[tuple[str, int]]:
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return list(counts.items())

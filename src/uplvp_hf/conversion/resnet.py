@@ -22,24 +22,19 @@ _PLAIN = {
 }  # fmt: skip
 
 
+_LAYERS = {"conv": "convolution", "bn": "normalization"}
+
+
 def resnet_name(name: str) -> str | None:
     """Name of a tensor inside the backbone (`layer1.0.conv2.weight`) -> ours, None if it has no place."""
-    match = re.fullmatch(r"(conv|bn)1\.(.+)", name)
-    if match:
-        return f"embedder.embedder.{'convolution' if match[1] == 'conv' else 'normalization'}.{match[2]}"
-    match = re.fullmatch(r"layer(\d+)\.(\d+)\.(.+)", name)
-    if match is None or (part := _block_part(match[3])) is None:
+    if match := re.fullmatch(r"(conv|bn)1\.(.+)", name):
+        return f"embedder.embedder.{_LAYERS[match[1]]}.{match[2]}"
+    match = re.fullmatch(r"layer(\d+)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01]))\.(.+)", name)
+    if match is None:
         return None
-    return f"encoder.stages.{int(match[1]) - 1}.layers.{match[2]}.{part}"
-
-
-def _block_part(name: str) -> str | None:
-    """Within a residual block: `conv2.weight` -> `layer.1.convolution.weight`, `downsample.1.bias` -> ..."""
-    match = re.fullmatch(r"(conv|bn)(\d)\.(.+)", name)
-    if match:
-        return f"layer.{int(match[2]) - 1}.{'convolution' if match[1] == 'conv' else 'normalization'}.{match[3]}"
-    match = re.fullmatch(r"downsample\.([01])\.(.+)", name)
-    return f"shortcut.{('convolution', 'normalization')[int(match[1])]}.{match[2]}" if match else None
+    stage, layer, kind, number, shortcut, rest = match.groups()
+    part = f"layer.{int(number) - 1}.{_LAYERS[kind]}" if kind else f"shortcut.{[*_LAYERS.values()][int(shortcut)]}"
+    return f"encoder.stages.{int(stage) - 1}.layers.{layer}.{part}.{rest}"
 
 
 def resnet_config(backbone: dict[str, Any]) -> dict[str, Any]:

@@ -11,32 +11,17 @@ import contextlib
 import importlib.util
 import io
 import warnings
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ..models.errors import UserError
 from .coco_map import AREA_RANGES, NAMES, CocoMaskMap, Curves, Image, check_image, mask_areas
+from .records import ImageRecords
 
 BACKENDS = ("streaming", "pycocotools", "hotcoco")
 FASTEST = ("hotcoco", "streaming")
 """Order of preference of "fastest"; pycocotools was slower than streaming in scripts/benchmark_evaluate.py."""
-
-
-class Evaluator(Protocol):
-    """What `make_evaluator` gives."""
-
-    def add(self, *, prediction: dict, reference: dict) -> None:
-        """One image, as `CocoMaskMap.add`."""
-
-    def records(self) -> dict[Any, Any]:
-        """What was added so far, by image id, to be sent to other processes."""
-
-    def extend(self, records: dict[Any, Any]) -> None:
-        """Adds the records of another process."""
-
-    def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
-        """The numbers, as `CocoMaskMap.compute`; what was added is forgotten."""
 
 
 def resolve_backend(name: str) -> str:
@@ -57,8 +42,10 @@ def _installed(backend: str) -> bool:
     return backend == "streaming" or importlib.util.find_spec(backend) is not None
 
 
-def make_evaluator(backend: str = "streaming", metric: str = "coco", across_classes: bool = True) -> Evaluator:
-    """A fresh evaluator.
+def make_evaluator(
+    backend: str = "streaming", metric: str = "coco", across_classes: bool = True
+) -> CocoMaskMap | ImageRecords:
+    """A fresh evaluator, with `add`, `records`, `extend` and `compute` as `CocoMaskMap` has them.
 
     Args:
         backend: one of `BACKENDS`, or "fastest".
@@ -83,19 +70,12 @@ def make_evaluator(backend: str = "streaming", metric: str = "coco", across_clas
     return evaluator
 
 
-class LibraryMap:
-    """COCO mask AP by pycocotools or hotcoco, with the interface of `CocoMaskMap`.
-
-    Args:
-        backend: "pycocotools" or "hotcoco", installed.
-    """
+class LibraryMap(ImageRecords):
+    """COCO mask AP by pycocotools or hotcoco, with the interface of `CocoMaskMap`."""
 
     def __init__(self, backend: str) -> None:
+        super().__init__()
         self.backend = backend
-        self._images: dict[Any, dict[str, list]] = {}
-
-    def __len__(self) -> int:
-        return len(self._images)
 
     def add(self, *, prediction: dict, reference: dict) -> None:
         """Keeps the run lengths of one image. Raises UserError as `CocoMaskMap.add`."""
@@ -111,25 +91,9 @@ class LibraryMap:
         }
         self.extend({reference["image_id"]: record})
 
-    def records(self) -> dict[Any, dict[str, list]]:
-        """The images added so far, by image id."""
-        return dict(self._images)
-
-    def extend(self, records: dict[Any, dict[str, list]]) -> None:
-        """Adds the `records` of another process. Raises UserError for an image that was added before."""
-        for image_id, record in records.items():
-            if image_id in self._images:
-                raise UserError(f"Image {image_id!r} was added before. Call compute() between two runs.")
-            self._images[image_id] = record
-
     def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
         """As `CocoMaskMap.compute`."""
-        if not self._images:
-            raise UserError("No image was added: nothing to compute.")
-        # The libraries know whole numbers as image ids only. Their order decides between equal scores.
-        ordered = sorted(self._images.items(), key=lambda item: (isinstance(item[0], str), item[0]))
-        records = [record for _, record in ordered]
-        self._images = {}
+        records = self.take()  # the libraries know whole numbers as image ids only
         stats, curves = self._run(records, class_agnostic)
         result: dict[str, Any] = {**stats, "per_class": {} if class_agnostic else curves.per_class()}
         if details:

@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from ..models.errors import UserError
 from .coco_map import check_image, mask_areas
+from .records import ImageRecords
 
 OVERLAPS = np.arange(0.5, 1.0, 0.05)  # as the benchmark builds them, to the bit
 MIN_REGION = 100  # pixels
@@ -48,14 +48,8 @@ class Overlaps:
     common: np.ndarray  # (D, N) pixels in common
 
 
-class CityscapesAP:
+class CityscapesAP(ImageRecords):
     """Streaming AP of the Cityscapes benchmark, with the interface of `CocoMaskMap`."""
-
-    def __init__(self) -> None:
-        self._images: dict[Any, Overlaps] = {}
-
-    def __len__(self) -> int:
-        return len(self._images)
 
     def add(self, *, prediction: dict, reference: dict) -> None:
         """Adds one image. Masks are compared at once and not kept.
@@ -69,17 +63,6 @@ class CityscapesAP:
         """
         self.extend({reference["image_id"]: _overlaps(prediction, reference)})
 
-    def records(self) -> dict[Any, Overlaps]:
-        """The images added so far, by image id."""
-        return dict(self._images)
-
-    def extend(self, records: dict[Any, Overlaps]) -> None:
-        """Adds the `records` of another process. Raises UserError for an image that was added before."""
-        for image_id, image in records.items():
-            if image_id in self._images:
-                raise UserError(f"Image {image_id!r} was added before. Call compute() between two runs.")
-            self._images[image_id] = image
-
     def compute(self, *, class_agnostic: bool = False, details: bool = False) -> dict[str, Any]:
         """AP and AP50 over all images added so far, which are then forgotten.
 
@@ -92,9 +75,7 @@ class CityscapesAP:
             agnostic; details: `classes` {category id: {AP, AP50, annotations, crowds, detections}}, `class_agnostic`
             {AP, AP50}, `curves` None. Annotations are those that count; small ones are in none of the counts.
         """
-        if not self._images:
-            raise UserError("No image was added: nothing to compute.")
-        images, self._images = list(self._images.values()), {}
+        images = self.take()
         table = _table([_one_class(image) for image in images] if class_agnostic else images)
         per_class = {category: row["AP"] for category, row in table.items() if row["AP"] is not None}
         result = {**_means(table), "per_class": {} if class_agnostic else per_class}
@@ -144,16 +125,8 @@ def _table(images: list[Overlaps]) -> dict[Any, dict[str, Any]]:
 
 def _select(image: Overlaps, category: int) -> Overlaps:
     rows, columns = image.labels == category, image.gt_labels == category
-    return Overlaps(
-        scores=image.scores[rows],
-        labels=image.labels[rows],
-        areas=image.areas[rows],
-        void=image.void[rows],
-        gt_labels=image.gt_labels[columns],
-        gt_areas=image.gt_areas[columns],
-        gt_group=image.gt_group[columns],
-        common=image.common[np.ix_(rows, columns)],
-    )
+    chosen = {name: value[columns if name.startswith("gt_") else rows] for name, value in vars(image).items()}
+    return Overlaps(**{**chosen, "common": image.common[np.ix_(rows, columns)]})
 
 
 def _row(images: list[Overlaps]) -> dict[str, Any]:

@@ -99,7 +99,9 @@ def compare_runs(
     if not groups and not named:
         raise CompareError("No runs to compare.")
     every = [run for group in (*groups, *named.values()) for run in group]
-    _check_once(every)
+    places = [run.folder.resolve() for run in every]
+    if twice := [run.folder for run, place in zip(every, places) if places.count(place) > 1]:
+        raise CompareError(f"{twice[0]} is given twice.")
     _check_metrics(every)
     found = [Arm(name, runs) for name, runs in zip(_names(groups), groups)]
     found += [Arm(name, runs) for name, runs in named.items()]
@@ -133,9 +135,9 @@ def _identity(run: Run) -> dict[str, Any]:
 
 
 def _group(runs: Sequence[Run]) -> list[list[Run]]:
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        groups.setdefault(json.dumps(_identity(run), sort_keys=True), []).append(run)
+        groups[json.dumps(_identity(run), sort_keys=True)].append(run)
     return list(groups.values())
 
 
@@ -173,15 +175,6 @@ def short(value: Any) -> str:
         return text
     generic = parts[-1] in ("model.safetensors", "pytorch_model.bin")
     return parts[-2] if generic else parts[-1]
-
-
-def _check_once(runs: Sequence[Run]) -> None:
-    seen = set()
-    for run in runs:
-        place = run.folder.resolve()
-        if place in seen:
-            raise CompareError(f"{run.folder} is given twice.")
-        seen.add(place)
 
 
 def _check_replicates(arm: Arm) -> None:

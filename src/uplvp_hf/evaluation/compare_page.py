@@ -83,6 +83,12 @@ def figure_bytes(figure: Figure, suffix: str, description: str | None = None, dp
     return buffer.getvalue()
 
 
+def figure_svg(figure: Figure) -> str:
+    """The figure as an element of a page."""
+    text = figure_bytes(figure, "svg").decode()
+    return text[text.index("<svg") :]
+
+
 def table_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Head and body of the table: an arm a row; what the arms differ in, evaluations that all share, and the end."""
     keys = list(comparison.arms[0].differences)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from ..models.thresholds import SCORE_THRESHOLD
 from .coco_map import Image, compare
 
 MATCH = 0.5  # least IoU of a match
@@ -60,7 +61,7 @@ class Examples:
         class_agnostic: as for `image_quality`.
     """
 
-    def __init__(self, count: int = 6, threshold: float = 0.5, class_agnostic: bool = False) -> None:
+    def __init__(self, count: int = 6, threshold: float = SCORE_THRESHOLD, class_agnostic: bool = False) -> None:
         self.count, self.threshold, self.class_agnostic = count, threshold, class_agnostic
         self.rated = 0  # images with a quality
         self._best: list[dict[str, Any]] = []
@@ -75,22 +76,24 @@ class Examples:
         kept = [k for k, score in enumerate(prediction["scores"]) if score >= self.threshold]
         entry = {"image_id": prediction["image_id"], "quality": quality}
         entry |= {name: [prediction[name][k] for k in kept] for name in ("scores", "labels", "rle")}
-        self._best = self._ordered([*self._best, entry])[: self.count]
-        self._worst = self._ordered([*self._worst, entry])[::-1][: self.count]
+        self._keep([entry], [entry])
 
     def merge(self, other: Examples) -> None:
         """Adds those of another process."""
         self.rated += other.rated
-        self._best = self._ordered([*self._best, *other._best])[: self.count]
-        self._worst = self._ordered([*self._worst, *other._worst])[::-1][: self.count]
+        self._keep(other._best, other._worst)
+
+    def _keep(self, best: list[dict[str, Any]], worst: list[dict[str, Any]]) -> None:
+        """Of equal ones an order that does not depend on the processes."""
+
+        def place(entry: dict[str, Any]) -> tuple[float, str]:
+            return -entry["quality"].value, str(entry["image_id"])
+
+        self._best = sorted([*self._best, *best], key=place)[: self.count]
+        self._worst = sorted([*self._worst, *worst], key=place, reverse=True)[: self.count]
 
     def groups(self) -> dict[str, list[dict[str, Any]]]:
         """{"best", "worst"}: entries of `image_id`, `quality`, `scores`, `labels`, `rle`; no image is in both."""
         best = self._best[: max(1, self.rated // 2)]
         taken = {entry["image_id"] for entry in best}
         return {"best": best, "worst": [entry for entry in self._worst if entry["image_id"] not in taken]}
-
-    @staticmethod
-    def _ordered(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Best first; of equal ones an order that does not depend on the processes."""
-        return sorted(entries, key=lambda entry: (-entry["quality"].value, str(entry["image_id"])))

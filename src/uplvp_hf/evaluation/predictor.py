@@ -17,10 +17,12 @@ from uplvp_hf.data import DataError, InstanceDataset, Row, segmentation_to_rle
 from uplvp_hf.files import check_model_name
 from uplvp_hf.models.class_names import match_names
 
-from .backends import Evaluator, make_evaluator
-from .coco_map import NAMES
+from ..models.thresholds import MASK_THRESHOLD
+from .backends import make_evaluator
+from .coco_map import NAMES, CocoMaskMap
 from .failing import failure_of, together_or_alone
 from .processes import gather, gather_errors, place
+from .records import ImageRecords
 
 METRICS = NAMES
 
@@ -86,7 +88,7 @@ def predict_dataset(
     device: str | torch.device | None = None,
     progress: bool = True,
     failures: list[dict[str, Any]] | None = None,
-    mask_threshold: float = 0.5,
+    mask_threshold: float = MASK_THRESHOLD,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Instances of every image, in the order of the dataset, with overlaps, masks as run lengths.
@@ -96,13 +98,10 @@ def predict_dataset(
 
     Args:
         model: any model whose outputs have `class_queries_logits` and `masks_queries_logits`.
-        processor: its `UplvpImageProcessor`.
-        dataset: labels are not needed.
         batch_size: most images per forward pass; only images of equal padded size go together.
         threshold: least score, 0 to 1. Mask AP wants 0.
         top_k: most instances an image; COCO looks at 100.
         device: the model is moved there; default: where it is.
-        progress: whether to show a progress bar.
         failures: {"file", "row", "reason"} of images that cannot be decoded or need too much memory are appended here.
         mask_threshold: a pixel belongs to a mask when its probability is above this (0.3 in the released K-Net recipes
             for small shares of COCO).
@@ -277,7 +276,7 @@ def evaluate_model(
     progress: bool = True,
     device: str | torch.device | None = None,
     on_result: Callable[[Row, dict[str, Any]], None] | None = None,
-    mask_threshold: float = 0.5,
+    mask_threshold: float = MASK_THRESHOLD,
     backend: str = "streaming",
     distributed: bool = False,
     metric: str = "coco",
@@ -331,7 +330,7 @@ def evaluate_model(
 
 
 def _collect(
-    evaluator: Evaluator, failures: list[dict[str, Any]], counts: dict[str, int], rank: int
+    evaluator: CocoMaskMap | ImageRecords, failures: list[dict[str, Any]], counts: dict[str, int], rank: int
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Adds the records of the other processes; gives the failures, in the order of the rows, and counts of all."""
     every = gather((evaluator.records(), failures, counts))

@@ -6,19 +6,22 @@ import csv
 import os
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from uplvp_hf.data import DataError, ImageError, InstanceDataset
 from uplvp_hf.files import replacing, write_text
 
+from .compare_page import figure_svg
 from .examples import Examples
 from .visualize import overlay_uri
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 SIDE = 560  # px, longer side of an example
 MOST_FAILURES = 100  # listed; the rest is counted
-WIDTH, HEIGHT = 420, 260  # px of the precision-recall curves
 CLASS_COLUMNS = ("id", "name", "AP", "AP50", "AP75", "AR100", "annotations", "crowds", "detections")
 
 
@@ -50,7 +53,7 @@ def write_evaluation_page(
 
     Raises OSError when it cannot be written.
     """
-    groups, places = examples.groups(), {}
+    groups, places, curves = examples.groups(), {}, metrics["details"]["curves"]
     wanted = {entry["image_id"] for entries in groups.values() for entry in entries}
     for index in range(len(dataset)):
         if dataset.image_id(index) in wanted:
@@ -63,7 +66,7 @@ def write_evaluation_page(
         metrics=metrics,
         names=[name for name in metrics["details"]["class_agnostic"] if name in metrics],
         classes=sorted(metrics["details"]["classes"], key=lambda row: -1 if row["AP"] is None else row["AP"])[::-1],
-        curves=_polylines(metrics["details"]["curves"]),
+        curves=curves and figure_svg(draw_precision(curves)),
         examples=examples,
         seen=any(entry["rle"] for entries in groups.values() for entry in entries),
         groups=[
@@ -73,8 +76,6 @@ def write_evaluation_page(
         ],
         failures=metrics["failures"][:MOST_FAILURES],
         source=source,
-        width=WIDTH,
-        height=HEIGHT,
     )
     write_text(path, page)
 
@@ -95,16 +96,18 @@ def _drawn(entry: Mapping[str, Any], index: int, dataset: InstanceDataset, names
     return drawn
 
 
-def _polylines(curves: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    """(name, points of an SVG polyline) of every curve."""
-    if curves is None:
-        return []
-    titles = {"mean": "mean of IoU .50 to .95", "0.50": "IoU .50", "0.75": "IoU .75"}
-    return [
-        (title, " ".join(f"{r * WIDTH:.1f},{(1 - p) * HEIGHT:.1f}" for r, p in zip(curves["recall"], values)))
-        for key, title in titles.items()
-        for values in [curves["precision"][key]]
-    ]
+def draw_precision(curves: Mapping[str, Any]) -> Figure:
+    """Precision against recall: the mean over the IoU thresholds, and two of them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for key, title in (("mean", "mean of IoU .50 to .95"), ("0.50", "IoU .50"), ("0.75", "IoU .75")):
+        axes.plot(curves["recall"], curves["precision"][key], label=title)
+    axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def _number(value: float | None) -> str:

@@ -184,6 +184,3 @@ def _compare_with_transformers(model: nn.Module, processor: Any, directory: Path
         return plain(pixel_values=pixel_values, pixel_mask=pixel_mask)
 
     return largest_differences(model, run, canvas_of(processor), batches=(1,))
-
-
-__all__ = ["DESCRIPTION", "FILES", "FORMATS", "OPSET", "export_model"]

@@ -12,10 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..models.errors import UserError
 from ..models.remote_code import OWN_MODELS, SEMANTIC
+from ..models.thresholds import SCORE_THRESHOLD
 from .run_record import base_model, earlier_stages, plain, public, read_json, settings_yaml, training_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
-EXAMPLE_THRESHOLD = 0.3  # least score of what the images with masks show; as the endpoint's default
 SEMANTIC_HEADLINE = ("mIoU", "mAcc", "aAcc")
 HEADLINE = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
 
@@ -72,7 +72,7 @@ def build_card(
         endpoint=remote_code and not pretrained_only and not semantic,
         semantic=semantic,
         examples=examples,
-        example_threshold=EXAMPLE_THRESHOLD,
+        threshold=SCORE_THRESHOLD,
         training=training_rows(summary, read_json(model_dir / "split.json", optional=True)),
         earlier=earlier_stages(summary),
         settings=settings_yaml(summary),

@@ -16,7 +16,8 @@ from PIL import Image
 from ..files import check_model_name, new_folder
 from ..models.errors import UserError
 from ..models.remote_code import OWN_MODELS, SEMANTIC, add_code, without_code
-from .card import EXAMPLE_THRESHOLD, build_card
+from ..models.thresholds import SCORE_THRESHOLD
+from .card import build_card
 from .errors import hub_errors
 from .run_record import read_json
 
@@ -192,30 +193,21 @@ def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.Pat
     """Adds example images of at most 1024 pixels, and what the model finds in them, for the widget."""
     if not examples:
         return []
-    from uplvp_hf.data import InstanceDataset, Row, empty_objects, open_image
+    from uplvp_hf.data import InstanceDataset, open_image
     from uplvp_hf.evaluation import predict_dataset
     from uplvp_hf.evaluation.visualize import draw_instances
+    from uplvp_hf.inference.predictor import memory_row
 
     rows = []
     for number, path in enumerate(examples, start=1):
         image = open_image(path)
         image.thumbnail((1024, 1024), Image.Resampling.LANCZOS)
-        name = f"assets/example_{number}.jpg"
-        rows.append(
-            Row(
-                image=image,
-                image_id=number,
-                file_name=name,
-                width=image.width,
-                height=image.height,
-                objects=empty_objects(),
-            )
-        )
+        rows.append(memory_row(image, number, f"assets/example_{number}.jpg"))
     model, processor = load_shown(model_dir)
     (folder / "assets").mkdir()
     shown = []
     dataset = InstanceDataset(rows, [])
-    for row, result in predict_dataset(model, processor, dataset, threshold=EXAMPLE_THRESHOLD, progress=False):
+    for row, result in predict_dataset(model, processor, dataset, threshold=SCORE_THRESHOLD, progress=False):
         masks = row["file_name"].replace(".jpg", "_masks.png")
         row["image"].save(folder / row["file_name"], quality=90)
         drawn = draw_instances(row["image"], result["rle"], result["labels"], result["scores"], model.config.id2label)

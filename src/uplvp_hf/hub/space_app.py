@@ -38,12 +38,14 @@ def prepare_space(output: str | os.PathLike, model: str) -> Path:
         ValueError: for a name that is not USER/NAME. FileExistsError: if `output` holds something.
     """
     from uplvp_hf.evaluation import visualize
-    from uplvp_hf.models import errors, images
+    from uplvp_hf.models import errors, images, thresholds
 
     output = Path(output)
     check_repo_id(model)
     with new_folder(output) as folder:
-        for file in (*SPACE.glob("*.*"), *(Path(module.__file__) for module in (visualize, images, errors))):
+        for module in (visualize, images, errors, thresholds):
+            shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
+        for file in SPACE.glob("*.*"):
             shutil.copyfile(file, folder / file.name)
         # There it is no package.
         text = (folder / "images.py").read_text(encoding="utf-8").replace("from .errors import", "from errors import")

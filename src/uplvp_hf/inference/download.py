@@ -82,6 +82,3 @@ def _reason(error: Exception, limits: Limits) -> str:
     if isinstance(error, httpx.UnsupportedProtocol):
         return "it leads to an address that is not http or https"
     return f"{type(error).__name__}: {error}"
-
-
-__all__ = ["LIMITS", "Limits", "fetch_image", "is_url"]

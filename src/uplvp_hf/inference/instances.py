@@ -166,6 +166,3 @@ def instances_of(
         category_ids=[int(category_ids[label]) for label in labels],
         source=source,
     )
-
-
-__all__ = ["Instances", "instances_of"]

@@ -138,6 +138,3 @@ def _write_list(stream: IO[str], values: Iterator[Any]) -> None:
     for index, value in enumerate(values):
         stream.write((", " if index else "") + json.dumps(value, allow_nan=False))
     stream.write("]")
-
-
-__all__ = ["NAME", "RESULT", "Journal", "check_free", "fingerprint"]

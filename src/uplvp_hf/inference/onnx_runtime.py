@@ -79,6 +79,3 @@ class OnnxSegmenter(nn.Module):
         if pixel_mask is None:
             pixel_mask = torch.ones(len(pixel_values), *self.canvas, dtype=torch.int64)
         return SegmenterOutput(**run_session(self.session, pixel_values, pixel_mask))
-
-
-__all__ = ["OnnxSegmenter", "open_session", "run_session"]

@@ -19,6 +19,7 @@ from uplvp_hf.evaluation import load_segmenter, predict_dataset
 
 from ..models.errors import UserError
 from ..models.images import array_to_rgb, as_rgb
+from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
 from .download import LIMITS, Limits, is_url
 from .instances import Instances, instances_of
 from .sources import MAX_PIXELS, check_pixels, find_images, pixels_unbounded
@@ -98,7 +99,7 @@ def _predict_tiled(
 
     def read(index: int) -> Row:
         piece = image if len(windows) == 1 else image.crop(windows[index])
-        return _memory_row(piece, index)
+        return memory_row(piece, index)
 
     cut = InstanceDataset(LazyRows(read, lambda index: index, range(len(windows))), [])
     found: list[tuple[Window, dict[str, Any]]] = []
@@ -110,7 +111,8 @@ def _predict_tiled(
     return found[0][1] if len(windows) == 1 else merge_windows(found, *image.size, tiles)
 
 
-def _memory_row(image: Image.Image, number: int, name: str = "image in memory") -> Row:
+def memory_row(image: Image.Image, number: int, name: str = "image in memory") -> Row:
+    """An image without labels that is in no file."""
     return Row(
         image=image, image_id=number, file_name=name, width=image.width, height=image.height, objects=empty_objects()
     )
@@ -153,9 +155,9 @@ class Predictor:
     def predict(
         self,
         images: ImageInput | Sequence[ImageInput],
-        threshold: float = 0.5,
+        threshold: float = SCORE_THRESHOLD,
         tiles: Tiles | int | None = None,
-        mask_threshold: float = 0.5,
+        mask_threshold: float = MASK_THRESHOLD,
         top_k: int = 100,
         progress: bool = False,
     ) -> Instances | list[Instances]:
@@ -203,16 +205,13 @@ class Predictor:
         name = f"images[{number}]"
         if isinstance(image, np.ndarray):
             check_pixels(image.shape[1::-1] if image.ndim > 1 else (image.size, 1), self.max_pixels, name)
-            return _memory_row(array_to_rgb(image, name), number, name)
+            return memory_row(array_to_rgb(image, name), number, name)
         if isinstance(image, Image.Image):
             check_pixels(image.size, self.max_pixels, name)
             # Taken as it stands: EXIF is not applied, so that results are in its pixels.
-            return _memory_row(as_rgb(image, file=name, exif=False), number, name)
+            return memory_row(as_rgb(image, file=name, exif=False), number, name)
         path = os.fspath(image)
         if not is_url(path) and not Path(path).is_file():
             raise ImageError("no such image", file=path)
         found = find_images([path], folder, self.max_pixels, self.limits)
         return Row(**{**found[0], "image_id": number, "file_name": path})
-
-
-__all__ = ["Predictor", "load", "load_model", "predict_rows"]

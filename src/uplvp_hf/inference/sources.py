@@ -178,6 +178,3 @@ def plain_stem(name: str) -> str:
     path = unquote(urlsplit(name).path) if is_url(name) else name
     stem = Path(path.replace("\\", "/")).stem
     return re.sub(r"[^\w.-]+", "_", stem).strip("._")[:80] or "image"
-
-
-__all__ = ["MAX_PIXELS", "check_pixels", "find_images", "pixels_unbounded", "plain_stem"]

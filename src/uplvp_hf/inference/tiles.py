@@ -248,6 +248,3 @@ def _window_rle(window: Window, width: int, height: int) -> dict[str, Any]:
 def _full_rle(width: int, height: int) -> dict[str, Any]:
     packed = coco_mask.frPyObjects({"size": [height, width], "counts": [0, width * height]}, height, width)
     return {"size": [height, width], "counts": packed["counts"].decode("ascii")}
-
-
-__all__ = ["Tiles", "Window", "merge_windows", "place_rle"]

@@ -245,7 +245,7 @@ def _charts(statistics: Statistics) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    from ..evaluation.compare_page import figure_bytes
+    from ..evaluation.compare_page import figure_svg
 
     figure = Figure(figsize=(12, 2.4), layout="constrained")
     instances, scores, areas = figure.subplots(1, 3)
@@ -258,8 +258,7 @@ def _charts(statistics: Statistics) -> str:
     areas.stairs(statistics.areas, AREA_EDGES, fill=True)
     areas.set(title="Area, share of the image", ylabel="instances", xscale="log")
     areas.xaxis.set_major_formatter(PercentFormatter(1.0))
-    svg = figure_bytes(figure, "svg").decode()
-    return svg[svg.index("<svg") :]
+    return figure_svg(figure)
 
 
 def _text(value: Any) -> str:

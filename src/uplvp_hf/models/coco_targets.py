@@ -64,6 +64,3 @@ def _class_index(category: int, label_map: Mapping[int, int] | None) -> int:
             "annotation out."
         )
     return int(category if label_map is None else label_map[category])
-
-
-__all__ = ["annotation_targets"]

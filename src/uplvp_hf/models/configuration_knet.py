@@ -59,6 +59,3 @@ class KNetConfig(QuerySegmenterConfig):
         self.check(semantic_targets=SEMANTIC_TARGETS, object_pooling=OBJECT_POOLING)
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must lie in [0, 1), got {self.dropout}.")
-
-
-__all__ = ["KNetConfig"]

@@ -91,6 +91,3 @@ class MaskRcnnConfig(OwnSegmenterConfig):
                 raise UserError(f"{name} must hold {length} numbers from 1 on, got {getattr(self, name)}.")
         if not self.anchor_ratios or min(self.anchor_ratios) <= 0:
             raise UserError(f"anchor_ratios must be positive numbers, got {self.anchor_ratios}.")
-
-
-__all__ = ["MaskRcnnConfig"]

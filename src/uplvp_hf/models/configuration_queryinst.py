@@ -62,6 +62,3 @@ class QueryInstConfig(QuerySegmenterConfig):
         self.check(("dynamic_channels", "box_pool_size", "mask_pool_size", "pool_sampling_ratio", "finest_scale"))
         if len(self.box_deviations) != 4:
             raise UserError(f"box_deviations must hold 4 numbers, got {self.box_deviations}.")
-
-
-__all__ = ["QueryInstConfig"]

@@ -219,6 +219,3 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             raise UserError("kernel_target_dim is the width of the vectors of kernel_target `labeler`: set both.")
         if self.kernel_target == "labeler" and self.kernel_head == "none":
             raise UserError("kernel_target `labeler` needs kernel_head `linear`: its vectors are no queries.")
-
-
-__all__ = ["UplvpConfig"]

@@ -59,17 +59,17 @@ class DeformableEncoderLayer(Mask2FormerPixelDecoderEncoderLayer):
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        position_embeddings: Tensor | None = None,
-        reference_points: Tensor | None = None,
-        spatial_shapes_list: Sizes | None = None,
-        level_start_index: Tensor | None = None,
+        *places,
         output_attentions: bool = False,
+        **named_places,
     ) -> tuple[Tensor, ...]:
-        """Tokens (B, S, D) of all levels -> (tokens,), with the attention weights (heads, B, ...) if asked for."""
+        """Tokens (B, S, D) of all levels -> (tokens,), with the attention weights (heads, B, ...) if asked for.
+
+        places: position embeddings, reference points and sizes of the levels, as `DeformableAttention` takes them.
+        """
         attended, weights = self.self_attn(
-            hidden_states, attention_mask, hidden_states, attention_mask, position_embeddings, reference_points,
-            spatial_shapes_list, level_start_index, output_attentions,
-        )  # fmt: skip
+            hidden_states, attention_mask, hidden_states, attention_mask, *places, **named_places
+        )
         hidden = hidden_states + F.dropout(attended, self.dropout, self.training)
         hidden = self.self_attn_layer_norm(hidden)
         inner = F.dropout(F.relu(self.fc1(hidden), inplace=True), self.activation_dropout, self.training)

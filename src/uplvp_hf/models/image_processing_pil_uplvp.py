@@ -22,6 +22,3 @@ class UplvpImageProcessorPil(UplvpProcessing, PilBackend):
     ) -> np.ndarray:
         image = self.rescale(image, factor) if do_rescale else image
         return self.normalize(image, mean, std) if do_normalize else image
-
-
-__all__ = ["UplvpImageProcessorPil"]

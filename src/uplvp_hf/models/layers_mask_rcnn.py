@@ -141,15 +141,3 @@ def _each(module: nn.Module, kind: type | tuple[type, ...], start: Callable[[Ten
         if isinstance(layer, kind):
             start(layer.weight)
             init.zeros_(layer.bias)
-
-
-__all__ = [
-    "POOLED",
-    "STRIDES",
-    "CanvasRoIAlign",
-    "ImageAnchors",
-    "ImageProposals",
-    "build_heads",
-    "build_proposals",
-    "init_mask_rcnn_weights",
-]

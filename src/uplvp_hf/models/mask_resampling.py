@@ -188,17 +188,3 @@ def resized_flips(values: Tensor, rows: Axis, columns: Axis) -> Iterator[np.ndar
     values = values.cpu()
     for value, window in zip(values.numpy(), mask_windows(values, rows, columns), strict=True):
         yield mask_flips(value, window, rows, columns)
-
-
-__all__ = [
-    "Axis",
-    "Window",
-    "mask_flips",
-    "mask_windows",
-    "resampling_axis",
-    "resized_flips",
-    "resized_mask",
-    "resized_masks",
-    "signed_values",
-    "window_flips",
-]

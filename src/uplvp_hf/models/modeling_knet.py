@@ -147,6 +147,3 @@ class KNetForInstanceSegmentation(QuerySegmenter, KNetPreTrainedModel):
 def doubled(maps: Tensor, pixel_mask: Tensor | None) -> Tensor:
     """Maps of stride 8 (B, C, h, w) -> stride 4 (B, C, 2h, 2w)."""
     return upsample(maps, (2 * maps.shape[-2], 2 * maps.shape[-1]), pixel_mask)
-
-
-__all__ = ["KNetForInstanceSegmentation", "KNetModel", "KNetPreTrainedModel"]

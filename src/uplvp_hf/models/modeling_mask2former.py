@@ -264,6 +264,3 @@ def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], pixel_mask: Tens
         upper = upsample(outputs[-1], lateral.shape[-2:], pixel_mask)
         outputs.append(decoder.output_convolutions[index](lateral + upper))
     return decoder.mask_projection(outputs[-1]), tuple(outputs[: decoder.num_feature_levels]), padding
-
-
-__all__ = ["Mask2FormerSegmenter"]

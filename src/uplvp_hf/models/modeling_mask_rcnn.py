@@ -223,6 +223,3 @@ class MaskRcnnForInstanceSegmentation(MaskRcnnPreTrainedModel):
             "boxes": boxes,
             "roi_mask_logits": regions,
         }
-
-
-__all__ = ["MaskRcnnForInstanceSegmentation", "MaskRcnnPreTrainedModel"]

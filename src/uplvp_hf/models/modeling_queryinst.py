@@ -56,8 +56,8 @@ class QueryInstPreTrainedModel(SavesItsCode, PreTrainedModel):
     """Weights and loading, common to both models."""
 
     config: QueryInstConfig
-    base_model_prefix = "model"
     _supports_sdpa = True
+    base_model_prefix = "model"
     _no_split_modules = ["QueryInstStage", "DynamicMaskHead"]
 
     @torch.no_grad()
@@ -175,15 +175,15 @@ class QueryInstForInstanceSegmentation(QuerySegmenter, QueryInstPreTrainedModel)
         self.post_init()
 
     @property
+    def loss_function(self) -> QueryInstLoss:
+        return QueryInstLoss(**{name: getattr(self.config, name) for name in QueryInstLoss.__dataclass_fields__})
+
+    @property
     def class_sized(self) -> tuple[str, ...]:
         """Names of the tensors with one row a class."""
         heads = [f"model.stages.{index}.class_predictor" for index in range(self.config.num_stages)]
         heads += [f"model.mask_heads.{index}.class_masks" for index in range(self.config.num_stages)]
         return tuple(f"{head}.{part}" for head in heads for part in ("weight", "bias"))
-
-    @property
-    def loss_function(self) -> QueryInstLoss:
-        return QueryInstLoss(**{name: getattr(self.config, name) for name in QueryInstLoss.__dataclass_fields__})
 
     def loss(
         self, layers, features, mask_labels, class_labels, normalizers=None, draw=None, text_logits=None,
@@ -209,6 +209,3 @@ class QueryInstForInstanceSegmentation(QuerySegmenter, QueryInstPreTrainedModel)
             label_guide,
             pseudo,
         )
-
-
-__all__ = ["QueryInstForInstanceSegmentation", "QueryInstModel", "QueryInstPreTrainedModel"]

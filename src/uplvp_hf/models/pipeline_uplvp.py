@@ -23,6 +23,7 @@ from transformers.pipelines.base import Pipeline
 from .errors import UserError
 from .images import array_to_rgb, as_rgb, open_bytes, open_image
 from .masks import encode_masks, tight_boxes
+from .thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
 
 # What post-processing reads of a model's outputs.
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "class_scores", "roi_mask_logits", "boxes")
@@ -40,7 +41,7 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     `batch_size` images of equal padded shape go through the model together; results do not depend on it.
 
     Args, of the call or of `pipeline(...)`:
-        threshold (`float`, *optional*, defaults to 0.3):
+        threshold (`float`, *optional*, defaults to `SCORE_THRESHOLD`):
             Instances that score less are left out. Models trained on few labels are seldom sure: 0.9, the stock
             pipeline's, leaves next to nothing of them.
         mask_threshold (`float`, *optional*, defaults to 0.5):
@@ -124,8 +125,8 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     def postprocess(
         self,
         outputs: dict[str, Any],
-        threshold: float = 0.3,
-        mask_threshold: float = 0.5,
+        threshold: float = SCORE_THRESHOLD,
+        mask_threshold: float = MASK_THRESHOLD,
         overlap_mask_area_threshold: float | None = None,
         top_k: int = 100,
         masks: str = "rle",
@@ -225,6 +226,3 @@ def _padded(images: list[torch.Tensor], size: Size) -> tuple[torch.Tensor, torch
     values = [F.pad(image, pad) for image, pad in zip(images, spare, strict=True)]
     masks = [F.pad(torch.ones_like(p[0], dtype=torch.int64), pad) for p, pad in zip(images, spare, strict=True)]
     return torch.stack(values), torch.stack(masks)
-
-
-__all__ = ["UplvpInstanceSegmentationPipeline"]

@@ -285,6 +285,3 @@ def _predictions(layer: LayerOutput) -> dict[str, Tensor]:
     values = {"class_queries_logits": layer.class_logits, "masks_queries_logits": layer.mask_logits}
     values["boxes"] = getattr(layer, "boxes", None)
     return {name: value for name, value in values.items() if value is not None}
-
-
-__all__ = ["Inject", "InstanceSegmenter", "Matches", "QueryNetwork", "QuerySegmenter", "SegmenterOutput"]

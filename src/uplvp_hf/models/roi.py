@@ -119,6 +119,3 @@ class PyramidPooler(nn.Module):
         count = self.side * self.sampling_ratio
         step = (torch.arange(count, device=ends.device, dtype=ends.dtype) + 0.5) / count
         return (ends[..., :1] + (ends[..., 1:] - ends[..., :1]) * step) / stride - 0.5
-
-
-__all__ = ["PyramidPooler", "apply_deltas", "center_to_corners", "crop_masks"]

@@ -32,6 +32,3 @@ def _weights(start: Tensor, end: Tensor, first: int, pixels: int, cells: int) ->
     place = torch.where(extent > 0, place, -2.0)
     distance = (place[..., None] - torch.arange(cells, device=start.device, dtype=torch.float32)).abs()
     return (1 - distance).clamp(min=0)
-
-
-__all__ = ["paste_masks"]

@@ -28,8 +28,10 @@ from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 try:
     from uplvp_hf.evaluation.visualize import draw_instances
     from uplvp_hf.models.images import ImageError, as_rgb
+    from uplvp_hf.models.thresholds import SCORE_THRESHOLD
 except ImportError:  # in a Space they lie beside this file
     from images import ImageError, as_rgb
+    from thresholds import SCORE_THRESHOLD
     from visualize import draw_instances
 
 FLOOR = 0.05  # instances of smaller score are not kept, so that the slider needs no second run of the model
@@ -162,7 +164,9 @@ def build(model, processor, name: str) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image")
-                threshold = gr.Slider(FLOOR, 1.0, value=0.3, step=0.01, label="Least score", elem_id="threshold")
+                threshold = gr.Slider(
+                    FLOOR, 1.0, value=SCORE_THRESHOLD, step=0.01, label="Least score", elem_id="threshold"
+                )
                 download = gr.DownloadButton("Download JSON", elem_id="download")
             with gr.Column():
                 overlay = gr.Image(

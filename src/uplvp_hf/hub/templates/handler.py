@@ -45,10 +45,10 @@ class EndpointHandler:
     def __call__(self, data: dict | bytes) -> list[dict]:
         """The instances of one image.
 
-        Parameters of a request: `threshold` (0..1, default 0.3) is the least score; `mask_threshold` (0..1, default
-        0.5) the least probability of a pixel; with `overlap_mask_area_threshold` (0..1) every pixel goes to the best
-        instance, and instances of which less than this share is left are dropped, as the pipeline of transformers
-        does; without it masks may overlap. `subtask` is "instance".
+        Parameters of a request: `threshold` (0..1) is the least score; `mask_threshold` (0..1) the least probability of
+        a pixel, both as the pipeline has them where they are missing; with `overlap_mask_area_threshold` (0..1) every
+        pixel goes to the best instance, and instances of which less than this share is left are dropped, as the
+        pipeline of transformers does; without it masks may overlap. `subtask` is "instance".
 
         Raises ValueError, with what to send instead, for anything else.
         """
