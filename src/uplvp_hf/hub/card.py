@@ -31,11 +31,9 @@ def build_card(
     """The card of a trained model.
 
     Args:
-        model_dir: its folder. `training_summary.json`, which the training loop writes, gives data, settings, seconds
-            and the metrics of the weights that were kept; `split.json` the labeled subset. Where the folders that the
-            run started from still exist, their records are shown too.
-        repo_id: USER/NAME, as the snippets and results name it.
-        license: of the weights, an identifier of the Hub.
+        model_dir: its folder. The records in it give data, settings, seconds and metrics; those of the runs that it
+            started from are shown too, where their folders still exist.
+        repo_id, license: USER/NAME, and that of the weights, as the Hub names them.
         metrics_file: `metrics.json` of `uplvp evaluate`, shown in place of the training's own numbers; default: the
             one in `model_dir`, if any.
         examples: (image, image with masks) paths inside the repository, for the widget.
