@@ -34,8 +34,7 @@ def build_card(
         model_dir: its folder. The records in it give data, settings, seconds and metrics; those of the runs that it
             started from are shown too, where their folders still exist.
         repo_id, license: USER/NAME, and that of the weights, as the Hub names them.
-        metrics_file: `metrics.json` of `uplvp evaluate`, shown in place of the training's own numbers; default: the
-            one in `model_dir`, if any.
+        metrics_file: of `uplvp evaluate`, in place of the training's own numbers; default: the one in `model_dir`.
         examples: (image, image with masks) paths inside the repository, for the widget.
         remote_code: whether the repository carries the code: snippets then say `trust_remote_code=True`.
 
