@@ -17,8 +17,8 @@ class TeacherSettings(Settings):
     student, finds instances in a weak view of an image, and the student learns them in a strong view of it.
 
     Sources: mean teacher (arXiv 1703.01780), Unbiased Teacher (2102.09480), Soft Teacher (2106.09018), Guided
-    Distillation (2308.02668), FlexMatch (2110.08263). Defaults without a source are the values that docs/results.md
-    measures.
+    Distillation (2308.02668), FlexMatch (2110.08263). Defaults without a source are guesses, which no comparison has
+    confirmed.
     """
 
     decay: float = setting(
