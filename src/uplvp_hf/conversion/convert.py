@@ -197,7 +197,8 @@ def _converted(source, found: str, kind: str, config, classes, category_ids, set
     if found == "denseclip":
         model, converted = build_denseclip(source, classes[0] or classes[1], category_ids, settings or {}, tokenizer)
         return model, converted, {name: _DROPPED[COUNTER] for name in source if re.fullmatch(COUNTER, name)}
-    return _wrapped(source, *_segmenter(source, found, config, classes, settings), kind, category_ids)
+    segmenter_config, labels, converted, dropped = _segmenter(source, found, config, classes, settings)
+    return _wrapped(source, segmenter_config, labels, converted, dropped, kind, category_ids)
 
 
 def _backbone(source: dict[str, Tensor]):
@@ -246,7 +247,7 @@ def _wrapped(source, segmenter_config: dict, labels: dict[int, str], converted, 
         for pattern, ours in _PRETRAINING
         if kind == "pretraining" and (match := re.fullmatch(pattern, name))
     }
-    method = {"prompt_injection": "concat"} if "prompt_fusion.linear.weight" in found else {}
+    method: dict[str, Any] = {"prompt_injection": "concat"} if "prompt_fusion.linear.weight" in found else {}
     ids = list(category_ids) if category_ids is not None else coco_category_ids(labels)
     config = UplvpConfig(segmenter_config=segmenter_config, id2label=labels, category_ids=ids, **method)
     model = (UplvpForPreTraining if kind == "pretraining" else UplvpForInstanceSegmentation)(config)

@@ -123,11 +123,11 @@ def _convert(name: str, tensor: Tensor, vit: bool) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fold_class_embedding(model: torch.nn.Module) -> None:
+def fold_class_embedding(model: Any) -> None:
     """Adds the class embedding to the first row of the position table of a converted DenseCLIP: its code adds it twice.
     Once, and for DenseCLIP's checkpoints only."""
     if hasattr(model.backbone, "tower"):
-        embeddings = model.backbone.tower.vision_model.embeddings
+        embeddings: Any = model.backbone.tower.vision_model.embeddings
         embeddings.position_embedding.weight[0] += embeddings.class_embedding
 
 

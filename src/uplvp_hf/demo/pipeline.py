@@ -91,7 +91,9 @@ def pretrain_default(output: str = "runs/pretrain_default", scale: float = 1.0) 
         claim(benchmark, folder)
         do_job(benchmark, folder, _first(benchmark, folder, "label"))
     state.wait_for_everyone()
-    settings = replace(_first(benchmark, folder, "pretrain").settings, output=str(folder / "model"))
+    given = _first(benchmark, folder, "pretrain").settings
+    assert given is not None  # only jobs that train have settings; these do
+    settings = replace(given, output=str(folder / "model"))
     result = train(settings, resume=(folder / "model" / "settings.json").is_file())
     if state.is_main_process:
         print(f"{settings.optim.steps} steps in {result.seconds:.0f} s. Model: {settings.output}")

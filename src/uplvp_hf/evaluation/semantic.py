@@ -193,7 +193,8 @@ def evaluate_semantic(
     lookup = np.full(max(count, ignored) + 1, ignored, dtype=np.int32)
     for theirs, ours in to_model.items():
         lookup[theirs] = ours
-    metric, failures, images = MeanIoU(count, ignored), [], 0
+    failures: list[dict[str, Any]] = []
+    metric, images = MeanIoU(count, ignored), 0
     started = time.perf_counter()
     rank, processes = share = place() if distributed else (0, 1)
     with gather_errors(processes):

@@ -67,11 +67,13 @@ class ClassPrompts(nn.Module):
                 "The configuration has no class_token_ids: build the model with "
                 "`IcpcForSemanticSegmentation.from_clip(clip, id2label)`, or put what `name_tokens` gives there."
             )
+        start, end = config.start_token_id, config.end_token_id
+        assert start is not None and end is not None  # the configuration fills them in
         text = config.text_config
         self.form = config.prompt
         self.detach_image = config.detach_image
         self.names = NameBuckets(config.class_token_ids, config.text_chunk)
-        self.ends = NameBuckets([[config.start_token_id, config.end_token_id]], 1)
+        self.ends = NameBuckets([[start, end]], 1)
         self.contexts = None
         if config.prompt != "names":
             self.contexts = nn.Parameter(torch.empty(config.num_context, text.hidden_size))
@@ -94,6 +96,7 @@ class ClassPrompts(nn.Module):
         for ids in self.names.chunks():
             name = encoder.embed(ids)[None]  # (1, K, T, C)
             if self.form == "dynamic_last":
+                assert image is not None  # it stands last
                 before = encoder.prefix(name, past, position)
                 closing, at = torch.cat([image, end.expand(len(image), -1, -1, -1)], dim=2), position + name.shape[2]
                 closing = closing.expand(-1, len(ids), -1, -1)

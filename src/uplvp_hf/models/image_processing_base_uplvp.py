@@ -305,9 +305,10 @@ class UplvpProcessing(SizedProcessing):
             require_pycocotools("return_rle=True")
         overlap = overlap_mask_area_threshold if return_segmentation else None
         results = []
-        for index, sizes in enumerate(self._sizes(outputs.masks_queries_logits, target_sizes, input_sizes)):
-            found = find_instances(outputs, index, *sizes, threshold, mask_threshold, top_k)
-            results.append(collect_instances(found, sizes[1], return_rle, overlap))
+        sizes = self._sizes(outputs.masks_queries_logits, target_sizes, input_sizes)
+        for index, (input_size, target_size) in enumerate(sizes):
+            found = find_instances(outputs, index, input_size, target_size, threshold, mask_threshold, top_k)
+            results.append(collect_instances(found, target_size, return_rle, overlap))
         return results
 
     def _sizes(self, mask_logits: torch.Tensor, target_sizes: Any, input_sizes: Any) -> list[tuple]:
