@@ -1,5 +1,7 @@
 """Time and memory of text features for B images x K classes with shared prefixes, against encoding all B * K prompts.
 
+Commands:
+
     python scripts/benchmark_prompts.py                 # CLIP ViT-B's text tower, random weights, B = 4, K = 150
     python scripts/benchmark_prompts.py --width 128 --layers 3 --classes 40   # quick
 

@@ -1,7 +1,9 @@
 """Time and memory of a step of teacher-student training over a supervised step of the same batch.
 
 Whole steps of the training loop, with loading, matching, the teacher and the optimizer, of a randomly initialized
-Mask2Former on generated scenes. Called by `benchmark_train_step.py --teacher`:
+Mask2Former on generated scenes. Called by `benchmark_train_step.py --teacher`.
+
+Commands:
 
     OMP_NUM_THREADS=1 python scripts/benchmark_train_step.py --teacher --size 256 --rounds 5
 

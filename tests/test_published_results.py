@@ -21,7 +21,7 @@ def render(load_script):
 @pytest.fixture
 def copy(tmp_path):
     """A copy of what is rendered, to change."""
-    for name in ("README.md", "docs/results.md"):
+    for name in ("README.md", "docs/results.md", "docs/labeling.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "docs/results", tmp_path / "docs/results")

@@ -120,9 +120,11 @@ def test_the_guide_names_settings_with_their_defaults():
     text = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text()
     defaults = dataclasses.asdict(DataSettings())
     table = dict(re.findall(r"^\| `data\.(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
-    assert set(re.findall(r"[` ]data\.(\w+)", text)) <= set(defaults) and len(table) == 12
+    assert set(re.findall(r"[` ]data\.(\w+)", text)) <= set(defaults) and len(table) == 14
     for name, shown in table.items():
-        if shown not in ("see right", "none", "512"):  # 512: filled in by `with_image_settings`
+        if name == "extra":
+            assert shown == defaults[name]
+        elif shown not in ("see right", "none", "512"):  # 512: filled in by `with_image_settings`
             assert json.loads(shown) == defaults[name], name
         else:
             assert defaults[name] is None

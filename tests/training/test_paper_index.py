@@ -42,8 +42,11 @@ def test_training_commands_are_valid(command):
     assert loaded.stage == verb
     for word in settings:
         key, _, value = word.partition("=")
-        section, name = key.split(".")
-        assert str(getattr(getattr(loaded, section), name)).lower() in (value, f"{value}.0")
+        section, name, *inner = key.split(".")
+        found_value = getattr(getattr(loaded, section), name)
+        for one in inner:
+            found_value = found_value[one]
+        assert str(found_value).lower() in (value, f"{value}.0")
 
 
 @pytest.mark.parametrize("command", [one for one in COMMANDS if one not in TRAINING])
@@ -116,6 +119,8 @@ def test_rows_and_recipes_name_the_same_numbers():
             assert found["--recipe"][1] == f"paper/init_{initialization}"
             continue
         recipe = found["--recipe"][0]
+        if "icpc" in recipe:
+            continue  # its numbers are of models that its authors did not release, and are mIoU
         text = (ROOT / "src/uplvp_hf/training/recipes" / f"{recipe}.yaml").read_text()
         comment = " ".join(line[1:].strip() for line in text.splitlines() if line.startswith("#"))
         column = {"paper/knet_coco_full_finetune": 1}.get(recipe, 3 if "ctw1500" in recipe else 2)

@@ -10,7 +10,7 @@ from training_helpers import log_of, stop_at
 from uplvp_hf.evaluation.compare import compare_runs
 from uplvp_hf.evaluation.predictor import evaluate_model
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
-from uplvp_hf.training import validation
+from uplvp_hf.training import task
 from uplvp_hf.training.config import ConfigError, load_settings
 from uplvp_hf.training.validation import best_step, evaluation_steps, shown
 
@@ -48,7 +48,7 @@ def scored(monkeypatch):
             seen.append(next(model.parameters()).detach().clone())
             return {**metrics, "AP": scores[len(seen) - 1]}
 
-        monkeypatch.setattr(validation, "evaluate_model", evaluate)
+        monkeypatch.setattr(task, "evaluate_model", evaluate)
         return seen
 
     return go

@@ -295,12 +295,8 @@ class UplvpProcessing(SizedProcessing):
         Raises UserError if sizes and batch disagree or a value is out of range, ImportError for `return_rle` without
         pycocotools.
         """
-        _check_thresholds(
-            top_k,
-            threshold=threshold,
-            mask_threshold=mask_threshold,
-            overlap_mask_area_threshold=overlap_mask_area_threshold,
-        )
+        shares = {"threshold": threshold, "mask_threshold": mask_threshold}
+        _check_thresholds(top_k, **shares, overlap_mask_area_threshold=overlap_mask_area_threshold)
         if return_rle:
             require_pycocotools("return_rle=True")
         overlap = overlap_mask_area_threshold if return_segmentation else None

@@ -56,7 +56,7 @@ def load_extra(settings: TrainSettings, train: InstanceDataset, val: InstanceDat
     """The rows of `data.extra` with the classes of the training data, or None.
 
     Classes go by name; objects of classes that the training data lacks are left out, and so are validation images and
-    labeled images. Raises ConfigError where no class is shared, DataError where nothing is left.
+    labeled images. Raises ConfigError where no class is shared, DataError where nothing of given rows is left.
     """
     given = settings.data.extra
     if given is None:
@@ -77,7 +77,17 @@ def load_extra(settings: TrainSettings, train: InstanceDataset, val: InstanceDat
     if len(ids) < len(wanted):
         lacking = ", ".join(name for name, identity in wanted.items() if identity not in ids.values())
         logger.warning("`data.extra` has no class %s: on its images these objects count as background.", lacking)
-    return _without_known_images(extra.map(partial(_with_classes, ids)), train, val)
+    rest = _without_known_images(extra.map(partial(_with_classes, ids)), train, val)
+    if rest is None and given != PRETRAINING:
+        raise DataError(
+            "holds validation images and labeled images only", file=extra.name, remedy="Label other images."
+        )
+    if rest is None:
+        logger.warning(
+            "The labels of the pre-training are not mixed in: all images of %s are labeled or validation images.",
+            extra.name,
+        )
+    return rest
 
 
 def _labels_of_pretraining(settings: TrainSettings, train: InstanceDataset) -> InstanceDataset | None:
@@ -116,8 +126,8 @@ def _labels_of_pretraining(settings: TrainSettings, train: InstanceDataset) -> I
 
 def _without_known_images(
     extra: InstanceDataset, train: InstanceDataset, val: InstanceDataset | None
-) -> InstanceDataset:
-    """`extra`, in the categories of `train`, without the images of the other two."""
+) -> InstanceDataset | None:
+    """`extra`, in the categories of `train`, without the images of the other two; None where no image is left."""
     known = {"validation": _files(val) if val else set(), "labeled": _files(train)}
     kept, left = [], dict.fromkeys(known, 0)
     for index, row in enumerate(extra.rows):
@@ -128,9 +138,7 @@ def _without_known_images(
         else:
             left[which] += 1
     if not kept:
-        raise DataError(
-            "holds validation images and labeled images only", file=extra.name, remedy="Label other images."
-        )
+        return None
     chosen = extra.subset(kept)
     failures = list(chosen.failures)
     if left["validation"]:
