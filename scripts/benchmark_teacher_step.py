@@ -6,6 +6,7 @@ Mask2Former on generated scenes. Called by `benchmark_train_step.py --teacher`.
 Commands:
 
     OMP_NUM_THREADS=1 python scripts/benchmark_train_step.py --teacher --size 256 --rounds 5
+    OMP_NUM_THREADS=1 python scripts/benchmark_teacher_step.py teacher --size 256   # bytes that two steps add
 
 Steps alternate in one process; `teacher_ratio` is the median over the rounds of elapsed time, `teacher_processor_ratio`
 of processor time. `teacher_memory_ratio` compares the growth of the resident set over the first two steps, each in a

@@ -129,7 +129,7 @@ def claim(benchmark: Benchmark, folder: Path) -> None:
         if json.loads(marker.read_text()) != record:
             raise ConfigError(f"{folder} holds another benchmark, see {marker}: choose another output or remove it.")
     elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds something that is not a benchmark's: choose another output.")
+        raise ConfigError(f"{folder} holds something that is not a benchmark's: choose another --output.")
     write_json(marker, record)
 
 
