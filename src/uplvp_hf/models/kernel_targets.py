@@ -20,9 +20,8 @@ from transformers import initialization as init
 
 from .configuration_uplvp import UplvpConfig
 from .errors import UserError
-from .losses import LayerOutput, kernel_supervision
+from .losses import LayerOutput, kernel_supervision, mean_over_pairs
 from .masks import mask_iou_matrix
-from .matching import pair_up
 from .prompts import Prompts
 
 Matches = list[list[tuple[Tensor, Tensor]]]
@@ -122,25 +121,17 @@ def contrastive_supervision(
     vectors (B, P, D), target_of_mask (B, G) with -1 for none, num_pairs: as of `kernel_supervision`. negatives
     (B * P, B * P): see `possible_negatives`. A pair without any negative adds nothing.
     """
-    if not layers:
-        return vectors.float().sum() * 0
-    queries = torch.stack([layer.queries for layer in layers]).float()  # (L, B, N, D)
-    total = queries.sum() * 0
-    pairs = pair_up(matches, None, queries.device)
-    if pairs.query.numel() == 0 or vectors.shape[1] == 0:
-        return total
-    target = target_of_mask[pairs.image, pairs.target].flatten()
-    known = target >= 0
-    own = pairs.image.flatten() * vectors.shape[1] + target.clamp(min=0)  # (L * M,)
-    goals = F.normalize(vectors.detach().float().flatten(0, 1), dim=-1)
-    with torch.autocast(queries.device.type, enabled=False):
-        chosen = queries[pairs.layer, pairs.image, pairs.query].flatten(0, 1)
-        logits = F.normalize(chosen, dim=-1) @ goals.T / temperature  # (L * M, B * P)
-    positive = logits.gather(1, own[:, None])[:, 0]
-    compared = logits.masked_fill(~negatives[own], -torch.inf)
-    terms = torch.logsumexp(torch.cat([positive[:, None], compared], dim=1), dim=1) - positive
-    total = total + torch.where(known, terms, 0.0).sum()
-    return total / (num_pairs if num_pairs is not None else known.sum().clamp(min=1))
+
+
+    def terms(queries: Tensor, image: Tensor, target: Tensor) -> Tensor:
+        own = image * vectors.shape[1] + target  # (L, M)
+        goals = F.normalize(vectors.detach().float().flatten(0, 1), dim=-1)
+        logits = F.normalize(queries, dim=-1) @ goals.T / temperature  # (L, M, B * P)
+        positive = logits.gather(-1, own[..., None])
+        compared = logits.masked_fill(~negatives[own], -torch.inf)
+        return torch.logsumexp(torch.cat([positive, compared], dim=-1), dim=-1) - positive[..., 0]
+
+    return mean_over_pairs(layers, matches, vectors, target_of_mask, num_pairs, terms)
 
 
 class KernelSupervision(nn.Module):

@@ -83,6 +83,27 @@ def kernel_supervision(
     code, which pairs queries and masks by their order and trains the targets too, pairs follow the assignment and
     targets are detached. Nothing is read back from the device.
     """
+
+
+    def distances(queries: Tensor, image: Tensor, prompt: Tensor) -> Tensor:
+        goal = F.normalize(vectors.detach().float()[image, prompt], dim=-1)
+        return 1 - (F.normalize(queries, dim=-1) * goal).sum(-1)
+
+    return mean_over_pairs(layers, matches, vectors, prompt_of_mask, num_pairs, distances)
+
+
+def mean_over_pairs(
+    layers: list[LayerOutput],
+    matches: list[list[tuple[Tensor, Tensor]]],
+    vectors: Tensor,
+    vector_of_mask: Tensor,
+    num_pairs: Tensor | float | None,
+    term: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Mean of `term` over layers and matched pairs, as `kernel_supervision` says.
+
+    term: (queries (L, M, D) in float32, images (L, M), places of their masks' vectors (L, M)) -> (L, M).
+    """
     if not layers:
         return vectors.float().sum() * 0
     queries = torch.stack([layer.queries for layer in layers]).float()  # (L, B, N, D)
@@ -90,12 +111,11 @@ def kernel_supervision(
     pairs = pair_up(matches, None, queries.device)
     if pairs.query.numel() == 0 or vectors.shape[1] == 0:
         return total
-    prompt = prompt_of_mask[pairs.image, pairs.target]
-    known = prompt >= 0
-    goal = F.normalize(vectors.detach().float()[pairs.image, prompt.clamp(min=0)], dim=-1)
+    place = vector_of_mask[pairs.image, pairs.target]
+    known = place >= 0
     with torch.autocast(queries.device.type, enabled=False):
-        distance = 1 - (F.normalize(queries[pairs.layer, pairs.image, pairs.query], dim=-1) * goal).sum(-1)
-    total = total + torch.where(known, distance, 0.0).sum()
+        terms = term(queries[pairs.layer, pairs.image, pairs.query], pairs.image, place.clamp(min=0))
+    total = total + torch.where(known, terms, 0.0).sum()
     return total / (num_pairs if num_pairs is not None else known.sum().clamp(min=1))
 
 
