@@ -34,6 +34,19 @@ def load_script():
 
 
 @pytest.fixture(scope="session")
+def without_library():
+    """First lines of a program in whose process nobody can import the library: what a saved model carries is used."""
+    return """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "uplvp_hf":
+            raise ImportError("hidden")
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+@pytest.fixture(scope="session")
 def assert_close():
     """`assert_close(actual, expected, share)`: no value differs by more than this share of the largest expected one.
 

@@ -63,14 +63,6 @@ def test_pushed_and_loaded_by_name(hub, fresh_process, tiny_model_dir, scenes_di
 
 
 REMOTE = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "uplvp_hf":
-            raise ImportError("hidden")
-
-sys.meta_path.insert(0, Hidden())
 from PIL import Image
 from transformers import AutoImageProcessor, pipeline
 
@@ -95,10 +87,10 @@ assert type(processor).__name__ == "UplvpImageProcessorPil", type(processor)
 
 
 @pytest.mark.slow
-def test_remote_code_runs_only_when_asked(hub_client, fresh_process, tiny_model_dir, tmp_path):
+def test_remote_code_runs_only_when_asked(without_library, hub_client, fresh_process, tiny_model_dir, tmp_path):
     folder = prepare_folder(tiny_model_dir, tmp_path / "repository", NAME)
     push_folder(folder, NAME)
-    result = fresh_process(REMOTE)
+    result = fresh_process(without_library + REMOTE)
     assert result.returncode == 0, result.stderr
 
 

@@ -26,12 +26,6 @@ BACKBONE = {
 
 # Runs where nobody may import the library: loads, predicts, saves again, loads what was saved.
 HIDDEN = """
-import sys
-class Hidden:
-    def find_spec(self, name, *rest, **further):
-        if name.split(".")[0] == "uplvp_hf":
-            raise ImportError("hidden")
-sys.meta_path.insert(0, Hidden())
 from PIL import Image
 from transformers import pipeline
 folder, again = sys.argv[1:]
@@ -62,20 +56,14 @@ def folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_pipelines_of_a_saved_folder_without_the_library(folder, tmp_path):
+def test_pipelines_of_a_saved_folder_without_the_library(without_library, folder, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", HIDDEN, str(folder), str(tmp_path / "again")]
+    command = [sys.executable, "-c", without_library + HIDDEN, str(folder), str(tmp_path / "again")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
 LOAD = """
-import sys
-class Hidden:
-    def find_spec(self, name, *rest, **further):
-        if name.split(".")[0] == "uplvp_hf":
-            raise ImportError("hidden")
-sys.meta_path.insert(0, Hidden())
 import torch
 from transformers import AutoModelForInstanceSegmentation
 model = AutoModelForInstanceSegmentation.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
@@ -85,7 +73,7 @@ print(type(model.segmenter).__name__, model(torch.ones(1, 3, 64, 96)).class_quer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SEGMENTERS)
-def test_a_saved_model_carries_the_code_of_its_own_segmenter_only(kind, tiny_segmenter, tmp_path):
+def test_a_saved_model_carries_the_code_of_its_own_segmenter_only(without_library, kind, tiny_segmenter, tmp_path):
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_queries": 6, "num_stages": 1, "intermediate_size": 16}
     further = {"knet": {"norm_groups": 4}, "queryinst": {"dynamic_channels": 4, "num_mask_layers": 1}}
     settings = tiny_segmenter()
@@ -96,7 +84,7 @@ def test_a_saved_model_carries_the_code_of_its_own_segmenter_only(kind, tiny_seg
     files = [file.stem for file in (tmp_path / "model").glob("*.py")]
     assert {file.rpartition("_")[2] for file in files if file.rpartition("_")[2] in SEGMENTERS} == {kind}
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "model")]
+    command = [sys.executable, "-c", without_library + LOAD, str(tmp_path / "model")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     name, total = done.stdout.split()[-2:]

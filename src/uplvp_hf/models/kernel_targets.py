@@ -122,7 +122,6 @@ def contrastive_supervision(
     (B * P, B * P): see `possible_negatives`. A pair without any negative adds nothing.
     """
 
-
     def terms(queries: Tensor, image: Tensor, target: Tensor) -> Tensor:
         own = image * vectors.shape[1] + target  # (L, M)
         goals = F.normalize(vectors.detach().float().flatten(0, 1), dim=-1)

@@ -84,7 +84,6 @@ def kernel_supervision(
     targets are detached. Nothing is read back from the device.
     """
 
-
     def distances(queries: Tensor, image: Tensor, prompt: Tensor) -> Tensor:
         goal = F.normalize(vectors.detach().float()[image, prompt], dim=-1)
         return 1 - (F.normalize(queries, dim=-1) * goal).sum(-1)
