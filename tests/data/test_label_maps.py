@@ -21,7 +21,7 @@ from uplvp_hf.models.label_maps import ignored_label, label_array, reduced_label
 def write(folder, maps, classes, suffix=".png", split=""):
     (folder / "images" / split).mkdir(parents=True)
     (folder / "annotations" / split).mkdir(parents=True)
-    (folder / "classes.txt").write_text(classes)
+    (folder / "classes.txt").write_text(classes, encoding="utf-8")
     rng = np.random.default_rng(0)
     for index, labels in enumerate(maps):
         pixels = rng.integers(0, 256, (*labels.shape, 3), dtype=np.uint8)
@@ -34,6 +34,16 @@ def write(folder, maps, classes, suffix=".png", split=""):
 def maps():
     rng = np.random.default_rng(1)
     return [rng.integers(0, 4, (20, 30)).astype(np.uint8) for _ in range(3)]
+
+
+def test_names_of_notepad_and_a_coco_folder_with_a_list_of_names(tmp_path, maps):
+    """A mark of the byte order is no part of the first line; JSON annotations make a folder COCO's."""
+    folder = write(tmp_path / "maps", maps, "\ufeff1 wall\n2 sky\n3 tree\n")
+    assert load_dataset_rows(folder).categories[0] == {"id": 1, "name": "wall"}
+    write_scenes(tmp_path / "scenes", 2, seed=0)
+    categories = load_dataset_rows(tmp_path / "scenes").categories
+    (tmp_path / "scenes" / "classes.txt").write_text("wall\n")
+    assert load_dataset_rows(tmp_path / "scenes").categories == categories
 
 
 def test_ids_of_the_files_are_reduced_once(tmp_path, maps):

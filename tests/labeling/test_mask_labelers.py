@@ -108,6 +108,16 @@ def test_results_lists_and_limits(images, tmp_path):
         MaskFileLabeler(file, categories=str(names))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_results_in_the_encodings_of_windows(images, tmp_path, encoding):
+    """With a mark of the byte order in front, as Notepad and PowerShell write JSON."""
+    file = results_file(tmp_path / "results.json", images.rows)
+    plain = call(MaskFileLabeler(file), images)
+    file.write_text(file.read_text(), encoding=encoding)
+    again = call(MaskFileLabeler(file), images)
+    assert [len(p) for p in again] == [len(p) for p in plain] and sum(len(p) for p in plain) > 0
+
+
 def test_damaged_results(images, tmp_path):
     file = tmp_path / "results.json"
     source = MaskFileLabeler(results_file(file, images.rows, segmentation={"size": [64, 96], "counts": "0"}))

@@ -154,7 +154,8 @@ def test_no_instance_and_no_image(scenes_dir, tmp_path):
             pass
     label_images(dataset, Nothing(), None, tmp_path / "none", progress=False, max_failed=1.0)
     for truth in (None, scenes_dir):
-        numbers = write_report(tmp_path / "none", tmp_path / "report.html", truth=truth)
+        numbers = write_report(tmp_path / "none", tmp_path / "report.html", truth=truth, other=scenes_dir)
+        assert numbers["agreement"] is None
         assert (numbers["done"], numbers["failed"], numbers["quality"]) == (0, 2, None)
         assert "nan" not in words((tmp_path / "report.html").read_text())
 

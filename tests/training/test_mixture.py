@@ -1,6 +1,7 @@
 """Pseudo labels mixed into fine-tuning: which images a step sees, whose classes they have, and resuming."""
 
 import json
+import shutil
 
 import pytest
 from training_helpers import assert_same_run, stop_at
@@ -54,7 +55,7 @@ def test_every_step_has_its_share_whatever_the_processes():
     assert [key for pair in zip(*ranks, strict=True) for batch in pair for key in batch] == flat
 
 
-def test_classes_go_by_name_and_validation_images_stay_out(more, scenes_dir):
+def test_classes_go_by_name_and_validation_images_stay_out(more, scenes_dir, tmp_path):
     train = load_dataset_rows(scenes_dir)
     extra = load_extra(load_settings(None, [f"data.extra={more}"]), train, None)
     names = {c["id"]: c["name"] for c in load_dataset_rows(more).categories}
@@ -67,6 +68,9 @@ def test_classes_go_by_name_and_validation_images_stay_out(more, scenes_dir):
     without = load_extra(load_settings(None, [f"data.extra={more}"]), train, val)
     assert [row["image_id"] for row in without.rows] == [row["image_id"] for row in extra.rows[2:]]
     assert "2 images are left out" in without.failures[-1]["reason"]
+    copied = shutil.copytree(more, tmp_path / "copied")  # the same images under another path
+    content = load_extra(load_settings(None, [f"data.extra={more}"]), train, load_dataset_rows(copied).subset([0, 1]))
+    assert content.rows == without.rows
     with pytest.raises(DataError, match="validation images and labeled images only"):
         load_extra(load_settings(None, [f"data.extra={more}"]), train, load_dataset_rows(more))
     train.categories = [{"id": 1, "name": "otter"}]

@@ -23,6 +23,7 @@ from ..models.masks import encode_masks, rle_areas, rle_boxes
 from .coco_files import has_image_suffix, walk_files
 from .dataset import InstanceDataset, LazyRows, Objects, Row, empty_objects
 from .errors import DataError, ImageError
+from .fields import read_lines
 from .inputs import rows_of_files
 
 CLASS_LISTS = ("classes.txt", "objectInfo150.txt")
@@ -31,9 +32,12 @@ _MAP_SUFFIXES = (".png", ".tif", ".tiff", ".npy")
 
 
 def is_label_map_folder(path: str) -> bool:
-    """Whether a folder has images, annotations and a list of classes."""
+    """Whether a folder has images, annotations and a list of classes, and its annotations are no JSON (COCO's)."""
     listed = any(os.path.isfile(os.path.join(path, name)) for name in CLASS_LISTS)
-    return listed and all(os.path.isdir(os.path.join(path, name)) for name in ("images", "annotations"))
+    annotations = os.path.join(path, "annotations")
+    if not listed or not os.path.isdir(os.path.join(path, "images")) or not os.path.isdir(annotations):
+        return False
+    return not any(name.lower().endswith(".json") for name in os.listdir(annotations))
 
 
 def read_label_map_folder(path: str, split: str | None = None, unlabeled: bool = False) -> InstanceDataset:
@@ -130,10 +134,11 @@ def read_classes(path: str) -> list[dict]:
     file = next((os.path.join(path, name) for name in CLASS_LISTS if os.path.isfile(os.path.join(path, name))), None)
     if file is None:
         raise DataError(f"has no {CLASS_LISTS[0]}", file=path, remedy="Write one class name a line.")
-    with open(file, encoding="utf-8") as stream:
-        lines = [line.strip() for line in stream if line.strip()]
+    lines = [text for _, text in read_lines(file)]
     if file.endswith("objectInfo150.txt"):  # a head, then columns, the first being the id, the last the synonyms
         columns = [line.split("\t") for line in lines[1:]]
+        if any(not entry[0].strip().isdecimal() for entry in columns):
+            raise DataError("is no list of ADE20K: a line does not begin with a number", file=file)
         found = [(int(entry[0]), entry[-1].split(",")[0].strip()) for entry in columns]
     else:
         numbered = [re.fullmatch(r"(\d+)[\s:]+(.+)", line) for line in lines]

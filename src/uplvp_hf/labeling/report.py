@@ -114,7 +114,7 @@ def write_report(
     failures = list(failed.values())
     numbers = _numbers(statistics, failures, header)
     numbers["quality"] = None if truth is None else _quality(store, truth, statistics.images)
-    numbers["agreement"] = None if other is None else _agreement(store, other)
+    numbers["agreement"] = None if other is None or not statistics.images else _agreement(store, other)
     names = {category["id"]: category["name"] for category in header["categories"]}
     numbers["signs"] = signs.texts(names, numbers["agreement"])
     chosen = statistics.examples(examples)

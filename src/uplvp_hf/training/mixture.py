@@ -17,6 +17,7 @@ from ..data.errors import DataError
 from ..data.training_set import TrainingSet
 from ..models.errors import reading
 from .config import PRETRAINING, ConfigError, TrainSettings
+from .unlabeled import same_images
 
 logger = logging.getLogger(__name__)
 
@@ -128,27 +129,18 @@ def _without_known_images(
     extra: InstanceDataset, train: InstanceDataset, val: InstanceDataset | None
 ) -> InstanceDataset | None:
     """`extra`, in the categories of `train`, without the images of the other two; None where no image is left."""
-    known = {"validation": _files(val) if val else set(), "labeled": _files(train)}
-    kept, left = [], dict.fromkeys(known, 0)
-    for index, row in enumerate(extra.rows):
-        file = os.path.realpath(row["image"]) if isinstance(row["image"], str) else None
-        which = next((name for name, files in known.items() if file in files), None)
-        if which is None:
-            kept.append(index)
-        else:
-            left[which] += 1
+    validation = {index for index, _ in same_images(extra, val)} if val else set()
+    labeled = {index for index, _ in same_images(extra, train)}
+    held = validation | labeled
+    kept = [index for index in range(len(extra)) if index not in held]
     if not kept:
         return None
     chosen = extra.subset(kept)
     failures = list(chosen.failures)
-    if left["validation"]:
-        reason = f"{left['validation']} images are left out of `data.extra`, as they are validation images"
+    if validation:
+        reason = f"{len(validation)} images are left out of `data.extra`, as they are validation images"
         failures.append({"file": extra.name, "row": None, "reason": reason})
     return InstanceDataset(chosen.rows, train.categories, extra.name, failures)
-
-
-def _files(dataset: InstanceDataset) -> set[str]:
-    return {os.path.realpath(row["image"]) for row in dataset.rows if isinstance(row["image"], str)}
 
 
 def _with_classes(ids: dict[int, int], row: Row) -> Row:

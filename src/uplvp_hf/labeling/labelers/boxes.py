@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.ops import nms
 
 from ...data import DataError, InstanceDataset, Row, empty_objects
+from ...data.fields import read_json
 from ...models.errors import UserError
 from ..cutting.proposals import Proposals, filter_proposals, mask_nms, top_k
 from ..encoders.text import split_synonyms
@@ -24,7 +25,7 @@ from ..protocol import Labeler
 from ..settings import MaskFileSettings
 from .box_segmenter import BoxSegmenter
 from .detectors import Boxes, load_detector
-from .mask_file import MaskFileLabeler, is_number, named_categories, read_json, read_masks, rows_of_entries
+from .mask_file import MaskFileLabeler, is_number, named_categories, read_masks, rows_of_entries
 
 
 class BoxesLabeler(Labeler):

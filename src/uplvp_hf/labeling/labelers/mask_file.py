@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ...data import DataError, InstanceDataset, Row, decode_segmentation, empty_objects, load_dataset_rows
+from ...data.fields import read_categories, read_json
 from ...models.errors import UserError
 from ..cutting.proposals import Proposals
 from ..fingerprint import fingerprint
@@ -136,9 +135,9 @@ def read_masks(path: str | os.PathLike[str], categories: str | None = None) -> I
     """
     path = os.fspath(path)
     if os.path.isfile(path) and path.lower().endswith(".json"):
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            start = stream.read(1024).lstrip()
-        if start.startswith("["):
+        with open(path, "rb") as stream:
+            start = stream.read(1024).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n")  # marks of byte order, and space
+        if start.startswith(b"["):
             return _read_results(path, categories)
     return load_dataset_rows(path)
 
@@ -182,8 +181,9 @@ def named_categories(rows: dict[Any, Row], source: str | None, path: str) -> lis
     Raises DataError for an object whose category is not among them.
     """
     used = sorted({number for row in rows.values() for number in row["objects"]["category_id"]})
-    known = [] if source is None else read_json(source).get("categories", [])
-    names = {entry["id"]: str(entry["name"]) for entry in known} or {number: str(number) for number in used}
+    content = {} if source is None else read_json(source)
+    known = read_categories(content.get("categories", []) if isinstance(content, dict) else content, source or path)
+    names = {entry["id"]: entry["name"] for entry in known} or {number: str(number) for number in used}
     unknown = [number for number in used if number not in names]
     if unknown:
         raise DataError(f"names no category {unknown[0]!r}, which {path} has", file=source)
@@ -193,16 +193,6 @@ def named_categories(rows: dict[Any, Row], source: str | None, path: str) -> lis
 def is_number(value: Any) -> bool:
     """Whether a value of JSON is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def read_json(path: str) -> Any:
-    """The content of a JSON file. Raises DataError where there is none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError("no such file", file=path) from error
-    except ValueError as error:
-        raise DataError(f"is not valid JSON ({error})", file=path) from error
 
 
 def _size(row: Row) -> tuple[int, int] | None:
