@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from uplvp_hf.data import DataError, ImageError, load_dataset_rows
+from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, load_dataset_rows
 from uplvp_hf.data.check import check_dataset
 from uplvp_hf.data.semantic import (
     SemanticTrainingSet,
@@ -16,6 +16,7 @@ from uplvp_hf.data.semantic import (
 )
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.models.label_maps import ignored_label, label_array, reduced_labels
+from uplvp_hf.models.masks import encode_masks
 
 
 def write(folder, maps, classes, suffix=".png", split=""):
@@ -144,3 +145,18 @@ def test_crops_avoid_a_single_class():
     seen = [transform(image, labels, 255, generator)[1] for _ in range(20)]
     mixed = sum(len(one.unique()) == 2 for one in seen)
     assert mixed > 14  # a third of all crops shows both
+
+
+def test_background_has_an_id_of_its_own_and_void_is_no_background(scenes):
+    rows = [Row(**{**row, "objects": {**row["objects"]}}) for row in scenes.rows[:1]]
+    ids = [category["id"] for category in scenes.categories]
+    moved = [{**category, "id": category["id"] - min(ids)} for category in scenes.categories]
+    view = semantic_view(InstanceDataset(rows, moved))
+    assert {"id": max(ids) - min(ids) + 1, "name": "background"} in view.categories
+    assert len(set(view.category_ids)) == len(ids) + 1 and min(view.category_ids) == 0
+    height, width = rows[0]["height"], rows[0]["width"]
+    corner = np.zeros((1, height, width), dtype=bool)
+    corner[:, :5, :7] = True
+    rows[0]["void"] = encode_masks(corner)
+    labels = label_map(semantic_view(InstanceDataset(rows, scenes.categories)), 0)
+    assert (labels[:5, :7] == ignored_label(len(ids) + 1)).all() and (labels != ignored_label(len(ids) + 1)).any()

@@ -123,3 +123,11 @@ def test_the_strong_view_changes_as_told(changes, check):
     values = {"color": 0.0, "hue": 0.0, "gray": 0.0, "blur": 0.0, "cutouts": 0, **changes}
     after = StrongColors(**values, cutout_area=(0.1, 0.2), fill=(7, 7, 7))(pixels, torch.Generator().manual_seed(4))
     assert after.shape == pixels.shape and after.dtype == torch.uint8 and check(pixels, after)
+
+
+@pytest.mark.parametrize("size", [(1, 200), (200, 2), (3, 3)])
+def test_thin_images_are_blurred_too(size):
+    blurred = StrongColors(0.0, 0.0, 0.0, 1.0, 0, (0.02, 0.2), (0, 0, 0))
+    pixels = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    for seed in range(5):
+        assert blurred(pixels, torch.Generator().manual_seed(seed)).shape == pixels.shape

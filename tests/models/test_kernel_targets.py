@@ -13,7 +13,7 @@ from uplvp_hf.models.kernel_targets import (
     given_targets,
     possible_negatives,
 )
-from uplvp_hf.models.losses import LayerOutput, kernel_supervision
+from uplvp_hf.models.losses import LayerOutput, Normalizers, kernel_supervision
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 from uplvp_hf.models.prompts import Prompts
 
@@ -197,6 +197,26 @@ def test_only_queries_without_a_prompt_are_supervised(make_config, make_batch):
     assert kernel(1.0, kernel_queries="unprompted") == kernel(1.0) > 0
     some = kernel(0.5, kernel_queries="unprompted")
     assert 0 < some != kernel(0.5)
+
+
+def test_accumulated_steps_divide_by_the_pairs_of_queries_without_a_prompt(make_config, make_batch):
+    """With the pairs of two equal micro-batches as divisor, each gives half: the share without a prompt is its own."""
+    batch = make_batch()
+    losses = []
+    for pairs in (None, 20.0, 40.0):
+        torch.manual_seed(0)
+        model = UplvpForPreTraining(make_config(prompt_drop=0.5, kernel_queries="unprompted")).train()
+        torch.manual_seed(1)
+        given = None if pairs is None else Normalizers(pairs=pairs)
+        losses.append(model(**batch, normalizers=given).losses["kernel"].item())
+    assert losses[1] == pytest.approx(2 * losses[2], rel=1e-5)
+    torch.manual_seed(0)
+    model = UplvpForPreTraining(make_config(prompt_drop=0.5, kernel_queries="unprompted")).train()
+    counts = [len(masks) for masks in batch["mask_labels"]]
+    own = model.segmenter.normalizers(counts, model.config.most_targets).pairs  # of this batch, as the loop sums them
+    torch.manual_seed(1)
+    again = model(**batch, normalizers=Normalizers(pairs=own)).losses["kernel"].item()
+    assert again == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_injection_fades_out_over_epochs(make_config):

@@ -67,8 +67,11 @@ def test_verbs(scenes, tmp_path, capsys):
     files = sorted((tmp_path / "p" / "maps").glob("*.png"))
     ids = {int(line.split()[0]) for line in (tmp_path / "p" / "classes.txt").read_text().splitlines()}
     assert len(files) == 6 and set(np.unique(np.asarray(Image.open(files[0])))) <= ids
-    assert main(["predict", str(model), images, "--output", str(tmp_path / "p"), "--quiet"]) == 0
-    assert "6 were there already" in capsys.readouterr().out
+    again = ["predict", str(model), images, "--output", str(tmp_path / "p"), "--quiet"]
+    assert main([*again, "--window", "64"]) == 0
+    assert "0 label maps, 6 were there already" in capsys.readouterr().out
+    assert main(again) == 2 and "was begun with other settings (window)" in capsys.readouterr().err
+    assert main([*again, "--overwrite"]) == 0 and "6 label maps, 0 were there" in capsys.readouterr().out
     assert main(["evaluate", str(model), str(scenes), "--stride", "64"]) == 2
 
 

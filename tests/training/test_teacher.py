@@ -24,6 +24,7 @@ from uplvp_hf.data.errors import DataError
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.models.masks import decode_segmentation
 from uplvp_hf.training.config import ConfigError, load_settings
+from uplvp_hf.training.optim import with_steps
 from uplvp_hf.training.pseudo_labels import ClassThresholds, find_pseudo_instances
 from uplvp_hf.training.stream import UnlabeledKeys
 from uplvp_hf.training.teacher_settings import TeacherSettings
@@ -219,3 +220,11 @@ def test_classes_without_labels_are_named(unlabeled, scenes_dir, caplog):
 def test_settings_that_do_not_fit(words, message):
     with pytest.raises(ConfigError, match=message):
         load_settings(None, ["data.unlabeled=somewhere", *words])
+
+
+def test_a_burn_in_beyond_the_epochs_is_refused():
+    """The number of steps is known with the images: 4 epochs of 10 images, 8 a step, are 5 steps."""
+    words = ["data.unlabeled=x", "optim.epochs=4", "optim.batch_size=8"]
+    with pytest.raises(ConfigError, match="burn_in` of 5 steps leaves none of the 5 for"):
+        with_steps(load_settings(None, [*words, "teacher.burn_in=5"]), 10, 1)
+    assert with_steps(load_settings(None, [*words, "teacher.burn_in=4"]), 10, 1).optim.steps == 5

@@ -47,7 +47,7 @@ class Report:
     def __init__(self, benchmark: Benchmark, folder: Path, jobs: Sequence[Job], sources: Sources) -> None:
         self.benchmark, self.folder, self.jobs, self.sources = benchmark, folder, list(jobs), sources
         self._told: set[str] = set()
-        self._labels: list[dict[str, Any]] | None = None
+        self._labels: dict[str, dict[str, Any]] = {}
 
     def update(self, done: Sequence[Job]) -> None:
         """Writes the page again if `done`, the finished jobs, are more than before. A page that cannot be drawn is no
@@ -58,8 +58,8 @@ class Report:
         self._told |= {job.folder for job in new}
         try:
             self._write(done)
-        except (UserError, OSError) as error:
-            logger.warning("report.html could not be written: %s", error)
+        except Exception as error:
+            logger.warning("report.html could not be written: %s", error, exc_info=not isinstance(error, UserError))
         for job in new:
             logger.info("%s", self._sentence(job))
 
@@ -73,9 +73,9 @@ class Report:
 
     def _write(self, done: Sequence[Job]) -> None:
         finished = len(done) == len(self.jobs)
-        if self._labels is None and any(job.kind == "label" for job in done):
-            names = dict.fromkeys(job.label_set for job in done if job.kind == "label")
-            self._labels = [self._label_section(name) for name in names]
+        for name in (job.label_set for job in done if job.kind == "label"):
+            if name is not None and name not in self._labels:
+                self._labels[name] = self._label_section(name)
         rows = [json.loads((self.folder / job.folder / "row.json").read_text()) for job in done if job.row]
         template = (resources.files("uplvp_hf.benchmark") / "templates" / "report.html.j2").read_text()
         page = jinja2.Environment(autoescape=True).from_string(template)
@@ -85,7 +85,7 @@ class Report:
             done=len(done),
             jobs=len(self.jobs),
             tables=[self._table(rows, name) for name in dict.fromkeys(row["segmenter"] for row in rows)],
-            labels=self._labels or [],
+            labels=list(self._labels.values()),
             predictions=self._predictions(done) if finished and rows else None,
         )
         write_text(self.folder / "report.html", text)
@@ -120,13 +120,14 @@ class Report:
         pseudo, truth = load_dataset_rows(self.folder / label_folder(name)), load_dataset_rows(**self.sources.unlabeled)
         section: dict[str, Any] = {"name": name, "images": len(pseudo), "quality": None, "pairs": []}
         section["masks"] = sum(len(row["objects"]["segmentation"]) for row in pseudo.rows)
+        keys, true_keys = row_keys(pseudo, truth)
         known: dict[Any, Row] = {}
         if truth.categories:
             part = pseudo.subset(range(min(MEASURED, len(pseudo))))
             measured = proposal_quality(part, truth)  # nan, a share of nothing, is no number for people
             section["quality"] = {key: "none" if math.isnan(one) else f"{one:.2f}" for key, one in measured.items()}
-            known = dict(zip(row_keys(pseudo, truth)[1], truth.rows, strict=True))
-        for key, (index, row) in zip(row_keys(pseudo, truth)[0], enumerate(pseudo.rows), strict=True):
+            known = dict(zip(true_keys, truth.rows, strict=True))
+        for key, (index, row) in zip(keys, enumerate(pseudo.rows), strict=True):
             if index == SHOWN:
                 break
             pair = [_drawn(pseudo, index, row)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from uplvp_hf.data import InstanceDataset
+
+
+MAPS = "maps"
 
 
 def add_semantic_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,42 +99,60 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def predict(arguments: argparse.Namespace, dataset: InstanceDataset) -> None:
+def predict(arguments: argparse.Namespace, dataset: InstanceDataset, settings: dict[str, Any]) -> None:
     """Writes a label map of every image into maps/, and an overlay of its classes into overlays/.
 
     The values of a map are the ids of the classes in the dataset that the model was trained on; classes.txt lists
     them. Images whose map is there already are not computed again, unless --overwrite was given.
+
+    settings: what the maps depend on beside images and options. Raises DataError where those in the folder were made
+    with others, or of other images, and where no image can be read.
     """
     import numpy as np
     from PIL import Image
 
+    from uplvp_hf.data import DataError
+    from uplvp_hf.data.fields import read_json
     from uplvp_hf.evaluation.semantic import load_semantic, segment_dataset
-    from uplvp_hf.files import replacing, write_json_lines, write_text
+    from uplvp_hf.files import replacing, write_json, write_json_lines, write_text
+    from uplvp_hf.inference.journal import check_settings
     from uplvp_hf.inference.sources import pixels_unbounded, plain_stem
 
     output, options = Path(arguments.output), semantic_options(arguments)
+    names = "".join(f"{row['file_name']}\n" for row in dataset.rows)
+    settings = {**settings, **options, "scales": list(options["scales"])}
+    settings["images"] = hashlib.sha256(names.encode()).hexdigest()
+    record = output / "settings.json"
+    if record.is_file() and not arguments.overwrite:
+        check_settings(record, read_json(str(record)), settings)
+    write_json(record, settings)
     model, processor = load_semantic(arguments.model, arguments.device)
     config = model.config
     ids = np.array(config.category_ids)
-    names = [f"{number} {config.id2label[index]}" for index, number in enumerate(ids)]
-    write_text(output / "classes.txt", "".join(f"{line}\n" for line in names))
+    classes = [f"{number} {config.id2label[index]}" for index, number in enumerate(ids)]
+    write_text(output / "classes.txt", "".join(f"{line}\n" for line in classes))
 
     def place(folder: str, row: Any) -> Path:
         return output / folder / f"{row['image_id']:06d}_{plain_stem(row['file_name'])}.png"
 
-    known = [not arguments.overwrite and place("maps", row).is_file() for row in dataset.rows]
+    known = [not arguments.overwrite and place(MAPS, row).is_file() for row in dataset.rows]
     todo = dataset.subset([index for index, done in enumerate(known) if not done])
-    failures = list(dataset.failures)
+    failures, written = list(dataset.failures), 0
     with pixels_unbounded():
         for index, row, found in segment_dataset(model, processor, todo, not arguments.quiet, failures, **options):
             values = ids[found].astype(np.uint8 if ids.max() < 256 and ids.min() >= 0 else np.uint16)
             if not arguments.no_overlays:
                 with replacing(place("overlays", row), "wb") as stream:
                     draw(todo.load_image(index), found, len(ids)).save(stream, format="PNG")
-            with replacing(place("maps", row), "wb") as stream:
+            with replacing(place(MAPS, row), "wb") as stream:
                 Image.fromarray(values).save(stream, format="PNG")
+            written += 1
     write_json_lines(output / "failures.jsonl", failures)
-    print(f"{len(todo) - len(failures)} label maps, {sum(known)} were there already: {output / 'maps'}")
+    if not written and not any(known):
+        raise DataError(f"none of the {len(failures)} images could be read; see {output / 'failures.jsonl'}")
+    print(f"{written} label maps, {sum(known)} were there already: {output / MAPS}")
+    if failures:
+        print(f"{len(failures)} images could not be read: {output / 'failures.jsonl'}")
 
 
 def draw(image: Image, labels: np.ndarray, count: int) -> Image:

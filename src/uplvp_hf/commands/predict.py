@@ -65,7 +65,8 @@ def _predict_alone(arguments: argparse.Namespace) -> None:
     check_device(arguments.device)
     with only_run(arguments.output, "name another --output"):
         if is_semantic_model(arguments.model):
-            _semantic.predict(arguments, _find(arguments, Path(arguments.output)))
+            _semantic.predict(arguments, _find(arguments, Path(arguments.output)), _settings(arguments))
+            shutil.rmtree(Path(arguments.output) / DOWNLOADS, ignore_errors=True)
         else:
             _predict(arguments, tiles)
 
@@ -136,7 +137,9 @@ def _find(arguments: argparse.Namespace, output: Path):
 
     limits = Limits() if arguments.max_bytes is None else Limits(max_bytes=arguments.max_bytes)
     max_pixels = MAX_PIXELS if arguments.max_pixels is None else arguments.max_pixels
-    return find_images(arguments.paths, output / DOWNLOADS, max_pixels, limits, leave_out=output / OVERLAYS)
+    return find_images(
+        arguments.paths, output / DOWNLOADS, max_pixels, limits, leave_out=(output / OVERLAYS, output / _semantic.MAPS)
+    )
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -31,14 +31,18 @@ _LONGEST = 4  # an image is at most so many times longer than its canvas when it
 
 
 def semantic_view(dataset: InstanceDataset) -> InstanceDataset:
-    """The dataset with a class for every labeled pixel: with "background" first, where objects are painted over it."""
+    """The dataset with a class for every labeled pixel: with "background", where objects are painted over it.
+
+    Its id is the one before the first, or behind the last where ids begin at 0.
+    """
     rows = dataset.rows.bare() if isinstance(dataset.rows, LazyRows) else dataset.rows
     parts = (dataset.name, list(dataset.failures), dataset.official, dataset.manifest)
     named = [category["name"] for category in dataset.categories]
     if BACKGROUND in named or (len(rows) and "label_map" in rows[0]):
         return InstanceDataset(rows, dataset.categories, *parts)
-    free = min(dataset.category_ids, default=1) - 1
-    categories = [{"id": free, "name": BACKGROUND}, *dataset.categories]
+    ids = dataset.category_ids
+    free = min(ids, default=1) - 1
+    categories = [{"id": free if free >= 0 else max(ids) + 1, "name": BACKGROUND}, *dataset.categories]
     return InstanceDataset(rows, categories, *parts)
 
 
@@ -67,6 +71,8 @@ def _painted(row: Row, place: dict[int, int], dataset: InstanceDataset) -> np.nd
         except DataError as error:
             raise DataError(error.reason, file=row["file_name"], row=f"object {k}") from error
         canvas[mask] = place[objects["category_id"][k]]
+    for region in row.get("void", ()):  # nobody said what is there: no background
+        canvas[decode_segmentation(region, row["height"], row["width"])] = ignored_label(len(place))
     return canvas
 
 

@@ -54,7 +54,9 @@ class StrongColors:
             pixels = functional.rgb_to_grayscale(pixels, num_output_channels=3)
         if uniform(generator, 0, 1) < self.blur:
             sigma = uniform(generator, *_BLUR)
-            pixels = functional.gaussian_blur(pixels, [2 * round(2 * sigma) + 1] * 2, [sigma] * 2)
+            # The kernel reflects the image at its borders, so it reaches no further than the shorter side.
+            side = min(2 * round(2 * sigma) + 1, 2 * min(pixels.shape[-2:]) - 1)
+            pixels = functional.gaussian_blur(pixels, [side] * 2, [sigma] * 2)
         for _ in range(self.cutouts):
             if uniform(generator, 0, 1) < 0.5:
                 pixels = self._erased(pixels, generator)

@@ -23,6 +23,18 @@ def check_free(folder: Path, overwrite: bool) -> None:
         )
 
 
+def check_settings(file: Path, begun: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+    """Raises DataError unless the results of `file` were begun with these settings."""
+    if begun == settings:
+        return
+    others = sorted(key for key in settings if (begun or {}).get(key) != settings[key])
+    raise DataError(
+        f"was begun with other settings ({', '.join(others)})",
+        file=file,
+        remedy="Repeat them to go on, name another --output, or --overwrite.",
+    )
+
+
 class Journal:
     """The file `predictions.partial.jsonl` of a folder, which `finish` turns into `predictions.json`.
 
@@ -51,15 +63,7 @@ class Journal:
 
     def _check(self, settings: dict[str, Any]) -> None:
         with open(self.file, "rb") as stream:
-            begun = _parsed(stream.readline())
-        if begun == settings:
-            return
-        others = sorted(key for key in settings if (begun or {}).get(key) != settings[key])
-        raise DataError(
-            f"was begun with other settings ({', '.join(others)})",
-            file=self.file,
-            remedy="Repeat them to go on, name another --output, or --overwrite.",
-        )
+            check_settings(self.file, _parsed(stream.readline()), settings)
 
     def known(self, rows: list[Row]) -> set[int]:
         """Image ids of the rows whose results are in the journal, of the same file as it is now. A line that was cut

@@ -65,7 +65,7 @@ def find_images(
     downloads: str | os.PathLike[str] | None = None,
     max_pixels: int = MAX_PIXELS,
     limits: Limits = LIMITS,
-    leave_out: str | os.PathLike[str] | None = None,
+    leave_out: Sequence[str | os.PathLike[str]] = (),
 ) -> InstanceDataset:
     """Unlabeled rows of all images in `paths`, numbered from 1, in that order.
 
@@ -75,7 +75,7 @@ def find_images(
         downloads: folder that downloaded images are kept in and looked up in; needed for addresses.
         max_pixels: images with more are left out; only their heads are read for that.
         limits: of every download.
-        leave_out: a folder whose images do not count, such as the overlays of an earlier run among the images.
+        leave_out: folders whose images do not count, such as the overlays of an earlier run among the images.
 
     What cannot be read is in `failures`. Raises DataError for a path that does not exist, a pattern without matches, a
     folder without images, an address of another kind, and when nothing is left (ImageError: of a single image).
@@ -88,7 +88,7 @@ def find_images(
             found = _rows_of(path, fetched)
             failures += found.failures
             for row in found.rows:
-                if leave_out is not None and Path(row["image"]).is_relative_to(os.path.abspath(leave_out)):
+                if any(Path(row["image"]).is_relative_to(os.path.abspath(folder)) for folder in leave_out):
                     continue
                 try:
                     check_pixels((row["width"], row["height"]), max_pixels, row["file_name"])
@@ -98,7 +98,7 @@ def find_images(
                 rows.append(row)
     numbered = [Row(**{**row, "image_id": number}) for number, row in enumerate(rows, start=1)]
     if not numbered and not failures:
-        raise DataError("holds overlays of an earlier run only", file=leave_out, remedy="Name the images.")
+        raise DataError("holds overlays of an earlier run only", file=leave_out[0], remedy="Name the images.")
     if not numbered:
         first = failures[0]
         if len(failures) == 1:

@@ -174,7 +174,8 @@ class KernelSupervision(nn.Module):
         most = max((len(masks) for masks in mask_labels), default=0)
         target_of_mask = targets.of_mask(most + 1)  # the last is of no mask
         if config.kernel_queries == "unprompted" and prompted is not None:
-            matches, num_pairs = _unprompted(matches, prompted.cpu(), most), None  # their number is known now only
+            matches, share = _unprompted(matches, prompted.cpu(), most)
+            num_pairs = None if num_pairs is None else num_pairs * share  # their number in the whole step is not known
         if config.kernel_loss == "cosine":
             return kernel_supervision(layers, matches, vectors, target_of_mask, num_pairs)
         named = not config.class_agnostic and config.num_labels > 1
@@ -197,9 +198,13 @@ class KernelSupervision(nn.Module):
         return share * whole / term.detach().clamp(min=LEAST_TERM)
 
 
-def _unprompted(matches: Matches, prompted: Tensor, blank: int) -> Matches:
-    """The pairs, with the mask `blank` in place of that of a query that got a prompt. prompted (B, N), on the host."""
-    return [
+def _unprompted(matches: Matches, prompted: Tensor, blank: int) -> tuple[Matches, float]:
+    """The pairs, with the mask `blank` in place of that of a query that got a prompt, and the share of the others (of
+    one pair, where there is none). prompted (B, N), on the host."""
+    told = [prompted[i, query] for layer in matches for i, (query, _) in enumerate(layer)]
+    pairs, left = sum(map(len, told)), sum(int((~one).sum()) for one in told)
+    kept = [
         [(query, torch.where(prompted[i, query], blank, target)) for i, (query, target) in enumerate(layer)]
         for layer in matches
     ]
+    return kept, max(left, 1) / max(pairs, 1)

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..models.errors import UserError
 from .config import OptimSettings, TrainSettings
+from .teacher_settings import check_burn_in
 
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
@@ -72,6 +73,7 @@ def with_steps(settings: TrainSettings, images: int, processes: int) -> TrainSet
     if optim.epochs is None:
         return settings
     steps = math.ceil(optim.epochs * images / images_per_step(optim, processes) - 1e-9)
+    check_burn_in(settings, steps)
     return dataclasses.replace(settings, optim=dataclasses.replace(optim, steps=max(steps, 1)))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.mask_resampling import resampling_axis, resized_flips, signed_values
-from ..models.masks import rle_from_borders
+from ..models.masks import mask_iou_matrix, rle_from_borders
 from ..models.postprocessing_uplvp import MASK_STRIDE, mask_quality
 from .teacher_settings import TeacherSettings
 
@@ -57,7 +57,7 @@ def find_pseudo_instances(
     quality = mask_quality(logits, 0.5)
     sure = (best >= thresholds.to(best.device)[labels]) & (quality >= settings.mask_threshold)
     order = (best * quality + sure).argsort(descending=True, stable=True)  # all sure ones come first
-    overlap = _ious(logits[order])
+    overlap = mask_iou_matrix(logits[order] > 0)
     first = _without_duplicates(overlap.cpu(), settings.duplicates)
     order, sure = order[first.to(order.device)], sure[order][first.to(order.device)]
     kept, unsure = order[sure], order[~sure & (best[order] >= settings.unsure_threshold)]
@@ -69,14 +69,6 @@ def find_pseudo_instances(
         probabilities[kept].cpu(),
         _rles(logits[unsure], size),
     )
-
-
-def _ious(logits: Tensor) -> Tensor:
-    """(n, n) IoUs of masks (n, h, w), on their own grid."""
-    masks = (logits > 0).flatten(1).float()
-    area = masks.sum(1)
-    shared = masks @ masks.T
-    return shared / (area[:, None] + area[None] - shared).clamp(min=1)
 
 
 def _without_duplicates(overlap: Tensor, most: float) -> Tensor:

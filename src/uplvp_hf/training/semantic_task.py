@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ..data import InstanceDataset
 from ..data.semantic import SemanticTrainingSet, SemanticTransform, collate_semantic, label_map, semantic_view
 from ..evaluation.predictor import match_category_ids
-from ..evaluation.semantic import evaluate_semantic
+from ..evaluation.semantic import evaluate_semantic, is_semantic_model
 from ..models.configuration_icpc import IcpcConfig
 from ..models.errors import reading
 from ..models.image_processing_icpc import IcpcImageProcessor
@@ -36,7 +36,7 @@ def is_semantic(model: ModelSettings) -> bool:
     if model.segmenter is not None:
         return model.segmenter.get("model_type") == IcpcConfig.model_type
     if model.init is None or not os.path.isfile(os.path.join(model.init, "config.json")):
-        return False
+        return model.init is not None and not os.path.isdir(model.init) and is_semantic_model(model.init)
     with reading(f"`model.init`: {model.init}"):
         return IcpcConfig.get_config_dict(model.init)[0].get("model_type") == IcpcConfig.model_type
 
@@ -91,7 +91,8 @@ class SemanticTask(InstanceTask):
                 model = IcpcForSemanticSegmentation.from_clip(clip, classes[0], category_ids=classes[1], **given)
         model.tokenizer_source = clip or settings.model.init
         if settings.model.freeze_backbone:
-            model.backbone.requires_grad_(False)
+            # Of a CLIP tower: the pyramid behind it begins untrained.
+            getattr(model.backbone, "tower", model.backbone).requires_grad_(False)
         return model
 
     def samples(self, settings: TrainSettings, train: InstanceDataset, extra: Any) -> SemanticTrainingSet:

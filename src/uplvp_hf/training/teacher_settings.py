@@ -108,8 +108,14 @@ def check_teacher(settings: TrainSettings) -> None:
             "`data.unlabeled` is for fine-tuning with a teacher. Pre-training takes its images from `data.train`, the "
             "store that `uplvp label` wrote."
         )
-    if settings.optim.epochs is None and teacher.burn_in >= settings.optim.steps:
+    if settings.optim.epochs is None:  # else the number of steps is known when the images are (`optim.with_steps`)
+        check_burn_in(settings, settings.optim.steps)
+
+
+def check_burn_in(settings: TrainSettings, steps: int) -> None:
+    """Raises ConfigError when a run of so many steps would never ask its teacher."""
+    if settings.data.unlabeled is not None and settings.teacher.burn_in >= steps:
         raise ConfigError(
-            f"`teacher.burn_in` of {teacher.burn_in} steps leaves none of the {settings.optim.steps} for the unlabeled "
-            "images: lower it, or raise `optim.steps`."
+            f"`teacher.burn_in` of {settings.teacher.burn_in} steps leaves none of the {steps} for the unlabeled "
+            "images: lower it, or raise `optim.steps` or `optim.epochs`."
         )
