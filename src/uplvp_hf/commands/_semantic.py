@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from uplvp_hf.data import InstanceDataset
+    from uplvp_hf.labeling.processes import Processes
 
 
 MAPS = "maps"
@@ -46,16 +47,13 @@ def semantic_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"scales": scales, "flip": arguments.flip, "window": arguments.window, "stride": arguments.stride}
 
 
-def evaluate(arguments: argparse.Namespace, dataset: InstanceDataset) -> None:
+def evaluate(arguments: argparse.Namespace, dataset: InstanceDataset, processes: Processes) -> None:
     """Prints the numbers; with --output writes metrics.json and per_class.csv, and the worst and best images."""
     from uplvp_hf.evaluation.semantic import evaluate_semantic, load_semantic
     from uplvp_hf.files import replacing, write_json
-    from uplvp_hf.labeling.processes import Processes
 
     options = semantic_options(arguments)
     model, processor = load_semantic(arguments.model, arguments.device)
-    if arguments.output:
-        Path(arguments.output).mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
 
     def keep(row: Any, found: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> None:
@@ -66,7 +64,8 @@ def evaluate(arguments: argparse.Namespace, dataset: InstanceDataset) -> None:
     metrics = evaluate_semantic(
         model, processor, dataset, progress=not arguments.quiet, distributed=True, on_result=keep, **options
     )
-    if Processes().rank != 0:
+    images = [one for part in processes.gather(images) for one in part]
+    if processes.rank != 0:
         return
     metrics["failures"] = [*dataset.failures, *metrics["failures"]]
     print(format_metrics(metrics))

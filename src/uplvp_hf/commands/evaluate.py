@@ -66,24 +66,30 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from uplvp_hf.evaluation import evaluated_classes, load_segmenter, make_evaluator
     from uplvp_hf.evaluation.backends import resolve_backend
     from uplvp_hf.evaluation.semantic import is_semantic_model
-    from uplvp_hf.files import only_run
     from uplvp_hf.labeling.processes import Processes
 
     _check(arguments)
+    processes = Processes()
     if is_semantic_model(arguments.model):
-        return _semantic.evaluate(arguments, load_source(arguments))
+        with _alone(arguments.output, processes.rank):
+            return _semantic.evaluate(arguments, load_source(arguments), processes)
     make_evaluator(arguments.backend, arguments.metric)  # refused now, not after loading everything
     arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else "streaming"
-    processes = Processes()
     dataset = load_source(arguments)
     model, processor = load_segmenter(arguments.model, arguments.device)
     category_ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
-    alone: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if arguments.output:  # if it cannot be written, say so now
-        Path(arguments.output).mkdir(parents=True, exist_ok=True)
-        alone = only_run(arguments.output, "name another --output") if processes.rank == 0 else alone
-    with alone:
+    with _alone(arguments.output, processes.rank):
         _score(arguments, processes, dataset, (model, processor), category_ids)
+
+
+def _alone(output: str | None, rank: int) -> contextlib.AbstractContextManager[None]:
+    """Makes the output folder, so that one that cannot be written is known now, and keeps other runs out of it."""
+    from uplvp_hf.files import only_run
+
+    if not output:
+        return contextlib.nullcontext()
+    Path(output).mkdir(parents=True, exist_ok=True)
+    return only_run(output, "name another --output") if rank == 0 else contextlib.nullcontext()
 
 
 def _score(

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row
+from uplvp_hf.data import DataError, InstanceDataset, Row
 
 from ..data.semantic import label_map, semantic_view
 from ..models.errors import UserError
 from ..models.label_maps import ignored_label
+from .failing import failure_of
 from .predictor import load_segmenter, match_category_ids
 from .processes import gather, gather_errors, place
 
@@ -152,7 +153,8 @@ def segment_dataset(
     **options: Any,
 ) -> Iterator[tuple[int, Row, np.ndarray]]:
     """(index, row, label map (H, W) uint16 of model classes) of every image, one at a time; options: of
-    `segment_image`. Images that cannot be decoded are left out and appended to `failures`."""
+    `segment_image`. Images that cannot be decoded, that the processor refuses or that lack
+    memory are left out and appended to `failures`."""
     was_training = model.training
     model.eval()
     indices = range(share[0], len(dataset), share[1])
@@ -160,13 +162,13 @@ def segment_dataset(
         for index in tqdm(indices, desc="predict", unit="img", disable=None if progress else True):
             try:
                 image = dataset.load_image(index)
-            except ImageError as error:
-                file = error.file or dataset[index]["file_name"]
+                with torch.inference_mode():
+                    found = segment_image(model, processor, image, **options).argmax(0)
+            except Exception as error:
+                failure = failure_of(error, dataset[index]["file_name"], index)
                 if failures is not None:
-                    failures.append({"file": file, "row": f"row {index}", "reason": error.reason})
+                    failures.append(failure)
                 continue
-            with torch.inference_mode():
-                found = segment_image(model, processor, image, **options).argmax(0)
             yield index, dataset[index], found.to(torch.int32).cpu().numpy().astype(np.uint16)
     finally:
         model.train(was_training)

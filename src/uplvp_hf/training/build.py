@@ -104,7 +104,7 @@ def with_image_settings(settings: TrainSettings) -> TrainSettings:
 
     Raises ConfigError when the mean or deviation given is not the one that the checkpoint was trained with.
     """
-    data, found = settings.data, _processor_settings(settings.model.init)
+    data, found = settings.data, processor_settings(settings.model.init)
     chosen = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     for key, standard in chosen.items():
         given, trained = getattr(data, key), found.get(key)
@@ -118,7 +118,7 @@ def with_image_settings(settings: TrainSettings) -> TrainSettings:
     return dataclasses.replace(settings, data=dataclasses.replace(data, size=size, **chosen))
 
 
-def _processor_settings(init: str | None) -> dict:
+def processor_settings(init: str | None) -> dict:
     """The content of a checkpoint's `preprocessor_config.json`, or nothing if there is none."""
     if init is None:
         return {}

@@ -23,8 +23,8 @@ from ..models.image_processing_icpc import IcpcImageProcessor
 from ..models.label_maps import ignored_label
 from ..models.losses import Normalizers
 from ..models.modeling_icpc import IcpcForSemanticSegmentation
-from .build import build_data, refuse_unknown_names, with_image_settings
-from .config import ConfigError, ModelSettings, TrainSettings
+from .build import build_data, processor_settings, refuse_unknown_names, with_image_settings
+from .config import PRETRAINING, ConfigError, ModelSettings, TrainSettings
 from .stream import make_loader
 from .task import InstanceTask
 
@@ -54,6 +54,10 @@ class SemanticTask(InstanceTask):
         if settings.model.init is None:
             filled = {name: getattr(data, name) or values for name, values in standard.items()}
             settings = dataclasses.replace(settings, data=dataclasses.replace(data, **filled))
+        elif data.size is None:
+            side = processor_settings(settings.model.init).get("size", {}).get("shortest_edge")
+            if side and side % 32 == 0:
+                settings = dataclasses.replace(settings, data=dataclasses.replace(data, size=side))
         return with_image_settings(settings)
 
     def data(self, settings: TrainSettings) -> tuple[InstanceDataset, InstanceDataset | None]:
@@ -152,6 +156,8 @@ def _check(settings: TrainSettings) -> None:
         "data.unlabeled": data.unlabeled, "model.class_agnostic": settings.model.class_agnostic,
         "model.backbone_weights": settings.model.backbone_weights, "model.freeze_stages": settings.model.freeze_stages,
     }  # fmt: skip
+    wrong["data.extra"] = data.extra not in (None, PRETRAINING)
+    wrong["evaluation.class_agnostic"] = settings.evaluation.class_agnostic
     given = [f"`{name}`" for name, value in wrong.items() if value]
     if given:
         raise ConfigError(f"Not for semantic segmentation: leave out {', '.join(given)}.")
