@@ -162,10 +162,18 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys, words, message):
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(folder, tmp_path):
-    words = [*with_examples(folder), "--labeler", "center_box", "--quiet", "run.batch_size=2", "run.workers=1"]
+@pytest.mark.parametrize("labeler", ["file", "concept", "boxes"])
+def test_two_processes_write_what_one_writes(folder, tmp_path, labeler):
+    truth = next((folder / "scenes" / "annotations").glob("*.json"))
+    words = {
+        "file": ["--masks", truth, "--namer", "examples", *with_examples(folder)],
+        "concept": ["--model", folder / "sam3", "--vocabulary", "orange disc,green cross", "labeler.threshold=0"],
+        "boxes": ["--model", folder / "sam", "--masks", truth],
+    }[labeler]
+    words = [*words, "--labeler", labeler, "--quiet", "run.batch_size=2", "run.workers=1"]
     assert main(call(folder, tmp_path / "one", *words)) == 0
     command = [sys.executable, "-m", "uplvp_hf.cli", "label", *call(folder, tmp_path / "two", *words)]
     subprocess.run([*command, "--processes", "2"], check=True, capture_output=True, timeout=300)
     by_id = [{row["image_id"]: row for row in rows(tmp_path / name)} for name in ("one", "two")]
     assert by_id[0] == by_id[1] and len(by_id[0]) == 6
+    assert any(row["objects"]["segmentation"] for row in by_id[0].values())
