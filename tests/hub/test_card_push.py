@@ -284,3 +284,15 @@ def test_wrong_input_fails_in_one_line(model_dir, tmp_path, capsys):
     assert not (tmp_path / "repository").exists()
     with pytest.raises(SystemExit):
         push.main([str(model_dir), "--repo-id", "user/animals", "--dry-run"])
+
+
+def test_a_card_tells_what_was_mixed_in(model_dir):
+    """Images without a human label take part in the training, so the card must not count the labeled ones alone."""
+    data = SUMMARY["settings"]["data"] | {"extra": "pretraining", "extra_share": [0.75, 0.25], "unlabeled": "/a/photos"}
+    summary = SUMMARY | {"extra_images": 500, "settings": SUMMARY["settings"] | {"data": data}}
+    (model_dir / "training_summary.json").write_text(json.dumps(summary))
+    card = str(build_card(model_dir, "me/animals"))
+    assert "| Mixed in | 500 images of the labels of its pre-training, in 75% falling to 25% of every step |" in card
+    assert "| Unlabeled images, for a teacher | photos |" in card
+    (model_dir / "training_summary.json").write_text(json.dumps(SUMMARY))
+    assert "Mixed in" not in str(build_card(model_dir, "me/animals"))

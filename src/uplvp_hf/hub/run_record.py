@@ -60,6 +60,16 @@ def _split_seed(data: dict[str, Any], settings: dict[str, Any]) -> Any:
     return settings.get("seed", 0) if seed is None else seed
 
 
+def _mixed_in(summary: dict[str, Any], data: dict[str, Any]) -> str | None:
+    """What `data.extra` added to the labeled images, and in which share of every step."""
+    if not summary.get("extra_images"):
+        return None
+    given = data.get("extra")
+    source = "the labels of its pre-training" if given == "pretraining" else public(given)
+    shares = " falling to ".join(f"{share:.0%}" for share in data.get("extra_share", []))
+    return f"{summary['extra_images']} images of {source}, in {shares} of every step"
+
+
 def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
     """Data, settings, time and hardware of `training_summary.json`, and the split of `split.json`."""
     if not summary:
@@ -74,6 +84,8 @@ def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
         ("Labeled subset", _split(split) or (None if data.get("subset") is None else public(data["subset"]))),
         ("Labels per class", None if labels is None else f"{labels} (seed {_split_seed(data, settings)})"),
         ("Images", summary.get("images")),
+        ("Mixed in", _mixed_in(summary, data)),
+        ("Unlabeled images, for a teacher", None if data.get("unlabeled") is None else public(data["unlabeled"])),
         ("Started from", None if model.get("init") is None else public(model["init"])),
         ("Backbone weights", None if model.get("backbone_weights") is None else public(model["backbone_weights"])),
         ("Prompts", f"{model['prompt_matching']} matching" if model.get("prompt_matching") else None),
