@@ -13,7 +13,7 @@ COPIED = (PACKAGE / "hub" / "templates", PACKAGE / "hub" / "space")
 # From the top to the bottom. Rooms of one line do not import each other, except as `SIDEWAYS` says.
 FLOORS = [
     {"cli", "commands"},
-    {"benchmark", "demo"},
+    {"benchmark", "demo", "auto"},
     {"training", "labeling", "inference", "hub", "export"},
     {"evaluation", "conversion"},
     {"data"},
@@ -23,6 +23,7 @@ FLOORS = [
 SIDEWAYS = {
     ("cli", "commands"),
     ("demo", "benchmark"),  # the demo is a recipe of the benchmark, with a page
+    ("auto", "benchmark"),  # the arms that it decides between are a benchmark
     ("hub", "inference"),  # example images of a card are predictions
     ("inference", "export"),  # an exported folder predicts like a model
     ("export", "inference"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 VERBS = {
+    "auto": "images and a few labels -> a model, a page, and why",
     "data": "a dataset -> what is in it, COCO JSON, low-data splits",
     "label": "images and class names -> pseudo labels",
     "pretrain": "pseudo labels -> pre-trained segmenter",

@@ -130,8 +130,8 @@ class Report:
         for key, (index, row) in zip(keys, enumerate(pseudo.rows), strict=True):
             if index == SHOWN:
                 break
-            pair = [_drawn(pseudo, index, row)]
-            pair += [_drawn(pseudo, index, known[key], truth)] if key in known else []
+            pair = [drawn(pseudo, index, row)]
+            pair += [drawn(pseudo, index, known[key], truth)] if key in known else []
             section["pairs"].append(pair)
         return section
 
@@ -139,16 +139,8 @@ class Report:
         """The first images of `val`, by the last job of the plan that has a model of its own."""
         job = [job for job in done if job.kind in ("finetune", "evaluate")][-1]
         _, val = build_data(job.settings)
-        model, processor = load_segmenter(str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0])))
-        shown = val.subset(range(min(SHOWN, len(val))))
-        pairs = []
-        found = predict_dataset(model, processor, shown, threshold=0.5, progress=False)
-        for index, (row, instances) in enumerate(found):
-            labels, scores = instances["labels"].tolist(), instances["scores"].tolist()
-            image = shown.load_image(index)
-            ours = overlay_uri(image, instances["rle"], labels, scores, model.config.id2label, SIDE)
-            pairs.append([ours, _drawn(shown, index, row)])
-        return {"arm": job.row["arm"], "pairs": pairs}
+        model = str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0]))
+        return {"arm": job.row["arm"], "pairs": predicted_pairs(model, val)}
 
 
 def _seconds(row: dict[str, Any]) -> float:
@@ -156,7 +148,21 @@ def _seconds(row: dict[str, Any]) -> float:
     return sum(row[stage]["seconds"] for stage in ("pretrain", "finetune") if row[stage])
 
 
-def _drawn(dataset: InstanceDataset, index: int, row: Row, names: InstanceDataset | None = None) -> str:
+def predicted_pairs(folder: str, dataset: InstanceDataset, count: int = SHOWN) -> list[list[str]]:
+    """The first `count` images of a dataset as data URIs: with what a model finds, and with the truth."""
+    model, processor = load_segmenter(folder)
+    shown = dataset.subset(range(min(count, len(dataset))))
+    pairs = []
+    found = predict_dataset(model, processor, shown, threshold=0.5, progress=False)
+    for index, (row, instances) in enumerate(found):
+        labels, scores = instances["labels"].tolist(), instances["scores"].tolist()
+        image = shown.load_image(index)
+        ours = overlay_uri(image, instances["rle"], labels, scores, model.config.id2label, SIDE)
+        pairs.append([ours, drawn(shown, index, row)])
+    return pairs
+
+
+def drawn(dataset: InstanceDataset, index: int, row: Row, names: InstanceDataset | None = None) -> str:
     """The image of a dataset with the objects of a row. names: the dataset that the row is of, if another."""
     categories = (names or dataset).categories
     place = {category["id"]: number for number, category in enumerate(categories)}
@@ -165,4 +171,4 @@ def _drawn(dataset: InstanceDataset, index: int, row: Row, names: InstanceDatase
     return overlay_uri(dataset.load_image(index), row["objects"]["segmentation"], labels, None, id2label, SIDE)
 
 
-__all__ = ["Report"]
+__all__ = ["Report", "drawn", "predicted_pairs"]

@@ -65,7 +65,7 @@ def _with_validation(benchmark: Benchmark, sources: Sources, folder: Path) -> So
         (path / "annotations").mkdir(parents=True, exist_ok=True)
         link = path / "images"
         if not link.is_symlink():
-            link.symlink_to(_image_root(rows), target_is_directory=True)
+            link.symlink_to(image_root(rows), target_is_directory=True)
         write_coco(rows.subset(sorted(order[count:])), path / "annotations" / "train.json")
         write_coco(rows.subset(sorted(order[:count])), marker)
     train = {"train": str(path), "train_split": "train"}
@@ -81,7 +81,7 @@ def _holds(folder: Path, images: Path) -> bool:
     return folder in (images, *images.parents) or images in folder.parents
 
 
-def _image_root(rows: InstanceDataset) -> str:
+def image_root(rows: InstanceDataset) -> str:
     """The folder that all file names are relative to."""
     roots = set()
     for row in rows.rows:

@@ -1,0 +1,75 @@
+"""The page of `uplvp auto`, `report.html`: what was tried, what was chosen and why, predictions beside the truth, and
+what would help most next. It is written again after every stage."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..benchmark.report import drawn, predicted_pairs
+from ..data import load_dataset_rows
+from ..data.store_reader import read_store
+from ..files import write_text
+from ..models.errors import UserError
+from .advice import noise
+from .estimate import in_words
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 4  # images of a mask source
+_PREDICTED = 12
+
+
+def write_page(folder: Path) -> None:
+    """Writes what is known so far. A page that cannot be drawn is no reason to lose a run: the fault is logged."""
+    try:
+        write_text(folder / "report.html", _render(folder))
+    except Exception as error:
+        logger.warning("report.html could not be written: %s", error, exc_info=not isinstance(error, UserError))
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _render(folder: Path) -> str:
+    data, choice = _read(folder / "data" / "data.json"), _read(folder / "choice.json")
+    sources, estimate = _read(folder / "sources.json"), _read(folder / "estimate.json")
+    template = (resources.files("uplvp_hf.auto") / "templates" / "report.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters |= {"percent": lambda value: "\N{EN DASH}" if value is None else f"{100 * value:.1f}"}
+    return environment.from_string(template).render(
+        folder=folder,
+        data=data,
+        sources=sources and {**sources, "trials": [_with_images(folder, trial) for trial in sources["trials"]]},
+        estimate=estimate and {**estimate, "words": in_words(estimate)},
+        choice=choice,
+        noise=noise(data["val_instances"]),
+        pairs=_predictions(folder, data, choice) if choice else [],
+    )
+
+
+def _with_images(folder: Path, trial: dict[str, Any]) -> dict[str, Any]:
+    """A trial with its first masks beside the truth."""
+    store = folder / "sources" / trial["name"].replace(" ", "_").replace(",", "") / "fold0"
+    if "error" in trial or not (store / "header.json").is_file():
+        return {**trial, "pairs": []}
+    ours, truth = read_store(store), load_dataset_rows(folder / "data" / "labeled", split="fold0")
+    true_rows = {row["image_id"]: row for row in truth.rows}
+    shown = range(min(_SHOWN, len(ours)))
+    pairs = [
+        [drawn(ours, k, ours[k]), drawn(ours, k, true_rows[ours[k]["image_id"]], truth)]
+        for k in shown
+        if ours[k]["image_id"] in true_rows
+    ]
+    return {**trial, "pairs": pairs}
+
+
+def _predictions(folder: Path, data: dict[str, Any], choice: dict[str, Any]) -> list[list[str]]:
+    val = load_dataset_rows(folder / "data" / ("labeled" if data["held_out"] else "val"), split="val")
+    return predicted_pairs(str(folder / "runs" / choice["run"]), val, _PREDICTED)
