@@ -10,6 +10,7 @@ A block is one of
     <!-- rows: headline -->                      all sets and segmenters, the arms of the papers' main claims
     <!-- rows: table SET SEGMENTER -->           arms against labels, AP / AP50
     <!-- rows: claims SET -->                    differences of the arms that the papers' claims name, and verdicts
+    <!-- rows: ablation SET ARM -->              every arm against ARM, without a human label and fine-tuned
     <!-- rows: longer -->                        docs/results/animals7_500_steps.jsonl, an earlier comparison
     <!-- rows: examples -->                      docs/results/labels_from_examples.jsonl, names from few examples
 
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from uplvp_hf.benchmark.ablation import ablation_table
 from uplvp_hf.benchmark.claims import claims_table, judge
 from uplvp_hf.benchmark.figures import curves_of, draw_activations, draw_bars, mean_text, results_table
 from uplvp_hf.benchmark.rows import labels_text, read_rows
@@ -36,6 +38,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path("docs/results")
 DOCUMENTS = ("README.md", "docs/results.md", "docs/labeling.md")
 SETS = ("animals7", "balloon", "scenes", "knet_tuning", "finetuning_scenes", "finetuning_animals7")
+SETS += ("kernels_scenes", "kernels_animals7", "pretraining_length", "teacher_scenes", "teacher_animals7")
 IN_HEADLINE = {  # set -> (its name in tables, labels of the headline)
     "animals7": ("seven animals, photographs", 10),
     "balloon": ("balloons, photographs", 15),
@@ -173,6 +176,8 @@ def block(words: list[str], rows: dict[str, list[dict]]) -> str:
         return examples_table()
     if len(words) == 3 and words[0] == "table" and words[1] in rows:
         return results_table(rows[words[1]], words[2])
+    if len(words) == 3 and words[0] == "ablation" and words[1] in rows:
+        return ablation_table(rows[words[1]], words[2])
     if len(words) == 2 and words[0] == "claims" and words[1] in rows:
         return claims_table(judge(rows[words[1]]))
     raise ValueError(f"no block `{' '.join(words)}`, see the head of {Path(__file__).name}")

@@ -7,6 +7,7 @@ import statistics
 import pytest
 import torch
 
+from uplvp_hf.benchmark.ablation import ablation_table
 from uplvp_hf.benchmark.activations import spread
 from uplvp_hf.benchmark.claims import CLAIMS, Verdict, judge
 from uplvp_hf.benchmark.figures import results_table, write_results
@@ -63,6 +64,32 @@ def paired_t_test(differences: list[float]) -> float:
     assert len(differences) == 3
     t = statistics.mean(differences) / (statistics.stdev(differences) / math.sqrt(3))
     return 1 - abs(t) / math.sqrt(2 + t * t)
+
+
+def test_a_model_without_labels_counts_for_every_seed_where_it_was_trained_once():
+    alone = {**row("no human label", 0, 0.2), "labels_per_class": 0}
+    mixed = [row("mixed", seed, 0.2 + seed / 100) for seed in range(3)]
+    one = next(one for one in judge([alone, *mixed]) if one.better == "mixed")
+    assert one.differences == pytest.approx([0.0, 0.01, 0.02])
+    second = {**row("no human label", 2, 0.3), "labels_per_class": 0}
+    one = next(one for one in judge([alone, second, *mixed]) if one.better == "mixed")
+    assert one.differences == pytest.approx([0.0, -0.08])  # a pre-training a seed: paired
+
+
+def test_ablation_is_read_at_two_places():
+    gains = {"pseudo": (0.0, 0.0), "frozen": (0.02, -0.02), "frozen agnostic": (0.0, 0.0)}
+    rows = [
+        row(arm + suffix, seed, 0.3 + gain + seed / 100 + (seed == 2) * (arm == "frozen") * 0.03)
+        for arm, two in gains.items()
+        for suffix, gain in zip((" alone", ""), two, strict=True)
+        for seed in range(3)
+    ]
+    lines = ablation_table(rows, "pseudo").splitlines()
+    assert lines[2] == "| knet | pseudo | 31.0 (1.0) |  | 31.0 (1.0) |  | 3 |"
+    differences = [0.02, 0.02, 0.05], [-0.02, -0.02, 0.01]
+    first, second = (f"{100 * statistics.mean(one):+.1f} ± 1.0, p = {paired_t_test(one):.2f}" for one in differences)
+    assert lines[3] == f"| knet | frozen | 34.0 (2.6) | {first} | 30.0 (2.6) | {second} | 3 |"
+    assert "| - |" in lines[4]  # no `pseudo agnostic` to compare with
 
 
 def test_two_standard_errors_are_not_enough_for_three_seeds():

@@ -14,7 +14,7 @@ from .rows import label_counts, labels_text
 LEVEL = 0.05
 """Largest p-value, two-sided, at which a difference counts."""
 
-# What is claimed (SP and UPLVP, papers and released ablation settings; the last eight are ours), the arm that should be
+# What is claimed (SP and UPLVP, papers and released ablation settings; the last ten are ours), the arm that should be
 # better, and the other.
 # Arms go by the names that they have in the recipes of this folder.
 CLAIMS = (
@@ -36,6 +36,8 @@ CLAIMS = (
     ("a lower rate than 1e-3 helps fine-tuning", "rate 3e-4", "plain"),
     ("a lower rate than 1e-3 helps mixed fine-tuning", "mixed rate 3e-4", "mixed"),
     ("a falling share helps mixed fine-tuning", "mixed falling", "mixed"),
+    ("fine-tuning is at least the pre-trained model without a human label", "plain", "no human label"),
+    ("mixed fine-tuning is at least the pre-trained model without a human label", "mixed", "no human label"),
 )
 
 
@@ -81,7 +83,11 @@ class Verdict:
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
-    """A verdict for every claim, segmenter and number of labels for which both arms have runs with the same seed."""
+    """A verdict for every claim, segmenter and number of labels for which both arms have runs with the same seed.
+
+    A model without any human label (0 labels a class) is compared with every number of labels; where it was pre-trained
+    once for all seeds, with every seed.
+    """
     found: dict[tuple[str, str, int | str], dict[int, float]] = {}
     for row in rows:
         if row["metrics"]["AP"] is not None and not row["class_agnostic"]:
@@ -93,6 +99,8 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     for claim, better, worse in CLAIMS:
         for segmenter, count in places:
             ours, theirs = found.get((segmenter, better, count), {}), found.get((segmenter, worse, count), {})
+            if not theirs and (unlabeled := found.get((segmenter, worse, 0))):
+                theirs = unlabeled if len(unlabeled) > 1 else dict.fromkeys(ours, next(iter(unlabeled.values())))
             seeds = sorted(set(ours) & set(theirs))
             if seeds:
                 differences = [ours[seed] - theirs[seed] for seed in seeds]
