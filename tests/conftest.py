@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +11,12 @@ import pytest
 
 # Before transformers is imported: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first: at the end, only quick ones are left to share among the workers."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import torch
 import yaml
@@ -160,9 +161,7 @@ print(json.dumps({"same": bool(same), "type": type(auto).__name__, "masks": list
                   "pipeline": sorted({entry["label"] for entry in found}), "sizes": [e["mask"].size for e in found]}))
 """
     image = path.scenes / "images" / "000001.png"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(path.base / "model"), str(image)], capture_output=True, text=True, cwd="/"
-    )
+    done = processes.run(code, path.base / "model", image, cwd="/")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["same"] and found["type"] == "UplvpForInstanceSegmentation" and found["masks"][1:] == [80, 80]
@@ -191,7 +190,7 @@ def commands_of(script: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_scripts_have_help_and_commands_that_exist(script, tmp_path):
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=tmp_path)
+    done = processes.run(script, "--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
     known = set(re.findall(r"--[a-z][a-z-]*", done.stdout))
     commands = commands_of(script)
@@ -258,13 +257,8 @@ def test_pretraining_without_arguments_runs_the_embedded_default(tmp_path, monke
 
 @pytest.mark.slow
 def test_demo(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "uplvp_hf.cli", "demo", "--scale", "0.02", "--output", tmp_path / "demo"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=clean_environment(),
-    )
+    words = ["demo", "--scale", "0.02", "--output", tmp_path / "demo"]
+    done = processes.run(processes.FORKING_COMMAND, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Backbone" not in done.stderr and "Loading weights" not in done.stderr
     rows = read_rows(tmp_path / "demo" / "rows.jsonl")
@@ -277,6 +271,5 @@ def test_demo(tmp_path):
     assert targets and all("".join(pair).startswith(("data:", "#")) for pair in targets)  # nothing outside of the page
     assert report.count("data:image/") >= 8 and "<svg" in report
     UplvpForInstanceSegmentation.from_pretrained(tmp_path / "demo" / "model")
-    again = [sys.executable, "-m", "uplvp_hf.cli", "demo", "--output", tmp_path]
-    refused = subprocess.run(again, capture_output=True, text=True, env=clean_environment())
+    refused = processes.run(processes.COMMAND, "demo", "--output", tmp_path)
     assert refused.returncode == 2 and refused.stderr.startswith("uplvp demo: error: ") and "--output" in refused.stderr

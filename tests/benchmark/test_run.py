@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 import yaml
 
@@ -45,7 +46,8 @@ def recipe_file(tmp_path: Path, **changes) -> str:
 
 
 @pytest.mark.slow
-def test_runs_once_with_several_processes_and_goes_on(tmp_path, capsys):
+def test_runs_once_with_several_processes_and_goes_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: processes.CONTEXT)
     recipe, output = recipe_file(tmp_path), tmp_path / "out"
     assert main(["--recipe", recipe, "--output", str(output), "--workers", "2", "--quiet"]) == 0
     rows = read_rows(output / "rows.jsonl")
@@ -113,8 +115,8 @@ def test_workers_take_the_gpus_in_turn(tmp_path, monkeypatch):
 
     monkeypatch.setattr(run.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Process))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
-    for processes in (1, 8):
-        benchmark = load_benchmark(recipe_file(tmp_path, processes=processes))
+    for count in (1, 8):
+        benchmark = load_benchmark(recipe_file(tmp_path, processes=count))
         run._work_together(benchmark, tmp_path / "out", [], workers=3, look=lambda: None)
     assert taken == ["2", "5", "2", None, None, None]
 

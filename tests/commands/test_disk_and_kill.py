@@ -1,11 +1,8 @@
 """Full disks, kills and files that cannot be written: what was done stays, and one line says so."""
 
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
+import processes
 import pytest
 
 from uplvp_hf.cli import main
@@ -90,15 +87,7 @@ def test_killed_while_labeling(label, scenes_dir, tmp_path):
         source = scenes_dir / "images" / f"{number % 6 + 1:06d}.png"
         shutil.copy(source, images / f"{number:03d}.png")
     words = label(images, tmp_path / "labels")
-    process = subprocess.Popen([sys.executable, "-m", "uplvp_hf.cli", *words], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "labels" / "rows-00000-00000.jsonl").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    processes.Child(processes.COMMAND, *words).kill_when((tmp_path / "labels" / "rows-00000-00000.jsonl").exists)
     done = len(read_store(tmp_path / "labels"))
     assert 50 <= done < 150
     assert main(words) == 0

@@ -2,11 +2,9 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -130,9 +128,7 @@ def test_evaluate_in_two_processes_writes_the_same_files(tiny_model_dir, scenes_
     words = ["evaluate", tiny_model_dir, scenes_dir, "--quiet", "--device", "cpu", "--batch-size", "1"]
     words = [str(word) for word in words]
     assert evaluate.main([*words[1:], "--output", str(tmp_path / "one")]) == 0
-    command = [sys.executable, "-m", "uplvp_hf.cli", *words, "--processes", "2", "--output", str(tmp_path / "two")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run(command, check=True, timeout=300, env=environment)
+    processes.run_together(processes.COMMAND, *words, "--output", tmp_path / "two")
     for name in ("results.json", "per_class.csv"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))

@@ -80,7 +80,7 @@ def one_of_two(rank, folder):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:No row has a `void`")
 def test_two_processes_equal_one(folder):
-    torch.multiprocessing.spawn(one_of_two, args=(str(folder),), nprocs=2)
+    torch.multiprocessing.start_processes(one_of_two, (str(folder),), nprocs=2, start_method="forkserver")
     (first, seen), (second, others) = (torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.pop("error") == "RuntimeError: Process 1 failed: ValueError: enough"
     assert second.pop("error") == "ValueError: enough"

@@ -43,7 +43,7 @@ def make_model(tiny_segmenter):
             own = {"knet": {"norm_groups": 8}, "queryinst": {"dynamic_channels": 8}}[segmenter]
             settings = {
                 "model_type": segmenter, "backbone_config": settings["backbone_config"], "hidden_size": 32,
-                "num_queries": 10, "num_attention_heads": 4, "intermediate_size": 48, "num_stages": 2, **own,
+                "num_queries": 10, "num_attention_heads": 4, "intermediate_size": 48, "num_stages": 1, **own,
             }  # fmt: skip
         torch.manual_seed(0)
         config = UplvpConfig(id2label={0: "a", 1: "b"}, category_ids=[4, 8], segmenter_config=settings)

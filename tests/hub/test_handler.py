@@ -7,13 +7,12 @@ import io
 import json
 import re
 import socket
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 from huggingface_hub import InferenceClient
 from PIL import Image
@@ -282,9 +281,8 @@ json.dump(answer, open(sys.argv[3], "w"))
 
 
 @pytest.mark.slow
-def test_works_without_the_library(without_library, handler, folder, image_path, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_works_without_the_library(without_library, handler, folder, image_path, tmp_path):
     output = tmp_path / "answer.json"
-    command = [sys.executable, "-c", without_library + ALONE, str(folder), str(image_path), str(output)]
-    subprocess.run(command, check=True, timeout=300)
+    done = processes.run(without_library + ALONE, folder, image_path, output)
+    assert done.returncode == 0, done.stderr
     assert json.loads(output.read_text()) == handler({"inputs": image_path.read_bytes(), "parameters": LOW})

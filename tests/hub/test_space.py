@@ -3,12 +3,12 @@
 import asyncio
 import json
 import socket
-import subprocess
-import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from huggingface_hub import RepoCard
 from PIL import Image
@@ -165,16 +165,18 @@ def test_command_serves_the_page(tiny_model_dir):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "uplvp_hf.cli", "demo", "--app", str(tiny_model_dir), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    child = processes.Child(processes.COMMAND, "demo", "--app", tiny_model_dir, "--port", port)
+    end = time.monotonic() + 120
     try:
-        assert f"http://127.0.0.1:{port}" in process.stdout.readline()
+        while f"http://127.0.0.1:{port}" not in child.printed():
+            assert child.process.is_alive() and time.monotonic() < end
+            time.sleep(0.05)
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=60) as answer:
             config = json.loads(answer.read())
         assert config["title"] == tiny_model_dir.name and not config["analytics_enabled"]
     finally:
-        process.terminate()
-        process.wait(60)
+        child.process.terminate()
+        child.process.join(60)
 
 
 def test_wrong_input_is_one_line(tmp_path, capsys):
@@ -210,12 +212,10 @@ print(json.dumps([overlay.size, len(rows), len(json.loads(open(file).read())["in
 
 
 @pytest.mark.slow
-def test_a_space_works_without_the_library(without_library, tiny_model_dir, image_path, truth, tmp_path, monkeypatch):
+def test_a_space_works_without_the_library(without_library, tiny_model_dir, image_path, truth, tmp_path):
     space = prepare_space(tmp_path / "space", "somebody/model")
     repository = prepare_folder(tiny_model_dir, tmp_path / "repository", "somebody/model")
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
-    command = [sys.executable, "-c", without_library + ALONE, str(space), str(repository), str(image_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = processes.run(without_library + ALONE, space, repository, image_path)
     assert result.returncode == 0, result.stderr
     size, rows, instances = json.loads(result.stdout.splitlines()[-1])
     assert rows == instances == len(truth["scores"]) and min(size) >= 96

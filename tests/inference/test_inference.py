@@ -3,12 +3,9 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -239,16 +236,9 @@ def test_killed_and_started_again(tiny_model_dir, scenes_dir, tmp_path, capsys):
         shutil.copy(files[number % 6], images / f"{number:02}.png")
     more = ("--no-overlays", "--quiet", "--batch-size", "1", images)
     assert predict.main(words(tiny_model_dir, tmp_path / "whole", *more)) == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "uplvp_hf.cli", "predict", *words(tiny_model_dir, tmp_path / "out", *more)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    journal, end = tmp_path / "out" / NAME, time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < end:
-        if journal.exists() and journal.read_bytes().count(b"\n") > 4:
-            process.send_signal(signal.SIGKILL)
-            break
-        time.sleep(0.005)
-    assert process.wait(60) == -signal.SIGKILL
+    journal = tmp_path / "out" / NAME
+    process = processes.Child(processes.COMMAND, "predict", *words(tiny_model_dir, tmp_path / "out", *more))
+    process.kill_when(lambda: journal.exists() and journal.read_bytes().count(b"\n") > 4)
     done = journal.read_bytes().count(b"\n") - 1
     assert 4 <= done < 40 and not (tmp_path / "out" / "predictions.json").exists()
     with journal.open("ab") as stream:

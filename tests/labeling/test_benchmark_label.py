@@ -1,16 +1,12 @@
 """The benchmark script: it measures what it says. Its numbers are not asserted, they are the machine's."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from uplvp_hf.data import load_dataset_rows
-
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_label.py"
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +27,9 @@ def test_both_arms_see_the_same_windows(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_last_line_is_one_json_object():
-    words = ["--only", "memory", "--memory-images", "2", "6", "--image-size", "96", "64"]
-    done = subprocess.run([sys.executable, SCRIPT, *words], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout.splitlines()[-1])
+def test_the_last_line_is_one_json_object(script, capsys):
+    assert script.main(["--only", "memory", "--memory-images", "2", "6", "--image-size", "96", "64"]) == 0
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
     few, many = results["rss_mib"]
     assert results["rss_ratio"] == pytest.approx(many / few, abs=1e-3) and few > 100
     assert results["rss_images"] == [2, 6] and results["goals"] == {"rss_ratio": 1.3}

@@ -3,15 +3,12 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import label_tiny
 import numpy as np
+import processes
 import pytest
 from labeling_helpers import image_folder, tiny_clip, tiny_encoder
 
@@ -163,10 +160,7 @@ def lines_of(folder):
     return b"".join(file.read_bytes() for file in sorted(folder.glob("rows-*.jsonl"))).splitlines()
 
 
-def child(*words, launcher=()):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *launcher, Path(__file__).with_name("label_tiny.py"), *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+SCRIPT = Path(__file__).with_name("label_tiny.py")
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +176,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_from_outside_ends_with_the_same_bytes(undisturbed, tmp_path):
-    process = child(undisturbed / "images", tmp_path / "labels")
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "labels" / "rows-00000-00001.jsonl").exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    second = tmp_path / "labels" / "rows-00000-00001.jsonl"
+    processes.Child(SCRIPT, undisturbed / "images", tmp_path / "labels").kill_when(second.exists)
     finished = len(lines_of(tmp_path / "labels"))
     assert 14 <= finished < 29
     rest = label_tiny.run(undisturbed / "images", tmp_path / "labels")
@@ -199,10 +188,7 @@ def test_a_run_that_is_killed_from_outside_ends_with_the_same_bytes(undisturbed,
 
 @pytest.mark.slow
 def test_two_processes_write_the_rows_of_one(undisturbed, tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = child(undisturbed / "images", tmp_path / "labels", launcher=launcher)
-    printed, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, printed
+    printed = "".join(processes.run_together(SCRIPT, undisturbed / "images", tmp_path / "labels"))
     assert printed.count("'done': 29, 'skipped': 0, 'failed': 1") == 2 and "'processes': 2" in printed
     names = {file.name.rpartition("-")[0] for file in (tmp_path / "labels").glob("rows-*")}
     assert names == {"rows-00000", "rows-00001"}  # both had a part

@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
+import processes
 import prompt_models
 import pytest
 
@@ -172,8 +171,7 @@ def test_two_processes_write_what_one_writes(folder, tmp_path, labeler):
     }[labeler]
     words = [*words, "--labeler", labeler, "--quiet", "run.batch_size=2", "run.workers=1"]
     assert main(call(folder, tmp_path / "one", *words)) == 0
-    command = [sys.executable, "-m", "uplvp_hf.cli", "label", *call(folder, tmp_path / "two", *words)]
-    subprocess.run([*command, "--processes", "2"], check=True, capture_output=True, timeout=300)
+    processes.run_together(processes.COMMAND, "label", *call(folder, tmp_path / "two", *words))
     by_id = [{row["image_id"]: row for row in rows(tmp_path / name)} for name in ("one", "two")]
     assert by_id[0] == by_id[1] and len(by_id[0]) == 6
     assert any(row["objects"]["segmentation"] for row in by_id[0].values())

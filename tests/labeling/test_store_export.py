@@ -3,11 +3,10 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 
 import datasets
 import numpy as np
+import processes
 import pytest
 from labeling_helpers import image_folder
 from pycocotools.coco import COCO
@@ -77,9 +76,7 @@ print(json.dumps([names, [{**row, "image": digest(row)} for row in rows]]))
 @pytest.mark.parametrize("embed", [False, True])
 def test_parquet_in_a_second_process(store, tmp_path, embed):
     export_parquet(store, tmp_path / "labels.parquet", embed_images=embed)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    words = [sys.executable, "-c", READ_AGAIN, tmp_path / "labels.parquet", tmp_path / "cache"]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    done = processes.run(READ_AGAIN, tmp_path / "labels.parquet", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
     names, rows = json.loads(done.stdout)
     stored = read_store(store)

@@ -37,6 +37,12 @@ def make_batch():
 
 
 @pytest.fixture
+def batch(make_batch):
+    """Three images, the second without an object."""
+    return make_batch(counts=(3, 0, 2))
+
+
+@pytest.fixture
 def make_config(tiny_segmenter):
     def make(backbone="resnet", segmenter=None, **settings):
         settings.setdefault("id2label", {0: "cat", 1: "dog", 2: "horse"})

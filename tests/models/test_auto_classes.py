@@ -1,9 +1,8 @@
 """K-Net and QueryInst through transformers' auto classes, as our own package or none of it is imported by name."""
 
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -104,20 +103,60 @@ def test_auto_model_of_a_wrapped_segmenter_is_the_whole_model(config):
     assert type(AutoModel.from_config(whole)) is uplvp_hf.UplvpForInstanceSegmentation
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import uplvp_hf; from transformers import pipeline",
-        "from transformers import pipeline; import uplvp_hf",
-        "from transformers import AutoConfig; import uplvp_hf; from transformers import pipeline",
-        "from uplvp_hf.models import pipeline_uplvp",
-    ],
-)
+AUTO = """
+import sys
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageSegmentation, AutoModelForPreTraining
+assert type(AutoConfig.from_pretrained(sys.argv[1])).__name__ == "UplvpConfig"
+assert type(AutoModelForImageSegmentation.from_pretrained(sys.argv[1])).__name__ == "UplvpForInstanceSegmentation"
+assert type(AutoModelForPreTraining.from_pretrained(sys.argv[1])).__name__ == "UplvpForPreTraining"
+assert type(AutoImageProcessor.from_pretrained(sys.argv[1])).__name__ == "UplvpImageProcessor"
+"""
+PIPELINE = """
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers import AutoConfig
+found = PIPELINE_REGISTRY.check_task("instance-segmentation")[1]["impl"]
+assert found.__name__ == "UplvpInstanceSegmentationPipeline"
+assert AutoConfig.for_model("knet").model_type == "knet"
+"""
+ORDERS = {
+    "import uplvp_hf, transformers": AUTO + PIPELINE,
+    "import transformers; import uplvp_hf": AUTO + PIPELINE,
+    "from transformers import AutoModel; import uplvp_hf": AUTO + PIPELINE,
+    "from uplvp_hf import UplvpForInstanceSegmentation": AUTO + PIPELINE,
+    "import uplvp_hf; from transformers import pipeline": PIPELINE + AUTO,
+    "from transformers import pipeline; import uplvp_hf": PIPELINE + AUTO,
+    "from transformers import AutoConfig; import uplvp_hf; from transformers import pipeline": PIPELINE + AUTO,
+    "from uplvp_hf.models import pipeline_uplvp": PIPELINE + AUTO,
+}
+# Imports what takes longest, but neither transformers nor our library. Each order has a child process of its own.
+IN_CHILDREN = """
+import json, os, sys, traceback
+import torch, torchvision, timm, scipy.optimize
+assert not {"transformers", "uplvp_hf"} & set(sys.modules)
+ends = {}
+for imports, check in json.loads(sys.argv[2]).items():
+    child = os.fork()
+    if child == 0:
+        try:
+            exec(imports + check, {"__name__": "__main__"})
+            os._exit(0)
+        except BaseException:
+            print(imports, traceback.format_exc(), file=sys.stderr, flush=True)
+        os._exit(1)
+    ends[imports] = os.waitpid(child, 0)[1]
+print(json.dumps(ends))
+"""
+
+
+@pytest.fixture(scope="module")
+def ends(tiny_model_dir):
+    """The exit status of every order of imports, and what was said."""
+    done = processes.anew(IN_CHILDREN, tiny_model_dir, json.dumps(ORDERS), cwd="/")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
 @pytest.mark.slow
-def test_the_pipeline_is_known_after_imports_in_any_order(imports):
-    code = imports + "\nfrom transformers.pipelines import PIPELINE_REGISTRY as r; from transformers import AutoConfig"
-    code += (
-        "\nprint(r.check_task('instance-segmentation')[1]['impl'].__name__, AutoConfig.for_model('knet').model_type)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
-    assert done.stdout.split() == ["UplvpInstanceSegmentationPipeline", "knet"], done.stderr
+@pytest.mark.parametrize("imports", ORDERS)
+def test_models_and_pipeline_are_known_after_imports_in_any_order(ends, imports):
+    assert ends[0][imports] == 0, ends[1]

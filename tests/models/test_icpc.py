@@ -1,12 +1,10 @@
 """The behavior of ICPC's model: forms of prompts, saving, other classes, losses against plain loops."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -302,9 +300,7 @@ def test_stock_pipeline(tmp_path):
 def test_pushed_code_works_without_the_library(without_library, tmp_path):
     build().save_pretrained(tmp_path / "model", with_code=True)
     IcpcImageProcessor(size={"longest_edge": 64}).save_pretrained(tmp_path / "model")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", without_library + HIDDEN, str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = processes.run(without_library + HIDDEN, tmp_path / "model", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("(90, 60)")
 

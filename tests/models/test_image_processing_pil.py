@@ -1,10 +1,9 @@
 """The image processor without torchvision, against the one with it."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -150,8 +149,7 @@ print(json.dumps({"type": type(processor).__name__, "sizes": [e["mask"].size for
                   "refusal": refusal, "torchvision": "torchvision" in sys.modules}))
 """
     )
-    words = [sys.executable, "-c", code, str(tiny_model_dir), str(tmp_path / "image.png")]
-    done = subprocess.run(words, capture_output=True, text=True, cwd="/", check=False)
+    done = processes.anew(code, tiny_model_dir, tmp_path / "image.png", cwd="/")
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["type"] == "UplvpImageProcessorPil" and not seen["torchvision"]

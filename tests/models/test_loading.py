@@ -1,10 +1,8 @@
 """Saving, loading, wrapping, transferring and exporting models; what transformers' auto classes find."""
 
 import json
-import os
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -218,41 +216,9 @@ def test_configuration_refuses_what_it_does_not_know(tiny_segmenter):
         UplvpForInstanceSegmentation(UplvpConfig(segmenter_config={"model_type": "detr"}))
 
 
-def fresh_process(code: str, *arguments) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 def test_importing_the_package_is_light():
     code = "import sys, uplvp_hf; print([n for n in ('torch', 'transformers', 'scipy') if n in sys.modules])"
-    assert fresh_process(code).strip() == "[]"
-
-
-CHECK = """
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageSegmentation, AutoModelForPreTraining
-assert type(AutoConfig.from_pretrained(sys.argv[1])).__name__ == "UplvpConfig"
-assert type(AutoModelForImageSegmentation.from_pretrained(sys.argv[1])).__name__ == "UplvpForInstanceSegmentation"
-assert type(AutoModelForPreTraining.from_pretrained(sys.argv[1])).__name__ == "UplvpForPreTraining"
-assert type(AutoImageProcessor.from_pretrained(sys.argv[1])).__name__ == "UplvpImageProcessor"
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import uplvp_hf, transformers",
-        "import transformers; import uplvp_hf",
-        "from transformers import AutoModel; import uplvp_hf",
-        "from uplvp_hf import UplvpForInstanceSegmentation",
-    ],
-)
-def test_auto_classes_know_the_models_in_any_order_of_imports(tiny_model_dir, imports):
-    fresh_process(f"import sys\n{imports}\n{CHECK}", tiny_model_dir)
+    assert processes.anew(code).stdout.strip() == "[]"
 
 
 @pytest.mark.slow
@@ -265,8 +231,9 @@ pipe = pipeline("image-segmentation", model=sys.argv[1])
 for result in pipe(sys.argv[2], threshold=0.0, overlap_mask_area_threshold=0.0):
     print(result["label"], round(result["score"], 3), result["mask"].size)
 """
-    output = fresh_process(code, tiny_model_dir, tmp_path / "image.png")
-    assert "(90, 70)" in output and "not supported for" not in output, output
+    done = processes.run(code, tiny_model_dir, tmp_path / "image.png")
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and "(90, 70)" in output and "not supported for" not in output, output
 
 
 def test_other_number_of_classes_by_keyword(tiny_segmenter, tmp_path):

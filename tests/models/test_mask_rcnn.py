@@ -1,10 +1,8 @@
 """Mask R-CNN: equal to torchvision's own model, padding left out, labels, loading and transfer."""
 
-import os
 import re
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -346,15 +344,7 @@ def test_transfer_to_other_classes_goes_by_name(make_model, tmp_path):
     assert set(fresh.reinitialized) == set(model.class_sized) and not fresh.remapped
 
 
-WITHOUT_THE_LIBRARY = """
-import sys
-
-class Refused:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "uplvp_hf":
-            raise ImportError(name)
-
-sys.meta_path.insert(0, Refused())
+REMOTE = """
 import torch
 from transformers import AutoModelForInstanceSegmentation
 model = AutoModelForInstanceSegmentation.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
@@ -364,14 +354,12 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_a_repository_loads_without_the_library(make_model, tmp_path):
+def test_a_repository_loads_without_the_library(without_library, make_model, tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path / "model")
     UplvpImageProcessor().save_pretrained(tmp_path / "model")
     folder = prepare_folder(tmp_path / "model", tmp_path / "repository", "user/name")
-    command = [sys.executable, "-c", WITHOUT_THE_LIBRARY, str(folder)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = processes.run(without_library + REMOTE, folder)
     assert done.returncode == 0, done.stderr[-2000:]
     with torch.no_grad():
         expected = model(torch.ones(1, 3, 64, 96)).boxes.double().sum().item()

@@ -3,11 +3,10 @@
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -203,18 +202,13 @@ HIDDEN = """
 import importlib.machinery, sys
 inner = importlib.machinery.PathFinder.find_spec
 def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] in {hidden!r} else inner(name, path, target)
+    return None if name.partition(".")[0] == "torchvision" else inner(name, path, target)
 importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
-sys.meta_path[:] = [f for f in sys.meta_path if "uplvp" not in repr(f)]  # an editable installation's own finder
 """
 
 
-def fresh(code, folder, file, trust, cache):
-    words = [sys.executable, "-c", code + RUN, str(folder), str(file), json.dumps(trust)]
-    environment = {**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        words, capture_output=True, text=True, cwd="/", check=False, env=environment, stdin=subprocess.DEVNULL
-    )
+def fresh(code, folder, file, trust, start=processes.run):
+    done = start(code + RUN, folder, file, json.dumps(trust), cwd="/")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -237,10 +231,10 @@ def check(seen, segmenter, images):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pushed", [False, True])
-def test_with_the_package(pushed, tiny_model_dir, repository, segmenter, images, file, tmp_path):
+def test_with_the_package(pushed, tiny_model_dir, repository, segmenter, images, file):
     """The folder of a run, and a pushed one, whose code is not asked for: nobody answers the question here."""
     folder = repository if pushed else tiny_model_dir
-    seen, said = fresh("import uplvp_hf\n", folder, file, False, tmp_path / "cache")
+    seen, said = fresh("import uplvp_hf\n", folder, file, False)
     assert "is not supported for" not in said
     check(seen, segmenter, images)
     assert all(seen[key].startswith("uplvp_hf.models.") for key in ("pipeline", "processor", "model"))
@@ -248,9 +242,12 @@ def test_with_the_package(pushed, tiny_model_dir, repository, segmenter, images,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("torchvision", [True, False])
-def test_without_the_package(torchvision, repository, segmenter, images, file, tmp_path):
-    hidden = {"uplvp_hf"} if torchvision else {"uplvp_hf", "torchvision"}
-    seen, _ = fresh(HIDDEN.format(hidden=hidden), repository, file, True, tmp_path / "cache")
+def test_without_the_package(without_library, torchvision, repository, segmenter, images, file, tmp_path):
+    if torchvision:
+        seen, _ = fresh(without_library, repository, file, True)
+    else:  # a new interpreter: nobody has imported torchvision there
+        start = partial(processes.anew, environment={"HF_MODULES_CACHE": str(tmp_path / "cache")})
+        seen, _ = fresh(without_library + HIDDEN, repository, file, True, start)
     assert not seen["package"]
     assert all(seen[key].startswith("transformers_modules.") for key in ("pipeline", "processor", "model"))
     assert seen["processor"].endswith(".UplvpImageProcessor" if torchvision else ".UplvpImageProcessorPil")

@@ -1,10 +1,8 @@
 """Saved folders carry the model's source files and load without the library."""
 
 import json
-import os
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
@@ -57,9 +55,7 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_pipelines_of_a_saved_folder_without_the_library(without_library, folder, tmp_path):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", without_library + HIDDEN, str(folder), str(tmp_path / "again")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = processes.run(without_library + HIDDEN, folder, tmp_path / "again", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 
@@ -83,9 +79,7 @@ def test_a_saved_model_carries_the_code_of_its_own_segmenter_only(without_librar
     model.save_pretrained(tmp_path / "model", with_code=True)
     files = [file.stem for file in (tmp_path / "model").glob("*.py")]
     assert {file.rpartition("_")[2] for file in files if file.rpartition("_")[2] in SEGMENTERS} == {kind}
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-c", without_library + LOAD, str(tmp_path / "model")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    done = processes.run(without_library + LOAD, tmp_path / "model", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     name, total = done.stdout.split()[-2:]
     with torch.no_grad():

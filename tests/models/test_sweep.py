@@ -59,11 +59,6 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture
-def batch(make_batch):
-    return make_batch(counts=(3, 0, 2))
-
-
 def quiet(model: nn.Module) -> nn.Module:
     """Norms that take statistics over the batch do not, so that images are independent."""
     for module in model.modules():

@@ -3,7 +3,9 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import processes
 import pytest
 from pycocotools import mask as coco_mask
 
@@ -29,6 +31,7 @@ def test_small_run(benchmark, monkeypatch, capsys):
     # Every measurement of memory is a process of its own, so one size and threshold have to do.
     monkeypatch.setattr(benchmark, "SIZES", {480: (480, 640)})
     monkeypatch.setattr(benchmark, "THRESHOLDS", {50: 0.5})
+    monkeypatch.setattr(benchmark, "subprocess", SimpleNamespace(run=processes.instead_of_subprocess))
     assert benchmark.compare_memory(argparse.Namespace(**SMALL))["memory_ratio"] < 5
 
 

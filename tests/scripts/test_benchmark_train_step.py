@@ -3,7 +3,9 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import processes
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "benchmark_train_step.py"
@@ -14,6 +16,7 @@ def test_small_run(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     import benchmark_train_step
 
+    monkeypatch.setattr(benchmark_train_step, "subprocess", SimpleNamespace(run=processes.instead_of_subprocess))
     small = ["--size", "64", "--points", "64", "--rounds", "1", "--queries", "6", "--objects", "9"]
     assert benchmark_train_step.main(small) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -4,15 +4,14 @@ import json
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_helpers import PROCESS, assert_same_run, environment, log_of, stop_at
+from training_helpers import PROCESS, assert_same_run, log_of, stop_at
 
 from uplvp_hf.files import only_run
 from uplvp_hf.models.errors import UserError
@@ -124,8 +123,8 @@ def killed(shared, recipe, scenes_dir, tmp_path, tmp_path_factory):
         folder, script = tmp_path_factory.mktemp("killed"), tmp_path / "killed.py"
         script.write_text(PROCESS + FORKS)
         (folder / "points.json").write_text(json.dumps({name: textwrap.dedent(code) for name, code in POINTS.items()}))
-        command = [sys.executable, script, recipe, folder, *FULL, f"data.val={scenes_dir}"]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment(), timeout=600)
+        alone = {"CUDA_VISIBLE_DEVICES": ""}
+        done = processes.run(script, recipe, folder, *FULL, f"data.val={scenes_dir}", environment=alone)
         assert done.returncode == 0, done.stderr[-3000:]
         shared["killed"] = folder, json.loads((folder / "ends.json").read_text())
     return shared["killed"]

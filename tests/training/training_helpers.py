@@ -1,12 +1,10 @@
 """What several tests of training share: runs in other processes, comparisons of what runs leave behind."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
+import processes
 from safetensors.torch import load_file
 
 from uplvp_hf.training import loop
@@ -61,18 +59,9 @@ PROCESS = textwrap.dedent(
 TRAIN = 'loop.train(load_settings(recipe, [*words, f"output={output}"]), progress=False)\n'
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
 def on_two_processes(script: Path, *arguments) -> str:
-    """Runs a script with `torchrun`, fails with its messages if it does not end well, and returns them."""
-    # `accelerate launch --cpu --num_processes 2` starts a single process unless it is given an MPI.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, script, *arguments]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment(), timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    """Runs a script as torchrun would, fails with its messages if it does not end well, and returns them."""
+    return "".join(processes.run_together(script, *arguments))
 
 
 # Gradients are compared through plain gradient descent: Adam would blow up the noise of gradients near zero. Random
