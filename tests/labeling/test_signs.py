@@ -7,7 +7,7 @@ import pytest
 
 from uplvp_hf.commands import label
 from uplvp_hf.data.synthetic import write_scenes
-from uplvp_hf.labeling.report import write_report
+from uplvp_hf.labeling.report import Statistics, write_report
 from uplvp_hf.labeling.signs import LEAST_IMAGES, Signs
 
 NAMES = {1: "bear", 2: "deer", 3: "otter"}
@@ -33,10 +33,11 @@ def sound(seed, count=3):
 
 
 def texts(rows, **options):
-    signs = Signs()
+    signs, statistics = Signs(), Statistics()
     for one in rows:
         signs.add(one)
-    return signs.texts(NAMES, **options)
+        statistics.add(one)
+    return signs.texts(statistics.per_image, statistics.per_class, NAMES, **options)
 
 
 def test_sound_masks_show_no_sign():

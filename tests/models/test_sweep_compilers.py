@@ -10,7 +10,6 @@ from torch import nn
 from uplvp_hf.models.losses import Normalizers
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
-
 # A graph is that of the backbone and that of the segmenter behind it: the second backbone needs one segmenter.
 KINDS = pytest.mark.parametrize("kind", [*((name, "resnet") for name in SEGMENTER_NAMES), ("knet", "mobilenet")])
 

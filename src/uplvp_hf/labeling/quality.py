@@ -33,7 +33,8 @@ def proposal_quality(
     """Quality of pseudo masks over the images that both sets hold.
 
     Returns, class-agnostic and (keys ending in `_named`) counting only pairs of equal class name:
-    `mean_best_iou` over the true instances, `recall` = share of true instances, `precision` = share of proposals, whose
+    `mean_best_iou` over the true instances, `mean_best_iou_of_proposals` over the proposals, `recall` = share of true
+    instances, `precision` = share of proposals, whose
     best IoU reaches `threshold` (several proposals may share an instance); `class_accuracy` = among the proposals that
     reach it, the share that is named like the instance they cover best; also `images`, `instances`, `proposals`,
     `proposals_per_image`. With `average_precision` also `ap` and `ap50`, COCO's mask AP in 0 to 1 with the proposals'
@@ -71,6 +72,7 @@ def proposal_quality(
     result["proposals_per_image"] = result["proposals"] / len(pairs)
     for suffix in ("", "_named"):
         result["mean_best_iou" + suffix] = _mean(values["true" + suffix])
+        result["mean_best_iou_of_proposals" + suffix] = _mean(values["proposal" + suffix])
         result["recall" + suffix] = _mean(values["true" + suffix] >= threshold)
         result["precision" + suffix] = _mean(values["proposal" + suffix] >= threshold)
     result["class_accuracy"] = _mean(np.concatenate(right)) if right else float("nan")

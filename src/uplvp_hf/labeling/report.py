@@ -113,12 +113,15 @@ def write_report(
             failed.pop(name, None)
     failures = list(failed.values())
     numbers = _numbers(statistics, failures, header)
-    numbers["quality"] = None if truth is None else _quality(store, truth, statistics.images)
-    numbers["agreement"] = None if other is None or not statistics.images else _agreement(store, other)
+    compared = (truth is not None or other is not None) and statistics.images
+    stored = read_store(store) if compared else None
+    numbers["quality"] = None if truth is None or stored is None else _quality(stored, truth)
+    numbers["agreement"] = None if other is None or stored is None else _agreement(stored, load_dataset_rows(other))
     names = {category["id"]: category["name"] for category in header["categories"]}
-    numbers["signs"] = signs.texts(names, numbers["agreement"])
+    numbers["signs"] = signs.texts(statistics.per_image, statistics.per_class, names, numbers["agreement"])
     chosen = statistics.examples(examples)
-    images = _draw_examples(store, header, chosen, truth)
+    true_rows = {} if truth is None or stored is None else _truth_of(stored, truth, chosen)
+    images = _draw_examples(store, header, chosen, true_rows, truth)
     write_text(path, _page(store, header, statistics, numbers, failures, chosen, images))
     return numbers
 
@@ -146,30 +149,28 @@ def _numbers(statistics: Statistics, failures: list[dict], header: Mapping[str, 
     }
 
 
-def _quality(store: str | os.PathLike[str], truth: InstanceDataset, images: int) -> dict[str, float | None] | None:
-    if not images:
-        return None
-    values = proposal_quality(read_store(store), truth, average_precision=True)
+def _quality(stored: InstanceDataset, truth: InstanceDataset) -> dict[str, float | None]:
+    values = proposal_quality(stored, truth, average_precision=True)
     return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
-def _agreement(store: str | os.PathLike[str], other: str | os.PathLike[str]) -> float | None:
+def _agreement(stored: InstanceDataset, other: InstanceDataset) -> float | None:
     """Mean best IoU between both, over the masks of either side, whatever their classes."""
-    one, two = read_store(store), load_dataset_rows(other)
-    ious = [proposal_quality(*pair)["mean_best_iou"] for pair in ((one, two), (two, one))]
-    return None if any(math.isnan(iou) for iou in ious) else sum(ious) / 2
+    found = proposal_quality(stored, other)
+    mean = (found["mean_best_iou"] + found["mean_best_iou_of_proposals"]) / 2
+    return None if math.isnan(mean) else mean
 
 
 def _draw_examples(
     store: str | os.PathLike[str],
     header: Mapping[str, Any],
     chosen: Mapping[str, Sequence[int]],
+    true_rows: Mapping[int, Row],
     truth: InstanceDataset | None,
 ) -> dict[int, dict[str, Any]]:
     """Overlay, caption and the truth's overlay of the chosen rows, by number: a second pass over the store."""
     wanted = {number for numbers in chosen.values() for number in numbers}
     categories = sorted(header["categories"], key=lambda category: category["id"])
-    true_rows = _truth_of(store, truth, wanted) if truth is not None and wanted else {}
     drawn: dict[int, dict[str, Any]] = {}
     for number, row in enumerate(_rows(store)):
         if len(drawn) == len(wanted):
@@ -191,9 +192,11 @@ def _draw_examples(
     return drawn
 
 
-def _truth_of(store: str | os.PathLike[str], truth: InstanceDataset, wanted: set[int]) -> dict[int, Row]:
-    keys, true_keys = row_keys(read_store(store), truth)
+def _truth_of(stored: InstanceDataset, truth: InstanceDataset, chosen: Mapping[str, Sequence[int]]) -> dict[int, Row]:
+    """The true rows of the chosen ones, by number."""
+    keys, true_keys = row_keys(stored, truth)
     places = {key: place for place, key in enumerate(true_keys)}
+    wanted = [number for numbers in chosen.values() for number in numbers]
     return {number: truth[places[keys[number]]] for number in wanted if keys[number] in places}
 
 

@@ -25,47 +25,47 @@ LOW_AGREEMENT = 0.5  # mean best IoU with another source
 
 @dataclass
 class Signs:
-    """What the signs are read from. Grows by six numbers an image, so that a store of millions of images fits."""
+    """What the signs are read from beside the counts of a store. Grows by four numbers an image."""
 
-    counts: array = field(default_factory=lambda: array("i"))
     largest: array = field(default_factory=lambda: array("f"))  # box of the largest mask: x0, y0, x1, y1, in shares
     large: int = 0
-    instances: int = 0
     score_sum: float = 0.0
     score_squares: float = 0.0
-    classes: Counter[int] = field(default_factory=Counter)
 
     def add(self, row: Row) -> None:
         """Counts one row."""
         objects = row["objects"]
         areas = np.asarray(objects["area"], dtype=np.float64)
         scores = np.asarray(objects["score"], dtype=np.float64)
-        self.counts.append(len(areas))
-        self.instances += len(areas)
         self.large += int((areas > WHOLE_IMAGE * row["width"] * row["height"]).sum())
         self.score_sum += float(scores.sum())
         self.score_squares += float((scores**2).sum())
-        self.classes.update(objects["category_id"])
         if len(areas):
             x, y, width, height = objects["bbox"][int(areas.argmax())]
             right, bottom = (x + width) / row["width"], (y + height) / row["height"]
             self.largest.extend((x / row["width"], y / row["height"], right, bottom))
 
-    def texts(self, names: Mapping[int, str], agreement: float | None = None) -> list[str]:
+    def texts(
+        self,
+        per_image: Counter[int],
+        per_class: Counter[int],
+        names: Mapping[int, str],
+        agreement: float | None = None,
+    ) -> list[str]:
         """One sentence for each sign, most telling first; none below `LEAST_IMAGES` images.
 
-        names: class id to name, of all classes that a mask could have. agreement: mean best IoU with the masks of
-        another source, None where there is none.
+        per_image: number of masks to number of images with so many. per_class: class id to number of masks. names:
+        class id to name, of all classes that a mask could have. agreement: mean best IoU with the masks of another
+        source, None where there is none.
         """
-        images = len(self.counts)
+        images, instances = per_image.total(), per_class.total()
         if images < LEAST_IMAGES:
             return []
-        counts = np.frombuffer(self.counts, dtype=np.int32)
         found = []
-        empty = float((counts == 0).mean())
+        empty = per_image[0] / images
         if empty >= MANY_EMPTY:
             found.append(f"{empty:.0%} of the images have no mask: the source misses much, or its thresholds are high.")
-        if self.instances == 0:
+        if instances == 0:
             return found
         if agreement is not None and agreement < LOW_AGREEMENT:
             found.append(
@@ -77,20 +77,21 @@ class Signs:
                 f"The largest masks cover the same place in every image (median IoU of their boxes {place:.2f}): the "
                 "source may follow the middle of the image and not its content."
             )
-        whole = self.large / self.instances
+        whole = self.large / instances
         if whole >= MANY_WHOLE:
             found.append(f"{whole:.0%} of the masks cover more than {WHOLE_IMAGE:.0%} of their image: background?")
-        one = float((counts == 1).mean())
+        one = per_image[1] / images
         if one >= ONE_MASK:
             found.append(
                 f"{one:.0%} of the images have exactly one mask: objects that touch, and small ones, may be merged or "
                 "missed."
             )
-        if deviation := self._constant_scores():
-            found.append(deviation)
-        key, most = self.classes.most_common(1)[0]
-        if len(names) >= 3 and most >= ONE_CLASS * self.instances:
-            share = most / self.instances
+        mean = self.score_sum / instances
+        if max(0.0, self.score_squares / instances - mean**2) ** 0.5 < SAME_SCORE:
+            found.append(f"The scores do not vary (all about {mean:.2f}): they cannot tell good masks from bad ones.")
+        key, most = per_class.most_common(1)[0]
+        if len(names) >= 3 and most >= ONE_CLASS * instances:
+            share = most / instances
             found.append(f"{share:.0%} of the masks are called {names[key]}, one of {len(names)} classes.")
         return found
 
@@ -101,10 +102,3 @@ class Signs:
         inside = sides.clip(0).prod(axis=1)
         union = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (middle[2:] - middle[:2]).prod() - inside
         return float(np.median(inside / union.clip(1e-12)))
-
-    def _constant_scores(self) -> str | None:
-        mean = self.score_sum / self.instances
-        deviation = max(0.0, self.score_squares / self.instances - mean**2) ** 0.5
-        if deviation >= SAME_SCORE:
-            return None
-        return f"The scores do not vary (all about {mean:.2f}): they cannot tell good masks from bad ones."
