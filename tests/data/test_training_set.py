@@ -75,26 +75,20 @@ def test_sample_depends_on_seed_epoch_and_index_only(folder):
     order = torch.randperm(12).tolist()
     backwards = {i: second[i] for i in order}
     assert all(same(first[i], backwards[i]) for i in range(12))
-    other_seed, other_epoch = training_set(folder, seed=1), training_set(folder)
-    other_epoch.set_epoch(1)
-    for other in (other_seed, other_epoch):
-        assert sum(same(first[i], other[i]) for i in range(12)) == 0
-    other_epoch.set_epoch(0)
-    assert all(same(first[i], other_epoch[i]) for i in range(12))
+    other_seed = training_set(folder, seed=1)
+    for other in (other_seed.__getitem__, lambda i: first.sample(i, 1)):
+        assert sum(same(first[i], other(i)) for i in range(12)) == 0
+    assert all(same(first[i], first.sample(i, 0)) for i in range(12))
     assert same(first[-1], first[11])
     with pytest.raises(IndexError):
         first[12]
 
 
-def test_workers_make_the_same_samples_in_every_epoch(folder):
-    """Persistent workers too: the epoch reaches processes that are already running."""
+def test_workers_make_the_same_samples(folder):
     alone, shared = training_set(folder), training_set(folder)
-    loader = torch.utils.data.DataLoader(shared, 3, num_workers=2, persistent_workers=True, collate_fn=list)
-    for epoch in range(2):
-        alone.set_epoch(epoch)
-        shared.set_epoch(epoch)
-        samples = [sample for batch in loader for sample in batch]
-        assert all(same(alone[i], sample) for i, sample in enumerate(samples)) and len(samples) == 12
+    loader = torch.utils.data.DataLoader(shared, 3, num_workers=2, collate_fn=list)
+    samples = [sample for batch in loader for sample in batch]
+    assert all(same(alone[i], sample) for i, sample in enumerate(samples)) and len(samples) == 12
 
 
 def test_bad_image_falls_over_to_the_next(folder):

@@ -9,7 +9,6 @@ from uplvp_hf.models.point_sampling import (
     PointSampler,
     mask_products,
     point_terms,
-    sample_binary,
     sample_points,
     takes_rows,
 )
@@ -20,7 +19,7 @@ def test_sampling_bool_masks_equals_sampling_dense_maps():
     ids, points = torch.tensor([3, 0, 0, 2, 1]), torch.rand(5, 400, 2)
     points[:, :4] = torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [0.5, 0.999]])
     dense = sample_points(masks[ids].float()[:, None], points)[:, 0]
-    torch.testing.assert_close(sample_binary(masks, ids, points), dense, rtol=0, atol=2e-5)
+    torch.testing.assert_close(BinaryMasks(masks).sample(ids, points), dense, rtol=0, atol=2e-5)
 
 
 @pytest.fixture

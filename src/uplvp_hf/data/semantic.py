@@ -159,10 +159,8 @@ class SemanticTrainingSet(TrainingSet):
         position, image = self._open(index % len(self))
         labels = label_map(self.dataset, position)
         pixels, labels = self.transform(image, labels, self.ignored, generator)  # type: ignore[call-arg, arg-type]
-        values = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
-        return {
-            "pixel_values": values, "labels": labels, "image_id": self.dataset.image_id(position), "index": position,
-        }  # fmt: skip
+        values, image_id = self.normalized(pixels), self.dataset.image_id(position)
+        return {"pixel_values": values, "labels": labels, "image_id": image_id, "index": position}
 
 
 def collate_semantic(samples: Sequence[dict[str, Any]], size: int, ignored: int) -> dict[str, Any]:

@@ -82,8 +82,7 @@ class TrainingSet(torch.utils.data.Dataset):
         self.skip_crowd = skip_crowd
         self.copy_paste = copy_paste
         self.features, self.feature_width = features, feature_width(dataset) if features else 0
-        # Shared memory: worker processes that persist over epochs see `set_epoch`, and their failures come back.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        # Shared memory: the failures of worker processes come back.
         self._failed = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
         self._reasons: dict[int, str] = {}
         self._check_label_map()
@@ -105,12 +104,6 @@ class TrainingSet(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentations of this epoch (>= 0); also reaches worker processes that are already running."""
-        if epoch < 0:
-            raise UserError(f"epoch must be >= 0, got {epoch}")
-        self._epoch.fill_(epoch)
 
     @property
     def failures(self) -> list[dict[str, str]]:
@@ -158,8 +151,8 @@ class TrainingSet(torch.utils.data.Dataset):
         return sorted(best)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """The sample at `index` in the epoch chosen by `set_epoch`. See `sample`."""
-        return self.sample(index, int(self._epoch))
+        """The sample at `index` in the first epoch. See `sample`."""
+        return self.sample(index, 0)
 
     def sample(self, index: int, epoch: int) -> dict[str, Any]:
         """One sample as augmented in `epoch`, with h and w as the transform says:
@@ -175,10 +168,8 @@ class TrainingSet(torch.utils.data.Dataset):
         position, pixels, masks, objects = self._augmented(index % len(self), generator)
         if self.copy_paste and uniform(generator, 0, 1) < self.copy_paste:
             pixels, masks, objects = self._pasted(pixels, masks, objects, generator)
-        # In place, because a float image takes four times the memory of its bytes.
-        values = pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
         sample = {
-            "pixel_values": values,
+            "pixel_values": self.normalized(pixels),
             "mask_labels": masks,
             "class_labels": torch.tensor([one.label for one in objects], dtype=torch.int64),
             "prompt_scores": torch.tensor([one.score for one in objects], dtype=torch.float32),
@@ -189,6 +180,11 @@ class TrainingSet(torch.utils.data.Dataset):
             vectors = np.asarray([one.feature for one in objects], dtype=np.float32)
             sample["kernel_targets"] = torch.from_numpy(vectors.reshape(len(objects), self.feature_width))
         return sample
+
+    def normalized(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(3, h, w) bytes as float32, less the mean, over the deviation."""
+        # In place, because a float image takes four times the memory of its bytes.
+        return pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
     def _augmented(
         self, index: int, generator: torch.Generator

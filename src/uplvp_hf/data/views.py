@@ -102,15 +102,12 @@ class UnlabeledViews(TrainingSet):
         strong = self.transform.draw_window(image.height, image.width, generator)
         fill = self.transform.fill
         return {
-            "weak": self._normalized(weak.pixels(image, fill)),
-            "strong": self._normalized(self.colors(strong.pixels(image, fill), generator)),
+            "weak": self.normalized(weak.pixels(image, fill)),
+            "strong": self.normalized(self.colors(strong.pixels(image, fill), generator)),
             "windows": (weak, strong),
             "image_id": self.dataset.image_id(position),
             "index": position,
         }
-
-    def _normalized(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
 
 def collate_views(samples: Sequence[dict[str, Any]], pad_to: int | None = None) -> dict[str, Any]:

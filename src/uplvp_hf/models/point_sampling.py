@@ -55,11 +55,6 @@ class BinaryMasks:
         return torch.lerp(torch.lerp(bits[0], bits[1], x), torch.lerp(bits[2], bits[3], x), y)
 
 
-def sample_binary(masks: Tensor, ids: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of bool masks (G, H, W), chosen by ids (M,), at points (M, P, 2) in [0, 1] -> (M, P) float32."""
-    return BinaryMasks(masks).sample(ids, points)
-
-
 @dataclass
 class PointSampler:
     """Draws the points of one layer's matched masks: three quarters (`importance_ratio`) where |logit| is smallest

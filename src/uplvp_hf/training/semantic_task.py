@@ -28,8 +28,6 @@ from .config import PRETRAINING, ConfigError, ModelSettings, TrainSettings
 from .stream import make_loader
 from .task import InstanceTask
 
-SHIPPED_CLIP = "package:assets/synthetic_clip"
-
 
 def is_semantic(model: ModelSettings) -> bool:
     """Whether the settings describe a semantic segmenter, or start from one."""

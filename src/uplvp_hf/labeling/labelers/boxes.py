@@ -180,8 +180,11 @@ def read_boxes(source: str | os.PathLike[str] | InstanceDataset, categories: str
     rows = rows_of_entries(path, entries, "bbox", rows)
     for row in rows.values():
         _check_boxes(row, path)
-    names = named_categories(rows, path if isinstance(content, dict) else categories, path)
-    return InstanceDataset(list(rows.values()), names, path)
+    if isinstance(content, dict):
+        named = content, path
+    else:
+        named = (None, path) if categories is None else (read_json(categories), categories)
+    return InstanceDataset(list(rows.values()), named_categories(rows, *named, path), path)
 
 
 def _listed_images(content: dict[str, Any], path: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +37,7 @@ class MaskFileLabeler(Labeler):
         **changes: Any,
     ) -> None:
         self.config = config = MaskFileSettings.of(settings, **changes)
-        self.fingerprint = fingerprint(dataset)
+        self._source = dataset
         self.dataset = dataset if isinstance(dataset, InstanceDataset) else read_masks(dataset, config.categories)
         self.encoder_name = f"file:{os.path.basename(os.path.normpath(self.dataset.name)) or 'rows'}"
         self.vocabulary = list(self.dataset.id2label.values())
@@ -46,6 +47,11 @@ class MaskFileLabeler(Labeler):
         self.missing = config.missing or ("fail" if has_sizes else "empty")
         self._absent: set[int | str] = set()
         self._malformed: set[tuple[int, int]] = set()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the file."""
+        return fingerprint(self._source)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -144,7 +150,8 @@ def read_masks(path: str | os.PathLike[str], categories: str | None = None) -> I
 
 def _read_results(path: str, categories: str | None) -> InstanceDataset:
     rows = rows_of_entries(path, read_json(path), "segmentation")
-    return InstanceDataset(list(rows.values()), named_categories(rows, categories, path), path)
+    content = None if categories is None else read_json(categories)
+    return InstanceDataset(list(rows.values()), named_categories(rows, content, categories or path, path), path)
 
 
 def rows_of_entries(path: str, entries: Any, key: str, rows: dict[Any, Row] | None = None) -> dict[Any, Row]:
@@ -175,14 +182,14 @@ def rows_of_entries(path: str, entries: Any, key: str, rows: dict[Any, Row] | No
     return found
 
 
-def named_categories(rows: dict[Any, Row], source: str | None, path: str) -> list[dict[str, Any]]:
-    """The categories that the COCO file `source` names; without any, those of the objects of `rows`, by their ids.
+def named_categories(rows: dict[Any, Row], content: Any, source: str, path: str) -> list[dict[str, Any]]:
+    """The categories that the content of the COCO file `source` names; without any, those of the objects of `rows`, by
+    their ids.
 
     Raises DataError for an object whose category is not among them.
     """
     used = sorted({number for row in rows.values() for number in row["objects"]["category_id"]})
-    content = {} if source is None else read_json(source)
-    known = read_categories(content.get("categories", []) if isinstance(content, dict) else content, source or path)
+    known = read_categories(content.get("categories", []) if isinstance(content, dict) else content or [], source)
     names = {entry["id"]: entry["name"] for entry in known} or {number: str(number) for number in used}
     unknown = [number for number in used if number not in names]
     if unknown:
