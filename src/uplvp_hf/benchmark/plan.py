@@ -13,7 +13,8 @@ from typing import Any
 from ..training.config import ConfigError, TrainSettings, load_settings
 from .recipe import Arm, Benchmark
 
-_PATHS = {
+# Settings that say where something lies, not what it is.
+PATHS = {
     "data": ("train", "train_images", "val", "val_images", "unlabeled", "unlabeled_images"),
     "model": ("init", "backbone_weights"),
 }
@@ -52,7 +53,7 @@ class Job:
     def fingerprint(self) -> str:
         """Of what the result depends on, wherever data, weights and output lie."""
         values = {} if self.settings is None else self.settings.to_dict()
-        for section, keys in _PATHS.items():
+        for section, keys in PATHS.items():
             if section in values:
                 values[section] = {key: value for key, value in values[section].items() if key not in keys}
         values = {**values, "output": None, "needs": [need.split("/")[-1] for need in self.needs]}

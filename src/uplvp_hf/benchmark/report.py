@@ -28,7 +28,7 @@ from ..training.build import build_data
 from .figures import curves_of, mean_text
 from .plan import Job, label_folder
 from .recipe import Benchmark
-from .rows import labels_text
+from .rows import labels_text, training_seconds
 from .sources import Sources
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class Report:
                     "labels": labels_text(count),
                     "AP": mean_text(chosen, "AP"),
                     "AP50": mean_text(chosen, "AP50"),
-                    "seconds": round(statistics.mean(map(_seconds, chosen))),
+                    "seconds": round(statistics.mean(map(training_seconds, chosen))),
                     "runs": len(chosen),
                     "value": statistics.mean(values) if values else -1.0,
                     "comparable": not chosen[0]["class_agnostic"],
@@ -141,11 +141,6 @@ class Report:
         _, val = build_data(job.settings)
         model = str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0]))
         return {"arm": job.row["arm"], "pairs": predicted_pairs(model, val)}
-
-
-def _seconds(row: dict[str, Any]) -> float:
-    """Of all training of a run."""
-    return sum(row[stage]["seconds"] for stage in ("pretrain", "finetune") if row[stage])
 
 
 def predicted_pairs(folder: str, dataset: InstanceDataset, count: int = SHOWN) -> list[list[str]]:

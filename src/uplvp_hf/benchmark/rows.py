@@ -19,7 +19,7 @@ from ..models.errors import UserError, reading
 from ..training.build import build_data
 from ..training.config import TrainSettings
 from .activations import query_activations, spread
-from .plan import Job, label_folder
+from .plan import PATHS, Job, label_folder
 
 QUERY_MAPS = "query_maps.safetensors"  # `query_activations` of a run
 _DIGITS = 5  # of AP: more than any difference that counts
@@ -85,15 +85,19 @@ def _stage(summary: dict[str, Any]) -> dict[str, Any]:
             changed |= {f"{key}.{name}": item for name, item in value.items() if item != usual[key].get(name)}
         elif value != usual[key]:
             changed[key] = value
-    paths = ("output", "data.train", "data.val", "data.train_images", "data.val_images", "model.init")
-    paths += ("data.unlabeled", "data.unlabeled_images")
-    changed = {key: value for key, value in changed.items() if key not in (*paths, "model.backbone_weights")}
+    for path in ("output", *(f"{section}.{name}" for section, names in PATHS.items() for name in names)):
+        changed.pop(path, None)
     return {
         "steps": settings["optim"]["steps"],
         "seconds": summary["seconds"],
         "images": summary["images"],
         "settings": changed,
     }
+
+
+def training_seconds(row: dict[str, Any]) -> float:
+    """Of pre-training and fine-tuning of a run."""
+    return sum(row[stage]["seconds"] for stage in ("pretrain", "finetune") if row[stage])
 
 
 def label_record(folder: Path, name: str | None) -> dict[str, Any] | None:

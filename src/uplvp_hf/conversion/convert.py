@@ -21,6 +21,7 @@ from .denseclip import build_denseclip
 from .detectron2 import convert_detectron2_mask2former
 from .knet import config_from_mmdet_knet, convert_mmdet_knet
 from .mask2former import config_from_mmdet, convert_mmdet_mask2former
+from .naming import count_numbers, load_fitting
 from .queryinst import config_from_mmdet_queryinst, convert_mmdet_queryinst
 from .report import ConversionReport
 
@@ -63,9 +64,9 @@ def mask2former_settings(state: dict[str, Tensor]) -> dict[str, Any]:
         "mask_feature_size": state[f"{pixel}mask_projection.weight"].shape[0],
         "hidden_dim": state[f"{module}queries_features.weight"].shape[1],
         "num_queries": state[f"{module}queries_features.weight"].shape[0],
-        "encoder_layers": _count(state, pixel + r"encoder\.layers\.(\d+)\..+"),
+        "encoder_layers": count_numbers(state, pixel + r"encoder\.layers\.(\d+)\..+"),
         "encoder_feedforward_dim": state[f"{pixel}encoder.layers.0.fc1.weight"].shape[0],
-        "decoder_layers": _count(state, module + r"decoder\.layers\.(\d+)\..+") + 1,
+        "decoder_layers": count_numbers(state, module + r"decoder\.layers\.(\d+)\..+") + 1,
         "dim_feedforward": state[f"{module}decoder.layers.0.fc1.weight"].shape[0],
         "num_attention_heads": offsets // (3 * 4 * 2),  # levels, points, x and y
         "enforce_input_projection": f"{module}input_projections.0.weight" in state,
@@ -83,13 +84,13 @@ def knet_settings(state: dict[str, Tensor]) -> dict[str, Any]:
         "num_labels": state[f"{stage}classifier.weight"].shape[0],
         "num_queries": kernels.shape[0],
         "hidden_size": kernels.shape[1],
-        "num_stages": _count(state, r"model\.stages\.(\d+)\..+"),
+        "num_stages": count_numbers(state, r"model\.stages\.(\d+)\..+"),
         "intermediate_size": state[f"{stage}fc1.weight"].shape[0],
-        "num_localization_layers": _count(state, r"model\.kernel_head\.localization\.(\d+)\..+"),
-        "num_semantic_layers": _count(state, r"model\.kernel_head\.semantic\.(\d+)\..+"),
+        "num_localization_layers": count_numbers(state, r"model\.kernel_head\.localization\.(\d+)\..+"),
+        "num_semantic_layers": count_numbers(state, r"model\.kernel_head\.semantic\.(\d+)\..+"),
         # linear layer, norm and ReLU stand in one list
-        "num_class_layers": (_count(state, r"model\.stages\.0\.class_layers\.(\d+)\..+") + 1) // 3,
-        "num_mask_layers": (_count(state, r"model\.stages\.0\.mask_layers\.(\d+)\..+") + 1) // 3,
+        "num_class_layers": (count_numbers(state, r"model\.stages\.0\.class_layers\.(\d+)\..+") + 1) // 3,
+        "num_mask_layers": (count_numbers(state, r"model\.stages\.0\.mask_layers\.(\d+)\..+") + 1) // 3,
     }
 
 
@@ -105,23 +106,18 @@ def queryinst_settings(state: dict[str, Tensor]) -> dict[str, Any]:
         "num_labels": state[f"{stage}class_predictor.weight"].shape[0],
         "num_queries": features.shape[0],
         "hidden_size": width,
-        "num_stages": _count(state, r"model\.stages\.(\d+)\..+"),
+        "num_stages": count_numbers(state, r"model\.stages\.(\d+)\..+"),
         "intermediate_size": state[f"{stage}fc1.weight"].shape[0],
         "dynamic_channels": state[f"{stage}dynamic_conv.kernels.weight"].shape[0] // (2 * width),
-        "num_class_layers": _count(state, r"model\.stages\.0\.class_layers\.(\d+)\..+"),
-        "num_box_layers": _count(state, r"model\.stages\.0\.box_layers\.(\d+)\..+"),
-        "num_mask_layers": _count(state, r"model\.mask_heads\.0\.convs\.(\d+)\..+"),
+        "num_class_layers": count_numbers(state, r"model\.stages\.0\.class_layers\.(\d+)\..+"),
+        "num_box_layers": count_numbers(state, r"model\.stages\.0\.box_layers\.(\d+)\..+"),
+        "num_mask_layers": count_numbers(state, r"model\.mask_heads\.0\.convs\.(\d+)\..+"),
         "box_pool_size": math.isqrt(state[f"{stage}dynamic_projection.weight"].shape[1] // width),
     }
 
 
 def _inside(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-
-def _count(state: dict[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that group 1 of the pattern takes, 0 where no name fits."""
-    return max((int(match[1]) for name in state if (match := re.fullmatch(pattern, name))), default=-1) + 1
 
 
 # By kind of checkpoint: model type, converter of the tensors, settings of the segmenter from its tensors under our
@@ -208,7 +204,7 @@ def _backbone(source: dict[str, Tensor]):
     settings = resnet_config_of(converted)
     settings.pop("model_type")
     model = ResNetBackbone(ResNetConfig(**settings))
-    _load(model, converted)
+    load_fitting(model, converted)
     return model, converted, dropped
 
 
@@ -239,7 +235,7 @@ def _wrapped(source, segmenter_config: dict, labels: dict[int, str], converted, 
 
     if kind == "segmenter":
         model = _plain(segmenter_config, labels)
-        _load(model, converted)
+        load_fitting(model, converted)
         return model, converted, dropped
     found = {
         match.expand(ours): (name, tensor)
@@ -257,7 +253,7 @@ def _wrapped(source, segmenter_config: dict, labels: dict[int, str], converted, 
         if ours in built:
             converted[ours] = tensor
             dropped.pop(name, None)
-    _load(model, converted)
+    load_fitting(model, converted)
     return model, converted, dropped
 
 
@@ -271,22 +267,6 @@ def _plain(segmenter_config: dict, labels: dict[int, str]):
     names = {"id2label": labels, "label2id": {label: index for index, label in labels.items()}}
     config = AutoConfig.for_model(name, **segmenter_config, **names)
     return (Mask2FormerForUniversalSegmentation if name == "mask2former" else SEGMENTERS[name])(config)
-
-
-def _load(model, converted: dict[str, Tensor]) -> None:
-    """Strict in one direction: what is missing is for the report, what has no place or another shape is an error."""
-    wanted = model.state_dict()
-    wrong = [
-        f"{name} {tuple(tensor.shape)}" + (f" (ours {tuple(wanted[name].shape)})" if name in wanted else "")
-        for name, tensor in converted.items()
-        if name not in wanted or wanted[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise UserError(
-            f"{len(wrong)} tensors do not fit the model that the settings describe: {', '.join(wrong[:5])}. "
-            "Give the original's configuration, or settings."
-        )
-    model.load_state_dict(converted, strict=False)
 
 
 def _drop_reason(name: str) -> str | None:

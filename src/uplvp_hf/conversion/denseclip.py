@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.errors import UserError
+from .naming import count_numbers, load_fitting
 
 _BLOCK = {
     "ln_1": "layer_norm1",
@@ -167,12 +168,7 @@ def build_denseclip(
         **{"semantic_loss_ignore_index": ignored_label(count), **found},
     )  # fmt: skip
     model = IcpcForSemanticSegmentation(config)
-    wanted = model.state_dict()
-    fits = {name: name in wanted and wanted[name].shape == value.shape for name, value in converted.items()}
-    wrong = [name for name in converted if not fits[name]]
-    if wrong:
-        raise UserError(f"{len(wrong)} tensors do not fit the settings found, for example {wrong[0]}: give settings.")
-    model.load_state_dict(converted, strict=False)
+    load_fitting(model, converted)
     fold_class_embedding(model)
     return model, converted
 
@@ -191,7 +187,7 @@ def denseclip_settings(state: dict[str, Tensor]) -> dict[str, Any]:
         "num_labels": state["head.classifier.weight"].shape[0],
         "projection_dim": state["text.text_projection.weight"].shape[0],
         "num_context": state["prompts.contexts"].shape[0],
-        "decoder_layers": _count(state, r"decoder\.decoder\.(\d+)\..+"),
+        "decoder_layers": count_numbers(state, r"decoder\.decoder\.(\d+)\..+"),
         "decoder_width": state["decoder.text_proj.1.weight"].shape[0],
         "fpn_channels": state["neck.lateral.0.weight"].shape[0],
         "head_channels": state["head.classifier.weight"].shape[1],
@@ -206,7 +202,7 @@ def denseclip_settings(state: dict[str, Tensor]) -> dict[str, Any]:
     if "backbone.attnpool.positional_embedding" in state:
         found["resnet_config"] = {
             "width": state["backbone.conv3.weight"].shape[0],
-            "depths": [_count(state, rf"backbone\.layer{stage}\.(\d+)\..+") for stage in range(1, 5)],
+            "depths": [count_numbers(state, rf"backbone\.layer{stage}\.(\d+)\..+") for stage in range(1, 5)],
             "pool_heads": 32,
             "pool_size": math.isqrt(len(state["backbone.attnpool.positional_embedding"])),
         }
@@ -225,12 +221,7 @@ def _tower(state: dict[str, Tensor], prefix: str) -> dict[str, Any]:
     return {
         "hidden_size": first.shape[1],
         "intermediate_size": first.shape[0],
-        "num_hidden_layers": _count(state, re.escape(prefix) + r"encoder\.layers\.(\d+)\..+"),
+        "num_hidden_layers": count_numbers(state, re.escape(prefix) + r"encoder\.layers\.(\d+)\..+"),
         "num_attention_heads": max(first.shape[1] // 64, 1),
         "hidden_act": "quick_gelu",
     }
-
-
-def _count(state: dict[str, Tensor], pattern: str) -> int:
-    """One more than the largest number that group 1 of the pattern takes."""
-    return max((int(match[1]) for name in state if (match := re.fullmatch(pattern, name))), default=-1) + 1

@@ -80,3 +80,24 @@ class Names:
 
 def _pattern(text: str) -> str:
     return text.replace(".", r"\.").replace("#", r"(\d+)").replace("*", "(.+)")
+
+
+def count_numbers(state: dict[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that group 1 of the pattern takes, 0 where no name fits."""
+    return max((int(match[1]) for name in state if (match := re.fullmatch(pattern, name))), default=-1) + 1
+
+
+def load_fitting(model: torch.nn.Module, converted: dict[str, Tensor]) -> None:
+    """Strict in one direction: what is missing is for the report, what has no place or another shape is an error."""
+    wanted = model.state_dict()
+    wrong = [
+        f"{name} {tuple(tensor.shape)}" + (f" (ours {tuple(wanted[name].shape)})" if name in wanted else "")
+        for name, tensor in converted.items()
+        if name not in wanted or wanted[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} tensors do not fit the model that the settings describe: {', '.join(wrong[:5])}. "
+            "Give the original's configuration, or settings."
+        )
+    model.load_state_dict(converted, strict=False)

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..benchmark.plan import Job, make_plan
 from ..benchmark.recipe import Benchmark, load_benchmark
-from ..benchmark.rows import read_rows
+from ..benchmark.rows import read_rows, training_seconds
 from ..benchmark.run import claim, do_job, run_benchmark
 from ..benchmark.sources import prepare_sources
 from ..models.errors import UserError
@@ -72,9 +72,10 @@ def print_table(rows: list[dict], benchmark: Benchmark) -> None:
     print(f"\n{'':{width}}  {'AP':>5}  {'AP50':>5}  {'seconds':>7}")
     for row in rows:
         metrics, star = row["metrics"], " *" if row["metrics"]["AP"] == best else ""
-        seconds = sum(row[stage]["seconds"] for stage in ("pretrain", "finetune") if row[stage])
-        about = benchmark.arms[row["arm"]].about
-        print(f"{about:{width}}  {100 * metrics['AP']:5.1f}  {100 * metrics['AP50']:5.1f}  {seconds:7.0f}{star}")
+        about, seconds = benchmark.arms[row["arm"]].about, training_seconds(row)
+        print(
+            f"{about:{width}}  {100 * metrics['AP']:5.1f}  {100 * metrics['AP50']:5.1f}  {seconds:7.0f}{star}"
+        )
 
 
 def pretrain_default(output: str = "runs/pretrain_default", scale: float = 1.0) -> None:
