@@ -73,9 +73,7 @@ def print_table(rows: list[dict], benchmark: Benchmark) -> None:
     for row in rows:
         metrics, star = row["metrics"], " *" if row["metrics"]["AP"] == best else ""
         about, seconds = benchmark.arms[row["arm"]].about, training_seconds(row)
-        print(
-            f"{about:{width}}  {100 * metrics['AP']:5.1f}  {100 * metrics['AP50']:5.1f}  {seconds:7.0f}{star}"
-        )
+        print(f"{about:{width}}  {100 * metrics['AP']:5.1f}  {100 * metrics['AP50']:5.1f}  {seconds:7.0f}{star}")
 
 
 def pretrain_default(output: str = "runs/pretrain_default", scale: float = 1.0) -> None:

@@ -49,10 +49,15 @@ def gradient_shares(
         if value.requires_grad:
             groups.setdefault(_LAYER.sub("", name), []).append(value)
     norms = {}
-    for name, terms in groups.items():
-        found = torch.autograd.grad(scale * torch.stack(terms).sum(), trained, retain_graph=True, allow_unused=True)
-        norms[name] = math.hypot(*(float(one.float().norm()) for one in found if one is not None))
+    for name, terms in groups.items():  # one term's gradients are gone before the next one's are there
+        norms[name] = _norm(
+            torch.autograd.grad(scale * torch.stack(terms).sum(), trained, retain_graph=True, allow_unused=True)
+        )
     total = sum(norms.values())
     if not 0 < total < math.inf:
         return {}
     return {f"gradient_share_{name}": round(norm / total, 5) for name, norm in norms.items()}
+
+
+def _norm(gradients: Iterable[Tensor | None]) -> float:
+    return math.hypot(*(float(one.float().norm()) for one in gradients if one is not None))
