@@ -10,15 +10,13 @@ import logging
 import math
 import statistics
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.dataset import Row
 from ..evaluation.compare_page import draw_curves, figure_bytes
+from ..evaluation.pages import render
 from ..evaluation.predictor import load_segmenter, predict_dataset
 from ..evaluation.visualize import overlay_uri
 from ..files import write_text
@@ -77,9 +75,9 @@ class Report:
             if name is not None and name not in self._labels:
                 self._labels[name] = self._label_section(name)
         rows = [json.loads((self.folder / job.folder / "row.json").read_text()) for job in done if job.row]
-        template = (resources.files("uplvp_hf.benchmark") / "templates" / "report.html.j2").read_text()
-        page = jinja2.Environment(autoescape=True).from_string(template)
-        text = page.render(
+        text = render(
+            "benchmark",
+            "report",
             name=self.benchmark.name,
             about=self.benchmark.about,
             done=len(done),

@@ -6,7 +6,6 @@ import csv
 import io
 import os
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,19 +180,16 @@ def _spread_out(rows: Sequence[Any], most: int) -> list[Any]:
 
 
 def _page(comparison: Comparison, svg: str) -> str:
-    import jinja2
+    from .pages import render
 
-    template = (resources.files("uplvp_hf.evaluation") / "templates" / "compare.html.j2").read_text(encoding="utf-8")
     head, body = table_rows(comparison)
-    return (
-        jinja2.Environment(autoescape=True)
-        .from_string(template)
-        .render(
-            metric=comparison.metric,
-            head=head,
-            body=body,
-            caption=caption(comparison),
-            arms=comparison.arms,
-            svg=svg[svg.index("<svg") :],
-        )
+    return render(
+        "evaluation",
+        "compare",
+        metric=comparison.metric,
+        head=head,
+        body=body,
+        caption=caption(comparison),
+        arms=comparison.arms,
+        svg=svg[svg.index("<svg") :],
     )

@@ -5,16 +5,14 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping
-from importlib import resources
 from typing import TYPE_CHECKING, Any
-
-import jinja2
 
 from uplvp_hf.data import DataError, ImageError, InstanceDataset
 from uplvp_hf.files import replacing, write_text
 
 from .compare_page import figure_svg
 from .examples import Examples
+from .pages import render
 from .visualize import overlay_uri
 
 if TYPE_CHECKING:
@@ -59,10 +57,9 @@ def write_evaluation_page(
         if dataset.image_id(index) in wanted:
             places[dataset.image_id(index)] = index
     titles = {"best": "Best images", "worst": "Worst images"}
-    template = (resources.files("uplvp_hf.evaluation") / "templates" / "evaluation.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": _number, "percent": _percent}
-    page = environment.from_string(template).render(
+    page = render(
+        "evaluation",
+        "evaluation",
         metrics=metrics,
         names=[name for name in metrics["details"]["class_agnostic"] if name in metrics],
         classes=sorted(metrics["details"]["classes"], key=lambda row: -1 if row["AP"] is None else row["AP"])[::-1],
@@ -108,11 +105,3 @@ def draw_precision(curves: Mapping[str, Any]) -> Figure:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
-
-
-def _number(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{value:,}"
-
-
-def _percent(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{100 * value:.1f}"

@@ -8,10 +8,8 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
@@ -221,16 +219,17 @@ def _page(
     chosen: Mapping[str, Sequence[int]],
     images: Mapping[int, Mapping[str, Any]],
 ) -> str:
-    template = (resources.files("uplvp_hf.labeling") / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": _number, "percent": _percent}
+    from ..evaluation.pages import render  # a report is the only part of labeling that needs it
+
     titles = {
         "best": "Best mean score",
         "median": "Median",
         "worst": "Worst mean score",
         "empty": "Images without any mask",
     }
-    return environment.from_string(template).render(
+    return render(
+        "labeling",
+        "report",
         store=os.path.abspath(store),
         header=header,
         settings=[(name, _text(value)) for name, value in flatten(header["settings"]).items()],
@@ -266,11 +265,3 @@ def _charts(statistics: Statistics) -> str:
 
 def _text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _number(value: float | None, digits: int = 0) -> str:
-    return "\N{EN DASH}" if value is None else f"{value:,.{digits}f}"
-
-
-def _percent(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else f"{100 * value:.1f}"
