@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_NAMES` says the same 
     from .data import InstanceDataset as InstanceDataset, load_dataset_rows as load_dataset_rows
     from .evaluation.predictor import evaluate_model as evaluate_model, predict_dataset as predict_dataset
     from .labeling.pipeline import label_images as label_images
+    from .models.configuration_few_shot import UplvpFewShotConfig as UplvpFewShotConfig
     from .models.configuration_icpc import IcpcConfig as IcpcConfig
     from .models.configuration_knet import KNetConfig as KNetConfig
     from .models.configuration_mask_rcnn import MaskRcnnConfig as MaskRcnnConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_NAMES` says the same 
     from .models.image_processing_pil_icpc import IcpcImageProcessorPil as IcpcImageProcessorPil
     from .models.image_processing_pil_uplvp import UplvpImageProcessorPil as UplvpImageProcessorPil
     from .models.image_processing_uplvp import UplvpImageProcessor as UplvpImageProcessor
+    from .models.modeling_few_shot import UplvpForFewShotSegmentation as UplvpForFewShotSegmentation
     from .models.modeling_icpc import IcpcForSemanticSegmentation as IcpcForSemanticSegmentation
     from .models.modeling_knet import KNetForInstanceSegmentation as KNetForInstanceSegmentation, KNetModel as KNetModel
     from .models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation as MaskRcnnForInstanceSegmentation
@@ -43,6 +45,8 @@ _NAMES = {
     "UplvpConfig": "models.configuration_uplvp",
     "UplvpForInstanceSegmentation": "models.modeling_uplvp",
     "UplvpForPreTraining": "models.modeling_uplvp",
+    "UplvpFewShotConfig": "models.configuration_few_shot",
+    "UplvpForFewShotSegmentation": "models.modeling_few_shot",
     "UplvpImageProcessor": "models.image_processing_uplvp",
     "UplvpImageProcessorPil": "models.image_processing_pil_uplvp",
     "UplvpInstanceSegmentationPipeline": "models.pipeline_uplvp",

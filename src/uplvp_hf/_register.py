@@ -32,10 +32,12 @@ def register_auto_classes() -> None:
     from transformers.models.auto import modeling_auto
     from transformers.utils import is_torchvision_available
 
+    from .models.configuration_few_shot import UplvpFewShotConfig
     from .models.configuration_knet import KNetConfig
     from .models.configuration_queryinst import QueryInstConfig
     from .models.configuration_uplvp import UplvpConfig
     from .models.image_processing_pil_uplvp import UplvpImageProcessorPil
+    from .models.modeling_few_shot import UplvpForFewShotSegmentation
     from .models.modeling_knet import KNetForInstanceSegmentation, KNetModel
     from .models.modeling_queryinst import QueryInstForInstanceSegmentation, QueryInstModel
     from .models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
@@ -43,11 +45,13 @@ def register_auto_classes() -> None:
     processors = {"pil": UplvpImageProcessorPil}
     bodies = [  # a UPLVP model is a segmenter of another architecture; there is no smaller body that all of them have
         (UplvpConfig, UplvpForInstanceSegmentation),
+        (UplvpFewShotConfig, UplvpForFewShotSegmentation),
         (KNetConfig, KNetModel),
         (QueryInstConfig, QueryInstModel),
     ]
     models = [
         (UplvpConfig, UplvpForInstanceSegmentation),
+        (UplvpFewShotConfig, UplvpForFewShotSegmentation),
         (KNetConfig, KNetForInstanceSegmentation),
         (QueryInstConfig, QueryInstForInstanceSegmentation),
     ]

@@ -13,6 +13,7 @@ VERBS = {
     "label": "images and class names -> pseudo labels",
     "pretrain": "pseudo labels -> pre-trained segmenter",
     "finetune": "a few labels -> fine-tuned segmenter",
+    "fewshot": "classes from a few outlined examples, without training: train, draw, add, table",
     "evaluate": "model and labeled images -> COCO mask AP",
     "compare": "runs -> learning curves, and a table of mean and deviation over seeds",
     "predict": "model and images -> COCO results and overlays",
@@ -22,7 +23,7 @@ VERBS = {
     "benchmark": "arms x seeds x segmenters: does pre-training pay with few labels?",
     "demo": "all of it on generated scenes, without data or network",
 }
-SHARED = ("label", "pretrain", "finetune", "evaluate")
+SHARED = ("label", "pretrain", "finetune", "fewshot", "evaluate")
 
 
 def _usage() -> str:
@@ -33,8 +34,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`uplvp VERB --help` shows the arguments of a verb. With --processes N, label, pretrain, finetune and",
-            "evaluate share the work among N processes, one a GPU.",
+            "`uplvp VERB --help` shows the arguments of a verb. With --processes N, label, pretrain, finetune,",
+            "fewshot train and evaluate share the work among N processes, one a GPU.",
         ]
     )
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Written here so that --help does not load the library; a test compares them with uplvp_hf.evaluation.
 BACKENDS = ("streaming", "pycocotools", "hotcoco", "fastest")
 METRICS = ("coco", "cityscapes")
+ASKS = ("open", "present", "episodes")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,6 +59,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="least score of what the page shows and rates (default: %(default)s)",
     )
     add("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
+    add("--ask", choices=ASKS, default="open", help="of a few-shot model: every class on every image (default), the "
+        "classes present on an image, or N-way episodes; see docs/few_shot.md")  # fmt: skip
+    add("--ways", type=int, default=1, metavar="N", help="classes of an episode (default: 1)")
+    add("--episodes-seed", type=int, default=0, help="of the other classes of an episode (default: 0)")
     _semantic.add_semantic_arguments(parser)
     return parser
 
@@ -77,9 +82,27 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     arguments.backend = resolve_backend(arguments.backend) if arguments.metric == "coco" else "streaming"
     dataset = load_source(arguments)
     model, processor = load_segmenter(arguments.model, arguments.device)
+    dataset, views = _asked(arguments, model, dataset)
     category_ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
     with _alone(arguments.output, processes.rank):
-        _score(arguments, processes, dataset, (model, processor), category_ids)
+        _score(arguments, processes, dataset, (model, processor), category_ids, views)
+
+
+def _asked(arguments: argparse.Namespace, model: Any, dataset: InstanceDataset) -> tuple[InstanceDataset, dict]:
+    """For a few-shot model, the rows with its classes, and options of `evaluate_model` that say what is asked where."""
+    from uplvp_hf.evaluation.few_shot import Asking, asked_rows, is_few_shot, keep_every_class
+
+    if not is_few_shot(model):
+        if arguments.ask != "open":
+            raise UserError("--ask is for few-shot models (`uplvp fewshot`), which this is not")
+        return dataset, {}
+    asking = Asking(arguments.ask, arguments.ways, arguments.episodes_seed)
+    rows, ids = asked_rows(model, dataset)
+    if asking.ask == "open":
+        return rows, {}
+    if asking.ask == "episodes" and arguments.output:
+        raise UserError("--output has no place for episodes: `uplvp fewshot table --ask episodes` writes rows of them")
+    return rows, {"views": asking.views(ids), "top_k": keep_every_class(model)}
 
 
 def _alone(output: str | None, rank: int) -> contextlib.AbstractContextManager[None]:
@@ -98,6 +121,7 @@ def _score(
     dataset: InstanceDataset,
     segmenter: tuple[Any, Any],
     category_ids: list[int],
+    views: dict[str, Any],
 ) -> None:
     from uplvp_hf.evaluation import evaluate_model
 
@@ -116,6 +140,7 @@ def _score(
         distributed=True,
         metric=arguments.metric,
         details=True,
+        **views,
     )
     if kept is not None:
         kept.gather(processes, dataset)
@@ -194,6 +219,7 @@ def _write(
         "crowds_as_objects": arguments.crowds_as_objects,
         "metric": arguments.metric,
         "backend": arguments.backend,
+        "protocol": arguments.ask,
         "mask_threshold": arguments.mask_threshold,
     }
     written = [output / "metrics.json", output / "results.json"]
@@ -214,8 +240,8 @@ def _write(
 def _words(arguments: argparse.Namespace) -> list[str]:
     """Those of the command that its numbers depend on."""
     words = [arguments.model, arguments.path]
-    usual = {"mask_threshold": MASK_THRESHOLD, "metric": "coco"}
-    for name in ("split", "images", "format", "config", "mask_threshold", "metric"):
+    usual = {"mask_threshold": MASK_THRESHOLD, "metric": "coco", "ask": "open"}
+    for name in ("split", "images", "format", "config", "mask_threshold", "metric", "ask"):
         value = getattr(arguments, name)
         if value != usual.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -43,12 +43,15 @@ def row_digest(row: Row) -> bytes:
     objects = row["objects"]
     content = [
         row["image_id"],
-        [[k, c, _plain(s)] for k, c, s in zip(objects["category_id"], objects["iscrowd"], objects["segmentation"])],
+        [
+            [k, c, plain_segmentation(s)]
+            for k, c, s in zip(objects["category_id"], objects["iscrowd"], objects["segmentation"])
+        ],
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).digest()
 
 
-def _plain(segmentation: Any) -> Any:
+def plain_segmentation(segmentation: Any) -> Any:
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
         return {"size": list(segmentation["size"]), "counts": counts if isinstance(counts, str) else list(counts)}

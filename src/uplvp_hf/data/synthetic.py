@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -46,6 +46,14 @@ _HUES = {  # degrees: center, largest jitter
     "purple": (270, 10),
     "pink": (324, 10),
 }
+# A world with more classes than a small network can learn by heart: twelve hues, plain and striped.
+_MANY_HUES = {
+    name: (30.0 * place, 8.0)
+    for place, name in enumerate(
+        ("crimson", "amber", "lemon", "lime", "jade", "mint", "cyan", "azure", "indigo", "violet", "magenta", "rose")
+    )
+}
+_NOVEL_HUES = ("lime", "azure", "rose")
 _OFF_HUES = (84.0, 297.0)  # lime and magenta, with jitter at least 7 degrees from every class: vivid clutter
 
 
@@ -74,6 +82,20 @@ _LOOKS = (
 CLASSES: tuple[str, ...] = tuple(look.name for look in _LOOKS)
 """Class names by label: "red striped star", "orange disc", ... COCO category ids are the label plus one."""
 
+_SHAPES = tuple(look.shape for look in _LOOKS)
+_MANY_LOOKS = tuple(
+    _Look(hue, striped, _SHAPES[(3 * place + 4 * striped) % len(_SHAPES)])
+    for striped in (False, True)
+    for place, hue in enumerate(_MANY_HUES)
+)
+_WORLDS = {8: _LOOKS, 24: _MANY_LOOKS}
+
+LOOKS: dict[int, tuple[str, ...]] = {count: tuple(look.name for look in looks) for count, looks in _WORLDS.items()}
+"""Class names of the world of 8 looks (`CLASSES`) and of that of 24: 12 hues, plain and striped, over 8 shapes."""
+
+NOVEL_LOOKS: tuple[str, ...] = tuple(look.name for look in _MANY_LOOKS if look.hue in _NOVEL_HUES)
+"""Six of the 24 looks, whose three hues no other look has: held out in few-shot experiments."""
+
 
 class Scene(TypedDict):
     image: Image.Image  # RGB, size x size
@@ -89,7 +111,14 @@ class ObjectCrop(TypedDict):
     caption: str  # the class name, or "background"
 
 
-def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: int = 5) -> Scene:
+def make_scene(
+    seed: int,
+    size: int = 128,
+    min_objects: int = 1,
+    max_objects: int = 5,
+    looks: int = 8,
+    classes: Sequence[str] | None = None,
+) -> Scene:
     """One image of `min_objects` to `max_objects` objects that may hide one another, with unlabeled clutter.
 
     Args:
@@ -97,15 +126,17 @@ def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: in
         size: side of the image in px, at least 48.
         min_objects, max_objects: range of the number of objects. A crowded image gets fewer than the number drawn
             from it (an object that would hide another one too much is not painted), never fewer than `min_objects`.
+        looks: 8 or 24, see `LOOKS`. classes: names of the looks that are shown; None: all.
 
     Returns:
         image (RGB), masks (N, size, size) bool of visible pixels, disjoint, in order of painting, labels (N) indices
-        into `CLASSES`, caption such as "an orange disc and two purple striped rings" (by first appearance), or
+        into `LOOKS[looks]`, caption such as "an orange disc and two purple striped rings" (by first appearance), or
         "background" without objects.
         Every instance shows at least `MIN_VISIBLE_AREA` px and `MIN_VISIBLE_FRACTION` of its full area.
 
     Raises:
-        UserError: for a size below 48, or numbers of objects that are not 0 <= min_objects <= max_objects <= 12.
+        UserError: for a size below 48, numbers of objects that are not 0 <= min_objects <= max_objects <= 12, and looks
+            or classes that there are not.
         RuntimeError: if `min_objects` objects do not fit, which takes many objects on a small image.
     """
     _check_size(size, least=48)
@@ -113,8 +144,9 @@ def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: in
         raise UserError(
             f"need 0 <= min_objects <= max_objects <= 12, got min_objects={min_objects}, max_objects={max_objects}"
         )
+    labels = _labels_of(looks, classes)
     rng = np.random.default_rng([seed, 0])
-    canvas = _Canvas(rng, size)
+    canvas = _Canvas(rng, size, looks=_WORLDS[looks])
     for _ in range(rng.integers(1, 7)):
         canvas.add_clutter()
     wanted = int(rng.integers(min_objects, max_objects + 1))
@@ -122,7 +154,8 @@ def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: in
         if len(canvas.labels) == wanted or (len(canvas.labels) >= min_objects and trial >= 4 * wanted):
             break
         radius = rng.uniform(0.085, 0.24) * size * max(0.5, 1 - trial / (10 * wanted))
-        canvas.add_object(int(rng.integers(len(CLASSES))), rng.uniform(0.08, 0.92, 2) * size, max(radius, 8.0))
+        label = labels[int(rng.integers(len(labels)))]
+        canvas.add_object(label, rng.uniform(0.08, 0.92, 2) * size, max(radius, 8.0))
     if len(canvas.labels) < min_objects:
         raise RuntimeError(
             f"seed {seed}: {min_objects} objects do not fit on {size} x {size} px; lower min_objects or raise size"
@@ -133,7 +166,7 @@ def make_scene(seed: int, size: int = 128, min_objects: int = 1, max_objects: in
         "image": canvas.render(),
         "masks": canvas.masks(),
         "labels": list(canvas.labels),
-        "caption": _scene_caption(canvas.labels),
+        "caption": _scene_caption(canvas.labels, canvas.looks),
     }
 
 
@@ -178,12 +211,20 @@ def make_object_crop(seed: int, size: int = 64) -> ObjectCrop:
     return {"image": canvas.render(), "mask": mask, "label": label, "caption": CLASSES[label]}
 
 
-def write_scenes(folder: str | os.PathLike, count: int, seed: int, size: int = 128) -> Path:
+def write_scenes(
+    folder: str | os.PathLike,
+    count: int,
+    seed: int,
+    size: int = 128,
+    looks: int = 8,
+    classes: Sequence[str] | None = None,
+) -> Path:
     """Write `count` scenes as a COCO dataset and return its folder.
 
     `folder/images/000001.png` ... and `folder/annotations/instances.json` (ids from 1, compressed RLE masks). The
     folder is a labeled dataset, `folder/images` the same images without labels. Images of different seeds differ.
-    The annotations are written last, in one step, so a folder that has them is complete.
+    The annotations are written last, in one step, so a folder that has them is complete. looks, classes: as of
+    `make_scene`; the categories are all looks, whichever are shown.
 
     Raises:
         UserError: for a count below 1, and as `make_scene`.
@@ -191,6 +232,7 @@ def write_scenes(folder: str | os.PathLike, count: int, seed: int, size: int = 1
     """
     if count < 1:
         raise UserError(f"count must be at least 1, got {count}")
+    _labels_of(looks, classes)
     folder = Path(folder)
     images_dir, target = folder / "images", folder / "annotations" / "instances.json"
     if target.exists() or (images_dir.is_dir() and any(images_dir.iterdir())):
@@ -199,22 +241,25 @@ def write_scenes(folder: str | os.PathLike, count: int, seed: int, size: int = 1
 
     def rows() -> Iterator[Row]:
         for index in range(count):
-            scene, file = make_scene(_nth_seed(seed, index), size=size), images_dir / f"{index + 1:06d}.png"
+            scene = make_scene(_nth_seed(seed, index), size=size, looks=looks, classes=classes)
+            file = images_dir / f"{index + 1:06d}.png"
             scene["image"].save(file, compress_level=3)
             category_ids = [label + 1 for label in scene["labels"]]
             objects = objects_of(encode_masks(scene["masks"]), category_ids, [False] * len(category_ids))
             sides = {"width": size, "height": size}
             yield Row(image=str(file), image_id=index + 1, file_name=file.name, **sides, objects=objects)
 
-    write_coco(RowStream(rows, [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]), target)
+    write_coco(RowStream(rows, [{"id": label + 1, "name": name} for label, name in enumerate(LOOKS[looks])]), target)
     return folder
 
 
 class _Canvas:
     """An image under construction: float RGB pixels and, for each pixel, which object is on top (0: none)."""
 
-    def __init__(self, rng: np.random.Generator, size: int, flat: bool = False) -> None:
-        self.rng, self.size = rng, size
+    def __init__(
+        self, rng: np.random.Generator, size: int, flat: bool = False, looks: tuple[_Look, ...] = _LOOKS
+    ) -> None:
+        self.rng, self.size, self.looks = rng, size, looks
         self.labels: list[int] = []
         self.full_areas: list[float] = []
         self.owner = np.zeros((size, size), np.int16)
@@ -231,7 +276,7 @@ class _Canvas:
 
     def add_object(self, label: int, center: np.ndarray, radius: float, accept=lambda mask: True) -> bool:
         """Paint an object unless it, or one under it, would then show too little. `accept` sees its visible mask."""
-        look, rng = _LOOKS[label], self.rng
+        look, rng = self.looks[label], self.rng
         aspect, angle = math.exp(rng.uniform(-0.22, 0.22)), rng.uniform(0, 2 * math.pi)
         outlines = [drawing.placed(part, center, radius, aspect, angle) for part in drawing.outlines(look.shape, rng)]
         alpha = drawing.coverage(self.size, outlines)
@@ -265,7 +310,7 @@ class _Canvas:
         owner = np.where(alpha >= 0.5, np.int16(0), self.owner)
         if front and not self._all_visible(owner, self.full_areas):
             return
-        if not front and rng.random() < 0.12:
+        if not front and rng.random() < 0.12 and self.looks is _LOOKS:  # 24 looks leave no hue for vivid clutter
             color = drawing.rgb(
                 rng.choice(_OFF_HUES) + rng.uniform(-10, 10), rng.uniform(0.4, 0.8), rng.uniform(0.4, 0.9)
             )
@@ -290,7 +335,7 @@ class _Canvas:
         self.pixels += alpha[..., None] * (texture.astype(np.float32) - self.pixels)
 
     def _object_texture(self, look: _Look, radius: float) -> np.ndarray:
-        rng, (hue, jitter) = self.rng, _HUES[look.hue]
+        rng, (hue, jitter) = self.rng, (_HUES | _MANY_HUES)[look.hue]
         hue, saturation, value = (hue + rng.uniform(-jitter, jitter), rng.uniform(0.55, 0.95), rng.uniform(0.6, 0.95))
         color = drawing.rgb(hue, saturation, value)
         shade = 1 + rng.uniform(0.05, 0.3) * (drawing.gradient(rng, self.size) - 0.5)
@@ -313,14 +358,25 @@ def _framing(rng: np.random.Generator, size: int) -> tuple[np.ndarray, float]:
     return rng.uniform(0.15, 0.85, 2) * size, rng.uniform(0.55, 0.9) * size
 
 
-def _scene_caption(labels: list[int]) -> str:
+def _labels_of(looks: int, classes: Sequence[str] | None) -> list[int]:
+    """The labels of the classes that are shown. Raises UserError for what there is not."""
+    if looks not in LOOKS:
+        raise UserError(f"looks must be one of {', '.join(map(str, LOOKS))}, got {looks}")
+    names = LOOKS[looks]
+    unknown = [name for name in classes or () if name not in names]
+    if unknown or (classes is not None and not classes):
+        raise UserError(f"no look {unknown[:1]}; there are: {', '.join(names)}")
+    return [label for label, name in enumerate(names) if classes is None or name in classes]
+
+
+def _scene_caption(labels: list[int], looks: tuple[_Look, ...]) -> str:
     if not labels:
         return BACKGROUND
     numbers = ("", "a", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
     plural = {"cross": "crosses"}
     parts = []
     for label in dict.fromkeys(labels):
-        look, times = _LOOKS[label], labels.count(label)
+        look, times = looks[label], labels.count(label)
         noun = look.shape if times == 1 else plural.get(look.shape, look.shape + "s")
         number = "an" if times == 1 and look.name[0] in "aeiou" else numbers[times]
         parts.append(f"{number} {look.name.removesuffix(look.shape)}{noun}")

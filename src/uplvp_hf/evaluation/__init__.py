@@ -4,17 +4,8 @@ from . import _namesake  # noqa: F401 (must come before the import of `evaluate`
 from .backends import BACKENDS, make_evaluator
 from .cityscapes_ap import CityscapesAP
 from .coco_map import CocoMaskMap
-from .predictor import (
-    METRICS,
-    as_prediction,
-    as_reference,
-    evaluate_model,
-    evaluated_classes,
-    load_segmenter,
-    match_category_ids,
-    predict_dataset,
-    to_coco_results,
-)
+from .entries import as_prediction, as_reference, to_coco_results
+from .predictor import METRICS, evaluate_model, evaluated_classes, load_segmenter, match_category_ids, predict_dataset
 
 __all__ = [
     "BACKENDS",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from uplvp_hf.data import DataError, InstanceDataset, Row, segmentation_to_rle
+from uplvp_hf.data import DataError, InstanceDataset, Row
 from uplvp_hf.files import check_model_name
 from uplvp_hf.models.class_names import match_names
 
 from ..models.thresholds import MASK_THRESHOLD
 from .backends import make_evaluator
 from .coco_map import NAMES, CocoMaskMap
+from .entries import as_prediction, as_reference
 from .failing import failure_of, together_or_alone
 from .processes import gather, gather_errors, place
 from .records import ImageRecords
@@ -43,10 +44,12 @@ def load_segmenter(
     """
     from uplvp_hf.models.configuration_uplvp import UplvpConfig
     from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
+    from uplvp_hf.models.modeling_few_shot import UplvpForFewShotSegmentation
     from uplvp_hf.models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
     from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
-    models = {"uplvp": UplvpForInstanceSegmentation, "mask_rcnn": MaskRcnnForInstanceSegmentation, **(further or {})}
+    models = {"uplvp": UplvpForInstanceSegmentation, "uplvp_few_shot": UplvpForFewShotSegmentation}
+    models |= {"mask_rcnn": MaskRcnnForInstanceSegmentation, **(further or {})}
     if os.path.isdir(name_or_dir):
         for needed in ("config.json", "preprocessor_config.json"):
             if not os.path.isfile(os.path.join(name_or_dir, needed)):
@@ -281,11 +284,14 @@ def evaluate_model(
     distributed: bool = False,
     metric: str = "coco",
     details: bool = False,
+    top_k: int = 100,
+    views: Callable[[Row, dict[str, Any]], Iterable[tuple[Row, dict[str, Any]]]] | None = None,
+    pairs: Iterable[tuple[Row, dict[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Mask AP of a model on a labeled dataset.
 
     Args:
-        model, processor, dataset, batch_size, progress, device, mask_threshold: as for `predict_dataset`.
+        model, processor, dataset, batch_size, progress, device, mask_threshold, top_k: as for `predict_dataset`.
         class_agnostic: compare masks only, as for proposals; the classes need not agree then.
         on_result: called with every (row, result), for example to keep them; with `distributed`, with the own ones.
         backend, metric: see `make_evaluator`. Cityscapes also reads the optional `void` of a row, COCO segmentations
@@ -293,6 +299,8 @@ def evaluate_model(
         distributed: every process of the torch.distributed group calls this with the whole model (not a sharded one),
             predicts a share of the images, and returns the numbers that one process would.
         details: add `details`, see `CocoMaskMap`; its `classes` is a list with `id` and `name`, one a category.
+        views: what is compared in place of a row and its result: such pairs, each an image of its own.
+        pairs: of `predict_dataset`, where they are known; nothing is predicted then.
 
     Returns the 12 COCO numbers (0 to 1, None where nothing counts), or AP and AP50 of Cityscapes, `per_class` {name: AP
     or None}, `num_images`, `num_instances` (annotations), `seconds`, and `failures`, the images that could not be
@@ -305,15 +313,17 @@ def evaluate_model(
     started = time.perf_counter()
     rank, processes = share = place() if distributed else (0, 1)
     options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
-    pairs = predict_dataset(model, processor, dataset, batch_size, failures=failures, **options)
+    if pairs is None:
+        pairs = predict_dataset(model, processor, dataset, batch_size, top_k=top_k, failures=failures, **options)
     counts = {"num_instances": 0, "void": 0}
     with gather_errors(processes):
         for row, result in pairs:
-            evaluator.add(prediction=as_prediction(row, result, category_ids), reference=as_reference(row))
-            counts["num_instances"] += len(row["objects"]["category_id"])
+            for seen, found in [(row, result)] if views is None else views(row, result):
+                evaluator.add(prediction=as_prediction(seen, found, category_ids), reference=as_reference(seen))
+                counts["num_instances"] += len(seen["objects"]["category_id"])
+                if on_result is not None:
+                    on_result(seen, found)
             counts["void"] += "void" in row
-            if on_result is not None:
-                on_result(row, result)
     failures, counts = _collect(evaluator, failures, counts, rank)
     if len(failures) == len(dataset):
         raise DataError(f"none of the {len(dataset)} images can be decoded; the first: {failures[0]['reason']}")
@@ -353,47 +363,3 @@ def _named(metrics: dict[str, Any], categories: list[dict[str, Any]]) -> dict[st
             for category in categories
         ]
     return metrics
-
-
-def as_prediction(row: Row, result: dict[str, Any], category_ids: list[int]) -> dict[str, Any]:
-    """One image's result as evaluators take it, with the category id of every class index as label."""
-    return {
-        "image_id": row["image_id"],
-        "scores": result["scores"].tolist(),
-        "labels": [category_ids[label] for label in result["labels"].tolist()],
-        "rle": result["rle"],
-    }
-
-
-def as_reference(row: Row) -> dict[str, Any]:
-    """The annotations of one image as evaluators take them. Raises DataError for a malformed segmentation."""
-    objects, size = row["objects"], (row["height"], row["width"])
-    return {
-        "image_id": row["image_id"],
-        "category_id": objects["category_id"],
-        "segmentation": [segmentation_to_rle(segmentation, *size) for segmentation in objects["segmentation"]],
-        "iscrowd": objects["iscrowd"],
-        "area": objects["area"],
-        "void": [segmentation_to_rle(segmentation, *size) for segmentation in row.get("void", [])],
-    }
-
-
-def to_coco_results(row: Row, result: dict[str, Any], category_ids: list[int]) -> list[dict[str, Any]]:
-    """One image's result as entries of a COCO results file, best first.
-
-    Args:
-        row: the image.
-        result: as `predict_dataset` yields it.
-        category_ids: original category id of every class index.
-    """
-    boxes = result["boxes"].tolist()
-    return [
-        {
-            "image_id": row["image_id"],
-            "category_id": int(category_ids[label]),
-            "segmentation": rle,
-            "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
-            "score": score,
-        }
-        for score, label, box, rle in zip(result["scores"].tolist(), result["labels"].tolist(), boxes, result["rle"])
-    ]

@@ -21,8 +21,7 @@ SEGMENTERS = {
     "queryinst": QueryInstForInstanceSegmentation,
 }
 
-# Settings of the method, and what `from_pretrained` needs to find a configuration.
-_SETTINGS = frozenset(UplvpConfig.__dataclass_fields__) - frozenset(PreTrainedConfig.__dataclass_fields__)
+# What `from_pretrained` needs to find a configuration.
 _WHERE = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download", "proxies")
 
 
@@ -49,7 +48,8 @@ class UplvpPreTrainedModel(InstanceSegmenter, SavesItsCode, PreTrainedModel):
             # Orthogonal rows: cosines of projected prompts stay close to those of the features (equal where the
             # queries have no fewer channels), so cosine matching means something from the first step.
             init.orthogonal_(module.weight)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, (PromptFusion, TextHead, TextHeads, KernelSupervision, RunningMean)):
             module.init_weights()
 
@@ -66,7 +66,7 @@ class UplvpPreTrainedModel(InstanceSegmenter, SavesItsCode, PreTrainedModel):
             raise UserError(
                 f"{name_or_dir} holds a `{config.model_type}` model; UPLVP works on: {', '.join(SEGMENTERS)}."
             )
-        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
+        settings = cls._take_settings(kwargs)
         segmenter = SEGMENTERS[config.model_type].from_pretrained(name_or_dir, **kwargs)
         parts = [module.config for module in segmenter.modules() if isinstance(module, PreTrainedModel)]
         attention = [(part, part._attn_implementation) for part in parts]
@@ -80,14 +80,21 @@ class UplvpPreTrainedModel(InstanceSegmenter, SavesItsCode, PreTrainedModel):
         return model
 
     @classmethod
+    def _take_settings(cls, kwargs: dict) -> dict:
+        """Takes the settings of the method out of keyword arguments."""
+        own = frozenset(cls.config_class.__dataclass_fields__) - frozenset(PreTrainedConfig.__dataclass_fields__)
+        return {key: kwargs.pop(key) for key in list(kwargs) if key in own}
+
+    @classmethod
     def _source(cls, name_or_dir: str, kwargs: dict) -> tuple["UplvpPreTrainedModel", dict]:
         """A checkpoint of either model, or of a segmenter as transformers has it, and settings of `UplvpConfig`."""
-        settings = {key: kwargs.pop(key) for key in list(kwargs) if key in _SETTINGS}
+        settings = cls._take_settings(kwargs)
         kwargs.setdefault("use_safetensors", True)  # pickles can run code
         found, _ = UplvpConfig.get_config_dict(name_or_dir, **_where(kwargs))
-        if found.get("model_type") != UplvpConfig.model_type:
+        kinds = {kind.config_class.model_type: kind.config_class for kind in UplvpPreTrainedModel.__subclasses__()}
+        if found.get("model_type") not in kinds:
             return cls.from_segmenter_pretrained(name_or_dir, **kwargs), settings
-        config = UplvpConfig.from_pretrained(name_or_dir, **_where(kwargs))
+        config = kinds[found["model_type"]].from_pretrained(name_or_dir, **_where(kwargs))
         return cls._source_class(config).from_pretrained(name_or_dir, config=config, **kwargs), settings
 
     @classmethod

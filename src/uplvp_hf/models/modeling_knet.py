@@ -122,6 +122,17 @@ class KNetForInstanceSegmentation(QuerySegmenter, KNetPreTrainedModel):
         return tuple(f"{head}.classifier.{kind}" for head in heads for kind in ("weight", "bias"))
 
     @property
+    def fine_channels(self) -> int:
+        return self.config.hidden_size
+
+    def fine_map(self, features: KNetFeatures) -> Tensor:
+        return features.maps
+
+    @property
+    def encoder(self) -> list[nn.Module]:
+        return [self.backbone, self.model.pyramid, self.model.semantic_pyramid, self.model.kernel_head]
+
+    @property
     def loss_function(self) -> KNetLoss:
         return KNetLoss(**{name: getattr(self.config, name) for name in KNetLoss.__dataclass_fields__})
 

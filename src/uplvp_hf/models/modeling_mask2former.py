@@ -91,6 +91,17 @@ class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
         return self.config.hidden_dim
 
     @property
+    def fine_channels(self) -> int:
+        return self.config.feature_size
+
+    def fine_map(self, features: SegmenterFeatures) -> Tensor:
+        return features.levels[-1]
+
+    @property
+    def encoder(self) -> list[nn.Module]:
+        return [self.model.pixel_level_module]
+
+    @property
     def num_stages(self) -> int:
         """Outputs of `decode`."""
         return self.config.decoder_layers

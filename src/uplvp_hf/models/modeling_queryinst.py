@@ -175,6 +175,17 @@ class QueryInstForInstanceSegmentation(QuerySegmenter, QueryInstPreTrainedModel)
         self.post_init()
 
     @property
+    def fine_channels(self) -> int:
+        return self.config.hidden_size
+
+    def fine_map(self, features: QueryInstFeatures) -> Tensor:
+        return features.maps[1]
+
+    @property
+    def encoder(self) -> list[nn.Module]:
+        return [self.backbone, self.model.neck]
+
+    @property
     def loss_function(self) -> QueryInstLoss:
         return QueryInstLoss(**{name: getattr(self.config, name) for name in QueryInstLoss.__dataclass_fields__})
 

@@ -209,6 +209,20 @@ class QuerySegmenter(QueryNetwork):
         return self.query_channels
 
     @property
+    def fine_channels(self) -> int:
+        """Channels of `fine_map`."""
+        return self.prompt_channels
+
+    def fine_map(self, features: Any) -> Tensor:
+        """The map that small objects are pooled from, (B, C, H/8, W/8) where the segmenter has one of that stride."""
+        return features.prompt_map
+
+    @property
+    def encoder(self) -> list[nn.Module]:
+        """The modules that the features come from: what stays as it is where only the queries are to learn."""
+        return [self.backbone]
+
+    @property
     def num_stages(self) -> int:
         """Outputs of `decode`."""
         return self.config.num_stages

@@ -9,6 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# The stock pipeline asks for AutoModelForImageSegmentation only; the others are what users look for.
+_AUTO_MODELS = (
+    "AutoModelForImageSegmentation",
+    "AutoModelForInstanceSegmentation",
+    "AutoModelForUniversalSegmentation",
+)
 # Per `model_type`: the file after `configuration_` and `modeling_`, the prefix of the classes, and what further auto
 # classes find in the folder.
 OWN_MODELS = {
@@ -17,18 +23,17 @@ OWN_MODELS = {
         "Uplvp",
         {"AutoModel": "UplvpForInstanceSegmentation", "AutoModelForPreTraining": "UplvpForPreTraining"},
     ),
+    "uplvp_few_shot": (
+        "few_shot",
+        "UplvpFewShot",
+        dict.fromkeys(("AutoModel", *_AUTO_MODELS), "UplvpForFewShotSegmentation"),
+    ),
     "knet": ("knet", "KNet", {"AutoModel": "KNetModel"}),
     "queryinst": ("queryinst", "QueryInst", {"AutoModel": "QueryInstModel"}),
     "mask_rcnn": ("mask_rcnn", "MaskRcnn", {"AutoModel": "MaskRcnnForInstanceSegmentation"}),
     "icpc": ("icpc", "Icpc", {"AutoModelForSemanticSegmentation": "IcpcForSemanticSegmentation"}),
 }
 SEMANTIC = ("icpc",)
-# The stock pipeline asks for AutoModelForImageSegmentation only; the others are what users look for.
-_AUTO_MODELS = (
-    "AutoModelForImageSegmentation",
-    "AutoModelForInstanceSegmentation",
-    "AutoModelForUniversalSegmentation",
-)
 
 
 def _image_processors(semantic: bool) -> dict[str, str]:

@@ -57,8 +57,10 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
         raise UserError(f"class_head must be one of {', '.join(CLASS_HEADS)}, got `{class_head}`.")
     report = TransferReport(spread=class_head == "spread")
     old, new = source.state_dict(), target.state_dict()
-    rows = class_rows(source.config.id2label, target.config.id2label)
-    same_classes = source.config.id2label == target.config.id2label
+    # Of the segmenters: a few-shot model has classes of its own besides, which no tensor has rows for.
+    known, wanted = source.segmenter.config.id2label, target.segmenter.config.id2label
+    rows = class_rows(known, wanted)
+    same_classes = known == wanted
     prefix = "" if target.segmenter is target else "segmenter."
     class_sized = {f"{prefix}{name}" for name in target.segmenter.class_sized}
     copy_rows = _copy_rows_after_background if getattr(target.segmenter, "background_first", False) else _copy_rows
@@ -66,7 +68,7 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
         if name not in old:
             report.reinitialized.append(name)
         elif name in class_sized and (report.spread or (class_head == "remap" and (rows or same_classes))):
-            copy_rows(old[name], tensor, rows, len(source.config.id2label), len(target.config.id2label), report.spread)
+            copy_rows(old[name], tensor, rows, len(known), len(wanted), report.spread)
             report.remapped.append(name)
         elif name not in class_sized and old[name].shape == tensor.shape:
             tensor.copy_(old[name])
@@ -75,8 +77,8 @@ def transfer_weights(source: nn.Module, target: nn.Module, class_head: str = "re
             report.reinitialized.append(name)
     report.ignored = [name for name in old if name not in new]
     copied = rows if report.remapped else {}
-    report.classes = [name for row, name in target.config.id2label.items() if row in copied]
-    report.new_classes = [name for row, name in target.config.id2label.items() if row not in copied]
+    report.classes = [name for row, name in wanted.items() if row in copied]
+    report.new_classes = [name for row, name in wanted.items() if row not in copied]
     return report
 
 

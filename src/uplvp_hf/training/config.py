@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.errors import UserError
 from ..settings import ConfigError, Settings, build_settings, merge_words, setting
+from .few_shot_settings import FewShotSettings
 from .recipes_file import merge_settings, read_recipe
 from .teacher_settings import TeacherSettings, check_teacher
 
@@ -250,7 +251,11 @@ class CheckpointSettings(Settings):
 class TrainSettings(Settings):
     """A whole run."""
 
-    stage: str = setting("finetune", "pretrain has prompts and kernel supervision", choices=("pretrain", "finetune"))
+    stage: str = setting(
+        "finetune",
+        "pretrain has prompts and kernel supervision, fewshot episodes of base classes",
+        choices=("pretrain", "finetune", "fewshot"),
+    )
     output: str = setting("runs/train", "folder for checkpoints and the model")
     seed: int = setting(0, "of everything random", least=0)
     mixed_precision: str = setting("no", "fp16 on CUDA only", choices=("no", "bf16", "fp16"))
@@ -270,6 +275,7 @@ class TrainSettings(Settings):
     model: ModelSettings = field(default_factory=ModelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    fewshot: FewShotSettings = field(default_factory=FewShotSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
 
@@ -344,6 +350,7 @@ __all__ = [
     "ConfigError",
     "DataSettings",
     "EvaluationSettings",
+    "FewShotSettings",
     "ModelSettings",
     "OptimSettings",
     "TeacherSettings",

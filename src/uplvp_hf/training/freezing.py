@@ -60,12 +60,14 @@ def freeze_stages(backbone: nn.Module, stages: int, size: int) -> list[str]:
 
 
 def training_mode(model: nn.Module, freeze_norm: bool) -> None:
-    """Train mode; frozen parts of the backbone, and with `freeze_norm` all its batch norms, stay in evaluation mode."""
+    """Train mode; frozen parts, and with `freeze_norm` all batch norms of the backbone, stay in evaluation mode."""
     model.train()
-    for module in model.segmenter.backbone.modules():
+    for module in model.segmenter.modules():
         parameters = list(module.parameters())
-        frozen = parameters and not any(parameter.requires_grad for parameter in parameters)
-        if frozen or (freeze_norm and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+    for module in model.segmenter.backbone.modules() if freeze_norm else ():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
 
 

@@ -378,9 +378,9 @@ class _Run:
         if self.accelerator.is_main_process:
             model.eval()
             with writing(self.output / "model.safetensors"):
+                self.task.save(model, self.output)
                 model.save_pretrained(self.output)
                 self.processor.save_pretrained(self.output)
-                self.task.save(model, self.output)
                 usual_rights(self.output)
             write_json(
                 self.output / "training_summary.json",

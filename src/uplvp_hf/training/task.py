@@ -78,7 +78,7 @@ class InstanceTask:
         )  # fmt: skip
 
     def save(self, model: Any, folder: Any) -> None:
-        """Writes what belongs beside model and processor."""
+        """Writes what belongs beside model and processor, before these are written."""
 
 
 def evaluates_agnostic(settings: TrainSettings) -> bool:
@@ -87,6 +87,10 @@ def evaluates_agnostic(settings: TrainSettings) -> bool:
 
 def task_of(settings: TrainSettings) -> InstanceTask:
     """The task of the model that a run trains."""
+    if settings.stage == "fewshot":
+        from .few_shot_task import FewShotTask
+
+        return FewShotTask()
     from .semantic_task import SemanticTask, is_semantic
 
     return SemanticTask() if is_semantic(settings.model) else InstanceTask()
