@@ -125,7 +125,7 @@ def _pretrain_jobs(
         described["model.backbone_weights"] = Path(described["model.backbone_weights"]).name
     digest = hashlib.sha256(json.dumps([recipes.pretrain, arm.labels, described], sort_keys=True).encode()).hexdigest()
     folder = f"pretrain/{segmenter}_{arm.labels}_{digest[:8]}_seed{seed}".replace(" ", "_")
-    settings = _settings(recipes.pretrain, values, output / folder)
+    settings = training_settings(recipes.pretrain, values, output / folder)
     return [*jobs, Job("pretrain", folder, needs, settings, label_set=arm.labels)]
 
 
@@ -156,29 +156,30 @@ def _finetune_settings(
     values |= {"data.split_seed": seed, "seed": seed, "stage": "finetune"}
     if arm.unlabeled:
         values |= {f"data.{_UNLABELED_KEYS[key]}": value for key, value in sources.unlabeled.items()}
-    optim = _settings(recipes.finetune, values, folder).optim
+    optim = training_settings(recipes.finetune, values, folder).optim
     if optim.epochs is not None:
         if arm.equal_total:
             raise ConfigError(f"`equal_total` counts steps, but {recipes.finetune} sets `optim.epochs`.")
         epochs = optim.epochs * (arm.steps or 1)
         values |= {"optim.epochs": epochs}
         values |= {"evaluation.every_epochs": epochs * min(benchmark.curve)} if benchmark.curve else {}
-        return _settings(recipes.finetune, values, folder)
+        return training_settings(recipes.finetune, values, folder)
     steps = optim.steps + (_usual_pretrain_steps(benchmark, segmenter) if arm.equal_total else 0)
     steps = max(1, round(steps * (arm.steps or 1)))
     values |= {"optim.steps": steps, "evaluation.at": sorted({max(1, round(steps * part)) for part in benchmark.curve})}
-    return _settings(recipes.finetune, values, folder)
+    return training_settings(recipes.finetune, values, folder)
 
 
 def _usual_pretrain_steps(benchmark: Benchmark, segmenter: str) -> int:
     recipes = benchmark.segmenters[segmenter]
     values = {**benchmark.settings, **recipes.settings, **benchmark.pretrain, "stage": "pretrain"}
-    optim = _settings(recipes.pretrain, values, Path("unused")).optim
+    optim = training_settings(recipes.pretrain, values, Path("unused")).optim
     if optim.epochs is not None:
         raise ConfigError(f"`equal_total` counts steps, but {recipes.pretrain} sets `optim.epochs`.")
     return optim.steps
 
 
-def _settings(recipe: str, values: Mapping[str, Any], output: Path) -> TrainSettings:
+def training_settings(recipe: str, values: Mapping[str, Any], output: Path) -> TrainSettings:
+    """Settings of a training from a recipe and `section.key: value`, which goes before it."""
     words = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
     return load_settings(recipe, words, output=str(output))

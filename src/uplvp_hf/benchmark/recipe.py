@@ -184,27 +184,16 @@ def load_benchmark(
     variables: Mapping[str, str] | None = None,
     arms: Sequence[str] | None = None,
     segmenters: Sequence[str] | None = None,
-) -> Benchmark:
+    kind: type = Benchmark,
+) -> Any:
     """A benchmark from a YAML file, or the name of one that ships with the package, and `section.key=value` words
     (`pretrain.optim.steps=50` for a setting of training).
 
-    arms, segmenters: some of the recipe's only.
+    arms, segmenters: some of the recipe's only. kind: the dataclass of the recipe.
 
     Raises ConfigError for a missing file, an unknown key, a wrong value, and a variable without a value.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        shipped = Path(str(resources.files("uplvp_hf.benchmark") / "recipes"))
-        known = sorted(file.stem for file in shipped.glob("*.yaml"))
-        if recipe not in known:
-            raise ConfigError(f"No benchmark recipe `{recipe}`. Shipped: {', '.join(known)}.")
-        path = shipped / f"{recipe}.yaml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold settings as `key: value`.")
+    path, content = read_benchmark(recipe)
     known = dict(content.get("variables") or {})
     for name, value in (variables or {}).items():
         if name not in known:
@@ -223,7 +212,25 @@ def load_benchmark(
             raise ConfigError(f"{path} has no {table} {further}; it has: {', '.join(content.get(table) or ())}.")
         if chosen:
             content[table] = {name: content[table][name] for name in content[table] if name in chosen}
-    return build_settings(Benchmark, content)
+    return build_settings(kind, content)
+
+
+def read_benchmark(recipe: str) -> tuple[Path, dict[str, Any]]:
+    """The file of a recipe, by its path or as the name of a shipped one, and what it holds. Raises ConfigError."""
+    path = Path(recipe)
+    if not path.is_file():
+        shipped = Path(str(resources.files("uplvp_hf.benchmark") / "recipes"))
+        known = sorted(file.stem for file in shipped.glob("*.yaml"))
+        if recipe not in known:
+            raise ConfigError(f"No benchmark recipe `{recipe}`. Shipped: {', '.join(known)}.")
+        path = shipped / f"{recipe}.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} must hold settings as `key: value`.")
+    return path, content
 
 
 def _of_training(content: dict[str, Any], word: str) -> bool:

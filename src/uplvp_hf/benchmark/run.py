@@ -45,7 +45,7 @@ def run_benchmark(benchmark: Benchmark, output: str, workers: int = 1, progress:
     """
     folder = Path(output)
     claim(benchmark, folder)
-    with _lock(folder / "locks" / "data", wait=True):
+    with job_lock(folder / "locks" / "data", wait=True):
         sources = prepare_sources(benchmark, folder)
     jobs = make_plan(benchmark, folder, sources)
     for job in jobs:
@@ -212,7 +212,7 @@ def _may_become_ready(folder: Path, jobs: Sequence[Job], job: Job) -> bool:
 
 def _try(benchmark: Benchmark, folder: Path, job: Job, progress: bool) -> bool:
     """Does a job unless another process is at it; whether it was done, or failed, here."""
-    with _lock(folder / "locks" / job.folder.replace("/", "__")) as free:
+    with job_lock(folder / "locks" / job.folder.replace("/", "__")) as free:
         if not free or is_done(folder, job) or has_failed(folder, job):
             return False
         logger.info("%s ...", job.folder)
@@ -231,7 +231,7 @@ def do_job(benchmark: Benchmark, folder: Path, job: Job, progress: bool = False)
 
 
 @contextmanager
-def _lock(path: Path, wait: bool = False) -> Iterator[bool]:
+def job_lock(path: Path, wait: bool = False) -> Iterator[bool]:
     """Whether the lock was free. It is given up with the process that holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as stream:

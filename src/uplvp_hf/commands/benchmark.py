@@ -12,9 +12,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..models.errors import UserError
 from ._terminal import AGAIN, add_verbosity, verb
+
+if TYPE_CHECKING:
+    from ..benchmark.few_shot import FewShotBenchmark
+    from ..benchmark.recipe import Benchmark
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -57,14 +62,26 @@ def _benchmark(arguments: argparse.Namespace) -> None:
     if arguments.workers < 1:
         raise UserError("--workers must be at least 1")
     benchmark = _load(arguments)
+    if getattr(benchmark, "kind", None) == "fewshot":
+        return _few_shot(benchmark, output, arguments)
     if arguments.plan:
         print(show_plan(benchmark, output))
     else:
         print(run_benchmark(benchmark, output, arguments.workers, not arguments.quiet))
 
 
-def _load(arguments: argparse.Namespace):
-    from uplvp_hf.benchmark.recipe import load_benchmark
+def _few_shot(benchmark: FewShotBenchmark, output: Path, arguments: argparse.Namespace) -> None:
+    from uplvp_hf.benchmark.few_shot import few_shot_jobs, run_few_shot_benchmark
+
+    if arguments.plan:
+        print("\n".join(job.folder for job in few_shot_jobs(benchmark, output)))
+    else:
+        print(run_few_shot_benchmark(benchmark, str(output), not arguments.quiet))
+
+
+def _load(arguments: argparse.Namespace) -> Benchmark | FewShotBenchmark:
+    from uplvp_hf.benchmark.few_shot import FewShotBenchmark
+    from uplvp_hf.benchmark.recipe import Benchmark, load_benchmark, read_benchmark
 
     variables = {}
     for word in arguments.var:
@@ -78,7 +95,9 @@ def _load(arguments: argparse.Namespace):
     words += [f"data.unlabeled={arguments.unlabeled}"] if arguments.unlabeled else []
     words += [f"labels_per_class={arguments.labels_per_class}"] if arguments.labels_per_class else []
     words += [f"seeds={arguments.seeds}"] if arguments.seeds else []
-    return load_benchmark(arguments.recipe or "photos_cpu", words, variables, arguments.arms, arguments.segmenters)
+    recipe = arguments.recipe or "photos_cpu"
+    kind = FewShotBenchmark if read_benchmark(recipe)[1].get("kind") == "fewshot" else Benchmark
+    return load_benchmark(recipe, words, variables, arguments.arms, arguments.segmenters, kind)
 
 
 main = verb("benchmark", make_parser, _benchmark, AGAIN)

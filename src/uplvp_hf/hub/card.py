@@ -16,6 +16,7 @@ from ..models.thresholds import SCORE_THRESHOLD
 from .run_record import base_model, earlier_stages, plain, public, read_json, settings_yaml, training_rows
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.j2"
+FEW_SHOT = "uplvp_few_shot"
 SEMANTIC_HEADLINE = ("mIoU", "mAcc", "aAcc")
 HEADLINE = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
 
@@ -58,10 +59,10 @@ def build_card(
         template_path=str(TEMPLATE),
         title=repo_id.split("/")[-1],
         repo_id=repo_id,
-        kind=f"{_kind(semantic, pretrained_only)} ({architecture})",
+        kind=f"{_kind(config, pretrained_only)} ({architecture})",
         num_classes=len(names),
         classes=", ".join(map(plain, names)),
-        facts=_facts(architecture, segmenter, processor),
+        facts=[*_facts(architecture, segmenter, processor), *_support_facts(config)],
         pretrained_only=pretrained_only,
         remote_code=remote_code,
         native=config.get("model_type") not in OWN_MODELS,
@@ -80,14 +81,31 @@ def build_card(
 
 
 def _class_names(config: dict[str, Any]) -> list[str]:
-    labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out
+    default = {} if config.get("model_type") == FEW_SHOT else {"0": "LABEL_0", "1": "LABEL_1"}
+    labels = config.get("id2label") or default  # transformers leaves its default out
     return [name for _, name in sorted((int(key), name) for key, name in labels.items())]
 
 
-def _kind(semantic: bool, pretrained_only: bool) -> str:
+def _kind(config: dict[str, Any], pretrained_only: bool) -> str:
     if pretrained_only:
         return "A pre-training checkpoint"
-    return "A semantic segmenter" if semantic else "An instance segmenter"
+    kinds = dict.fromkeys(SEMANTIC, "A semantic segmenter") | {FEW_SHOT: "A few-shot instance segmenter"}
+    return kinds.get(config.get("model_type", ""), "An instance segmenter")
+
+
+def _support_facts(config: dict[str, Any]) -> list[tuple[str, str]]:
+    """Of a few-shot model: what its classes are given by."""
+    if config.get("model_type") != FEW_SHOT:
+        return []
+    counts = zip(_class_names(config), config.get("support_counts") or [])
+    how = {
+        "prompt": "the classes' prompts go into all queries",
+        "prototype": "similarity names the masks of any object",
+    }
+    return [
+        ("Supports", ", ".join(f"{plain(name)} ({count})" for name, count in counts) or "none yet"),
+        ("Conditioning", f"{config['conditioning']}: {how[config['conditioning']]}"),
+    ]
 
 
 def _metadata(
