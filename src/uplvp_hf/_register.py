@@ -17,9 +17,13 @@ _registered: set[str] = set()
 
 def register_auto_classes() -> None:
     """Makes `AutoConfig`, `AutoModel...`, `AutoImageProcessor` and `pipeline("image-segmentation")` know our models."""
-    if "auto" in _registered:
-        return
-    _registered.add("auto")
+    if "auto" not in _registered:
+        _registered.add("auto")
+        _register_instances()
+        _register_semantic()
+
+
+def _register_instances() -> None:
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
@@ -32,12 +36,10 @@ def register_auto_classes() -> None:
     from transformers.models.auto import modeling_auto
     from transformers.utils import is_torchvision_available
 
-    from .models.configuration_few_shot import UplvpFewShotConfig
     from .models.configuration_knet import KNetConfig
     from .models.configuration_queryinst import QueryInstConfig
     from .models.configuration_uplvp import UplvpConfig
     from .models.image_processing_pil_uplvp import UplvpImageProcessorPil
-    from .models.modeling_few_shot import UplvpForFewShotSegmentation
     from .models.modeling_knet import KNetForInstanceSegmentation, KNetModel
     from .models.modeling_queryinst import QueryInstForInstanceSegmentation, QueryInstModel
     from .models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
@@ -45,13 +47,13 @@ def register_auto_classes() -> None:
     processors = {"pil": UplvpImageProcessorPil}
     bodies = [  # a UPLVP model is a segmenter of another architecture; there is no smaller body that all of them have
         (UplvpConfig, UplvpForInstanceSegmentation),
-        (UplvpFewShotConfig, UplvpForFewShotSegmentation),
+        _few_shot(),
         (KNetConfig, KNetModel),
         (QueryInstConfig, QueryInstModel),
     ]
     models = [
         (UplvpConfig, UplvpForInstanceSegmentation),
-        (UplvpFewShotConfig, UplvpForFewShotSegmentation),
+        _few_shot(),
         (KNetConfig, KNetForInstanceSegmentation),
         (QueryInstConfig, QueryInstForInstanceSegmentation),
     ]
@@ -78,7 +80,13 @@ def register_auto_classes() -> None:
         # Without this entry the pipeline works but logs that the model is not supported.
         modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES[config.model_type] = model.__name__
         AutoImageProcessor.register(config, image_processor_classes=dict(processors))
-    _register_semantic()
+
+
+def _few_shot() -> tuple[type, type]:
+    from .models.configuration_few_shot import UplvpFewShotConfig
+    from .models.modeling_few_shot import UplvpForFewShotSegmentation
+
+    return UplvpFewShotConfig, UplvpForFewShotSegmentation
 
 
 def _register_semantic() -> None:

@@ -9,7 +9,7 @@ episodes   for every class of an image, that class and `ways` - 1 others drawn b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..data.supports import Entry, SupportSet, instances_of, keep_classes
 from ..models.errors import UserError
 from ..models.supports import class_vectors, fit_similarity
 from ..models.thresholds import MASK_THRESHOLD
-from .predictor import evaluate_model, load_segmenter, predict_dataset
+from .predictor import Pairs, evaluate_model, load_segmenter, predict_dataset
 
 ASKS = ("open", "present", "episodes")
 
@@ -125,7 +125,6 @@ def fit_scores(model: Any, processor: Any, dataset: InstanceDataset, seed: int =
     model.config.similarity_midpoint, model.config.similarity_temperature = midpoint, temperature
 
 
-Pairs = Iterable[tuple[Row, dict[str, Any]]]
 Views = Callable[[Row, dict[str, Any]], Pairs]
 
 
@@ -228,11 +227,14 @@ def evaluate_few_shot(
     shared: dict[str, Any] = {"progress": progress, "mask_threshold": mask_threshold, "batch_size": batch_size}
     shots, found, pairs = max(model.config.support_counts), [], None
     limit, most = model.config.max_masks, keep_every_class(model)
+    failures: list[dict[str, Any]] = []
     try:
         if len(askings) > 1:
-            pairs = list(predict_dataset(model, processor, rows, top_k=most, **shared))
+            pairs = list(predict_dataset(model, processor, rows, top_k=most, failures=failures, **shared))
         for asking, view in zip(askings, views, strict=True):
             metrics = evaluate_model(model, processor, rows, views=view, pairs=pairs, top_k=most, **shared, **options)
+            metrics["failures"] += failures
+            metrics["num_images"] -= len(failures)
             found.append({**metrics, "protocol": asking.ask, "ways": asking.ways, "shots": shots})
     finally:
         model.config.max_masks = limit

@@ -26,6 +26,7 @@ from .processes import gather, gather_errors, place
 from .records import ImageRecords
 
 METRICS = NAMES
+Pairs = Iterable[tuple[Row, dict[str, Any]]]
 
 
 def load_segmenter(
@@ -285,15 +286,15 @@ def evaluate_model(
     metric: str = "coco",
     details: bool = False,
     top_k: int = 100,
-    views: Callable[[Row, dict[str, Any]], Iterable[tuple[Row, dict[str, Any]]]] | None = None,
-    pairs: Iterable[tuple[Row, dict[str, Any]]] | None = None,
+    views: Callable[[Row, dict[str, Any]], Pairs] | None = None,
+    pairs: Pairs | None = None,
 ) -> dict[str, Any]:
     """Mask AP of a model on a labeled dataset.
 
     Args:
         model, processor, dataset, batch_size, progress, device, mask_threshold, top_k: as for `predict_dataset`.
         class_agnostic: compare masks only, as for proposals; the classes need not agree then.
-        on_result: called with every (row, result), for example to keep them; with `distributed`, with the own ones.
+        on_result: called with every (row, result) that is compared; with `distributed`, with the own ones.
         backend, metric: see `make_evaluator`. Cityscapes also reads the optional `void` of a row, COCO segmentations
             of regions that are not judged.
         distributed: every process of the torch.distributed group calls this with the whole model (not a sharded one),
@@ -315,15 +316,8 @@ def evaluate_model(
     options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
     if pairs is None:
         pairs = predict_dataset(model, processor, dataset, batch_size, top_k=top_k, failures=failures, **options)
-    counts = {"num_instances": 0, "void": 0}
     with gather_errors(processes):
-        for row, result in pairs:
-            for seen, found in [(row, result)] if views is None else views(row, result):
-                evaluator.add(prediction=as_prediction(seen, found, category_ids), reference=as_reference(seen))
-                counts["num_instances"] += len(seen["objects"]["category_id"])
-                if on_result is not None:
-                    on_result(seen, found)
-            counts["void"] += "void" in row
+        counts = _compare(evaluator, pairs, views, category_ids, on_result)
     failures, counts = _collect(evaluator, failures, counts, rank)
     if len(failures) == len(dataset):
         raise DataError(f"none of the {len(dataset)} images can be decoded; the first: {failures[0]['reason']}")
@@ -337,6 +331,19 @@ def evaluate_model(
         "seconds": time.perf_counter() - started,
         "failures": failures,
     }
+
+
+def _compare(evaluator, pairs: Pairs, views, category_ids: list[int], on_result) -> dict[str, int]:
+    """Gives the evaluator every pair, or its views, and counts annotations and rows with a `void`."""
+    counts = {"num_instances": 0, "void": 0}
+    for row, result in pairs:
+        counts["void"] += "void" in row
+        for seen, found in [(row, result)] if views is None else views(row, result):
+            evaluator.add(prediction=as_prediction(seen, found, category_ids), reference=as_reference(seen))
+            counts["num_instances"] += len(seen["objects"]["category_id"])
+            if on_result is not None:
+                on_result(seen, found)
+    return counts
 
 
 def _collect(

@@ -295,9 +295,8 @@ class UplvpForFewShotSegmentation(UplvpPreTrainedModel):
         masks = queries.new_zeros((batch, 0, height // 2, width // 2))
         scores = queries.new_zeros((batch, 0), dtype=torch.float32)
         labels = torch.zeros((batch, 0), dtype=torch.int64, device=queries.device)
-        prompts = self.make_prompts(vectors) if count else vectors
         for label in range(count):
-            inject = self._injected(prompts[label].expand(batch, -1))
+            inject = self._injected(self.make_prompts(vectors[label : label + 1]).expand(batch, -1))
             layer = self.segmenter.decode(features, inject(queries, features, 0), inject)[-1]
             found = self._objectness(layer)
             if self.config.support_score == "head_similarity":

@@ -46,9 +46,9 @@ def class_vectors(vectors: Tensor, owner: Tensor, count: int) -> Tensor:
 
 def similarity(seen: Tensor, supports: Tensor, midpoint: float, temperature: float) -> Tensor:
     """sigmoid((cosine - midpoint) / temperature): (B, N, C) and (P, C), both less their common mean -> (B, N, P)."""
-    seen, supports = F.normalize(seen.float(), dim=-1), F.normalize(supports.float(), dim=-1)
-    # Class by class: a product of matrices rounds otherwise when a class is added.
-    columns = [(seen * one).sum(-1) for one in supports]
+    seen = F.normalize(seen.float(), dim=-1)
+    # Class by class: together they would be rounded otherwise when a class is added.
+    columns = [(seen * F.normalize(one.float(), dim=0)).sum(-1) for one in supports]
     cosine = torch.stack(columns, -1) if columns else seen.new_zeros((*seen.shape[:-1], 0))
     return ((cosine - midpoint) / temperature).sigmoid()
 
