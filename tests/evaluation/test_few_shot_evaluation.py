@@ -80,7 +80,7 @@ def test_more_ways_bring_false_positives(known):
     assert three["AP"] < measured(known, Asking("episodes", ways=1))["AP"]
     assert three["num_instances"] == 10  # the objects of all classes, once for each class of the image
     views = Asking("episodes", ways=2, seed=1).views([5, 8, 18])
-    model, dataset, pairs = known
+    pairs = known[2]
     seen = list(views(*pairs[0]))
     assert [row["image_id"] for row, _ in seen] == ["1:5", "1:8"]
     assert all(len(set(result["labels"].tolist())) == 2 for _, result in seen)

@@ -149,7 +149,7 @@ class EpisodeSet(torch.utils.data.Dataset):
         pixels, masks, kept = self.transform(image, [segmentation], found["height"], found["width"], generator)
         if not kept:
             return None
-        values = pixels.to(torch.float32).div_(255).sub_(self.samples.mean).div_(self.samples.std)
+        values = self.samples.normalized(pixels)
         return {"pixel_values": values, "mask_labels": masks, "class_labels": torch.zeros(1, dtype=torch.int64)}
 
 
