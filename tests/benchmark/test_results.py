@@ -10,7 +10,7 @@ import torch
 from uplvp_hf.benchmark.ablation import ablation_table
 from uplvp_hf.benchmark.activations import spread
 from uplvp_hf.benchmark.claims import CLAIMS, Verdict, judge
-from uplvp_hf.benchmark.figures import results_table, write_results
+from uplvp_hf.benchmark.figures import pseudo_curves, results_table, write_results
 from uplvp_hf.benchmark.rows import read_rows
 
 
@@ -25,6 +25,8 @@ def row(arm: str, seed: int, ap: float, labels: int = 10, segmenter: str = "knet
 
 ROWS = [row("scratch", seed, ap) for seed, ap in enumerate((0.10, 0.12, 0.11))]
 ROWS += [row("full", seed, ap) for seed, ap in enumerate((0.20, 0.23, 0.21))]
+ROWS[1]["pseudo"] = {"20": {"instances": 1.5, "precision": 0.5, "recall": 0.25}}
+ROWS[2]["pseudo"] = {"20": {"instances": 2.0, "precision": 0.7, "recall": 0.5}, "40": {"recall": 0.0}}
 ROWS += [row("pseudo", seed, ap) for seed, ap in enumerate((0.20, 0.05, 0.11))]
 
 
@@ -109,10 +111,15 @@ def test_claims_name_arms_of_shipped_recipes():
     folder = resources.files("uplvp_hf.benchmark") / "recipes"
     arms = [
         set(yaml.safe_load((folder / name).read_text())["arms"])
-        for name in ("animals7_cpu.yaml", "finetuning_animals7_cpu.yaml")
+        for name in ("animals7_cpu.yaml", "finetuning_animals7_cpu.yaml", "teacher_animals7_cpu.yaml")
     ]
     for claim, better, worse in CLAIMS:
         assert any({better, worse} <= own for own in arms), claim
+
+
+def test_what_a_teacher_finds_is_averaged_over_the_runs_that_have_it():
+    curves = pseudo_curves(ROWS)
+    assert curves == {"scratch": {"precision": {20: pytest.approx(0.6)}, "recall": {20: pytest.approx(0.375), 40: 0.0}}}
 
 
 @pytest.mark.slow
@@ -121,7 +128,7 @@ def test_files_are_the_same_twice(tmp_path):
     text = write_results(ROWS, tmp_path / "a", maps)
     write_results(ROWS, tmp_path / "b", maps)
     names = {file.name for file in (tmp_path / "a").iterdir()}
-    stems = ("curves_knet_10", "ablation_knet_10", "queries_knet")
+    stems = ("curves_knet_10", "ablation_knet_10", "queries_knet", "pseudo_knet_10")
     assert names == {"results.md", *(f"{stem}.{suffix}" for stem in stems for suffix in ("svg", "png"))}
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
 
-from uplvp_hf.training.build import load_backbone_weights
+from uplvp_hf.training.backbone_weights import load_backbone_weights
 from uplvp_hf.training.config import ConfigError
 
 

@@ -16,7 +16,8 @@ from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.models import matching
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 from uplvp_hf.training import loop
-from uplvp_hf.training.build import build_model, load_backbone_weights
+from uplvp_hf.training.backbone_weights import load_backbone_weights
+from uplvp_hf.training.build import build_model
 from uplvp_hf.training.checkpoint import list_checkpoints
 from uplvp_hf.training.config import ConfigError, TrainingAborted, load_settings
 from uplvp_hf.training.freezing import freeze_unused

@@ -126,6 +126,9 @@ def test_the_labels_of_pretraining_are_the_default(more, scenes_dir, tmp_path, c
     assert [row["objects"] for row in found.rows] == [row["objects"] for row in given.rows]
     assert str(more) in caplog.text and "50%" in caplog.text
     assert extra("data.extra=null") is None and extra(stage="pretrain") is None and not caplog.text
+    # A teacher labels the images anew; both may teach.
+    assert extra("data.unlabeled=images") is None
+    assert len(extra("data.unlabeled=images", "teacher.mix_pretraining=true")) == len(found)
     assert load_extra(load_settings(None), train, None) is None
     train.categories.append({"id": 99, "name": "otter"})  # on its images otters would count as background
     assert extra() is None and "has no class otter" in caplog.text

@@ -2,31 +2,43 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from training_helpers import (
     DESCENT,
     DETERMINISTIC,
     PROCESS,
     TRAIN,
     assert_same_run,
+    environment,
     largest_difference,
     log_of,
     on_two_processes,
     state_of,
-    stop_at,
 )
 
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.errors import DataError
 from uplvp_hf.data.synthetic import write_scenes
-from uplvp_hf.models.masks import decode_segmentation
+from uplvp_hf.data.window import Window
+from uplvp_hf.models.configuration_uplvp import UplvpConfig
+from uplvp_hf.models.masks import decode_segmentation, encode_masks
+from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
+from uplvp_hf.models.pseudo_targets import PseudoTargets
+from uplvp_hf.training.checkpoint import list_checkpoints
 from uplvp_hf.training.config import ConfigError, load_settings
 from uplvp_hf.training.optim import with_steps
-from uplvp_hf.training.pseudo_labels import ClassThresholds, find_pseudo_instances
+from uplvp_hf.training.pseudo_labels import ClassThresholds, PseudoInstances, find_pseudo_instances
 from uplvp_hf.training.stream import UnlabeledKeys
+from uplvp_hf.training.student_batch import lessons_of
 from uplvp_hf.training.teacher_settings import TeacherSettings
 from uplvp_hf.training.unlabeled import load_unlabeled, same_images
 
@@ -87,14 +99,40 @@ def test_softmax_models_leave_no_object_out():
     assert torch.allclose(found.probabilities[0], logits[0, 0].softmax(-1)[:3])
 
 
+def found(labels, candidates=()):
+    """Pseudo instances of these classes without masks, and candidates of [class, score]."""
+    one = torch.ones(len(labels))
+    return PseudoInstances(
+        [], torch.tensor(labels, dtype=torch.int64), one, one, one, [], torch.tensor(candidates).view(-1, 2)
+    )
+
+
 def test_thresholds_fall_for_classes_that_are_seldom_found():
-    even = ClassThresholds(TeacherSettings(class_threshold=0.8), 3)
-    even.update(torch.tensor([9, 1, 0]))
+    settings = {"class_threshold": 0.8, "label_share": 0.0}
+    pseudo = found([0] * 9 + [1] * 3)
+    even = ClassThresholds(TeacherSettings(**settings), torch.ones(3))
+    even.update(even.seen([pseudo]), 1)
     assert even.values().tolist() == pytest.approx([0.8] * 3)
-    own = ClassThresholds(TeacherSettings(class_threshold=0.8, adaptive=0.5), 3)
-    own.update(torch.tensor([9, 3, 0]))
+    own = ClassThresholds(TeacherSettings(**settings, adaptive=0.5, class_floor=0.0), torch.ones(3))
+    own.update(own.seen([pseudo]), 1)
     third = (1 / 3) / (2 - 1 / 3)
     assert own.values().tolist() == pytest.approx([0.8, 0.8 * (1 - 0.5 * (1 - third)), 0.4])
+
+
+def test_thresholds_follow_the_numbers_of_the_labels():
+    """Labels have 2, 1, 0 and 4 objects an image. In 2 images the teacher has 5 candidates of class 0, one of class 1,
+    none of the others: class 0 falls to what its two best reach, class 1 to its only one, class 3 to the floor."""
+    settings = TeacherSettings(class_threshold=0.8, class_floor=0.3, label_share=0.5)
+    thresholds = ClassThresholds(settings, torch.tensor([2.0, 1.0, 0.0, 4.0]))
+    assert thresholds.values().tolist() == pytest.approx([0.8] * 4)
+    halves = found([], [[0, 0.75], [0, 0.35], [0, 0.551]]), found([], [[0, 0.41], [0, 0.1], [1, 0.62]])
+    thresholds.update(thresholds.seen(halves), 2)
+    assert thresholds.values().tolist() == pytest.approx([0.54, 0.62, 0.8, 0.3])
+    again = ClassThresholds(settings, thresholds.labeled)
+    again.load(json.loads(json.dumps(thresholds.state())))
+    assert again.values().tolist() == thresholds.values().tolist()
+    thresholds.update(thresholds.seen([found([], [[0, 0.99]] * 4)]), 1)  # more than the share: the usual threshold
+    assert thresholds.values()[0].item() == pytest.approx(0.8)
 
 
 def test_every_unlabeled_image_is_seen_once_an_epoch_whatever_the_processes():
@@ -124,18 +162,119 @@ def test_every_segmenter_learns_from_unlabeled_images(run, segmenters, words, tm
     assert lines[2]["unsup_class"] > 0
 
 
+# Kills itself in update 1 and, resumed, in update 5: in the burn-in, and between a checkpoint and the end.
+KILLED = """
+def run(step):
+    child = os.fork()
+    if child == 0:
+        update = loop._Run._update
+        def dying(self, current, batches):
+            if current == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return update(self, current, batches)
+        loop._Run._update = dying
+        settings = load_settings(recipe, [*words, f"output={output}"])
+        loop.train(settings, resume=os.path.isdir(output), progress=False)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+print(run(1), run(5))
+"""
+# Everything that a run with a teacher can have: pseudo labels of another source, prompts, pasted instances, a worker.
+ALL = ["teacher.prompts=true", "teacher.copy_paste=0.5", "teacher.measure=true", "teacher.class_threshold=0.1"]
+ALL += ["log_every=3", "data.workers=1", "optim.accumulation=2", "teacher.class_floor=0", "model.prompt_drop=0.3"]
+
+
 @pytest.mark.slow
-def test_a_stopped_run_resumes_to_the_same_bytes(run, words, unlabeled, tmp_path, monkeypatch):
-    more = ["teacher.adaptive=0.5", "teacher.measure=true", "optim.accumulation=2", "optim.batch_size=1"]
-    more += ["log_every=3", "data.workers=1"]
-    run("whole", *words, *more)
-    stop_at(monkeypatch, 4)
-    with pytest.raises(KeyboardInterrupt):
-        run("stopped", *words, *more)
-    run("stopped", *words, *more, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+def test_a_run_that_is_killed_resumes_to_the_same_bytes(run, recipe, words, tmp_path):
+    extra = write_scenes(tmp_path / "extra", 3, seed=11, size=96)
+    val = write_scenes(tmp_path / "val", 2, seed=12, size=96)
+    more = [*words, *ALL, f"data.extra={extra}", f"data.val={val}", "evaluation.at=4", "checkpoint.best=true"]
+    whole = run("whole", *more)
+    script = tmp_path / "killed.py"
+    script.write_text(PROCESS + KILLED)
+    command = [sys.executable, script, recipe, tmp_path / "killed", *more]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment(), timeout=300)
+    assert done.stdout.splitlines()[-1].split() == [str(int(signal.SIGKILL))] * 2, done.stderr[-2000:]
+    assert [path.name for path in list_checkpoints(tmp_path / "killed")] == ["checkpoint-2", "checkpoint-4"]
+    run("killed", *more, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    # Kernel supervision is of the unlabeled part alone, and nothing of the prompts is in the model that is left.
+    for line in log_of(tmp_path / "whole"):
+        assert "kernel" not in line and ("val_AP" in line or line["unsup_kernel"] > 0)
+    assert type(whole.model) is UplvpForInstanceSegmentation
+    assert all(name.startswith("segmenter.") for name in load_file(tmp_path / "whole" / "model.safetensors"))
     with pytest.raises(ConfigError, match=r"data\.unlabeled"):
-        run("stopped", *words[:1], "log_every=3", resume=True)
+        run("killed", *words[:1], "log_every=3", resume=True)
+
+
+def test_labels_of_people_are_learned_without_prompts(tiny_segmenter):
+    """As by the plain segmenter, and what is for prompts has a gradient, which is zero: no other process waits."""
+    torch.manual_seed(0)
+    model = UplvpForPreTraining(UplvpConfig(segmenter_config=tiny_segmenter("resnet"), id2label={0: "a", 1: "b"}))
+    masks = torch.zeros(1, 64, 64, dtype=torch.bool)
+    masks[0, 8:40, 8:40] = True
+    batch = {"pixel_values": torch.randn(1, 3, 64, 64), "mask_labels": [masks], "class_labels": [torch.tensor([1])]}
+
+    def loss(one, **more):
+        torch.manual_seed(1)
+        return one.train()(**batch, **more)
+
+    assert "kernel" in loss(model).losses
+    model.prompts_pseudo_alone = True
+    own, plain = loss(model), loss(model.plain())
+    assert own.loss.item() == plain.loss.item() and own.losses.keys() == plain.losses.keys()
+    own.loss.backward()
+    assert not model.prompt_projection.weight.grad.any()
+    pseudo = loss(model, pseudo=PseudoTargets(background=False))
+    assert "kernel" in pseudo.losses and pseudo.losses["class_0"] < own.losses["class_0"]
+
+
+def test_instances_are_pasted_with_their_pixels():
+    """Every image gets some of its partner: their masks lie where the pixels are the partner's, and the step alone says
+    which. What was unsure and is covered now is not unsure any more."""
+    settings = load_settings(None, ["teacher.copy_paste=1", "data.unlabeled=x"])
+    boxes = np.zeros((2, 4, 32, 32), dtype=bool)
+    boxes[:, 0, 2:8, 2:8], boxes[:, 1, 20:30, 4:9], boxes[:, 2, 12:16, 12:30] = True, True, True
+    boxes[:, 3, :2] = True
+    whole = Window(32, 32, 0, 0, 32, 32, False)
+    ones = torch.ones(3)
+    teacher = [
+        PseudoInstances(
+            encode_masks(one[:3]), torch.tensor([0, 1, 2]), ones * 0.9, ones, torch.eye(3), encode_masks(one[3:]), ones
+        )
+        for one in boxes
+    ]
+    pixels = torch.stack([torch.full((3, 32, 32), value) for value in (1.0, 2.0)])
+    views = {"strong": {"pixel_values": pixels, "pixel_mask": torch.ones(2, 32, 32)}, "windows": [(whole, whole)] * 2}
+    draws = [lessons_of(views, teacher, settings, step, 0) for step in (0, 1, 2, 0)]
+    assert [len(one.masks) for one in draws[0]] == [len(one.masks) for one in draws[3]]
+    assert any((one.pixels[0] != number + 1).any() for lessons in draws for number, one in enumerate(lessons))
+    for lessons in draws:
+        for number, one in enumerate(lessons):
+            foreign = (one.pixels[0] != number + 1).numpy()
+            pasted = [mask for mask in one.masks.dense().numpy() if foreign[mask].all()]
+            assert (foreign == (np.any(pasted, axis=0) if pasted else False)).all()
+            assert one.labels.tolist() == one.probabilities.argmax(1).tolist() and not (one.unsure & foreign).any()
+    plain = lessons_of(views, teacher, load_settings(None, ["data.unlabeled=x"]), 0, 0)
+    assert [len(one.masks) for one in plain] == [3, 3] and plain[0].unsure[:2].all() and not plain[0].unsure[2:].any()
+
+
+@pytest.mark.slow
+def test_drawing_shows_the_steps_and_changes_nothing(run, words, tmp_path):
+    run("plain", *words)
+    run("drawn", *words, "teacher.draw_every=3")
+    plain, drawn = (tmp_path / name for name in ("plain", "drawn"))
+    assert (plain / "model.safetensors").read_bytes() == (drawn / "model.safetensors").read_bytes()
+    page = (drawn / "teacher.html").read_text()
+    assert not (plain / "teacher.html").exists()
+    files = sorted((drawn / "teacher").iterdir())
+    assert [file.stem for file in files] == ["step-0000003", "step-0000006"]
+    assert all(f'src="teacher/{file.name}"' in page for file in files)
+    with Image.open(files[0]) as sheet:  # two images, three columns; what is found is drawn in bright colors
+        assert sheet.width > 3 * sheet.height / 2
+        colors = np.asarray(sheet.convert("HSV"))[..., 1]
+    assert all((third > 150).mean() > 0.02 for third in np.array_split(colors, 3, axis=1))
 
 
 @pytest.mark.slow
@@ -149,15 +288,23 @@ def test_a_teacher_that_finds_nothing_says_so_once(run, words, caplog):
 def test_two_processes_equal_one_with_the_doubled_batch(run, recipe, words, deterministic, tmp_path):
     """Weights, divisors, and how often the classes were found. A parameter without a gradient would end the second
     update of DistributedDataParallel."""
-    more = [*words, *DESCENT, "optim.ema=0.9", "teacher.adaptive=0.5", "teacher.burn_in=1", "teacher.ramp=0"]
-    more += ["checkpoint.every=2", "teacher.measure=true"]
+    more = [
+        *words,
+        *DESCENT,
+        "optim.ema=0.9",
+        "teacher.adaptive=0.5",
+        "teacher.label_share=0",
+        "teacher.burn_in=1",
+        "teacher.ramp=0",
+    ]
+    more += ["checkpoint.every=2", "teacher.measure=true", "teacher.prompts=true"]
     run("one", *more, "optim.batch_size=4")
     script = tmp_path / "distributed.py"
     script.write_text(PROCESS + DETERMINISTIC + TRAIN)
     on_two_processes(script, recipe, tmp_path / "two", *more, "optim.batch_size=2")
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
-    one, two = (state_of(tmp_path / name / "checkpoint-2")["teacher"] for name in ("one", "two"))
-    assert one["counts"] == two["counts"] and sum(one["counts"]) > 0
+    one, two = (state_of(tmp_path / name / "checkpoint-2")["teacher"]["thresholds"] for name in ("one", "two"))
+    assert one == two and sum(one["counts"]) > 0
     for line, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         # Shares of the gradient are those of one micro-batch.
         line, other = ({k: v for k, v in one.items() if not k.startswith("gradient_")} for one in (line, other))
@@ -215,6 +362,10 @@ def test_classes_without_labels_are_named(unlabeled, scenes_dir, caplog):
         (["teacher.burn_in=500"], r"`teacher\.burn_in` of 500 steps leaves none of the 500"),
         (["teacher.cutout_area=0.3,0.1"], r"`teacher\.cutout_area` must be two numbers"),
         (["teacher.ignore=some"], r"teacher\.ignore"),
+        (["teacher.adaptive=0.5"], r"`teacher\.label_share=0` for `teacher\.adaptive`"),
+        (["teacher.copy_paste=0.5", "teacher.batch_size=1"], r"`teacher\.batch_size` must be at least 2"),
+        (["teacher.prompts=true", "model.kernel_target=labeler"], r"`model\.kernel_target=prompt`"),
+        (["data.unlabeled=null", "teacher.prompts=true"], r"`teacher\.prompts` needs `data\.unlabeled`"),
     ],
 )
 def test_settings_that_do_not_fit(words, message):

@@ -14,9 +14,8 @@ from .rows import label_counts, labels_text
 LEVEL = 0.05
 """Largest p-value, two-sided, at which a difference counts."""
 
-# What is claimed (SP and UPLVP, papers and released ablation settings; the last ten are ours), the arm that should be
-# better, and the other.
-# Arms go by the names that they have in the recipes of this folder.
+# What is claimed (SP and UPLVP, papers and released ablation settings; the last sixteen are ours), the arm that should
+# be better, and the other. Arms go by the names that they have in the recipes of this folder.
 CLAIMS = (
     ("pre-training beats the supervised backbone, equal fine-tuning steps", "full", "scratch"),
     ("pre-training beats the supervised backbone, equal total steps", "full", "scratch total"),
@@ -38,6 +37,12 @@ CLAIMS = (
     ("a falling share helps mixed fine-tuning", "mixed falling", "mixed"),
     ("fine-tuning is at least the pre-trained model without a human label", "plain", "no human label"),
     ("mixed fine-tuning is at least the pre-trained model without a human label", "mixed", "no human label"),
+    ("a teacher on unlabeled images helps", "teacher", "average"),
+    ("a teacher on unlabeled images helps after pre-training", "pretrained teacher", "pretrained average"),
+    ("pre-training helps before a teacher", "pretrained teacher", "teacher"),
+    ("a teacher beats mixing in the labels of pre-training", "pretrained teacher", "pretrained mixed"),
+    ("the teacher's masks help as prompts", "pretrained teacher prompts", "pretrained teacher"),
+    ("mixing in the labels of pre-training helps beside a teacher", "pretrained teacher mixed", "pretrained teacher"),
 )
 
 

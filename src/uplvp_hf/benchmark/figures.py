@@ -23,7 +23,8 @@ _BARS = "#0072B2"
 
 
 def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | None = None) -> str:
-    """Writes results.md, and curves_*, ablation_* and, of `maps`, queries_*, as .svg and .png; returns the text.
+    """Writes results.md, and curves_*, ablation_*, of `maps` queries_*, and where the findings of a teacher were
+    compared with hidden labels pseudo_*, as .svg and .png; returns the text.
 
     maps: segmenter -> arm -> mean masks of the queries (Q, h, w). Raises UserError for no rows.
     """
@@ -41,6 +42,9 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
             figures[f"curves_{name}"] = draw_curves(curves_of(chosen))
             if len(_in_order(chosen, "arm")) > 2:
                 figures[f"ablation_{name}"] = draw_bars(chosen, f"{segmenter}, {labels_text(count)}")
+            pseudo = pseudo_curves(chosen)
+            if pseudo:
+                figures[f"pseudo_{name}"] = draw_pseudo(pseudo, f"{segmenter}, {labels_text(count)}")
     figures |= {f"queries_{_file_name(name)}": draw_activations(own) for name, own in (maps or {}).items()}
     for name, figure in figures.items():
         for suffix in ("svg", "png"):
@@ -111,6 +115,38 @@ def draw_bars(rows: Rows, title: str) -> Figure:
     axes.set_xlabel("mask AP (%)")
     axes.set_title(title, fontsize=9)
     axes.grid(axis="x", alpha=0.3)
+    return figure
+
+
+def pseudo_curves(rows: Rows) -> dict[str, dict[str, dict[int, float]]]:
+    """arm -> `precision` and `recall` of its teacher's findings -> step -> mean over the runs that have it, 0 to 1."""
+    curves: dict[str, dict[str, dict[int, list[float]]]] = {}
+    for row in rows:
+        for step, values in (row.get("pseudo") or {}).items():
+            for name in ("precision", "recall"):
+                if name in values:
+                    own = curves.setdefault(row["arm"], {"precision": {}, "recall": {}})[name]
+                    own.setdefault(int(step), []).append(values[name])
+    return {
+        arm: {name: {step: statistics.mean(own[step]) for step in sorted(own)} for name, own in found.items()}
+        for arm, found in curves.items()
+    }
+
+
+def draw_pseudo(curves: dict[str, dict[str, dict[int, float]]], title: str) -> Figure:
+    """`pseudo_curves` against steps: precision and recall at a mask IoU of 0.5, of the right class."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("precision", "recall"), strict=True):
+        for arm, own in curves.items():
+            axes.plot(list(own[name]), list(own[name].values()), marker="o", markersize=3, label=arm)
+        axes.set_xlabel("fine-tuning steps")
+        axes.set_ylabel(f"{name} of the pseudo instances")
+        axes.set_ylim(0, 1)
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

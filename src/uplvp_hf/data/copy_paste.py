@@ -32,12 +32,12 @@ def paste(
     anything.
 
     Args:
-        pixels, other_pixels: (3, h, w) and (3, h', w') uint8.
+        pixels, other_pixels: (3, h, w) and (3, h', w') of one type, on the host.
         masks, other_masks: N on h x w and M on h' x w'.
         generator: two numbers are drawn.
 
     Returns:
-        pixels (3, h, w) uint8, a new tensor; masks: those kept of this image, then those pasted; indices of either,
+        pixels (3, h, w), a new tensor; masks: those kept of this image, then those pasted; indices of either,
         ascending.
     """
     left = _offset(masks.width - other_masks.width, generator)

@@ -28,6 +28,7 @@ from .matching import guidance, label_guide, match_prompts
 from .modeling_base_uplvp import UplvpPreTrainedModel
 from .point_sampling import Draw
 from .prompts import PromptFusion, Prompts, faded, inject_prompts, kept_prompts, pool_prompts
+from .pseudo_targets import PseudoTargets
 from .query_segmenter import SegmenterOutput
 from .text_head import TextHeads, checked_text_features
 
@@ -82,6 +83,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         if config.supervises_kernels:
             self.kernel_supervision = KernelSupervision(config, wanted)
         self.epoch = 0.0
+        self.prompts_pseudo_alone = False  # labels without `pseudo` are learned as the plain segmenter learns them
         self.post_init()
 
     @property
@@ -166,17 +168,20 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         kernel_targets: list[Tensor] | None = None,
         normalizers: Normalizers | None = None,
         draw: Draw | None = None,
+        pseudo: PseudoTargets | None = None,
         **options,
     ) -> SegmenterOutput | tuple:
         """As `UplvpForInstanceSegmentation.forward`, with pseudo masks as labels and their `prompt_scores` (G,) each.
 
         kernel_targets: per image (G, kernel_target_dim), one vector a mask, with `kernel_target="labeler"`. Without
-        `mask_labels` no prompt is made: the output is that of the plain model.
+        `mask_labels` no prompt is made: the output is that of the plain model. `pseudo`: see there.
         """
         options = self.options(options)
         if mask_labels is None:
             return self.segmenter(pixel_values, pixel_mask, **options)
         labels = self.labels_for(mask_labels, class_labels)
+        if self.prompts_pseudo_alone and pseudo is None:
+            return self._without_prompts(pixel_values, pixel_mask, mask_labels, labels, normalizers, draw, options)
         prompts = matched = keep = add = None
 
         def inject(queries: Tensor, features, stage: int) -> Tensor:
@@ -194,6 +199,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         extra = {} if self.text_heads is None else {"text_logits": self._text_logits(layers)}
         if matched is not None and self.config.prompt_matching == "hungarian":
             extra["label_guide"] = self._label_guide(*matched, labels)
+        extra |= {} if pseudo is None else {"pseudo": pseudo}
         losses, matches = self.segmenter.loss(layers, features, mask_labels, labels, normalizers, draw, **extra)
         if self.kernel_supervision is not None:
             pairs = None if normalizers is None else normalizers.pairs
@@ -202,6 +208,19 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
             # Targets are detached; when no prompt is injected either, this keeps the projection in the graph.
             losses["kernel"] = self.kernel_supervision.weight(term, losses) * term + targets.vectors.sum() * 0
         return self.segmenter.describe(queries, layers, losses, **options)
+
+    def _without_prompts(
+        self, pixel_values, pixel_mask, mask_labels, labels, normalizers, draw, options
+    ) -> SegmenterOutput:
+        """The segmenter's own output and losses. What is for prompts alone stays in the graph, without a gradient."""
+        output = self.segmenter(pixel_values, pixel_mask, mask_labels, labels, normalizers, draw, **options)
+        own = [value for name, value in self.named_parameters() if not name.startswith("segmenter.")]
+        output.loss = output.loss + sum(value.sum() * 0 for value in own)
+        return output
+
+    def plain(self) -> UplvpForInstanceSegmentation:
+        """The segmenter without what is for prompts; it shares its weights with this model."""
+        return UplvpForInstanceSegmentation(self.config, self.segmenter)
 
     def _targets(self, prompts: Prompts | None, vectors: list[Tensor] | None, mask_labels: list[Tensor]) -> Prompts:
         if self.config.kernel_target == "prompt":

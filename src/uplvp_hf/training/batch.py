@@ -20,7 +20,7 @@ def model_inputs(batch: dict, device: torch.device, stage: str) -> dict:
         if key in batch:
             inputs[key] = [item.to(device, non_blocking=True) for item in batch[key]]
     inputs["mask_labels"] = [masks.dense().to(device, non_blocking=True) for masks in batch["mask_labels"]]
-    if stage != "pretrain":
+    if stage != "pretrain" and not batch.get("prompts"):
         del inputs["prompt_scores"]
     if "pseudo" in batch:
         inputs["pseudo"] = batch["pseudo"].to(device)
@@ -46,8 +46,10 @@ def effective_normalizers(
 ) -> Normalizers:
     """Divisors over the whole effective batch, with which accumulated gradients equal those of one large batch.
 
-    What is in a batch with a weight counts so much.
+    What is in a batch with a weight counts so much, but for the pairs of kernel supervision: where pseudo instances are
+    prompts, only theirs count, and their term is a mean whatever its weight.
     """
+    prompted = any(batch.get("prompts") for batch in micro_batches)
     # Divisors that have to be counted from the masks are left to the loss where it sees the whole batch.
     several = len(micro_batches) > 1 or accelerator.num_processes > 1
     known: dict[str, float] = {}
@@ -55,9 +57,12 @@ def effective_normalizers(
         masks = [one for batch in micro_batches if batch.get("weight") == weight for one in batch["mask_labels"]]
         dense = (one.dense() for one in masks) if several else None  # one at a time, where they are looked at
         own = model.segmenter.normalizers([len(one) for one in masks], model.config.most_targets, dense)
+        factors = dict.fromkeys(vars(own), 1.0 if weight is None else weight)
+        if prompted:
+            factors["pairs"] = float(weight is not None)
         for name, value in vars(own).items():
             if value is not None:
-                known[name] = known.get(name, 0.0) + float(value) * (1.0 if weight is None else weight)
+                known[name] = known.get(name, 0.0) + float(value) * factors[name]
     values = torch.tensor(list(known.values()), dtype=torch.float32)
     if accelerator.num_processes > 1:
         # Gradients are averaged over processes, so the divisors are too.

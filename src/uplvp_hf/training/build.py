@@ -8,8 +8,6 @@ import logging
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -30,6 +28,7 @@ from ..models.image_processing_base_uplvp import stored_settings
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
+from .backbone_weights import load_backbone_weights
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
 from .freezing import freeze_backbone
 from .mixture import MixedSamples
@@ -145,9 +144,9 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
             f"safetensors file) or `model.init` (a checkpoint), or leave `model.{frozen}` out."
         )
     model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
-    if settings.stage == "pretrain" and settings.model.kernel_target is None:
+    if settings.prompted and settings.model.kernel_target is None:
         _check_kernel_target(model.config, settings)
-    unused = _for_queries(settings.model) if settings.stage == "finetune" else []
+    unused = [] if settings.prompted else _for_queries(settings.model)
     if unused:
         logger.warning("Without effect in fine-tuning, as they are about prompts: %s.", ", ".join(unused))
     if settings.stage == "pretrain" and settings.model.text_features is not None:
@@ -159,6 +158,8 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
     if settings.model.backbone_weights:
         load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
     freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
+    if settings.stage == "finetune" and settings.prompted:
+        model.prompts_pseudo_alone = True
     return model
 
 
@@ -231,7 +232,7 @@ def classes_of(settings: TrainSettings, train: InstanceDataset) -> tuple[dict[in
 
 
 def _model_class(settings: TrainSettings) -> type[UplvpPreTrainedModel]:
-    return UplvpForPreTraining if settings.stage == "pretrain" else UplvpForInstanceSegmentation
+    return UplvpForPreTraining if settings.prompted else UplvpForInstanceSegmentation
 
 
 # Settings of a run that are settings of `UplvpConfig` too.
@@ -246,7 +247,9 @@ def _method(settings: TrainSettings, train: InstanceDataset) -> dict:
         given |= {"kernel_target": "labeler", "kernel_target_dim": feature_width(train) or 1}
     elif "kernel_target" in given:  # of a checkpoint that was trained towards others, nothing stays
         given = {"kernel_target_dim": None, "kernel_head": None, **given, "kernel_target": "prompt"}
-    if model.text_features is not None:
+    if settings.stage == "finetune" and settings.prompted:
+        given["text_dim"] = None  # the further class head of a pre-training is not trained again
+    elif model.text_features is not None:
         given["text_dim"] = _text_features(model.text_features)[0].shape[1]
     return given
 
@@ -363,37 +366,3 @@ def _differences(wanted: dict, found: dict, prefix: str) -> list[str]:
         elif key in found and found[key] != (list(value) if isinstance(value, tuple) else value):
             unlike.append(f"{prefix}{key} is {value!r}, there {found[key]!r}")
     return unlike
-
-
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, "model.safetensors"))
-    except (OSError, ValueError) as error:  # what the client raises is one of these
-        raise ConfigError(f"`model.backbone_weights`: hf-hub:{repository}, model.safetensors: {error}") from error
-
-
-def load_backbone_weights(backbone: nn.Module, path: str) -> list[str]:
-    """Loads a safetensors file into a backbone. Returns the names in the file that the backbone has no use for.
-
-    path: the file, or hf-hub:OWNER/NAME for the model.safetensors of a repository of the Hub. Names of tensors may
-    carry a prefix such as `backbone.`; every tensor of the backbone must be found, else ValueError.
-    """
-    file = _from_hub(path.removeprefix("hf-hub:")) if path.startswith("hf-hub:") else Path(path)
-    if not file.is_file():
-        raise ConfigError(f"`model.backbone_weights`: no file {path}. A repository of the Hub is hf-hub:OWNER/NAME.")
-    target = getattr(backbone, "_backbone", backbone)  # timm models are wrapped
-    wanted = target.state_dict()
-    with safe_open(file, "pt") as archive:
-        names = list(archive.keys())
-        prefix = next((p for p in ("", "backbone.", "model.", "_backbone.") if p + next(iter(wanted)) in names), "")
-        missing = [name for name in wanted if prefix + name not in names and not name.endswith("num_batches_tracked")]
-        if missing:
-            raise UserError(f"{path} lacks {len(missing)} tensors of the backbone, for example `{missing[0]}`.")
-        target.load_state_dict(
-            {name: archive.get_tensor(prefix + name) for name in wanted if prefix + name in names}, strict=False
-        )
-    unused = sorted(set(names) - {prefix + name for name in wanted})
-    logger.info("Backbone weights from %s; unused there: %s", path, ", ".join(unused) or "none")
-    return unused

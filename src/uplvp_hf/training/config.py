@@ -300,6 +300,11 @@ class TrainSettings(Settings):
         """Of the moving average of the weights, which a teacher needs; 0 for none."""
         return self.optim.ema or (self.teacher.decay if self.data.unlabeled else 0.0)
 
+    @property
+    def prompted(self) -> bool:
+        """Whether the run has a model with prompts and kernel supervision."""
+        return self.stage == "pretrain" or self.teacher.prompts
+
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts, as recipes hold them."""
         return dataclasses.asdict(self)

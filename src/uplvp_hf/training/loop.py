@@ -134,7 +134,7 @@ class _Run:
         self.processor = task.processor(settings, model)
         self.weights = RunWeights(settings, accelerator, model)
         self.model, self.plain = self.weights.wrapped, self.weights.plain
-        self.teacher = None if views is None else Teacher(settings, accelerator, self.weights, views)
+        self.teacher = None if views is None else Teacher(settings, accelerator, self.weights, views, samples.dataset)
         self.optimizer = make_optimizer(self.plain, settings.optim)
         self.statistics = NormStatistics(self.plain)
         self.result = TrainResult(self.plain, self.processor)

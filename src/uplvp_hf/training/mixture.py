@@ -95,8 +95,8 @@ def _labels_of_pretraining(settings: TrainSettings, train: InstanceDataset) -> I
     """What `model.init` was pre-trained on, where that can be mixed in; None with a line of the log where not."""
     init = settings.model.init
     record = Path(init or "") / "training_summary.json"
-    # With `data.unlabeled` the teacher labels the images anew.
-    if settings.stage == "pretrain" or settings.data.unlabeled or init is None or not record.is_file():
+    relabeled = settings.data.unlabeled and not settings.teacher.mix_pretraining  # the teacher labels the images anew
+    if settings.stage == "pretrain" or relabeled or init is None or not record.is_file():
         return None
     with reading(str(record)):
         before = json.loads(record.read_text(encoding="utf-8"))["settings"]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # long as the effective batch stays, which is checked when a checkpoint is loaded.
 _FREE = (
     "evaluation.", "checkpoint.", "data.val", "data.workers", "log_every", "gradients_every", "tracker", "fsdp",
-    "optim.max_skipped", "optim.batch_size", "optim.accumulation",
+    "teacher.draw_every", "optim.max_skipped", "optim.batch_size", "optim.accumulation",
 )  # fmt: skip
 _LENGTH = ("optim.steps", "optim.epochs")
 

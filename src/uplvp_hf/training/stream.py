@@ -127,7 +127,7 @@ def make_unlabeled_loader(
     views: UnlabeledViews, settings: TrainSettings, start: int, rank: int, world: int
 ) -> DataLoader:
     """The unlabeled micro-batch of every update from `start` and the burn-in on, as `collate_views` makes it."""
-    first = settings.teacher.burn_in
+    first = settings.teacher.burn_in_of(settings.optim.steps)
     return DataLoader(
         _Keyed(views),
         batch_sampler=UnlabeledKeys(len(views), settings, max(start, first), first, rank, world),

@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from ..data.usage import MIN_AREA
-from ..data.views import UnlabeledViews, seen_from
-from ..models.pseudo_targets import PseudoTargets
+from ..data import InstanceDataset
+from ..data.views import UnlabeledViews
 from .config import TrainSettings
-from .pseudo_labels import ClassThresholds, PseudoInstances, find_pseudo_instances
+from .pseudo_labels import ClassThresholds, PseudoInstances, find_pseudo_instances, instances_an_image
 from .pseudo_quality import PseudoStatistics
 from .stream import make_unlabeled_loader
+from .student_batch import lessons_of, student_batch
+from .teacher_page import TeacherPage
 from .weights import RunWeights
 
 logger = logging.getLogger(__name__)
@@ -48,13 +49,20 @@ class Teacher:
     """
 
     def __init__(
-        self, settings: TrainSettings, accelerator: Accelerator, weights: RunWeights, views: UnlabeledViews
+        self,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        weights: RunWeights,
+        views: UnlabeledViews,
+        labeled: InstanceDataset,
     ) -> None:
         self.settings, self.own, self.accelerator = settings, settings.teacher, accelerator
         self.weights, self.views = weights, views
-        names = weights.plain.config.id2label
-        self.thresholds = ClassThresholds(self.own, len(names))
+        names, steps = weights.plain.config.id2label, settings.optim.steps
+        self.burn_in, self.ramp = self.own.burn_in_of(steps), self.own.ramp_of(steps)
+        self.thresholds = ClassThresholds(self.own, instances_an_image(labeled, len(names)))
         self.statistics = PseudoStatistics(accelerator, views.dataset if self.own.measure else None, names)
+        self.page = TeacherPage(settings.output, settings.data, names)
         self._stream: Iterator[dict[str, Any]] = iter(())
         self._in_vain = 0  # steps in a row without a pseudo instance
 
@@ -65,78 +73,56 @@ class Teacher:
 
     def weight(self, step: int) -> float:
         """Of a pseudo instance in update `step` (0-based); 0 during the burn-in."""
-        after = step - self.own.burn_in + 1
-        return self.own.weight * max(0.0, min(1.0, after / (self.own.ramp + 1)))
+        after = step - self.burn_in + 1
+        return self.own.weight * max(0.0, min(1.0, after / (self.ramp + 1)))
 
     def batches(self, step: int) -> list[dict[str, Any]]:
         """The pseudo-labeled micro-batch of update `step`; none during the burn-in. All processes call it.
 
         The model is in evaluation mode afterwards.
         """
-        if step < self.own.burn_in:
+        if step < self.burn_in:
             return []
         views = next(self._stream)
         found = self._find(views["weak"])
+        lessons = lessons_of(views, found, self.settings, step, self.accelerator.process_index)
+        batch = student_batch(views, lessons, self.settings, self.weight(step))
+        if self.own.draw_every and (step - self.burn_in) % self.own.draw_every == 0:
+            own = self._find(batch, averaged=False)  # all processes, as the weights may be spread
+            if self.accelerator.is_main_process:
+                self.page.add(step, views, found, lessons, own)
         self._note(step, views, found)
-        return [self._student_batch(step, views, found)]
+        return [batch]
 
     @torch.no_grad()
-    def _find(self, weak: dict[str, Tensor]) -> list[PseudoInstances]:
-        """What the average finds in a batch of weak views."""
+    def _find(self, view: dict[str, Any], averaged: bool = True) -> list[PseudoInstances]:
+        """What the average, or the student itself, finds in a batch of views."""
         model, average = self.weights.plain, self.weights.average
         assert average is not None
-        inputs = {name: value.to(self.accelerator.device, non_blocking=True) for name, value in weak.items()}
+        inputs = {name: view[name].to(self.accelerator.device) for name in ("pixel_values", "pixel_mask")}
         model.eval()
-        with average.applied(), self.accelerator.autocast():
+        with average.applied() if averaged else nullcontext(), self.accelerator.autocast():
             outputs = model(**inputs)
-        pixel_mask, thresholds = weak["pixel_mask"], self.thresholds.values()
+        pixel_mask, thresholds = view["pixel_mask"], self.thresholds.values()
         sizes = zip(pixel_mask[:, :, 0].sum(1).tolist(), pixel_mask[:, 0].sum(1).tolist(), strict=True)
         return [find_pseudo_instances(outputs, index, size, thresholds, self.own) for index, size in enumerate(sizes)]
-
-    def _student_batch(self, step: int, views: dict[str, Any], found: list[PseudoInstances]) -> dict[str, Any]:
-        """The strong views with the pseudo instances that they show, as a batch of `collate`."""
-        canvas = views["strong"]["pixel_values"].shape[-2:]
-        batch: dict[str, Any] = {
-            **views["strong"], "image_ids": views["image_ids"], "weight": self.weight(step),
-            "mask_labels": [], "class_labels": [], "prompt_scores": [],
-        }  # fmt: skip
-        qualities, probabilities = [], []
-        unsure = torch.zeros((len(found), *canvas), dtype=torch.bool)
-        for index, ((weak, strong), own) in enumerate(zip(views["windows"], found, strict=True)):
-            window, size = seen_from(strong, weak), (weak.height, weak.width)
-            masks, shown = window.masks(own.rles, *size, MIN_AREA)
-            batch["mask_labels"].append(masks.on_canvas(*canvas))
-            batch["class_labels"].append(own.labels[shown])
-            batch["prompt_scores"].append(own.scores[shown])
-            qualities.append(own.qualities[shown])
-            probabilities.append(own.probabilities[shown])
-            doubtful, _ = window.masks(own.unsure, *size, 1)
-            region = torch.from_numpy(doubtful.union() & ~masks.union())
-            unsure[index, : window.height, : window.width] = region
-        batch["pseudo"] = PseudoTargets(
-            qualities if self.own.weigh_masks else None,
-            probabilities if self.own.soft_classes else None,
-            unsure if self.own.ignore == "unsure" else None,
-            self.own.ignore != "all",
-        )
-        return batch
 
     def _note(self, step: int, views: dict[str, Any], found: list[PseudoInstances]) -> None:
         """Counts what was found, and warns when that is nothing for long."""
         self.statistics.add(views, found)
-        counts = torch.zeros(len(self.thresholds.counts), dtype=torch.float64)
-        for own in found:
-            counts += torch.bincount(own.labels, minlength=len(counts))
+        seen = self.thresholds.seen(found)
         if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts.float().to(self.accelerator.device), "sum").cpu().double()
-        self.thresholds.update(counts)
-        self._in_vain = 0 if counts.sum() > 0 else self._in_vain + 1
+            seen = self.accelerator.reduce(seen.float().to(self.accelerator.device), "sum").cpu().double()
+        self.thresholds.update(seen, len(found) * self.accelerator.num_processes)
+        self._in_vain = 0 if seen[:, 0].sum() > 0 else self._in_vain + 1
         if self._in_vain == self.own.patience and self.own.patience and self.accelerator.is_main_process:
             logger.warning(
                 "The teacher has found no pseudo instance in %d steps (up to step %d): the unlabeled images only teach "
-                "where nothing is. Lower teacher.class_threshold (now %g) or teacher.mask_threshold (now %g), or raise "
-                "teacher.burn_in (now %d steps), so that it knows the classes before it is asked.",
-                self._in_vain, step + 1, self.own.class_threshold, self.own.mask_threshold, self.own.burn_in,
+                "where nothing is. Lower teacher.class_threshold (now %g) with teacher.class_floor (now %g) or "
+                "teacher.mask_threshold (now %g), or raise teacher.burn_in (now %d steps), so that it knows the "
+                "classes before it is asked.",
+                self._in_vain, step + 1, self.own.class_threshold, self.own.class_floor, self.own.mask_threshold,
+                self.burn_in,
             )  # fmt: skip
 
     @property
@@ -151,12 +137,12 @@ class Teacher:
     def state(self) -> dict[str, Any]:
         """What `load` restores. All processes call it."""
         return {
-            "counts": self.thresholds.counts.tolist(),
+            "thresholds": self.thresholds.state(),
             "in_vain": self._in_vain,
             "statistics": self.statistics.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.thresholds.counts = torch.tensor(state["counts"], dtype=torch.float64)
+        self.thresholds.load(state["thresholds"])
         self._in_vain = state["in_vain"]
         self.statistics.load(state["statistics"])

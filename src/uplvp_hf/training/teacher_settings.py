@@ -11,14 +11,17 @@ if TYPE_CHECKING:
     from .config import TrainSettings
 
 
+_BURN_IN, _RAMP = 0.3, 0.1  # shares of the steps
+
+
 @dataclass
 class TeacherSettings(Settings):
     """How unlabeled images (`data.unlabeled`) are used in fine-tuning: a teacher, which is the moving average of the
     student, finds instances in a weak view of an image, and the student learns them in a strong view of it.
 
     Sources: mean teacher (arXiv 1703.01780), Unbiased Teacher (2102.09480), Soft Teacher (2106.09018), Guided
-    Distillation (2308.02668), FlexMatch (2110.08263). Defaults without a source are guesses, which no comparison has
-    confirmed.
+    Distillation (2308.02668), FlexMatch (2110.08263), LabelMatch (2206.06608). Those of the thresholds were chosen by
+    what `docs/results.md` reports of hidden labels; other defaults without a source are guesses.
     """
 
     decay: float = setting(
@@ -27,8 +30,10 @@ class TeacherSettings(Settings):
         above=0,
         below=1,
     )
-    burn_in: int = setting(
-        100, "first steps, on the labels alone, in which the teacher comes to know the classes", least=0
+    burn_in: int | None = setting(
+        None,
+        "first steps, on the labels alone, in which the teacher comes to know the classes; none: 0.3 of all steps",
+        least=0,
     )
     weight: float = setting(
         1.0,
@@ -36,13 +41,24 @@ class TeacherSettings(Settings):
         "(Guided Distillation: 2, Unbiased Teacher: 4, each with divisors of its own)",
         above=0,
     )
-    ramp: int = setting(100, "steps after the burn-in in which the weight rises linearly from 0", least=0)
+    ramp: int | None = setting(
+        None, "steps after the burn-in in which the weight rises linearly from 0; none: 0.1 of all steps", least=0
+    )
     batch_size: int | None = setting(None, "unlabeled images of a step of a process; none: `optim.batch_size`", least=1)
     class_threshold: float = setting(
         0.7, "least probability of its class that a pseudo instance has (Unbiased Teacher: 0.7)", least=0, most=1
     )
+    class_floor: float = setting(
+        0.3, "what `label_share` and `adaptive` lower the class threshold of a class to, at the least", least=0, most=1
+    )
+    label_share: float = setting(
+        0.3,
+        "the class threshold of a class falls until the teacher finds so many instances of it an image, as a share of "
+        "those that the labels have (the idea of LabelMatch); 0: it does not",
+        least=0,
+    )
     mask_threshold: float = setting(
-        0.8, "least mean probability of the pixels inside the mask of a pseudo instance", least=0, most=1
+        0.9, "least mean probability of the pixels inside the mask of a pseudo instance", least=0, most=1
     )
     adaptive: float = setting(
         0.0,
@@ -65,6 +81,23 @@ class TeacherSettings(Settings):
     )
     soft_classes: bool = setting(False, "the teacher's probabilities of all classes are the targets of the class head")
     weigh_masks: bool = setting(False, "the mask losses of a pseudo instance are multiplied by its mask quality")
+    prompts: bool = setting(
+        False,
+        "the pseudo instances are prompts of the student, and its queries are drawn towards them, as in pre-training "
+        "(settings `model.prompt_*` and `model.kernel_*`); human labels never are, and the final model needs none",
+    )
+    mix_pretraining: bool = setting(
+        False,
+        "`data.extra=pretraining` stays: the labels of the pre-training are mixed into the labeled part, beside the "
+        "teacher",
+    )
+    copy_paste: float = setting(
+        0.0,
+        "probability that a random half of the pseudo instances of another image of the batch are pasted into the "
+        "strong view, with their pixels",
+        least=0,
+        most=1,
+    )
     scale_range: list[float] | None = setting(
         None, "large-scale jitter of the strong view; none: `data.scale_range`", above=0
     )
@@ -93,6 +126,20 @@ class TeacherSettings(Settings):
         "compare the pseudo instances with the labels that `data.unlabeled` happens to have, for the log alone: "
         "`pseudo_precision` and `pseudo_recall` at a mask IoU of 0.5, of the right class",
     )
+    draw_every: int = setting(
+        0,
+        "steps between images in `teacher.html` of the output: what the teacher finds, what its student is taught and "
+        "what it finds itself; 0: none",
+        least=0,
+    )
+
+    def burn_in_of(self, steps: int) -> int:
+        """Steps of the burn-in of a run of `steps`."""
+        return round(_BURN_IN * steps) if self.burn_in is None else self.burn_in
+
+    def ramp_of(self, steps: int) -> int:
+        """Steps of the ramp of a run of `steps`."""
+        return round(_RAMP * steps) if self.ramp is None else self.ramp
 
 
 def check_teacher(settings: TrainSettings) -> None:
@@ -101,8 +148,18 @@ def check_teacher(settings: TrainSettings) -> None:
     for name, value in (("scale_range", teacher.scale_range), ("cutout_area", teacher.cutout_area)):
         if value is not None and (len(value) != 2 or value[0] > value[1]):
             raise ConfigError(f"`teacher.{name}` must be two numbers, the lower first, got {value}.")
+    if teacher.adaptive and teacher.label_share:
+        raise ConfigError("Set `teacher.label_share=0` for `teacher.adaptive`: each is a rule for class thresholds.")
     if settings.data.unlabeled is None:
+        if teacher.prompts:
+            raise ConfigError("`teacher.prompts` needs `data.unlabeled`: the prompts are what a teacher finds there.")
         return
+    if teacher.copy_paste and (teacher.batch_size or settings.optim.batch_size) == 1:
+        raise ConfigError("`teacher.copy_paste` pastes within a batch: `teacher.batch_size` must be at least 2.")
+    if teacher.prompts and settings.model.kernel_target not in (None, "prompt"):
+        raise ConfigError(
+            "`teacher.prompts` goes with `model.kernel_target=prompt`: a teacher's masks have no features."
+        )
     if settings.stage == "pretrain":
         raise ConfigError(
             "`data.unlabeled` is for fine-tuning with a teacher. Pre-training takes its images from `data.train`, the "
@@ -114,8 +171,9 @@ def check_teacher(settings: TrainSettings) -> None:
 
 def check_burn_in(settings: TrainSettings, steps: int) -> None:
     """Raises ConfigError when a run of so many steps would never ask its teacher."""
-    if settings.data.unlabeled is not None and settings.teacher.burn_in >= steps:
+    burn_in = settings.teacher.burn_in_of(steps)
+    if settings.data.unlabeled is not None and burn_in >= steps:
         raise ConfigError(
-            f"`teacher.burn_in` of {settings.teacher.burn_in} steps leaves none of the {steps} for the unlabeled "
+            f"`teacher.burn_in` of {burn_in} steps leaves none of the {steps} for the unlabeled "
             "images: lower it, or raise `optim.steps` or `optim.epochs`."
         )

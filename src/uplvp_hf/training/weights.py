@@ -56,24 +56,24 @@ class RunWeights:
         self._share_buffers()
         if self._whole is None:
             if self.average is None:
-                yield self.plain
+                yield _to_use(self.plain)
             else:
                 with self.average.applied():
-                    yield self.plain
+                    yield _to_use(self.plain)
             return
         whole = self._averaged_whole().to(self.accelerator.device)
         try:
-            yield whole
+            yield _to_use(whole)
         finally:
             whole.to("cpu")
 
     def finish(self) -> UplvpPreTrainedModel:
         """Returns the whole model with the weights to use, which ends the training. All processes call it."""
         if self._whole is not None:
-            return self._averaged_whole()
+            return _to_use(self._averaged_whole())
         if self.average is not None:
             self.average.copy_to_model()
-        return self.plain
+        return _to_use(self.plain)
 
     @torch.no_grad()
     def _averaged_whole(self) -> UplvpPreTrainedModel:
@@ -89,6 +89,11 @@ class RunWeights:
         if self.accelerator.num_processes > 1:
             for buffer in self.plain.buffers():
                 torch.distributed.broadcast(buffer, 0)
+
+
+def _to_use(model: UplvpPreTrainedModel) -> UplvpPreTrainedModel:
+    """A fine-tuned model is a plain segmenter, whatever helped to train it."""
+    return model.plain() if getattr(model, "prompts_pseudo_alone", False) else model
 
 
 def _wrapped(model: UplvpPreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
