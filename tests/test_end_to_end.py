@@ -241,9 +241,16 @@ def test_accelerate_launch_from_another_folder(path, tmp_path):
 
 @pytest.mark.slow
 def test_pretraining_without_arguments_runs_the_embedded_default(tmp_path, monkeypatch, capsys):
+    from uplvp_hf.benchmark import run as benchmark_run
     from uplvp_hf.commands import pretrain
     from uplvp_hf.demo import pipeline
 
+    def label(command, **unused):  # in one process; `test_demo` has the two that the recipe asks for
+        words = command[command.index("label") :]
+        place = words.index("--processes")
+        return processes.run(processes.COMMAND, *words[:place], *words[place + 2 :])
+
+    monkeypatch.setattr(benchmark_run, "subprocess", SimpleNamespace(run=label))
     monkeypatch.setattr(pipeline, "_quiet", lambda: None)  # it sets up a process of its own
     real = pipeline.pretrain_default
     monkeypatch.setattr(pipeline, "pretrain_default", lambda: real(str(tmp_path / "default"), scale=0.005))
