@@ -1,8 +1,13 @@
 """Support prompts on all three segmenters: what a class is, what it depends on, and what travels with a model."""
 
+import copy
+
+import processes
 import pytest
 import torch
+from PIL import Image
 from test_sweep import SEGMENTER_NAMES, even, grown, quiet, settings_of
+from transformers import AutoModelForInstanceSegmentation, pipeline
 
 from uplvp_hf.models.configuration_few_shot import UplvpFewShotConfig
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
@@ -280,3 +285,89 @@ def test_similarity_is_fitted_between_same_and_different():
     assert midpoint == pytest.approx(0.5, abs=0.02) and temperature == pytest.approx(0.01 / 0.4, rel=0.15)
     apart, width = fit_similarity(torch.tensor([0.1, 0.9]), torch.tensor([False, True]))
     assert 0.1 < apart < 0.9 and width > 0
+
+
+# ---- as any other model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditioning", ["prompt", "prototype"])
+def test_an_image_alone_equals_itself_in_a_padded_batch(segmenter, supports, conditioning):
+    model, (values, masks) = make_model(segmenter, conditioning=conditioning).eval(), supports
+    model.add_class("cat", values[:2], masks[:2])
+    image = {"pixel_values": values[2:, :, :56, :90], "mask_labels": []}
+    alone, wide = grown(image, 64, 96), grown(image, 128, 160)
+    mates = torch.randn(2, 3, 128, 160, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        one = model(alone["pixel_values"], alone["pixel_mask"])
+        together = torch.cat([wide["pixel_values"], mates])
+        other = model(together, torch.cat([wide["pixel_mask"], torch.ones(2, 128, 160)]))
+    torch.testing.assert_close(other.class_scores[:1], one.class_scores, rtol=1e-3, atol=1e-4)
+    seen = [output.masks_queries_logits[:1, :, :14, :23].sigmoid() for output in (one, other)]
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16(segmenter, make_batch, supports):
+    """Autocast and pure weights train, and predict finite scores."""
+    model, (values, masks) = quiet(make_model(segmenter, prompt_drop=0.0).train()), supports
+    batch = make_batch(counts=(2, 1, 0))
+    del batch["class_labels"]
+    asked = {"support_values": values, "support_masks": masks, "support_owner": torch.arange(3), "draw": even}
+    exact = model(**batch, **asked).loss.item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = model(**batch, **asked).loss
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    pure = half(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()}, **asked).loss
+    for loss, trained in ((cast, model), (pure, half)):
+        assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.15)
+        trained.zero_grad()
+        loss.backward()
+        assert all(torch.isfinite(weight.grad).all() for weight in trained.parameters() if weight.grad is not None)
+    half.eval().add_class("cat", values.bfloat16(), masks)
+    with torch.no_grad():
+        assert torch.isfinite(half(batch["pixel_values"].bfloat16()).class_scores).all()
+
+
+def test_checkpointing_gives_equal_gradients(segmenter, make_batch, supports):
+    model, (values, masks) = quiet(make_model(segmenter).train()), supports
+    batch = make_batch(counts=(2, 1, 0))
+    del batch["class_labels"]
+    runs = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(**batch, support_values=values, support_masks=masks, support_owner=torch.arange(3)).loss.backward()
+        runs.append([weight.grad.clone() for weight in model.parameters()])
+    for one, other in zip(*runs, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+
+
+def test_pipelines_name_the_classes_of_the_supports(supports, tmp_path):
+    model, (values, masks) = make_model("mask2former").eval(), supports
+    for name, place in (("cat", 0), ("dog", 1)):
+        model.add_class(name, values[place : place + 1], masks[place : place + 1])
+    model.save_pretrained(tmp_path)
+    UplvpImageProcessor(size={"longest_edge": 96}).save_pretrained(tmp_path)
+    assert isinstance(AutoModelForInstanceSegmentation.from_pretrained(tmp_path), UplvpForFewShotSegmentation)
+    found = pipeline("instance-segmentation", model=str(tmp_path))(Image.new("RGB", (96, 64)), threshold=0.0)
+    assert {one["label"] for one in found} == {"cat", "dog"}
+    stock = pipeline("image-segmentation", model=str(tmp_path))
+    assert {one["label"] for one in stock(Image.new("RGB", (96, 64)), threshold=0.0)} <= {"cat", "dog"}
+
+
+@pytest.mark.slow
+def test_a_saved_folder_needs_no_library(without_library, supports, tmp_path):
+    model, (values, masks) = make_model("knet").eval(), supports
+    model.add_class("cat", values, masks)
+    model.save_pretrained(tmp_path / "model", with_code=True)
+    UplvpImageProcessor(size={"longest_edge": 96}).save_pretrained(tmp_path / "model")
+    program = """
+from PIL import Image
+from transformers import pipeline
+own = pipeline("instance-segmentation", model=sys.argv[1], trust_remote_code=True)
+found = own(Image.new("RGB", (96, 64)), threshold=0.0)
+assert {one["label"] for one in found} == {"cat"}, found
+"""
+    done = processes.run(without_library + program, tmp_path / "model", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -10,12 +10,14 @@
     arms:
       prototype: {settings: {fewshot.conditioning: prototype}}
       prompts: {init: prototype, settings: {fewshot.conditioning: prompt}}
+      prompts head: {same: prompts, settings: {fewshot.support_score: head}}
     shots: [1, 5]
     ask: [open, present]
     seeds: [0, 1, 2]
 
-Every arm is trained once a seed and segmenter; `init` names the arm whose model it starts from. Supports are drawn from
-`pool` with the same seed. A finished training or evaluation is not repeated, and several calls may share a folder.
+Every arm is trained once a seed and segmenter. `init` names the arm whose model it starts from, `same` one whose model
+is asked again. Supports are drawn from `pool` with the same seed. A finished training or evaluation is not repeated, and
+several calls may share a folder.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.class_splits import class_split
@@ -72,6 +75,9 @@ class FewShotArm(Settings):
     """One way to train."""
 
     init: str | None = setting(None, "the arm whose model it starts from; none: as the recipe says")
+    same: str | None = setting(
+        None, "the arm whose model is asked again, with another `fewshot.support_score`; nothing is trained"
+    )
     settings: dict[str, Any] = setting({}, "section.key: value, of this arm")
     segmenters: list[str] | None = setting(None, "only these of the benchmark's")
     seeds: list[int] | None = setting(None, "only these of the benchmark's")
@@ -94,7 +100,7 @@ class FewShotBenchmark(Settings):
     shots: list[int] = setting([1, 5], "supports of a class", least=1)
     ask: list[str] = setting(["open", "present"], "protocols: open, present, episodes")
     seeds: list[int] = setting([0, 1, 2], "of training and of the supports")
-    base: bool = setting(True, "the base classes are asked about as well")
+    base: int = setting(6, "base classes, drawn by seed, that are asked about as well", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,53 +109,61 @@ class FewShotBenchmark(Settings):
                 raise ConfigError(f"A few-shot benchmark needs `{section}`.")
         if self.data.scenes is None and not (self.data.train and self.data.val):
             raise ConfigError("`data` needs `train` and `val`, or `scenes`.")
+        known: list[str] = []
         for name, arm in self.arms.items():
-            if arm.init is not None and arm.init not in self.arms:
-                raise ConfigError(f"`arms.{name}.init`: no arm `{arm.init}`; there are: {', '.join(self.arms)}.")
-            if arm.init is not None and self.arms[arm.init].init == name:
-                raise ConfigError(f"`arms.{name}.init`: {name} and {arm.init} start from each other.")
+            for key in ("init", "same"):
+                if getattr(arm, key) not in (None, *known):
+                    listed = ", ".join(known) or "none"
+                    raise ConfigError(
+                        f"`arms.{name}.{key}`: no arm `{getattr(arm, key)}` before it; there are: {listed}."
+                    )
+            if arm.same is not None and set(arm.settings) != {"fewshot.support_score"}:
+                raise ConfigError(f"`arms.{name}.settings` of an arm with `same` hold `fewshot.support_score` alone.")
+            known.append(name)
 
 
 @dataclass(frozen=True)
 class FewShotJob:
-    """A training with its evaluation. needs: folder of the training that it starts from."""
+    """A training with its evaluation. needs: folder of the training that it starts from, or whose model is asked again.
+    settings: of the training, None where nothing is trained. score: in place of the model's own."""
 
     folder: str
     needs: str | None
-    settings: TrainSettings
+    settings: TrainSettings | None
     record: dict[str, Any]
+    score: str | None = None
 
 
 def few_shot_jobs(benchmark: FewShotBenchmark, folder: Path) -> list[FewShotJob]:
-    """All jobs, seed by seed, each after the one that it starts from."""
+    """All jobs, arm by arm, so that each comes after the one that it starts from, and the first arms are complete."""
     data = prepare_data(benchmark, folder)
-    jobs: dict[str, FewShotJob] = {}
-    for classes in benchmark.classes.split():
-        for seed in benchmark.seeds:
-            for segmenter in benchmark.segmenters:
-                for name, arm in benchmark.arms.items():
-                    if seed in (arm.seeds or [seed]) and segmenter in (arm.segmenters or [segmenter]):
-                        for job in _with_needs(benchmark, folder, data, classes, segmenter, name, seed):
-                            jobs.setdefault(job.folder, job)
-    return list(jobs.values())
+    return [
+        _job(benchmark, folder, data, classes, segmenter, name, seed)
+        for name, arm in benchmark.arms.items()
+        for classes in benchmark.classes.split()
+        for seed in benchmark.seeds
+        for segmenter in benchmark.segmenters
+        if seed in (arm.seeds or [seed]) and segmenter in (arm.segmenters or [segmenter])
+    ]
 
 
-def _with_needs(
+def _job(
     benchmark: FewShotBenchmark, folder: Path, data: dict[str, str], classes: str, segmenter: str, name: str, seed: int
-) -> Iterator[FewShotJob]:
-    """The job of an arm, after those that it starts from."""
+) -> FewShotJob:
     arm, own = benchmark.arms[name], _folder(classes, segmenter, name, seed)
-    values = {**benchmark.settings, **benchmark.segmenters[segmenter].settings, **arm.settings, **data}
+    record = {"benchmark": benchmark.name, "segmenter": segmenter, "arm": name, "split": classes}
+    record |= {"training_seed": seed}
+    if arm.same is not None:
+        needs = _folder(classes, segmenter, arm.same, seed)
+        return FewShotJob(own, needs, None, record, arm.settings["fewshot.support_score"])
+    recipe = benchmark.segmenters[segmenter]
+    values = {**benchmark.settings, **recipe.settings, **arm.settings, **data}
     needs = None
     if arm.init is not None:
-        yield from _with_needs(benchmark, folder, data, classes, segmenter, arm.init, seed)
         needs = _folder(classes, segmenter, arm.init, seed)
         values |= {"model.init": str(folder / needs), "model.segmenter": None, "model.backbone_weights": None}
     values |= {"stage": "fewshot", "seed": seed, "fewshot.classes": classes}
-    settings = training_settings(benchmark.segmenters[segmenter].recipe, values, folder / own)
-    record = {"benchmark": benchmark.name, "segmenter": segmenter, "arm": name, "split": classes}
-    record |= {"novel_in_base": settings.fewshot.novel_in_base, "training_seed": seed}
-    yield FewShotJob(own, needs, settings, record)
+    return FewShotJob(own, needs, training_settings(recipe.recipe, values, folder / own), record)
 
 
 def _folder(classes: str, segmenter: str, name: str, seed: int) -> str:
@@ -226,7 +240,7 @@ def _try(benchmark: FewShotBenchmark, folder: Path, job: FewShotJob, progress: b
         if not free or _is_done(folder, job):
             return False
         logger.info("%s ...", job.folder)
-        if not (own / "training_summary.json").is_file():
+        if job.settings is not None and not (own / "training_summary.json").is_file():
             train(job.settings, resume=(own / "settings.json").is_file(), progress=progress)
         write_json_lines(own / "rows.jsonl", _rows(benchmark, folder, job))
         return True
@@ -234,19 +248,21 @@ def _try(benchmark: FewShotBenchmark, folder: Path, job: FewShotJob, progress: b
 
 def _rows(benchmark: FewShotBenchmark, folder: Path, job: FewShotJob) -> list[dict[str, Any]]:
     """All rows of a trained model."""
-    own = folder / job.folder
+    own = folder / (job.folder if job.settings is not None else job.needs or "")
     summary = json.loads((own / "training_summary.json").read_text())
     pool, val = _part(benchmark, folder, "pool"), _part(benchmark, folder, "val")
     split = class_split(job.record["split"], [category["name"] for category in pool.categories], pool.name)
     facts = {key: summary[key] for key in ("steps", "seconds", "parameters", "parameters_trained", "hardware")}
+    facts["novel_in_base"] = summary["settings"]["fewshot"]["novel_in_base"]
     record = {**job.record, **facts, **source_revision()}
-    askings = [Asking(ask) for ask in benchmark.ask]
+    askings, seed = [Asking(ask) for ask in benchmark.ask], job.record["training_seed"]
     model, processor = load_few_shot(str(own))
-    rows = []
-    for part, names in (("novel", split.novel), ("base", split.base)):
-        if names and (part == "novel" or benchmark.base):
-            seeds = [job.record["training_seed"]]
-            questions = Questions(names, part, benchmark.shots, seeds, askings, record=record)
+    model.config.support_score = job.score or model.config.support_score
+    order = np.random.default_rng(seed).permutation(len(split.base))[: benchmark.base].tolist()
+    rows: list[dict[str, Any]] = []
+    for part, names in (("novel", split.novel), ("base", [split.base[place] for place in sorted(order)])):
+        if names:
+            questions = Questions(names, part, benchmark.shots, [seed], askings, record=record)
             rows += few_shot_rows(model, processor, pool, val, questions)
     return rows
 
