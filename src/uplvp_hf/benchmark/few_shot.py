@@ -16,8 +16,8 @@
     seeds: [0, 1, 2]
 
 Every arm is trained once a seed and segmenter. `init` names the arm whose model it starts from, `same` one whose model
-is asked again. Supports are drawn from `pool` with the same seed. A finished training or evaluation is not repeated, and
-several calls may share a folder.
+is asked again. Supports are drawn from `pool` with the same seed. What is finished is not repeated, and several calls
+may share a folder.
 """
 
 from __future__ import annotations
