@@ -188,7 +188,7 @@ def test_an_episode_asks_for_one_class_with_supports_from_other_images(make_epis
             assert one["image_id"] not in {image_id for image_id, _ in one["support_ids"]}
             name = episodes.names[one["asked"]]
             for image_id, k in one["support_ids"]:
-                row = looks[int(image_id) - 1]
+                row = episodes.dataset[int(image_id) - 1]
                 category = {c["id"]: c["name"] for c in looks.categories}[row["objects"]["category_id"][k]]
                 assert row["image_id"] == image_id and category == name
             assert all(len(support["mask_labels"]) == 1 for support in one["supports"])

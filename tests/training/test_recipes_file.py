@@ -83,7 +83,7 @@ def test_the_help_of_the_commands_says_what_every_setting_does(capsys):
         finetune.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     sections = [item for item in dataclasses.fields(TrainSettings) if dataclasses.is_dataclass(item.default_factory)]
-    assert len(sections) == 6
+    assert len(sections) == 7
     for section in sections:
         for item in dataclasses.fields(section.default_factory):
             assert item.metadata["meaning"], item.name

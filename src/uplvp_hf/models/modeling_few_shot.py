@@ -24,6 +24,7 @@ from .kernel_targets import RunningMean
 from .losses import LayerOutput, Normalizers, kernel_supervision
 from .modeling_base_uplvp import UplvpPreTrainedModel
 from .modeling_uplvp import UplvpForInstanceSegmentation
+from .padding import is_padded, valid_cells
 from .point_sampling import Draw
 from .postprocessing_uplvp import mask_quality
 from .prompts import PromptFusion, inject_prompts, kept_prompts
@@ -268,23 +269,30 @@ class UplvpForFewShotSegmentation(UplvpPreTrainedModel):
 
     # ---- instances ---------------------------------------------------------------------------------------------------
 
-    def _objectness(self, layer: LayerOutput) -> Tensor:
-        """How sure a query is of its object: (B, N) float32 in 0..1."""
+    def _objectness(self, layer: LayerOutput, masks: Tensor) -> Tensor:
+        """How sure a query is of its object: (B, N) float32 in 0..1. masks: of `_on_image`."""
         if not self.segmenter.has_no_object:
             return layer.class_logits.float().sigmoid()[..., 0]
-        head = layer.class_logits.float().softmax(-1)[..., 0]
-        return head * torch.stack([mask_quality(masks, 0.5) for masks in layer.mask_logits])
+        return layer.class_logits.float().softmax(-1)[..., 0] * torch.stack([mask_quality(own, 0.5) for own in masks])
 
-    def _similarity(self, layer: LayerOutput, features, vectors: Tensor) -> Tensor:
-        """Of what the masks cover to classes: (B, N, P) in 0..1."""
-        seen = pool_predictions(self._support_map(features), layer.mask_logits)
+    def _on_image(self, layer: LayerOutput, features) -> Tensor:
+        """Mask logits (B, N, h, w), far below zero on padding: what lies there must not count."""
+        if not is_padded(features.pixel_mask):
+            return layer.mask_logits
+        valid = valid_cells(features.pixel_mask, layer.mask_logits.shape[-2:]).to(layer.mask_logits.device)
+        return torch.where(valid[:, None], layer.mask_logits, -100.0)
+
+    def _similarity(self, masks: Tensor, features, vectors: Tensor) -> Tensor:
+        """Of what masks of `_on_image` cover to classes: (B, N, P) in 0..1."""
+        seen = pool_predictions(self._support_map(features), masks)
         mean, config = self.support_mean.mean, self.config
         return similarity(seen - mean, vectors - mean, config.similarity_midpoint, config.similarity_temperature)
 
     def _find_prototypes(self, features, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Masks of any object and their score for every class: (B, N, H/4, W/4), (B, N, P)."""
         layer = self.segmenter.decode(features, self.segmenter.initial_queries(features))[-1]
-        return layer.mask_logits, self._objectness(layer)[..., None] * self._similarity(layer, features, vectors)
+        masks = self._on_image(layer, features)
+        return layer.mask_logits, self._objectness(layer, masks)[..., None] * self._similarity(masks, features, vectors)
 
     def _find_prompted(self, features, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """One pass of the decoder a class, of which the best `max_masks` pairs of an image are kept: masks
@@ -298,9 +306,10 @@ class UplvpForFewShotSegmentation(UplvpPreTrainedModel):
         for label in range(count):
             inject = self._injected(self.make_prompts(vectors[label : label + 1]).expand(batch, -1))
             layer = self.segmenter.decode(features, inject(queries, features, 0), inject)[-1]
-            found = self._objectness(layer)
+            shown = self._on_image(layer, features)
+            found = self._objectness(layer, shown)
             if self.config.support_score == "head_similarity":
-                found = found * self._similarity(layer, features, vectors[label : label + 1])[..., 0]
+                found = found * self._similarity(shown, features, vectors[label : label + 1])[..., 0]
             masks, scores = torch.cat([masks, layer.mask_logits], 1), torch.cat([scores, found], 1)
             labels = torch.cat([labels, torch.full_like(found, label, dtype=torch.int64)], 1)
             if scores.shape[1] > self.config.max_masks:

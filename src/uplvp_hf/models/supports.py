@@ -48,9 +48,9 @@ def similarity(seen: Tensor, supports: Tensor, midpoint: float, temperature: flo
     """sigmoid((cosine - midpoint) / temperature): (B, N, C) and (P, C), both less their common mean -> (B, N, P)."""
     seen = F.normalize(seen.float(), dim=-1)
     # Class by class: together they would be rounded otherwise when a class is added.
-    columns = [(seen * F.normalize(one.float(), dim=0)).sum(-1) for one in supports]
-    cosine = torch.stack(columns, -1) if columns else seen.new_zeros((*seen.shape[:-1], 0))
-    return ((cosine - midpoint) / temperature).sigmoid()
+    cosines = [(seen * F.normalize(one.float(), dim=0)).sum(-1) for one in supports]
+    columns = [((cosine - midpoint) / temperature).sigmoid() for cosine in cosines]
+    return torch.stack(columns, -1) if columns else seen.new_zeros((*seen.shape[:-1], 0))
 
 
 def fit_similarity(cosines: Tensor, same: Tensor) -> tuple[float, float]:
