@@ -42,7 +42,7 @@ def test_from_base_classes_to_a_pushed_model(looks, words, tmp_path, capsys):
     """train, train on, draw, add, evaluate, predict, table, push: as docs/few_shot.md has it."""
     proto, prompt, model = (str(tmp_path / name) for name in ("proto", "prompt", "model"))
     assert main(["fewshot", "train", *words, "fewshot.conditioning=prototype", "--output", proto]) == 0
-    more = [f"model.init={proto}", "fewshot.conditioning=prompt", "model.segmenter=null", f"data.val={looks / 'val'}"]
+    more = [f"model.init={proto}", "fewshot.conditioning=prompt", f"data.val={looks / 'val'}"]
     assert main(["fewshot", "train", *words, *more, "--output", prompt]) == 0
     assert any("val_AP" in line for line in log_of(tmp_path / "prompt"))
     trained, _ = load_few_shot(prompt)
@@ -96,6 +96,7 @@ def test_novel_objects_are_taken_out_and_their_images_if_asked(looks, words):
         ("model.class_agnostic=true", "Not for few-shot training: leave out `model.class_agnostic`"),
         ("fewshot.shots=[3,1]", "must be one or two numbers, the lower first"),
         ("fewshot.support_bank=5", "needs a frozen encoder"),
+        ("model.freeze_backbone=true", "would freeze a randomly initialized backbone"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(looks, tiny_segmenter, tmp_path, word, message):

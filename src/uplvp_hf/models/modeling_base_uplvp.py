@@ -99,7 +99,9 @@ class UplvpPreTrainedModel(InstanceSegmenter, SavesItsCode, PreTrainedModel):
 
     @classmethod
     def _config_for(cls, source, settings: dict, id2label: dict[int, str], category_ids) -> UplvpConfig:
-        config = UplvpConfig.from_dict({**source.config.to_dict(), "class_agnostic": False, **settings})
+        known = {key: value for key, value in source.config.to_dict().items() if UplvpConfig._is_known(key)}
+        known.pop("model_type")  # a few-shot model's, of which the settings of the method are taken
+        config = UplvpConfig.from_dict({**known, "class_agnostic": False, **settings})
         config.sync_classes(id2label, category_ids)
         return config
 

@@ -30,7 +30,7 @@ from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
 from .backbone_weights import load_backbone_weights
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
-from .freezing import freeze_backbone
+from .freezing import freeze_backbone, refuse_random_frozen
 from .mixture import MixedSamples
 
 logger = logging.getLogger(__name__)
@@ -137,12 +137,7 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
     Raises ConfigError for a frozen backbone that would be random, for an `init` that is not the `segmenter` given, and
     for a Mask R-CNN with settings that need queries.
     """
-    frozen = "freeze_backbone" if settings.model.freeze_backbone else "freeze_stages"
-    if getattr(settings.model, frozen) and not (settings.model.init or settings.model.backbone_weights):
-        raise ConfigError(
-            f"`model.{frozen}` would freeze a randomly initialized backbone: set `model.backbone_weights` (a "
-            f"safetensors file) or `model.init` (a checkpoint), or leave `model.{frozen}` out."
-        )
+    refuse_random_frozen(settings.model)
     model = _start_from(settings, train) if settings.model.init else _from_scratch(settings, train)
     if settings.prompted and settings.model.kernel_target is None:
         _check_kernel_target(model.config, settings)
@@ -287,7 +282,7 @@ def _baseline(settings: TrainSettings, train: InstanceDataset) -> MaskRcnnForIns
     given = {key: value for key, value in settings.model.segmenter.items() if key != "model_type"}
     refuse_unknown_names(given, MaskRcnnConfig, "model.segmenter.")
     config = MaskRcnnConfig(**given, id2label=id2label, category_ids=category_ids)
-    _refuse_unknown(given, config)
+    refuse_unknown(given, config)
     return MaskRcnnForInstanceSegmentation(config)
 
 
@@ -306,16 +301,16 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedMod
         category_ids=category_ids,
         **_method(settings, train),
     )
-    _refuse_unknown(settings.model.segmenter, config.segmenter_config)
+    refuse_unknown(settings.model.segmenter, config.segmenter_config)
     return _model_class(settings)(config)
 
 
-def _refuse_unknown(given: dict, config: PreTrainedConfig, prefix: str = "model.segmenter.") -> None:
+def refuse_unknown(given: dict, config: PreTrainedConfig, prefix: str = "model.segmenter.") -> None:
     """Raises ConfigError for a misspelled key of a segmenter or backbone: transformers would take it silently."""
     refuse_unknown_names(given, type(config), prefix)
     for key, value in given.items():
         if isinstance(value, dict) and isinstance(getattr(config, key, None), PreTrainedConfig):
-            _refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
+            refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
 
 
 def refuse_unknown_names(given: dict, kind: type[PreTrainedConfig], prefix: str) -> None:
@@ -340,13 +335,8 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"`model.init`: {init} is no model folder, and no model of the Hub: {reason}") from error
-    segmenter = found.segmenter_config if found.model_type == "uplvp" else found
-    unlike = _differences(settings.model.segmenter or {}, segmenter.to_dict(), "model.segmenter.")
-    if unlike:
-        raise ConfigError(
-            f"{init} does not hold the segmenter that the settings describe ({'; '.join(unlike)}). Start from another "
-            "checkpoint, or give settings without `model.segmenter`."
-        )
+    segmenter = getattr(found, "segmenter_config", found)
+    refuse_other_segmenter(settings.model, segmenter)
     if segmenter.model_type == MaskRcnnConfig.model_type:
         _check_baseline(settings)
         cls, method = MaskRcnnForInstanceSegmentation, {}
@@ -355,6 +345,16 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
     model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
     logger.info("From %s: %s", init, model.transfer_report)
     return model
+
+
+def refuse_other_segmenter(model: ModelSettings, found: PreTrainedConfig) -> None:
+    """Raises ConfigError where `model.init` holds another segmenter than `model.segmenter` describes."""
+    unlike = _differences(model.segmenter or {}, found.to_dict(), "model.segmenter.")
+    if unlike:
+        raise ConfigError(
+            f"{model.init} does not hold the segmenter that the settings describe ({'; '.join(unlike)}). Start from "
+            "another checkpoint, or give settings without `model.segmenter`."
+        )
 
 
 def _differences(wanted: dict, found: dict, prefix: str) -> list[str]:

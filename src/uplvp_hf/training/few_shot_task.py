@@ -24,14 +24,20 @@ from ..data.episodes import EpisodeSet, collate_episodes
 from ..data.supports import Entry, SupportSet, draw_supports, instances_of, keep_classes
 from ..evaluation.few_shot import evaluate_few_shot, fit_scores, object_vectors, use_supports
 from ..models.configuration_few_shot import UplvpFewShotConfig
-from ..models.configuration_uplvp import OWN_SEGMENTERS
 from ..models.errors import reading
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_few_shot import UplvpForFewShotSegmentation
 from .batch import model_inputs
-from .build import build_data, build_processor, build_samples, load_backbone_weights, refuse_unknown_names
+from .build import (
+    build_data,
+    build_processor,
+    build_samples,
+    load_backbone_weights,
+    refuse_other_segmenter,
+    refuse_unknown,
+)
 from .config import ConfigError, TrainSettings
-from .freezing import freeze_backbone
+from .freezing import freeze_backbone, refuse_random_frozen
 from .stream import make_loader
 from .task import InstanceTask
 
@@ -77,17 +83,17 @@ class FewShotTask(InstanceTask):
         given = {name: getattr(settings.fewshot, name) for name in _OF_MODEL}
         given |= {name: getattr(settings.model, name) for name in _OF_METHOD}
         given = {name: value for name, value in given.items() if value is not None}
+        refuse_random_frozen(settings.model)
         if settings.model.init is not None:
             with reading(f"`model.init`: {settings.model.init}"):
                 model = UplvpForFewShotSegmentation.from_pretraining(settings.model.init, **given)
+            refuse_other_segmenter(settings.model, model.segmenter.config)
             logger.info("From %s: %s", settings.model.init, model.transfer_report)
         elif settings.model.segmenter is None:
             raise ConfigError("Set `model.init` (a checkpoint) or `model.segmenter` (settings of a new segmenter).")
         else:
-            own = OWN_SEGMENTERS.get(settings.model.segmenter.get("model_type"))
-            if own is not None:
-                refuse_unknown_names(settings.model.segmenter, own, "model.segmenter.")
             config = UplvpFewShotConfig(segmenter_config=dict(settings.model.segmenter), **given)
+            refuse_unknown(settings.model.segmenter, config.segmenter_config)
             model = UplvpForFewShotSegmentation(config)
         if settings.model.backbone_weights:
             load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)

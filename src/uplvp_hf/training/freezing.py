@@ -8,6 +8,16 @@ from torch import Tensor, nn
 from .config import ConfigError, ModelSettings
 
 
+def refuse_random_frozen(settings: ModelSettings) -> None:
+    """Raises ConfigError for a backbone that would be frozen as it was drawn."""
+    frozen = "freeze_backbone" if settings.freeze_backbone else "freeze_stages"
+    if getattr(settings, frozen) and not (settings.init or settings.backbone_weights):
+        raise ConfigError(
+            f"`model.{frozen}` would freeze a randomly initialized backbone: set `model.backbone_weights` (a "
+            f"safetensors file) or `model.init` (a checkpoint), or leave `model.{frozen}` out."
+        )
+
+
 def freeze_backbone(backbone: nn.Module, settings: ModelSettings, size: int) -> None:
     """Freezes what `freeze_backbone` and `freeze_stages` name, and whatever no feature map depends on.
 
