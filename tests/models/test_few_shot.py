@@ -265,8 +265,9 @@ def test_starts_from_agnostic_named_and_pretrained_models(segmenter, tmp_path):
     model.save_pretrained(tmp_path / "few_shot")
     again = UplvpForFewShotSegmentation.from_pretraining(tmp_path / "few_shot", conditioning="prototype")
     assert (again.config.conditioning, again.config.support_map, again.config.id2label) == ("prototype", "prompt", {})
-    tuned = UplvpForInstanceSegmentation.from_pretraining(tmp_path / "few_shot", {0: "cow", 1: "pig"}, class_head="spread")
-    assert tuned.config.model_type == "uplvp" and tuned.segmenter.config.id2label == {0: "cow", 1: "pig"}
+    names = {0: "cow", 1: "pig"}
+    tuned = UplvpForInstanceSegmentation.from_pretraining(tmp_path / "few_shot", names, class_head="spread")
+    assert tuned.config.model_type == "uplvp" and tuned.segmenter.config.id2label == names
     assert not tuned.transfer_report.reinitialized
 
 
