@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import subprocess
+import logging
+import os
 import sys
+import tempfile
+
+from .commands._terminal import FIRST_ERROR
 
 VERBS = {
     "auto": "images and a few labels -> a model, a page, and why",
@@ -63,10 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _launch(verb: str, rest: list[str]) -> int:
-    """The verb in several processes.
-
-    On GPUs by `accelerate launch`, which starts a single process on a CPU whatever the number; there by torchrun.
-    """
+    """The verb in several processes, by torchrun; of what they have to say of an error, the first word is heard."""
     if verb not in SHARED:
         print(f"uplvp: {verb} runs in one process; --processes is for {', '.join(SHARED)}.", file=sys.stderr)
         return 2
@@ -75,14 +76,20 @@ def _launch(verb: str, rest: list[str]) -> int:
     if not count.isdigit() or int(count) < 1:
         print("uplvp: --processes needs a number, such as --processes 8.", file=sys.stderr)
         return 2
-    import torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
 
-    if torch.cuda.is_available():
-        launcher = ["accelerate.commands.launch", "--num_processes", count]
-    else:
-        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", count]
-    command = [sys.executable, "-m", *launcher, "-m", "uplvp_hf.cli", verb]
-    return subprocess.call([*command, *rest[:place], *rest[place + 2 :]])
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it would tell every failure over again
+    words = ["--standalone", "--nproc_per_node", count, "-m", "uplvp_hf.cli", verb, *rest[:place], *rest[place + 2 :]]
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[FIRST_ERROR] = os.path.join(folder, "told")
+        try:
+            torchrun(words)
+        except ChildFailedError as error:
+            return abs(error.get_first_failure()[1].exitcode) or 1
+        finally:
+            del os.environ[FIRST_ERROR]
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Which errors are one line for the user, and which are bugs that show their traceback."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from uplvp_hf.cli import main
-from uplvp_hf.commands._terminal import run
+from uplvp_hf.commands._terminal import FIRST_ERROR, run
 from uplvp_hf.models.errors import UserError, reading
 
 
@@ -67,3 +69,19 @@ def test_masks_of_another_encoding(scenes_dir, tmp_path, capsys):
     words = ["label", str(scenes_dir / "images"), "--labeler", "file", "--masks", str(tmp_path / "masks.json")]
     assert main([*words, "--output", str(tmp_path / "output")]) == 2
     assert "masks.json" in capsys.readouterr().err
+
+
+def test_of_several_processes_only_the_first_tells_its_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(FIRST_ERROR, str(tmp_path / "told"))
+    assert run("label", failing(UserError("a.json: no such file"))) == 2
+    assert run("label", failing(UserError("a.json: no such file"))) == 2  # another process, the same fault
+    assert run("label", failing(RuntimeError("connection closed by peer"))) == 2  # for want of the first
+    assert capsys.readouterr().err == "uplvp label: error: a.json: no such file\n"
+
+
+@pytest.mark.slow
+def test_a_wrong_argument_of_several_processes_is_one_line(tmp_path):
+    words = ["finetune", "--recipe", "no_such_recipe", "--processes", "2", "--output", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-m", "uplvp_hf.cli", *words], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "no_such_recipe" in line] == done.stderr.splitlines()

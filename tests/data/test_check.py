@@ -2,6 +2,9 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -232,3 +235,30 @@ def test_faulty_rows_of_a_store(tmp_path):
     ]
     with pytest.raises(DataError, match="line 2"):
         load_dataset_rows(tmp_path)
+
+
+def test_label_files_that_were_not_read_are_named(make_coco, annotation):
+    folder = make_coco([annotation()])
+    shutil.copy(folder / "annotations" / "instances.json", folder / "annotations" / "more.json")
+    (folder / "images" / "a.txt").write_text("0 .5 .5 .1 .1")  # YOLO's, named like an image
+    (folder / "notes.txt").write_text("nothing of the kind")
+    warning = check_dataset(lambda: load_dataset_rows(folder), source=str(folder))["warnings"][-1]
+    assert "not read: annotations/more.json, images/a.txt;" in warning["reason"]
+    with_split = check_dataset(lambda: load_dataset_rows(folder, split="more"), source=str(folder), split="more")
+    assert "not read: images/a.txt;" in with_split["warnings"][-1]["reason"]
+    (folder / "images" / "a.txt").unlink()
+    shutil.rmtree(folder / "annotations")
+    assert check_dataset(lambda: load_dataset_rows(folder), source=str(folder))["warnings"] == []
+
+
+def test_a_check_starts_without_the_libraries_that_take_seconds(make_coco, annotation):
+    folder = make_coco([annotation()])
+    code = f"""
+import sys
+from uplvp_hf.cli import main
+assert main(["data", "check", {str(folder)!r}]) == 0
+slow = {{"torch", "transformers", "torchvision", "matplotlib", "scipy"}} & set(sys.modules)
+assert not slow, slow
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

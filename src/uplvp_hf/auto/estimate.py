@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import resource
 import sys
 import tempfile
@@ -38,8 +39,14 @@ def time_training(settings: TrainSettings, data: dict[str, Any]) -> dict[str, fl
             evaluation=dataclasses.replace(settings.evaluation, at=[_STEPS[0]], every=0, every_epochs=None, patience=0),
             checkpoint=dataclasses.replace(settings.checkpoint, every=0, best=False),
         )
+        log = logging.getLogger("uplvp_hf.training")
+        level = log.level
+        log.setLevel(logging.WARNING)  # the run itself will say it
         began = time.perf_counter()
-        result = train(given, progress=False)
+        try:
+            result = train(given, progress=False)
+        finally:
+            log.setLevel(level)
         whole = time.perf_counter() - began
     seconds = [result.evaluations[step]["training_seconds"] for step in _STEPS]
     step = (seconds[1] - seconds[0]) / (_STEPS[1] - _STEPS[0])

@@ -18,6 +18,7 @@ from ..files import write_text
 from ..models.errors import UserError
 from .advice import noise
 from .estimate import in_words
+from .trials import trial_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def _render(folder: Path) -> str:
     return environment.from_string(template).render(
         folder=folder,
         data=data,
-        sources=sources and {**sources, "trials": [_with_images(folder, trial) for trial in sources["trials"]]},
+        sources=sources and {**sources, "pairs": _masks(folder, sources)},
         estimate=estimate and {**estimate, "words": in_words(estimate)},
         choice=choice,
         noise=noise(data["val_instances"]),
@@ -54,20 +55,15 @@ def _render(folder: Path) -> str:
     )
 
 
-def _with_images(folder: Path, trial: dict[str, Any]) -> dict[str, Any]:
-    """A trial with its first masks beside the truth."""
-    store = folder / "sources" / trial["name"].replace(" ", "_").replace(",", "") / "fold0"
-    if "error" in trial or not (store / "header.json").is_file():
-        return {**trial, "pairs": []}
+def _masks(folder: Path, sources: dict[str, Any]) -> list[list[str]]:
+    """First masks of the source that is taken, or of the best one, beside the truth."""
+    store = trial_folder(folder / "sources", sources["chosen"] or sources["trials"][0]["name"]) / "fold0"
+    if not (store / "header.json").is_file():
+        return []
     ours, truth = read_store(store), load_dataset_rows(folder / "data" / "labeled", split="fold0")
     true_rows = {row["image_id"]: row for row in truth.rows}
     shown = range(min(_SHOWN, len(ours)))
-    pairs = [
-        [drawn(ours, k, ours[k]), drawn(ours, k, true_rows[ours[k]["image_id"]], truth)]
-        for k in shown
-        if ours[k]["image_id"] in true_rows
-    ]
-    return {**trial, "pairs": pairs}
+    return [[drawn(ours, k, ours[k]), drawn(ours, k, true_rows[ours[k]["image_id"]], truth)] for k in shown]
 
 
 def _predictions(folder: Path, data: dict[str, Any], choice: dict[str, Any]) -> list[list[str]]:

@@ -65,7 +65,7 @@ def try_sources(sources: list[Source], request: Request, folder: Path, labeled: 
     """
     trials = []
     for number, source in enumerate(sources, start=1):
-        file = folder / source.name.replace(" ", "_").replace(",", "") / "trial.json"
+        file = trial_folder(folder, source.name) / "trial.json"
         if not file.is_file():
             logger.info("Trying mask source %d of %d, %s ...", number, len(sources), source.name)
             write_json(file, _try(source, request, file.parent, labeled, folds))
@@ -73,6 +73,11 @@ def try_sources(sources: list[Source], request: Request, folder: Path, labeled: 
         logger.info("  %s", sentence(trial))
         trials.append(trial)
     return sorted(trials, key=lambda trial: -trial.get("f1", -1.0))
+
+
+def trial_folder(folder: Path, name: str) -> Path:
+    """Where a source's trial lies in the folder of all."""
+    return folder / name.replace(" ", "_").replace(",", "")
 
 
 def choose(trials: list[dict]) -> dict | None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 from ..models.errors import UserError
 
+FIRST_ERROR = "UPLVP_FIRST_ERROR"  # a file that does not exist until one of several processes has told its error
 AGAIN = "run the same command again to go on"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -34,32 +35,50 @@ def verb(
     """The `main(argv)` of a command: parses, then `run`."""
 
     def main(argv: Sequence[str] | None = None) -> int:
-        arguments = make_parser().parse_args(argv)
+        arguments = make_parser().parse_intermixed_args(argv)  # words and options in any order
         return run(name, lambda: work(arguments), arguments.verbose, again)
 
     return main
 
 
-def run(command: str, work: Callable[[], None], verbose: bool = False, again: str = "") -> int:
+def run(
+    command: str, work: Callable[[], None], verbose: bool = False, again: str = "", transformers: bool = True
+) -> int:
     """Runs `work` and returns the exit code: 0, 2 with one line on stderr for what the user can put right, 130.
 
     `again`: what to do after a full disk or Ctrl-C, such as "run the same command again to go on". Any other error is
-    a fault of the program and keeps its traceback.
+    a fault of the program and keeps its traceback. `transformers`: whether that library is used at all; it takes two
+    seconds to load.
     """
-    with _output(command, verbose):
+    with _output(command, verbose, transformers):
         try:
             work()
             return 0
         except KeyboardInterrupt:
-            print(f"uplvp {command}: interrupted{again and '; ' + again}", file=sys.stderr)
+            if _is_first():
+                print(f"uplvp {command}: interrupted{again and '; ' + again}", file=sys.stderr)
             return 130
         except Exception as error:
+            if not _is_first():
+                return 2
             if not _is_for_the_user(error):
                 raise
             if verbose:
                 traceback.print_exc()
             print(f"uplvp {command}: error: {_one_line(error, again)}", file=sys.stderr)
             return 2
+
+
+def _is_first() -> bool:
+    """Whether no other process of this command has told its error: the others fail as well, or for want of it."""
+    file = os.environ.get(FIRST_ERROR)
+    if file is None:
+        return True
+    try:
+        os.close(os.open(file, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
 
 
 def check_device(name: str | None) -> None:
@@ -80,7 +99,7 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def _output(command: str, verbose: bool) -> Iterator[None]:
+def _output(command: str, verbose: bool, transformers: bool) -> Iterator[None]:
     """Our own log and warnings as plain lines; what is put into other hands is restored at the end."""
     ours = logging.getLogger("uplvp_hf")
     handler = logging.StreamHandler()
@@ -89,7 +108,7 @@ def _output(command: str, verbose: bool) -> Iterator[None]:
     ours.addHandler(handler)
     ours.setLevel(logging.INFO if is_main_process() or verbose else logging.WARNING)
     try:
-        with warnings.catch_warnings(), _calm_transformers(verbose):
+        with warnings.catch_warnings(), _calm_transformers(verbose or not transformers):
             _show_plainly(command)
             yield
     finally:

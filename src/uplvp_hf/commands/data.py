@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
@@ -50,7 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the task; returns 0, 1 where `check` found broken rows, or 2 with one line on stderr for wrong input."""
     arguments = parse(argv)
     outcome: list[int | None] = []
-    code = run(f"data {arguments.task}", lambda: outcome.append(arguments.work(arguments)), arguments.verbose)
+    uses = arguments.task == "preview"
+    code = run(
+        f"data {arguments.task}",
+        lambda: outcome.append(arguments.work(arguments)),
+        arguments.verbose,
+        transformers=uses,
+    )
     return code or next(iter(outcome), None) or 0
 
 
@@ -82,9 +89,9 @@ def load_source(arguments: argparse.Namespace, **options: Any) -> InstanceDatase
 
 
 def _bar(arguments: argparse.Namespace) -> Callable[[Any], Any]:
-    from tqdm.auto import tqdm
+    from uplvp_hf.progress import with_progress
 
-    return lambda rows: tqdm(rows, unit="image", disable=True if arguments.quiet else None)
+    return lambda rows: with_progress(rows, arguments.task, not arguments.quiet)
 
 
 def add_check(subparsers: Any) -> None:
@@ -104,7 +111,8 @@ def _check(arguments: argparse.Namespace) -> int:
     from uplvp_hf.data.check import check_dataset, format_report
     from uplvp_hf.files import write_json
 
-    report = check_dataset(lambda: load_source(arguments, strict=False), arguments.images_too, _bar(arguments))
+    load = partial(load_source, arguments, strict=False)
+    report = check_dataset(load, arguments.images_too, _bar(arguments), arguments.path, arguments.split)
     print(format_report(report))
     if arguments.json:
         write_json(arguments.json, report)

@@ -1,4 +1,10 @@
-"""Data: COCO rows in, batches out."""
+"""Data: COCO rows in, batches out.
+
+What reads and checks annotations is here at once; what makes tensors loads torch when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from ..models.images import image_size, open_image, to_rgb
 from ..models.masks import (
@@ -14,17 +20,26 @@ from ..models.masks import (
 )
 from .cityscapes import read_cityscapes
 from .coco import read_coco, write_coco
-from .collator import collate
 from .ctw1500 import read_ctw1500
 from .dataset import InstanceDataset, Objects, Row, RowStream, empty_objects
 from .errors import DataError, DataWarning, ImageError
 from .inputs import read_huggingface, read_path_list
-from .instance_masks import InstanceMasks
 from .rows import load_dataset_rows, read_image_folder, stream_dataset_rows
 from .store_reader import read_failures, read_header, read_store, shard_files, stream_store
-from .training_set import TrainingSet
-from .transforms import TrainTransform
 from .voc import read_voc
+
+if TYPE_CHECKING:  # what editors and type checkers see; `_LATE` says the same to Python
+    from .collator import collate
+    from .instance_masks import InstanceMasks
+    from .training_set import TrainingSet
+    from .transforms import TrainTransform
+
+_LATE = {
+    "collate": "collator",
+    "InstanceMasks": "instance_masks",
+    "TrainingSet": "training_set",
+    "TrainTransform": "transforms",
+}
 
 __all__ = [
     "DataError",
@@ -67,3 +82,9 @@ __all__ = [
     "to_rgb",
     "write_coco",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LATE[name]}", __name__), name)

@@ -15,6 +15,7 @@ import numpy as np
 from ..models.masks import rle_areas, rle_boxes, segmentation_to_rle
 from .dataset import OBJECT_KEYS, InstanceDataset, Row, RowStream, load_row_image
 from .errors import DataError, DataWarning, ImageError
+from .ignored import ignored_labels
 from .inputs import LIST_SUFFIXES
 from .layouts import OFFICIAL_COUNTS
 from .usage import Usage
@@ -29,6 +30,8 @@ def check_dataset(
     load: Callable[[], InstanceDataset | RowStream],
     images: bool = False,
     progress: Callable[[Iterable[Row]], Iterable[Row]] = lambda rows: rows,
+    source: str | None = None,
+    split: str | None = None,
 ) -> dict[str, Any]:
     """Everything about a dataset, as JSON can hold it.
 
@@ -36,6 +39,7 @@ def check_dataset(
         load: gives the dataset; what it warns of goes into the result.
         images: also open every image.
         progress: wraps the rows, such as `tqdm.tqdm`.
+        source, split: what was loaded; label files in that folder which were not read are warned of.
 
     Returns: name, official (the published split that it says it is), images, empty_images, instances, crowds,
     classes [{id, name, images, instances, crowds}], object_sizes {small, medium, large} (pixels of the mask, COCO's
@@ -54,6 +58,8 @@ def check_dataset(
         if isinstance(warning.message, DataWarning):
             found = warning.message
             survey.warnings.append({"file": found.file, "row": found.row, "reason": found.reason})
+    ignored = None if source is None else ignored_labels(source, dataset, split)
+    survey.warnings += [] if ignored is None else [ignored]
     return survey.result()
 
 

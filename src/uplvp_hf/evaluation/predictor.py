@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from uplvp_hf.data import DataError, InstanceDataset, Row
 from uplvp_hf.files import check_model_name
 from uplvp_hf.models.class_names import match_names
 
 from ..models.thresholds import MASK_THRESHOLD
+from ..progress import Progress
 from .backends import make_evaluator
 from .coco_map import NAMES, CocoMaskMap
 from .entries import as_prediction, as_reference
@@ -122,7 +122,7 @@ def predict_dataset(
     was_training = model.training
     model.eval()
     total = sum(len(rows) for rows in _own_windows(len(dataset), batch_size, share))
-    bar = tqdm(total=total, desc="predict", unit="img", disable=None if progress else True)
+    bar = Progress("predicting", total, progress)
     failures = failures if failures is not None else []
 
     def fail(error: Exception, index: int) -> None:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from uplvp_hf.data import DataError, InstanceDataset, Row
 
 from ..data.semantic import label_map, semantic_view
 from ..models.errors import UserError
 from ..models.label_maps import ignored_label
+from ..progress import with_progress
 from .failing import failure_of
 from .predictor import load_segmenter, match_category_ids
 from .processes import gather, gather_errors, place
@@ -159,7 +159,7 @@ def segment_dataset(
     model.eval()
     indices = range(share[0], len(dataset), share[1])
     try:
-        for index in tqdm(indices, desc="predict", unit="img", disable=None if progress else True):
+        for index in with_progress(indices, "predicting", progress):
             try:
                 image = dataset.load_image(index)
                 with torch.inference_mode():

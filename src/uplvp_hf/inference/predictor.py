@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from uplvp_hf.data import DataError, ImageError, InstanceDataset, Row, empty_objects
 from uplvp_hf.data.dataset import LazyRows
@@ -20,6 +19,7 @@ from uplvp_hf.evaluation import load_segmenter, predict_dataset
 from ..models.errors import UserError
 from ..models.images import array_to_rgb, as_rgb
 from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
+from ..progress import with_progress
 from .download import LIMITS, Limits, is_url
 from .instances import Instances, instances_of
 from .sources import MAX_PIXELS, check_pixels, find_images, pixels_unbounded
@@ -81,7 +81,7 @@ def predict_rows(
     if tiles is None:
         yield from predict_dataset(model, processor, dataset, progress=progress, failures=failures, **settings)
         return
-    for index in tqdm(range(len(dataset)), desc="predict", unit="img", disable=None if progress else True):
+    for index in with_progress(range(len(dataset)), "predicting", progress):
         row = dataset[index]
         try:
             result = _predict_tiled(model, processor, dataset.load_image(index), tiles, settings)

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from .errors import DataError
 
@@ -21,6 +20,9 @@ try:  # plain inference from the Hub does without
     from pycocotools import mask as coco_mask
 except ImportError:
     coco_mask = None
+
+if TYPE_CHECKING:  # where a tensor is needed it is imported, as reading and checking annotations does without
+    import torch
 
 # A vertex further away than this many image sides is a typing error; rasterizing it takes memory in proportion.
 _FAR = 100
@@ -35,7 +37,7 @@ def require_pycocotools(purpose: str) -> None:
 
 
 def _as_bool(masks: np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(masks, torch.Tensor):
+    if not isinstance(masks, np.ndarray):
         masks = masks.detach().cpu().numpy()
     if masks.dtype != np.bool_:
         if not np.issubdtype(masks.dtype, np.integer):
@@ -266,6 +268,8 @@ def tight_boxes(masks: np.ndarray | torch.Tensor) -> np.ndarray | torch.Tensor:
     Tensors in, tensors out; arrays in, arrays out. `torchvision.ops.masks_to_boxes` has inclusive ends, fails on an
     empty mask, and is not installed everywhere.
     """
+    import torch
+
     if isinstance(masks, np.ndarray):
         return tight_boxes(torch.from_numpy(np.require(masks, np.bool_, ["C", "W"]))).numpy()
     if not masks.numel():
@@ -297,6 +301,8 @@ def mask_iou_matrix(masks: torch.Tensor, chunk: int = 1 << 16) -> torch.Tensor:
 
     Works through `chunk` pixels at a time: a float copy of all masks of a large image is never made.
     """
+    import torch
+
     flat = masks.flatten(-2)
     inter = torch.zeros(*flat.shape[:-1], flat.shape[-2], device=masks.device)
     for part in flat.split(chunk, dim=-1):

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from tqdm.auto import tqdm
 
 from ..data import DataError
 from ..data.manifest import record_manifest
@@ -29,6 +28,7 @@ from ..files import only_run, usual_rights, write_json, write_text, writing
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
 from ..models.modeling_uplvp import UplvpPreTrainedModel
+from ..progress import Progress
 from .batch import weighted_loss
 from .checkpoint import (
     check_resumed,
@@ -149,13 +149,7 @@ class _Run:
         self.log.start(start)
         self.validation.start(start)
         optim, checkpoint = self.settings.optim, self.settings.checkpoint
-        bar = tqdm(
-            total=optim.steps,
-            initial=start,
-            desc=self.settings.stage,
-            unit="step",
-            disable=None if self.progress else True,
-        )
+        bar = Progress(self.settings.stage, optim.steps, self.progress, "steps", start)
         began = time.perf_counter()
         for step, micro_batches in self._batches(start):
             losses = self._step(step, micro_batches)
@@ -298,7 +292,7 @@ class _Run:
         metrics = self.validation.run(step, self.weights, self.result)
         self.log.write(step, {f"val_{key}": metrics[key] for key in (*self.task.metrics, "training_seconds")})
 
-    def _report(self, step: int, bar: tqdm) -> None:
+    def _report(self, step: int, bar: Progress) -> None:
         """Logs the means over the steps since the last line, without those that were skipped."""
         means = self.means.take()
         total = [sum(means.values())] if means else []
@@ -308,7 +302,7 @@ class _Run:
         self.shares = {}
         self.result.losses = [*self.result.losses[:1], *total]
         if loss:
-            bar.set_postfix(loss=f"{loss['loss']:.2f}")
+            bar.update(0, loss=loss["loss"])
 
     def _checkpoint(self, step: int) -> None:
         self.accelerator.wait_for_everyone()
