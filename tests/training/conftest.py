@@ -36,7 +36,7 @@ def recipe(tmp_path, scenes_dir, tiny_segmenter):
         "data": {"train": str(scenes_dir), "size": 64},
         "model": {"segmenter": tiny_segmenter("swin")},
         "optim": {"steps": 6, "batch_size": 2, "lr": 1e-3, "warmup": 1},
-        "checkpoint": {"every": 2, "keep": 9},
+        "checkpoint": {"every": 2, "keep": 9, "stay": True},
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(content))

@@ -33,7 +33,7 @@ def settings(scenes_dir, tiny_segmenter, tmp_path):
             "data": {"train": str(scenes_dir), "size": 64},
             "model": {"segmenter": copy.deepcopy(segmenter)},  # words write into it
             "optim": {"steps": 6, "batch_size": 2, "lr": 1e-3, "warmup": 1},
-            "checkpoint": {"every": 2, "keep": 9},
+            "checkpoint": {"every": 2, "keep": 9, "stay": True},
         }
         return load_settings(None, [*words, f"output={tmp_path / name}"], **{**defaults, **sections})
 

@@ -44,7 +44,7 @@ def run(request, tmp_path, scenes_dir, tiny_segmenter):
             "data": {"train": str(scenes_dir), "size": 64},
             "model": {"segmenter": segmenter, **sections.get("model", {})},
             "optim": {"steps": 6, "batch_size": 2, "lr": 1e-3, "warmup": 1, **sections.get("optim", {})},
-            "checkpoint": {"every": 2, "keep": 9},
+            "checkpoint": {"every": 2, "keep": 9, "stay": True},
         }
         settings = load_settings(None, [*words, f"output={tmp_path / name}"], **defaults)
         return start(settings, resume=resume, progress=False) if start is train else start(settings)

@@ -244,6 +244,9 @@ class CheckpointSettings(Settings):
 
     every: int = setting(100, "steps between checkpoints, 0 for none but the final model", least=0)
     keep: int = setting(1, "how many of the newest stay", least=1)
+    stay: bool = setting(
+        False, "checkpoints and best models stay when the run has finished, so that it can be made longer"
+    )
     best: bool = setting(False, "the final model is the one of best AP among those evaluated, not the last one")
 
 

@@ -15,7 +15,6 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -25,9 +24,7 @@ from accelerate.utils import gather_object, set_seed
 from ..data import DataError
 from ..data.manifest import record_manifest
 from ..files import only_run, usual_rights, write_json, write_text, writing
-from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.matching import CostWatch
-from ..models.modeling_uplvp import UplvpPreTrainedModel
 from ..progress import Progress
 from .batch import weighted_loss
 from .checkpoint import (
@@ -48,6 +45,7 @@ from .one_batch import describe_one_batch, on_one_batch, report_one_batch
 from .optim import images_per_step, learning_rate_factor, make_optimizer, with_steps
 from .output import check_output, claim_output, summary
 from .random_state import random_state, restore_random_state
+from .result import SUMMARY, TrainResult, clear_leftovers, finished_result
 from .run_log import LossMeans, RunLog
 from .sharding import whole
 from .task import task_of
@@ -59,32 +57,10 @@ from .weights import RunWeights
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class TrainResult:
-    """What a run ends with.
-
-    evaluations: step -> the numbers of `evaluate_model`, and `training_seconds` up to there; seconds: training steps
-    only; steps: updates up to the end, the following ones included; skipped: those left out because something was not
-    finite; overflows: those left out because gradients overflowed float16, which lowers the scale of the loss;
-    model_step: the step that the model is of, an earlier one than `steps` with `checkpoint.best`; losses: the total in
-    the first and last line of the log.
-    """
-
-    model: UplvpPreTrainedModel
-    processor: UplvpImageProcessor
-    evaluations: dict[int, dict] = field(default_factory=dict)
-    seconds: float = 0.0
-    steps: int = 0
-    skipped: int = 0
-    overflows: int = 0
-    model_step: int = 0
-    losses: list[float] = field(default_factory=list)
-
-
 def train(settings: TrainSettings, resume: bool = False, progress: bool = True) -> TrainResult:
     """Runs the training that `settings` describe and writes the result to `settings.output`.
 
-    With `resume` it continues from the newest complete checkpoint there, if any.
+    With `resume` it continues from the newest complete checkpoint there, if any; a finished run is left as it is.
 
     Raises ConfigError when the output folder holds another run or a model, UserError while another run is writing into
     it, DataError for unusable data (all before anything is written), TrainingAborted after `optim.max_skipped`
@@ -110,6 +86,9 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
     if val_rows is not None:
         task.check_evaluation(settings, model.config, val_rows)  # now, not after hours of training
     settings = with_steps(settings, len(train_rows), accelerator.num_processes)
+    done = finished_result(settings, task, model) if resume else None
+    if done is not None:
+        return done
     claim_output(given, accelerator)
     if accelerator.is_main_process:
         logger.info("%s", task.usage(settings, train_rows))
@@ -377,13 +356,15 @@ class _Run:
                 self.processor.save_pretrained(self.output)
                 usual_rights(self.output)
             write_json(
-                self.output / "training_summary.json",
+                self.output / SUMMARY,
                 summary(self.settings, result, self.samples, hardware(self.accelerator)),
             )
             if failures:
                 path = self.output / "failures.jsonl"
                 write_text(path, "".join(line + "\n" for line in failures))
                 logger.warning("%d images or objects could not be used: see %s.", len(failures), path)
+            if not self.settings.checkpoint.stay:
+                clear_leftovers(self.output)
             if self.settings.overfit_one_batch and len(result.losses) == 2:
                 report_one_batch(*result.losses)
         self.log.end()

@@ -15,7 +15,7 @@ from .config import ConfigError, TrainSettings
 from .mixture import MixedSamples
 
 if TYPE_CHECKING:
-    from .loop import TrainResult
+    from .result import TrainResult
 
 # Settings that may differ when a run is resumed: they do not change what an update does. The sizes of batches may as
 # long as the effective batch stays, which is checked when a checkpoint is loaded.

@@ -21,7 +21,7 @@ from .task import InstanceTask
 from .weights import RunWeights
 
 if TYPE_CHECKING:
-    from .loop import TrainResult
+    from .result import TrainResult
 
 logger = logging.getLogger(__name__)
 
