@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections import Counter
 
 import processes
 import pytest
@@ -81,6 +82,24 @@ def test_results_give_pycocotools_the_numbers_of_the_metrics(backend, tiny_model
     assert {row["name"]: float(row["AP"]) if row["AP"] else None for row in rows} == metrics["per_class"]
     assert sum(int(row["annotations"]) for row in rows) == len(truth.anns) == metrics["num_instances"]
     assert sum(int(row["detections"]) for row in rows) == len(json.loads((tmp_path / "results.json").read_text()))
+
+
+def test_results_are_bounded_and_the_bounds_are_told(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    words = [str(tiny_model_dir), str(scenes_dir), "--no-report", "--quiet", "--device", "cpu"]
+
+    def results(name, *bounds):
+        assert evaluate.main([*words, "--output", str(tmp_path / name), *bounds]) == 0
+        return json.loads((tmp_path / name / "results.json").read_text())
+
+    four = results("four", "--max-detections", "4")
+    assert max(Counter(entry["image_id"] for entry in four).values()) == 4
+    floor = sorted(entry["score"] for entry in four)[len(four) // 2]
+    capsys.readouterr()
+    kept = results("floor", "--max-detections", "4", "--min-score", str(floor))
+    assert kept == [entry for entry in four if entry["score"] >= floor] and len(kept) < len(four)
+    assert f"at most 4 detections an image, of scores from {floor:g} on" in capsys.readouterr().out
+    assert json.loads((tmp_path / "floor" / "metrics.json").read_text())["min_score"] == floor
+    assert evaluate.main([*words, "--max-detections", "0"]) == 2
 
 
 @pytest.mark.filterwarnings("ignore:No row has a `void`")

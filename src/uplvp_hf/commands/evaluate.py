@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 BACKENDS = ("streaming", "pycocotools", "hotcoco", "fastest")
 METRICS = ("coco", "cityscapes")
 ASKS = ("open", "present", "episodes")
+MIN_SCORE = 0.001  # what is below hardly moves AP, and fills most of a file of results
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,6 +51,13 @@ def make_parser() -> argparse.ArgumentParser:
         type=float,
         default=MASK_THRESHOLD,
         help="least probability of a pixel (default: %(default)s)",
+    )
+    add("--max-detections", type=int, default=100, metavar="N", help="best of an image (default: 100, as COCO's)")
+    add(
+        "--min-score",
+        type=float,
+        default=MIN_SCORE,
+        help="detections of a lower score are left out of files and numbers (default: %(default)s)",
     )
     add("--report", action=argparse.BooleanOptionalAction, help="the page (default: with --output)")
     add(
@@ -140,7 +148,8 @@ def _score(
         distributed=True,
         metric=arguments.metric,
         details=True,
-        **views,
+        threshold=arguments.min_score,
+        **{"top_k": arguments.max_detections, **views},
     )
     if kept is not None:
         kept.gather(processes, dataset)
@@ -154,9 +163,10 @@ def _score(
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.batch_size < 1:
-        raise UserError("--batch-size must be at least 1")
-    for name in ("threshold", "mask_threshold"):
+    for name in ("batch_size", "max_detections"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    for name in ("threshold", "mask_threshold", "min_score"):
         if not 0 <= getattr(arguments, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be from 0 to 1")
     if arguments.report and not arguments.output:
@@ -221,6 +231,8 @@ def _write(
         "backend": arguments.backend,
         "protocol": arguments.ask,
         "mask_threshold": arguments.mask_threshold,
+        "max_detections": arguments.max_detections,
+        "min_score": arguments.min_score,
     }
     written = [output / "metrics.json", output / "results.json"]
     kept.results.write()
@@ -234,6 +246,10 @@ def _write(
     if kept.examples is not None:
         written.append(output / "report.html")
         write_evaluation_page(written[-1], metrics, kept.examples, dataset, names, source)
+    print(
+        f"Counted and written: at most {arguments.max_detections} detections an image, of scores from "
+        f"{arguments.min_score:g} on (--max-detections, --min-score)."
+    )
     print("Written: " + ", ".join(map(str, written)))
 
 
@@ -241,7 +257,8 @@ def _words(arguments: argparse.Namespace) -> list[str]:
     """Those of the command that its numbers depend on."""
     words = [arguments.model, arguments.path]
     usual = {"mask_threshold": MASK_THRESHOLD, "metric": "coco", "ask": "open"}
-    for name in ("split", "images", "format", "config", "mask_threshold", "metric", "ask"):
+    usual |= {"max_detections": 100, "min_score": MIN_SCORE}
+    for name in ("split", "images", "format", "config", *usual):
         value = getattr(arguments, name)
         if value != usual.get(name):
             words += [f"--{name.replace('_', '-')}", str(value)]

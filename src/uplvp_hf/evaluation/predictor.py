@@ -285,6 +285,7 @@ def evaluate_model(
     distributed: bool = False,
     metric: str = "coco",
     details: bool = False,
+    threshold: float = 0.0,
     top_k: int = 100,
     views: Callable[[Row, dict[str, Any]], Pairs] | None = None,
     pairs: Pairs | None = None,
@@ -292,7 +293,7 @@ def evaluate_model(
     """Mask AP of a model on a labeled dataset.
 
     Args:
-        model, processor, dataset, batch_size, progress, device, mask_threshold, top_k: as for `predict_dataset`.
+        model, processor, dataset, batch_size, progress, device, mask_threshold, threshold, top_k: of `predict_dataset`.
         class_agnostic: compare masks only, as for proposals; the classes need not agree then.
         on_result: called with every (row, result) that is compared; with `distributed`, with the own ones.
         backend, metric: see `make_evaluator`. Cityscapes also reads the optional `void` of a row, COCO segmentations
@@ -314,8 +315,9 @@ def evaluate_model(
     started = time.perf_counter()
     rank, processes = share = place() if distributed else (0, 1)
     options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
+    options |= {"threshold": threshold, "top_k": top_k}
     if pairs is None:
-        pairs = predict_dataset(model, processor, dataset, batch_size, top_k=top_k, failures=failures, **options)
+        pairs = predict_dataset(model, processor, dataset, batch_size, failures=failures, **options)
     with gather_errors(processes):
         counts = _compare(evaluator, pairs, views, category_ids, on_result)
     failures, counts = _collect(evaluator, failures, counts, rank)
