@@ -41,7 +41,7 @@ def test_runs_become_arms_curves_and_tables(trained, tmp_path, capsys):
             assert point["mean"] == pytest.approx(statistics.mean(values))
             assert point["deviation"] == pytest.approx(statistics.stdev(values))
         assert arm["end"]["values"] == arm["points"][-1]["values"]
-    assert "| lr=0.003 | 0.003 | 2 |" in printed and "compare.html" in printed
+    assert "| optim.lr | 0.001 | 0.003 |" in printed and "compare.html" in printed
     epochs = [
         4 * 2 / json.loads((trained / f"lr0.001_seed{s}" / "training_summary.json").read_text())["images"]
         for s in (0, 1)

@@ -88,7 +88,11 @@ def test_tables_say_the_same_as_the_numbers(two_arms):
     assert [float(rows[5][key]) for key in ("mean", "deviation")] == pytest.approx([mean, deviation], abs=1e-6)
     assert [float(value) for value in rows[5]["values"].split(";")] == [run[1] for run in AP["b"]]
     table = markdown_table(comparison)
-    assert f"| lr=0.001 | 0.001 | 2 | 20.0 (14.1) | {100 * mean:.1f} ({100 * deviation:.1f}) | 40.0 (28.3) |" in table
+    end, first, second = "40.0 (28.3)", "20.0 (14.1)", f"{100 * mean:.1f} ({100 * deviation:.1f})"
+    assert f"| lr=0.001 | {end} | 2 | {first} | {second} | {end} |" in table
+    assert table.startswith("| arm | AP at the end | runs | AP at 1 epochs |")
+    below = table.partition("What the arms differ in:")[2].strip().splitlines()
+    assert below == ["| setting | lr=0.0001 | lr=0.001 |", "| --- | --- | --- |", "| optim.lr | 0.0001 | 0.001 |"]
     assert "no run with seed 2" in table
     record = json.loads(json.dumps(as_dict(comparison), allow_nan=False))
     assert record["arms"][0]["points"][2]["mean"] == pytest.approx(sum(run[2] for run in AP["a"]) / 3)
@@ -110,6 +114,7 @@ def test_the_figure_has_a_line_and_a_band_for_every_arm(two_arms, tmp_path):
     written = write_comparison(comparison, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(path.name for path in written)
     page = (tmp_path / "out" / "compare.html").read_text()
+    assert page.index("AP at the end") < page.index("What the arms differ in") < page.index("<td>optim.lr</td>")
     assert page.count("<svg") == 1 and "a_seed2" in page and not re.search(r"(src|href)=\"(?!#|data:)", page)
     first = (tmp_path / "out" / "curves.svg").read_bytes()
     write_comparison(comparison, tmp_path / "out")

@@ -89,18 +89,24 @@ def figure_svg(figure: Figure) -> str:
 
 
 def table_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Head and body of the table: an arm a row; what the arms differ in, evaluations that all share, and the end."""
-    keys = list(comparison.arms[0].differences)
+    """Head and body of the table: an arm a row; the end, the number of runs, and evaluations that all share."""
     shown = _spread_out(comparison.common(), MOST_COLUMNS)
-    head = ["arm", *keys, "runs", *(f"{comparison.metric} at {row[0].x:.4g} {comparison.axis}" for row in shown)]
-    head += [f"{comparison.metric} at the end", f"{comparison.axis} to the first arm's end"]
+    head = ["arm", f"{comparison.metric} at the end", "runs"]
+    head += [f"{comparison.metric} at {row[0].x:.4g} {comparison.axis}" for row in shown]
+    head += [f"{comparison.axis} to the first arm's end"]
     body = []
     for index, arm in enumerate(comparison.arms):
         reached = comparison.reached(arm)
-        cells = [arm.name, *(short(arm.differences[key]) for key in keys), str(len(arm.runs))]
-        cells += [percent(row[index]) for row in shown] + [percent(arm.end)]
+        cells = [arm.name, percent(arm.end), str(len(arm.runs)), *(percent(row[index]) for row in shown)]
         body.append([*cells, "-" if reached is None else f"{reached:.4g}"])
     return head, body
+
+
+def settings_rows(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and body of a second table: a setting a row, of those that the arms differ in; no row where they do not."""
+    names = [arm.name for arm in comparison.arms]
+    keys = list(comparison.arms[0].differences)
+    return ["setting", *names], [[key, *(short(arm.differences[key]) for arm in comparison.arms)] for key in keys]
 
 
 def percent(point: Point | None) -> str:
@@ -112,9 +118,14 @@ def percent(point: Point | None) -> str:
 
 
 def markdown_table(comparison: Comparison) -> str:
-    head, body = table_rows(comparison)
-    lines = [_markdown_line(head), _markdown_line(["---"] * len(head)), *map(_markdown_line, body)]
-    return "\n".join([*lines, "", *caption(comparison)]) + "\n"
+    lines = [*_markdown_lines(*table_rows(comparison)), "", *caption(comparison)]
+    head, body = settings_rows(comparison)
+    lines += ["", "What the arms differ in:", "", *_markdown_lines(head, body)] if body else []
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    return [_markdown_line(head), _markdown_line(["---"] * len(head)), *map(_markdown_line, body)]
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
@@ -190,6 +201,7 @@ def _page(comparison: Comparison, svg: str) -> str:
         head=head,
         body=body,
         caption=caption(comparison),
+        settings=settings_rows(comparison),
         arms=comparison.arms,
         svg=svg[svg.index("<svg") :],
     )
