@@ -2,7 +2,10 @@
 
 import json
 
-from uplvp_hf.hub.run_record import earlier_stages, settings_yaml, training_rows
+import pytest
+
+from uplvp_hf.commands import push
+from uplvp_hf.hub.run_record import earlier_stages, known_licenses, settings_yaml, training_rows
 
 
 def rows_of(split=None, **summary):
@@ -41,3 +44,36 @@ def test_labels_of_unknown_license_are_said_to_be(tmp_path):
     rows = dict(rows)
     assert title == "Pseudo labels" and rows["License of the encoder"].startswith("not known")
     assert rows["Encoder"] == "some" and rows["Vocabulary"].endswith("c19 and 5 more")
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """trained(license): the folder of a model that was pre-trained on a store whose networks have this license."""
+
+    def make(license):
+        for name, data in (("model", {"train": "few.json"}), ("pretrain", {"train": str(tmp_path / "labels")})):
+            (tmp_path / name).mkdir(exist_ok=True)
+            settings = {"data": data, "model": {"init": str(tmp_path / "pretrain") if name == "model" else None}}
+            (tmp_path / name / "training_summary.json").write_text(json.dumps({"settings": settings}))
+        (tmp_path / "labels").mkdir(exist_ok=True)
+        (tmp_path / "labels" / "header.json").write_text(json.dumps({"license": license}))
+        return tmp_path / "model"
+
+    return make
+
+
+def test_push_takes_the_license_that_the_record_of_the_labels_knows(trained, monkeypatch, capsys):
+    assert push._license(trained("mit (facebook/some), mit (timm/other)")) == "mit"
+    assert "License: mit, that of the network" in capsys.readouterr().out
+    assert known_licenses(trained("mit (a), cc-by-nc-4.0 (b)")) == ["mit", "cc-by-nc-4.0"]
+    monkeypatch.setattr("sys.stdin", None)
+    assert push._license(trained("mit (a), cc-by-nc-4.0 (b)")) == "other"
+    assert "come under mit, cc-by-nc-4.0" in capsys.readouterr().err
+    assert push._license(trained(None)) == "apache-2.0" and "--license sets it" in capsys.readouterr().err
+
+
+def test_push_asks_where_no_record_knows_the_license(trained, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or " cc-by-4.0 ")
+    assert push._license(trained(None)) == "cc-by-4.0" and "no record knows" in asked[0]

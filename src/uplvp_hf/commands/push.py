@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +17,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--repo-id", required=True, metavar="USER/NAME", help="repository; made if it does not exist")
     add("--private", action="store_true", help="make the repository private")
     add("--revision", help="branch to push to; made if it does not exist (default: main)")
-    add("--license", default="apache-2.0", help="license of the weights (default: apache-2.0)")
+    add(
+        "--license",
+        help="license of the weights, as the Hub names it, such as apache-2.0 (default: that of the network which made "
+        "the pseudo labels, where their record knows it; else you are asked)",
+    )
     add("--metrics", metavar="FILE", help="metrics.json of `uplvp evaluate`, for the card")
     add("--example", metavar="FILE", action="append", default=[], help="image for the card's widget")
     add("--no-code", action="store_true", help="leave out the source files (the library is needed then)")
@@ -35,6 +40,7 @@ def _push(arguments: argparse.Namespace) -> None:
         make_parser().error("--dry-run and --output DIR go together")
     if arguments.space:
         check_repo_id(arguments.space)
+    arguments.license = arguments.license or _license(Path(arguments.model))
     if arguments.dry_run:
         folders = [_prepare(arguments, Path(arguments.output))]
         if arguments.space:
@@ -51,6 +57,22 @@ def _push(arguments: argparse.Namespace) -> None:
             folder = prepare_space(Path(temporary) / "space", arguments.repo_id)
             print(push_folder(folder, arguments.space, arguments.private, message="Upload app", repo_type="space"))
             print("The Space runs the code of the model's repository once its variable TRUST_REMOTE_CODE is set to 1.")
+
+
+def _license(model: Path) -> str:
+    """The license that the record of the labels knows, else the user's answer, else a default that is pointed out."""
+    from uplvp_hf.hub.run_record import known_licenses
+
+    known = known_licenses(model)
+    if len(known) == 1:
+        print(f"License: {known[0]}, that of the network which made the pseudo labels (--license names another).")
+        return known[0]
+    why = f"the pseudo labels come under {', '.join(known)}" if known else "no record knows another"
+    usual = "other" if known else "apache-2.0"
+    if sys.stdin is not None and sys.stdin.isatty():
+        return input(f"License of the weights, as the Hub names it ({why}) [{usual}]: ").strip() or usual
+    print(f"uplvp push: warning: the card says license {usual}, as {why}; --license sets it.", file=sys.stderr)
+    return usual
 
 
 def _prepare(arguments: argparse.Namespace, folder: Path) -> Path:

@@ -154,16 +154,34 @@ def settings_yaml(summary: dict[str, Any]) -> str | None:
 
 def earlier_stages(summary: dict[str, Any]) -> list[tuple[str, Rows]]:
     """(title, rows) of what the run built on, if the folders still exist: the pre-training, then its labels."""
-    init = _section(summary, "model").get("init")
+    init, before = _section(summary, "model").get("init"), _before(summary)
     stages: list[tuple[str, Rows]] = []
-    before = read_json(Path(init) / "training_summary.json", optional=True) if init and os.path.isdir(init) else {}
     if before:
         stages.append(("Pre-training", training_rows(before, read_json(Path(init) / "split.json", optional=True))))
-    for run in (summary, before):
-        store = _section(run, "data").get("train")
-        if store and os.path.isfile(os.path.join(store, "header.json")):
-            stages.append(("Pseudo labels", _label_rows(read_json(Path(store) / "header.json"))))
-    return stages
+    return stages + [("Pseudo labels", _label_rows(header)) for header in _label_headers(summary, before)]
+
+
+def known_licenses(model_dir: Path) -> list[str]:
+    """Licenses of what made the pseudo labels that a run learned from, as the Hub names them, each once: terms that
+    its weights may come under. Empty where no record of them is there, or it names none."""
+    summary = read_json(model_dir / "training_summary.json", optional=True)
+    found = [header.get("license") for header in _label_headers(summary, _before(summary))]
+    # Several networks are written as "mit (one), apache-2.0 (two)".
+    parts = [part for text in found if text for part in re.split(r",\s+", re.sub(r"\s*\([^)]*\)", "", text))]
+    return list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+
+
+def _before(summary: dict[str, Any]) -> dict[str, Any]:
+    """The summary of the run that a run started from, if its folder is still there."""
+    init = _section(summary, "model").get("init")
+    return read_json(Path(init) / "training_summary.json", optional=True) if init and os.path.isdir(init) else {}
+
+
+def _label_headers(summary: dict[str, Any], before: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the pseudo-label stores that a run and the one before it were trained on, and are still there."""
+    stores = dict.fromkeys(_section(run, "data").get(key) for run in (summary, before) for key in ("train", "extra"))
+    files = [Path(store) / "header.json" for store in stores if store]
+    return [read_json(file) for file in files if file.is_file()]
 
 
 def _label_rows(header: dict[str, Any]) -> Rows:
