@@ -197,7 +197,8 @@ def test_native_mask2former(make_model, tmp_path, capsys):
     UplvpImageProcessor(size={"longest_edge": 64}).save_pretrained(tmp_path / "model")
     words = [str(tmp_path / "model"), "--output", str(tmp_path / "plain"), "--format", "mask2former", "--check"]
     assert export.main(words) == 0
-    assert "loads as Mask2FormerForUniversalSegmentation" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "loads as Mask2FormerForUniversalSegmentation" in said.out and "Comparing transformers' model" in said.err
     plain = Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path / "plain").eval()
     assert Mask2FormerImageProcessor.from_pretrained(tmp_path / "plain").num_labels == 2
     pixel_values, pixel_mask = check_batch(1, (64, 64))

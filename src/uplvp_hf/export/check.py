@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..progress import with_progress
 from .program import TensorModel
 
 
@@ -41,7 +42,7 @@ def largest_differences(
     """
     largest: dict[str, float] = {}
     reference = TensorModel(model)
-    for seed, count in enumerate(batches):
+    for seed, count in with_progress(list(enumerate(batches)), "comparing", True, "batches"):
         inputs = check_batch(count, canvas, seed)
         expected, found = reference(*inputs), run(*inputs)
         for name, ours in expected.items():

@@ -26,6 +26,7 @@ MIN_OPSET = 18  # of torch's exporter
 DESCRIPTION = "export.json"
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "mask2former": "model.safetensors"}
 FORMATS = tuple(FILES)
+logger = logging.getLogger(__name__)
 
 
 def export_model(
@@ -62,9 +63,11 @@ def export_model(
     if form == "mask2former":
         return _write_mask2former(model, processor, directory, longest_edge, check)
     canvas = canvas_of(processor, longest_edge)
+    logger.info("Tracing the model on %d x %d pixels ...", *canvas)
     program = trace(model, canvas)
     _write_settings(model, processor, directory, canvas, longest_edge)
     file = directory / FILES[form]
+    logger.info("Writing %s ...", file)
     with replacing(file, "wb") as stream, writing(file):
         _save_onnx(program, stream.name, opset) if form == "onnx" else torch.export.save(program, stream)
     versions = {"torch": torch.__version__} if form == "torch" else {"torch": torch.__version__, "opset": opset}
@@ -78,6 +81,7 @@ def export_model(
         **versions,
     }
     if check:
+        logger.info("Opening %s anew and comparing it with the model ...", file)
         description["largest_difference"] = largest_differences(model, _runner(file), canvas)
         description["own_rounding"] = own_rounding(model, canvas)
     write_json(directory / DESCRIPTION, description)
@@ -168,6 +172,7 @@ def _write_mask2former(
         "transformers": metadata.version("transformers"),
     }
     if check:
+        logger.info("Comparing transformers' model with ours ...")
         description["largest_difference"] = _compare_with_transformers(model, processor, directory)
         description["own_rounding"] = own_rounding(model, canvas_of(processor))
     write_json(directory / DESCRIPTION, description)
