@@ -45,12 +45,7 @@ STARTS = {
     "small": Start(
         f"a small Mask2Former on a frozen ImageNet MobileNetV2 ({MOBILENET})",
         ("small_pretrain", "small_finetune"),
-        {
-            "model.backbone_weights": f"hf-hub:{MOBILENET}",
-            "model.segmenter.backbone_config.timm_kwargs": {},
-            "data.image_mean": [0.485, 0.456, 0.406],
-            "data.image_std": [0.229, 0.224, 0.225],
-        },
+        {"model.backbone_weights": f"hf-hub:{MOBILENET}"},
         {"backbone": f"timm:hf-hub:{MOBILENET}"},
     ),
 }

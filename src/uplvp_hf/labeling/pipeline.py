@@ -113,4 +113,5 @@ def _header(
     categories = choose_categories(names, dataset)
     licenses = licenses_of(labeler, namer)
     license = labeler.license if licenses.keys() <= {labeler.encoder_name} else join_licenses(licenses)
-    return make_header(labeler.name, labeler.encoder_name, names, kept, categories, root, license, run.batch_size)
+    look = getattr(getattr(labeler, "encoder", None), "look", None)
+    return make_header(labeler.name, labeler.encoder_name, names, kept, categories, root, license, run.batch_size, look)

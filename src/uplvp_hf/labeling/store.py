@@ -59,11 +59,13 @@ def make_header(
     image_root: str | None = None,
     license: str | None = None,
     batch_size: int | None = None,
+    look: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A header; `settings` must survive JSON. `state` (calibration) is filled in by the pipeline, outside the hash.
 
     license: of the encoder's weights, where it is known. batch_size: images that were labeled together; like
-    `image_root` it is no setting of the labels.
+    `image_root` it is no setting of the labels. look: how the network that made the masks was shown its images, see
+    `Encoder.look`; a training on the same network compares it with its own.
     """
     settings = json.loads(json.dumps(settings))
     return {
@@ -78,6 +80,7 @@ def make_header(
         "state": {},
         "image_root": image_root,
         "batch_size": batch_size,
+        "look": None if look is None else dict(look),
     }
 
 
@@ -95,7 +98,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 def header_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Readable lines, one for each setting in which two headers differ."""
     lines = []
-    for part in ("labeler", "encoder", "vocabulary", "categories", "settings"):
+    for part in ("labeler", "encoder", "vocabulary", "categories", "settings", "look"):
+        if part not in old:  # a store of an earlier release
+            continue
         before, after = flatten({part: old.get(part)}), flatten({part: new.get(part)})
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):

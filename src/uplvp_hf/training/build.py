@@ -28,7 +28,7 @@ from ..models.image_processing_base_uplvp import stored_settings
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
-from .backbone_weights import load_backbone_weights
+from .backbone_weights import check_given, load_backbone_weights, own_look, refuse_other_look, with_own_padding
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
 from .freezing import freeze_backbone, refuse_random_frozen
 from .mixture import MixedSamples
@@ -99,11 +99,12 @@ def _check_images(dataset: InstanceDataset, which: str) -> None:
 
 
 def with_image_settings(settings: TrainSettings) -> TrainSettings:
-    """Fills in `data.size`, `image_mean` and `image_std` from the processor of `model.init`, else 512 and ImageNet's.
+    """Fills in `data.size`, `image_mean` and `image_std` from the processor of `model.init`, else 512 and what the
+    weights of the backbone were trained with, padding too, where their configuration says it, else ImageNet's.
 
-    Raises ConfigError when the mean or deviation given is not the one that the checkpoint was trained with.
+    Raises ConfigError for another mean, deviation or padding than the checkpoint, the weights or the labels have.
     """
-    data, found = settings.data, processor_settings(settings.model.init)
+    data, found, look = settings.data, processor_settings(settings.model.init), own_look(settings.model)
     chosen = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     for key, standard in chosen.items():
         given, trained = getattr(data, key), found.get(key)
@@ -111,10 +112,15 @@ def with_image_settings(settings: TrainSettings) -> TrainSettings:
             raise ConfigError(
                 f"`data.{key}` is {given}, but {settings.model.init} was trained with {trained}: leave the setting out."
             )
-        chosen[key] = list(given or trained or standard)
+        if not trained:
+            check_given(key, given, look)
+        chosen[key] = list(given or trained or (getattr(look, key) if look else standard))
     side = found.get("size", {}).get("longest_edge") if "pad_size" in found else None
     size = data.size or (side if side and side % 32 == 0 else 512)
-    return dataclasses.replace(settings, data=dataclasses.replace(data, size=size, **chosen))
+    settings = dataclasses.replace(settings, data=dataclasses.replace(data, size=size, **chosen))
+    settings = with_own_padding(settings, look)
+    refuse_other_look(settings)
+    return settings
 
 
 def processor_settings(init: str | None) -> dict:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from ...conversion.weights_look import weights_look
 from ...models.errors import UserError, reading
 from ...models.image_processing_base_uplvp import stored_settings
 from .pixels import Size, fit_longest, group_by_size, images_to_pixels
@@ -46,6 +47,7 @@ class Encoder:
             size for plain vision transformers.
         fixed_size: (height, width) of a network that takes no other.
         license: of the weights, where known.
+        pad_type: "same" for TensorFlow's padding.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Encoder:
         id2label: Mapping[int, str] | None = None,
         license: str | None = None,
         maps: bool = True,
+        pad_type: str = "",
     ) -> None:
         # Channels last, as the pixels are: a third less time for MobileNetV2 on a CPU.
         self.model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
@@ -69,7 +72,13 @@ class Encoder:
         self.name, self.license, self.maps, self.shift = name, license, maps, shift
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.num_classes, self.id2label = num_classes, id2label
-        self.size_multiple, self.fixed_size = size_multiple, fixed_size
+        self.size_multiple, self.fixed_size, self.pad_type = size_multiple, fixed_size, pad_type
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """How the network is shown its images, for the store's header: JSON values."""
+        mean, std = list(self.image_mean), list(self.image_std)
+        return {"network": self.name, "image_mean": mean, "image_std": std, "pad_type": self.pad_type}
 
     @property
     def dtype_name(self) -> str:
@@ -256,6 +265,13 @@ def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, dev
             f"backbone timm:{name} has no trained weights: a random one proposes noise. Give a weights file "
             f"(--backbone-weights FILE.safetensors) or name a hub repository (timm:hf-hub:timm/{name}.ra_in1k)"
         )
+    own = None if weights is None else weights_look(os.fspath(weights))
+    if own is not None and pad_type is not None and (pad_type or "") != own.pad_type:
+        raise UserError(
+            f"networks.pad_type is {pad_type!r}, but {weights} was trained with {own.pad_type or 'symmetric'!r} padding "
+            f"({own.source}); leave it out"
+        )
+    pad_type = (own.pad_type or None) if own is not None else pad_type
     model = _create_timm(name, hub and weights is None, {} if pad_type is None else {"pad_type": pad_type})
     num_classes = model.num_classes
     if weights is not None and not _load_weights(model, Path(weights), name):
@@ -264,6 +280,9 @@ def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, dev
     mean, std = settings.get("mean", (0.5,) * 3), settings.get("std", (0.5,) * 3)
     if pad_type == "same":  # the TensorFlow family: RGB in [-1, 1]
         mean = std = (0.5, 0.5, 0.5)
+    if own is not None:
+        mean, std = own.image_mean, own.image_std
+    padding = "same" if pad_type == "same" or name.rpartition("/")[2].startswith("tf_") else ""
     options: dict[str, Any] = {"id2label": _timm_labels(model, num_classes)}
     options["license"] = weights_license(name) if hub and weights is None else None
     options["size_multiple"] = max([level["reduction"] for level in getattr(model, "feature_info", [])] or [32])
@@ -271,7 +290,8 @@ def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, dev
     if embed is not None and getattr(embed, "strict_img_size", False):
         options["fixed_size"] = tuple(embed.img_size)
     # Each strided layer of one-sided padding looks half a (finer) cell to the right: (stride - 1) / 2 pixels in all.
-    shift = 0.5 if pad_type == "same" else 0.0
+    shift = 0.5 if padding else 0.0
+    options["pad_type"] = padding
     return Encoder(model.to(dtype), f"timm:{name}", mean, std, shift, num_classes, device, **options)
 
 
