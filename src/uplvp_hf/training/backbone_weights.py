@@ -21,8 +21,8 @@ _CLOSE = 1e-3  # of a mean or deviation
 
 
 def own_look(model: ModelSettings) -> Look | None:
-    """What the configuration of `model.backbone_weights` says, or None."""
-    if model.backbone_weights is None:
+    """What the configuration of `model.backbone_weights` says, or None, as where `model.init` brings a backbone."""
+    if model.backbone_weights is None or model.init is not None:
         return None
     try:
         return weights_look(model.backbone_weights)

@@ -156,7 +156,7 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
             model.set_text_features(features, names)
         except ValueError as error:
             raise ConfigError(f"`model.text_features`, {settings.model.text_features}: {error}") from error
-    if settings.model.backbone_weights:
+    if settings.model.backbone_weights and not settings.model.init:  # which brings its own, perhaps trained further
         load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
     freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
     if settings.stage == "finetune" and settings.prompted:

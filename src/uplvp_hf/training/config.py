@@ -116,7 +116,8 @@ class ModelSettings(Settings):
         "mask_rcnn, which is only fine-tuned; `backbone_config` and its own",
     )
     backbone_weights: str | None = setting(
-        None, "safetensors with the backbone's weights, or hf-hub:OWNER/NAME, which downloads them"
+        None,
+        "safetensors with the backbone's weights, or hf-hub:OWNER/NAME, which downloads them; `model.init` has its own",
     )
     freeze_backbone: bool = setting(False, "no gradients, norms in evaluation mode")
     freeze_stages: int = setting(

@@ -95,7 +95,7 @@ class FewShotTask(InstanceTask):
             config = UplvpFewShotConfig(segmenter_config=dict(settings.model.segmenter), **given)
             refuse_unknown(settings.model.segmenter, config.segmenter_config)
             model = UplvpForFewShotSegmentation(config)
-        if settings.model.backbone_weights:
+        if settings.model.backbone_weights and settings.model.init is None:
             load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
         freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
         self.conditioning = model.config.conditioning

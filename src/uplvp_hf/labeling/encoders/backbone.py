@@ -268,8 +268,8 @@ def _load_timm(name: str, weights, pad_type: str | None, allow_random: bool, dev
     own = None if weights is None else weights_look(os.fspath(weights))
     if own is not None and pad_type is not None and (pad_type or "") != own.pad_type:
         raise UserError(
-            f"networks.pad_type is {pad_type!r}, but {weights} was trained with {own.pad_type or 'symmetric'!r} padding "
-            f"({own.source}); leave it out"
+            f"networks.pad_type is {pad_type!r}, but {weights} was trained with {own.pad_type or 'symmetric'!r} "
+            f"padding ({own.source}); leave it out"
         )
     pad_type = (own.pad_type or None) if own is not None else pad_type
     model = _create_timm(name, hub and weights is None, {} if pad_type is None else {"pad_type": pad_type})
