@@ -101,7 +101,7 @@ def in_words(estimate: dict[str, Any]) -> str:
         "labels": "labeling",
         "pretrain": "pre-training",
         "runs": "fine-tuning",
-        "refit": "fine-tuning on all labels",
+        "refit": "training on all labels",
     }
     for folder, seconds in estimate["seconds"].items():
         name = names[Path(folder).parts[0]]

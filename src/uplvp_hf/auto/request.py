@@ -20,8 +20,8 @@ class Request:
     """
     images: what is to be labeled and pre-trained on. labels: the few labels; label_images: the folder of their images.
     val, val_images: labeled images to measure on; None: a part of the labels is held out. vocabulary, clip, examples,
-    backbone, backbone_weights, pad_type, masks, model: what mask sources are made of, as of `uplvp label`. start: one
-    of `starts.STARTS`; None: the first that fits. recipes: of pre-training and fine-tuning, in place of the start's.
+    backbone, backbone_weights, pad_type, masks, model: what mask sources are made of, as of `uplvp label`. sources:
+    names of those to try, of `trials.candidate_sources`; none: all. start: one of `starts.STARTS`; None: the first that fits. recipes: of pre-training and fine-tuning, in place of the start's.
     words: settings of the benchmark, such as finetune.optim.steps=200.
     """
 
@@ -38,6 +38,7 @@ class Request:
     pad_type: str | None = None
     masks: str | None = None
     model: str | None = None
+    sources: tuple[str, ...] = ()
     start: str | None = None
     recipes: tuple[str, str] | None = None
     words: tuple[str, ...] = ()
@@ -46,8 +47,8 @@ class Request:
 
     def claim(self, folder: Path) -> None:
         """Makes the folder this request's own. Raises UserError when it holds another one, or something else."""
-        given = {**dataclasses.asdict(self), "words": list(self.words), "recipes": self.recipes and list(self.recipes)}
-        record = {key: value for key, value in given.items() if key != "device"}
+        given = {key: value for key, value in dataclasses.asdict(self).items() if key != "device"}
+        record = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
         record |= {key: os.path.abspath(record[key]) for key in _PATHS if record[key] is not None}
         file = folder / _RECORD
         if file.is_file():

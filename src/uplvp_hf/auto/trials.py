@@ -44,7 +44,10 @@ class Source:
 
 def candidate_sources(request: Request, backbone: dict[str, Any], classes: list[str]) -> list[Source]:
     """What can be tried with the networks and files that are named, and the baseline. backbone: arguments of
-    `uplvp label` for the network that looks at images, and masks where no other does."""
+    `uplvp label` for the network that looks at images, and masks where no other does.
+
+    Raises UserError for a source that is asked for and not among them.
+    """
     named = {"namer": "examples", "examples": request.examples}
     sources = [Source(name, {"labeler": name, **backbone, **named}) for name in ("foreground", "saliency", "ncut")]
     if request.clip is not None:
@@ -55,6 +58,10 @@ def candidate_sources(request: Request, backbone: dict[str, Any], classes: list[
         sources.append(Source("sam", {"labeler": "sam", "model": request.model, **backbone, **named}))
     if request.masks is not None:
         sources.append(Source("masks of the file", {"labeler": "file", "masks": request.masks, **backbone, **named}))
+    if unknown := sorted(set(request.sources) - {source.name for source in sources}):
+        known = ", ".join(source.name for source in sources)
+        raise UserError(f"--sources: no mask source {unknown[0]!r} among those that are named here: {known}")
+    sources = [source for source in sources if not request.sources or source.name in request.sources]
     return [*sources, Source(BASELINE, {"labeler": "center_box", **backbone, **named})]
 
 
