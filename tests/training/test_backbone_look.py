@@ -1,4 +1,4 @@
-"""A backbone is shown its images as its weights were trained to see them: taken from their own configuration, or refused."""
+"""A backbone is shown its images as its weights were trained to see them: by their own configuration, or refused."""
 
 import json
 

@@ -21,7 +21,8 @@ class Request:
     images: what is to be labeled and pre-trained on. labels: the few labels; label_images: the folder of their images.
     val, val_images: labeled images to measure on; None: a part of the labels is held out. vocabulary, clip, examples,
     backbone, backbone_weights, pad_type, masks, model: what mask sources are made of, as of `uplvp label`. sources:
-    names of those to try, of `trials.candidate_sources`; none: all. start: one of `starts.STARTS`; None: the first that fits. recipes: of pre-training and fine-tuning, in place of the start's.
+    names of those to try, of `trials.candidate_sources`; none: all. start: one of `starts.STARTS`; None: the first that
+    fits. recipes: of pre-training and fine-tuning, in place of the start's.
     words: settings of the benchmark, such as finetune.optim.steps=200.
     """
 

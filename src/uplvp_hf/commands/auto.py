@@ -59,9 +59,9 @@ def _auto(arguments: argparse.Namespace) -> None:
 
     check_device(arguments.device)
     given = {key: value for key, value in vars(arguments).items() if key in Request.__dataclass_fields__}
-    request = Request(
-        **{**given, "words": tuple(arguments.words), "recipes": arguments.recipes and tuple(arguments.recipes)}
-    )
+    given |= {name: tuple(getattr(arguments, name)) for name in ("words", "sources")}
+    given["recipes"] = arguments.recipes and tuple(arguments.recipes)
+    request = Request(**given)
     run_auto(request, arguments.output, not arguments.quiet)
     print(f"Model: {arguments.output}/model  Page: {arguments.output}/report.html")
 
