@@ -99,8 +99,8 @@ def test_an_estimate_in_words():
     seconds = {"labels/chosen": 120, "pretrain/small": 420, "runs/a": 400, "runs/b": 500, "refit": 500}
     text = in_words({"seconds": seconds, "all": sum(seconds.values()), "memory_gb": 1.23})
     assert text == (
-        "About 32 min (labeling 2 min, pre-training 7 min, fine-tuning 15 min, training on all labels 8 min) and 1.2 GB "
-        "of memory"
+        "About 32 min (labeling 2 min, pre-training 7 min, fine-tuning 15 min, training on all labels 8 min) and "
+        "1.2 GB of memory"
     )
 
 
