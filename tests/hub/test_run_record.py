@@ -62,18 +62,19 @@ def trained(tmp_path):
     return make
 
 
-def test_push_takes_the_license_that_the_record_of_the_labels_knows(trained, monkeypatch, capsys):
-    assert push._license(trained("mit (facebook/some), mit (timm/other)")) == "mit"
-    assert "License: mit, that of the network" in capsys.readouterr().out
+def test_push_takes_the_license_that_the_record_of_the_labels_knows(trained, monkeypatch):
+    license, remark = push._license(trained("mit (facebook/some), mit (timm/other)"))
+    assert license == "mit" and remark.startswith("License: mit, that of the network")
     assert known_licenses(trained("mit (a), cc-by-nc-4.0 (b)")) == ["mit", "cc-by-nc-4.0"]
     monkeypatch.setattr("sys.stdin", None)
-    assert push._license(trained("mit (a), cc-by-nc-4.0 (b)")) == "other"
-    assert "come under mit, cc-by-nc-4.0" in capsys.readouterr().err
-    assert push._license(trained(None)) == "apache-2.0" and "--license sets it" in capsys.readouterr().err
+    license, remark = push._license(trained("mit (a), cc-by-nc-4.0 (b)"))
+    assert license == "other" and "come under mit, cc-by-nc-4.0" in remark
+    license, remark = push._license(trained(None))
+    assert license == "apache-2.0" and "--license sets it" in remark
 
 
 def test_push_asks_where_no_record_knows_the_license(trained, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     asked = []
     monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or " cc-by-4.0 ")
-    assert push._license(trained(None)) == "cc-by-4.0" and "no record knows" in asked[0]
+    assert push._license(trained(None)) == ("cc-by-4.0", "") and "no record knows" in asked[0]

@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import json
 import logging
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from ..benchmark.report import drawn, predicted_pairs
 from ..data import load_dataset_rows
 from ..data.store_reader import read_store
+from ..evaluation.pages import render
 from ..files import write_text
 from ..models.errors import UserError
 from .advice import noise
-from .estimate import in_words
+from .estimate import in_words, minutes
 from .trials import trial_folder
 
 logger = logging.getLogger(__name__)
@@ -41,14 +39,14 @@ def _read(file: Path) -> Any:
 def _render(folder: Path) -> str:
     data, choice = _read(folder / "data" / "data.json"), _read(folder / "choice.json")
     sources, estimate = _read(folder / "sources.json"), _read(folder / "estimate.json")
-    template = (resources.files("uplvp_hf.auto") / "templates" / "report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"percent": lambda value: "\N{EN DASH}" if value is None else f"{100 * value:.1f}"}
-    return environment.from_string(template).render(
+    return render(
+        "auto",
+        "report",
         folder=folder,
         data=data,
         sources=sources and {**sources, "pairs": _masks(folder, sources)},
         estimate=estimate and {**estimate, "words": in_words(estimate)},
+        took=choice and minutes(choice["seconds"]),
         choice=choice,
         noise=noise(data["val_instances"]),
         pairs=_predictions(folder, data, choice) if choice else [],

@@ -40,7 +40,10 @@ def prepare_parts(request: Request, folder: Path) -> dict[str, Any]:
     labels = _read_labels(request.labels, request.label_images, request.images)
     checked = check_dataset(lambda: labels)
     logger.info("%s", format_report(checked))
-    labels = labels.subset([k for k, row in enumerate(labels.rows) if row["objects"]["category_id"]])
+    outlined = [k for k, row in enumerate(labels.rows) if row["objects"]["category_id"]]
+    if len(outlined) < len(labels):
+        logger.info("%d images without an object are taken to be unlabeled.", len(labels) - len(outlined))
+    labels = labels.subset(outlined)
     if request.val is not None:
         val = _read_labels(request.val, request.val_images, request.images)
         labels = _without(labels, val)

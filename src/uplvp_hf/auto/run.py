@@ -149,6 +149,9 @@ class _Auto:
         job = next(job for job in jobs if job.row.get("arm") == best)
         results = {arm: {"metrics": row["metrics"], "curve": row["curve"]} for arm, row in rows.items()}
         choice = {"arm": best, "run": job.folder, "results": results, "advice": advise(data, rows, best)}
+        # Labeling and pre-training are shared by all arms that have them.
+        once = {row["pretrain"]["seconds"] + row["label"]["seconds"] for row in rows.values() if row["pretrain"]}
+        choice["seconds"] = sum(row["finetune"]["seconds"] for row in rows.values()) + sum(once)
         write_json(self.folder / "choice.json", choice)
         logger.info(
             "%s is taken: AP %s on the images kept aside.", best,

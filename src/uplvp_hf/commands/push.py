@@ -40,9 +40,11 @@ def _push(arguments: argparse.Namespace) -> None:
         make_parser().error("--dry-run and --output DIR go together")
     if arguments.space:
         check_repo_id(arguments.space)
-    arguments.license = arguments.license or _license(Path(arguments.model))
+    remark = ""
+    if not arguments.license:
+        arguments.license, remark = _license(Path(arguments.model))
     if arguments.dry_run:
-        folders = [_prepare(arguments, Path(arguments.output))]
+        folders = [_prepare(arguments, Path(arguments.output), remark)]
         if arguments.space:
             folders.append(prepare_space(f"{arguments.output}-space", arguments.repo_id))
         for folder in folders:
@@ -51,7 +53,7 @@ def _push(arguments: argparse.Namespace) -> None:
             print(f"Nothing was pushed; {folder} holds what would be.")
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = _prepare(arguments, Path(temporary) / "repository")
+        folder = _prepare(arguments, Path(temporary) / "repository", remark)
         print(push_folder(folder, arguments.repo_id, arguments.private, arguments.revision, message=arguments.message))
         if arguments.space:
             folder = prepare_space(Path(temporary) / "space", arguments.repo_id)
@@ -59,26 +61,25 @@ def _push(arguments: argparse.Namespace) -> None:
             print("The Space runs the code of the model's repository once its variable TRUST_REMOTE_CODE is set to 1.")
 
 
-def _license(model: Path) -> str:
-    """The license that the record of the labels knows, else the user's answer, else a default that is pointed out."""
+def _license(model: Path) -> tuple[str, str]:
+    """The license that the record of the labels knows, else the user's answer, else a default; and what to say of it
+    once the folder is made."""
     from uplvp_hf.hub.run_record import known_licenses
 
     known = known_licenses(model)
     if len(known) == 1:
-        print(f"License: {known[0]}, that of the network which made the pseudo labels (--license names another).")
-        return known[0]
+        return known[0], f"License: {known[0]}, that of the network which made the pseudo labels (--license sets it)."
     why = f"the pseudo labels come under {', '.join(known)}" if known else "no record knows another"
     usual = "other" if known else "apache-2.0"
     if sys.stdin is not None and sys.stdin.isatty():
-        return input(f"License of the weights, as the Hub names it ({why}) [{usual}]: ").strip() or usual
-    print(f"uplvp push: warning: the card says license {usual}, as {why}; --license sets it.", file=sys.stderr)
-    return usual
+        return input(f"License of the weights, as the Hub names it ({why}) [{usual}]: ").strip() or usual, ""
+    return usual, f"uplvp push: warning: the card says license {usual}, as {why}; --license sets it."
 
 
-def _prepare(arguments: argparse.Namespace, folder: Path) -> Path:
+def _prepare(arguments: argparse.Namespace, folder: Path, remark: str) -> Path:
     from uplvp_hf.hub import prepare_folder
 
-    return prepare_folder(
+    prepared = prepare_folder(
         arguments.model,
         folder,
         arguments.repo_id,
@@ -87,6 +88,9 @@ def _prepare(arguments: argparse.Namespace, folder: Path) -> Path:
         examples=arguments.example,
         remote_code=not arguments.no_code,
     )
+    if remark:
+        print(remark, file=sys.stderr)
+    return prepared
 
 
 main = verb("push", make_parser, _push, AGAIN)
