@@ -1,5 +1,8 @@
 """Loading backbones: refusals, weights, class activation, padding."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -10,6 +13,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTForImageClassi
 
 from uplvp_hf.labeling.encoders.backbone import load_classifier, load_encoder
 from uplvp_hf.labeling.encoders.pixels import fit_longest, group_by_size, images_to_pixels
+from uplvp_hf.models.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,18 @@ def test_transformers_classifier(tmp_path):
         load_classifier(str(tmp_path))
     with pytest.raises(ValueError, match="a folder holds its own"):
         load_classifier(str(tmp_path), pad_type="same")
+
+
+def test_weights_with_a_configuration_say_how_they_see(weights, tmp_path):
+    shutil.copy(weights / "whole.safetensors", tmp_path / "own.safetensors")
+    own = {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.2], "pad_type": "same"}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    encoder = load_encoder("timm:mobilenetv2_035", tmp_path / "own.safetensors")
+    look = {"network": "timm:mobilenetv2_035", "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2] * 3}
+    assert encoder.look == look | {"pad_type": "same"} and encoder.cell_offset(32) > 0
+    assert load_encoder("timm:mobilenetv2_035", weights / "whole.safetensors").look["pad_type"] == ""
+    with pytest.raises(UserError, match=r"pad_type is '', but .*own\.safetensors was trained with 'same'"):
+        load_encoder("timm:mobilenetv2_035", tmp_path / "own.safetensors", pad_type="")
 
 
 def test_imagenet_names(weights):
