@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from uplvp_hf.benchmark.ablation import ablation_table
 from uplvp_hf.benchmark.claims import claims_table, judge
 from uplvp_hf.benchmark.figures import curves_of, draw_activations, draw_bars, mean_text, results_table
-from uplvp_hf.benchmark.rows import labels_text, read_rows
+from uplvp_hf.benchmark.rows import labels_text, read_rows, row_metric
 from uplvp_hf.evaluation.compare_page import figure_bytes, plot_curves
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +39,7 @@ RESULTS = Path("docs/results")
 DOCUMENTS = ("README.md", "docs/results.md", "docs/labeling.md")
 SETS = ("animals7", "balloon", "scenes", "knet_tuning", "finetuning_scenes", "finetuning_animals7")
 SETS += ("kernels_scenes", "kernels_animals7", "pretraining_length", "teacher_scenes", "teacher_animals7")
+SETS += ("scenes_icpc",)
 IN_HEADLINE = {  # set -> (its name in tables, labels of the headline)
     "animals7": ("seven animals, photographs", 10),
     "balloon": ("balloons, photographs", 15),
@@ -179,7 +180,7 @@ def block(words: list[str], rows: dict[str, list[dict]]) -> str:
     if len(words) == 3 and words[0] == "ablation" and words[1] in rows:
         return ablation_table(rows[words[1]], words[2])
     if len(words) == 2 and words[0] == "claims" and words[1] in rows:
-        return claims_table(judge(rows[words[1]]))
+        return claims_table(judge(rows[words[1]]), row_metric(rows[words[1]]))
     raise ValueError(f"no block `{' '.join(words)}`, see the head of {Path(__file__).name}")
 
 

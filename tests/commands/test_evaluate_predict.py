@@ -228,3 +228,11 @@ def test_a_prediction_does_not_depend_on_its_batch_mates(tiny_model_dir, scenes_
     for (row, one), (_, other) in zip(alone, together):
         assert one["scores"].shape == other["scores"].shape, row["file_name"]
         torch.testing.assert_close(one["scores"], other["scores"], atol=1e-4, rtol=1e-3)
+
+
+def test_flags_of_semantic_segmenters_are_refused(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    assert evaluate.main([str(tiny_model_dir), str(scenes_dir), "--window", "64", "--flip"]) == 2
+    assert "and --window, --flip only for semantic segmenters" in capsys.readouterr().err
+    words = [str(tiny_model_dir), str(scenes_dir / "images"), "--output", str(tmp_path / "p"), "--scales", "1,2"]
+    assert predict.main(words) == 2 and not (tmp_path / "p").exists()
+    assert "--scales only for semantic segmenters" in capsys.readouterr().err

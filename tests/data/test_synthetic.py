@@ -20,6 +20,7 @@ from uplvp_hf.data.synthetic import (
     make_scene,
     write_scenes,
 )
+from uplvp_hf.models.errors import UserError
 
 ASSET = Path(__file__).parents[2] / "src" / "uplvp_hf" / "assets" / "synthetic_clip"
 SEEDS = range(40)
@@ -59,6 +60,23 @@ def test_masks_are_disjoint_and_large_enough(size):
         assert 1 <= len(masks) <= 5
         assert masks.sum(axis=0).max() <= 1
         assert masks.sum(axis=(1, 2)).min() >= MIN_VISIBLE_AREA
+
+
+def test_colored_light_changes_colors_alone():
+    """The same scene under a light whose color differs from seed to seed; one light for the whole image."""
+    ratios = []
+    for seed in range(4):
+        plain, cast = make_scene(seed), make_scene(seed, cast=0.5)
+        assert np.array_equal(plain["masks"], cast["masks"]) and plain["labels"] == cast["labels"]
+        white, lit = (np.asarray(scene["image"], float) for scene in (plain, cast))
+        inside = (white > 60) & (lit > 5) & (lit < 250) & (white < 250)
+        ratio = [lit[..., k][inside[..., k]] / white[..., k][inside[..., k]] for k in range(3)]
+        assert max(one.std() for one in ratio) < 0.12  # the grain is not lit
+        ratios.append([one.mean() for one in ratio])
+    assert 0.45 < np.min(ratios) < 0.8 and 1.2 < np.max(ratios) < 1.55
+    assert np.ptp(ratios, axis=0).min() > 0.1
+    with pytest.raises(UserError, match="cast must be from 0 to below 1"):
+        make_scene(0, cast=1.0)
 
 
 def test_masks_match_pixels():

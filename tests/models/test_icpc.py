@@ -13,6 +13,8 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, A
 
 import uplvp_hf
 from uplvp_hf import IcpcConfig, IcpcForSemanticSegmentation, IcpcImageProcessor
+from uplvp_hf.labeling.encoders.attention import Layout, run_blocks
+from uplvp_hf.labeling.settings import Recipe
 from uplvp_hf.models.configuration_icpc import CONTRASTIVE, PROMPTS
 from uplvp_hf.models.errors import UserError
 from uplvp_hf.models.icpc_prompts import name_tokens, spoken_names
@@ -254,7 +256,7 @@ def test_loss_at_the_logits_size(pixels, labels):
     assert torch.isfinite(model(pixels, labels=labels).loss)
 
 
-@pytest.mark.parametrize("dense", ["vanilla", "identity", "clearclip"])
+@pytest.mark.parametrize("dense", ["vanilla", "identity", "clearclip", "naclip"])
 def test_dense_blocks_and_checkpointing(dense, pixels, labels):
     gradients = []
     for checkpointing in (False, True):
@@ -267,6 +269,31 @@ def test_dense_blocks_and_checkpointing(dense, pixels, labels):
         model(pixels, labels=labels, generator=torch.Generator().manual_seed(0)).loss.backward()
         gradients.append(model.prompts.contexts.grad.clone())
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dense", ["vanilla", "identity", "clearclip", "naclip"])
+def test_patches_are_those_of_the_labeler(dense, pixels, assert_close):
+    """The labeler's recipes over the same tower, its own code."""
+    model = build("names", dense_block=dense, dense_sigma=1.5, dense_scale=5.0)
+    tower, settings = model.backbone.tower, {"sigma": 1.5, "scale": 5.0} if dense == "naclip" else {}
+    with torch.no_grad():
+        _, _, ours = model.backbone(pixels)
+        x = tower.vision_model.pre_layrnorm(model.backbone._embed(pixels))
+        recipe = Recipe(dense, **settings)
+        tokens, grid = run_blocks(tower.vision_model.encoder.layers, x, Layout((8, 12)), recipe)
+        theirs = tower.visual_projection(tower.vision_model.post_layernorm(tokens))
+    assert_close(ours, theirs.transpose(1, 2).unflatten(2, grid), 1e-5)
+
+
+def test_texts_of_another_image(pixels):
+    """Given text features stand in for those that the model makes: its own change nothing, others do."""
+    model = build()
+    with torch.no_grad():
+        own = model(pixels)
+        assert torch.equal(model(pixels, text_embeds=own.text_embeds).logits, own.logits)
+        swapped = model(pixels, text_embeds=own.text_embeds.flip(0))
+        assert torch.equal(swapped.text_embeds[0], own.text_embeds[1])
+        assert (swapped.score_maps[8] - own.score_maps[8]).abs().max() > 1e-6
 
 
 def test_bfloat16(pixels, labels):

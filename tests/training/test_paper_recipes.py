@@ -108,9 +108,10 @@ def test_semantic_recipes_have_the_schedule_of_denseclip(name):
     settings, comment = load_settings(name), comment_of(name)
     optim = settings.optim
     assert settings.output == f"runs/{name}" and "Not run here" in comment and "inferred" in comment
-    steps, size = {"ade20k_f": (80_000, 640), "cocostuff10k_f": (40_000, 512)}.get(
-        name.removeprefix("paper/icpc_vitb_").removesuffix("inetune"), (80_000, 512)
-    )
+    _, backbone, data = name.removesuffix("_finetune").split("_", 2)
+    steps, size = 40_000 if data == "cocostuff10k" else 80_000, 640 if (backbone, data) == ("vitb", "ade20k") else 512
+    clip = {"vitb": "openai/clip-vit-base-patch16", "r50": "models/clip/RN50.pt", "r101": "models/clip/RN101.pt"}
+    assert settings.model.segmenter["clip"] == clip[backbone] and settings.data.train == f"data/{data}"
     assert (optim.steps, settings.data.size, 8 * optim.batch_size) == (steps, size, 32)
     assert (optim.lr, optim.weight_decay, optim.backbone_multiplier) == (1e-4, 1e-4, 0.1)
     assert (optim.schedule, optim.power, optim.warmup, optim.warmup_factor) == ("poly", 0.9, 1500, 1e-6)

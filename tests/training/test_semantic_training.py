@@ -1,5 +1,6 @@
 """Semantic segmenters through the one loop and the verbs."""
 
+import csv
 import json
 
 import numpy as np
@@ -62,6 +63,13 @@ def test_verbs(scenes, tmp_path, capsys):
     assert main(["evaluate", str(model), str(scenes), "--output", str(tmp_path / "e"), "--quiet", "--flip"]) == 0
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
     assert f"mIoU {100 * metrics['mIoU']:.1f}" in capsys.readouterr().out and metrics["num_images"] == 6
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert page.count("<figure") == 6 and page.count("data:image/jpeg") == 12 and f"{100 * metrics['mIoU']:.1f}" in page
+    rows = list(csv.DictReader((tmp_path / "e" / "per_class.csv").open()))
+    assert [row["name"] for row in rows][:1] == ["background"] and len(rows) == 9
+    assert sum(int(row["labeled"]) for row in rows) == sum(int(row["predicted"]) for row in rows) == 6 * 64 * 64
+    assert main(["evaluate", str(model), str(scenes), "--quiet", "--swap-prompts", "--no-report"]) == 0
+    capsys.readouterr()
     images = str(scenes / "images")
     assert main(["predict", str(model), images, "--output", str(tmp_path / "p"), "--quiet", "--window", "64"]) == 0
     files = sorted((tmp_path / "p" / "maps").glob("*.png"))
@@ -73,6 +81,17 @@ def test_verbs(scenes, tmp_path, capsys):
     assert main(again) == 2 and "was begun with other settings (window)" in capsys.readouterr().err
     assert main([*again, "--overwrite"]) == 0 and "6 label maps, 0 were there" in capsys.readouterr().out
     assert main(["evaluate", str(model), str(scenes), "--stride", "64"]) == 2
+    capsys.readouterr()
+    # What only instances have is refused, not ignored.
+    assert main(["evaluate", str(model), str(scenes), "--class-agnostic", "--batch-size", "2"]) == 2
+    assert "--batch-size, --class-agnostic only for instance segmenters" in capsys.readouterr().err
+    assert main(["predict", str(model), images, "--output", str(tmp_path / "q"), "--tiles", "64"]) == 2
+    assert "--tiles only for instance segmenters" in capsys.readouterr().err and not (tmp_path / "q").exists()
+    assert main(["finetune", "--recipe", "scenes_icpc", *words, f"data.val={scenes}", "--output", str(tmp_path / "v"),
+                 "--quiet"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "v"), "--output", str(tmp_path / "c")]) == 0
+    assert "mIoU at the end" in (printed := capsys.readouterr().out) and "mask" not in printed.lower()
 
 
 @pytest.mark.parametrize("word, message", [

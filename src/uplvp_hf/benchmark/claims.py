@@ -9,7 +9,9 @@ from typing import Any
 
 from scipy import stats
 
-from .rows import label_counts, labels_text
+from .prompt_claims import PROMPT_CLAIMS
+from .rows import label_counts, labels_text, row_value
+from .semantic import with_controls
 
 LEVEL = 0.05
 """Largest p-value, two-sided, at which a difference counts."""
@@ -48,7 +50,7 @@ CLAIMS = (
 
 @dataclass
 class Verdict:
-    """differences: AP (0 to 1) of the better arm less that of the other, one a seed that both have."""
+    """differences: AP or mIoU (0 to 1) of the better arm less that of the other, one a seed that both have."""
 
     claim: str
     better: str
@@ -94,14 +96,15 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     once for all seeds, with every seed.
     """
     found: dict[tuple[str, str, int | str], dict[int, float]] = {}
-    for row in rows:
-        if row["metrics"]["AP"] is not None and not row["class_agnostic"]:
+    for row in with_controls(rows):
+        value = row_value(row)
+        if value is not None and not row["class_agnostic"]:
             key = (row["segmenter"], row["arm"], row["labels_per_class"])
-            found.setdefault(key, {})[row["seed"]] = row["metrics"]["AP"]
+            found.setdefault(key, {})[row["seed"]] = value
     segmenters = sorted({row["segmenter"] for row in rows})
     places = [(segmenter, count) for segmenter in segmenters for count in label_counts(rows)]
     verdicts = []
-    for claim, better, worse in CLAIMS:
+    for claim, better, worse in (*CLAIMS, *PROMPT_CLAIMS):
         for segmenter, count in places:
             ours, theirs = found.get((segmenter, better, count), {}), found.get((segmenter, worse, count), {})
             if not theirs and (unlabeled := found.get((segmenter, worse, 0))):
@@ -113,10 +116,10 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     return verdicts
 
 
-def claims_table(verdicts: Sequence[Verdict]) -> str:
-    """Markdown: difference in AP points, its standard error, seeds in favor, p-value, verdict."""
+def claims_table(verdicts: Sequence[Verdict], metric: str = "AP") -> str:
+    """Markdown: difference in points of the metric, its standard error, seeds in favor, p-value, verdict."""
     lines = [
-        "| claim | segmenter | labels | difference in AP | seeds in favor | p | verdict |",
+        f"| claim | segmenter | labels | difference in {metric} | seeds in favor | p | verdict |",
         "|---|---|---|---:|---:|---:|---|",
     ]
     for one in verdicts:

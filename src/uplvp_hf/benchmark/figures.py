@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.compare import Arm, Comparison, Point
 from ..evaluation.compare_page import draw_curves, figure_bytes
+from ..evaluation.measures import shown_metrics, spelled
 from ..files import replacing, write_text
 from ..models.errors import UserError
 from .claims import claims_table, judge
-from .rows import label_counts, labels_text
+from .rows import label_counts, labels_text, row_metric, row_value
+from .semantic import control_columns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,7 +41,9 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
         for count in label_counts(own):
             chosen = [row for row in own if row["labels_per_class"] == count]
             name = _file_name(f"{segmenter}_{count}")
-            figures[f"curves_{name}"] = draw_curves(curves_of(chosen))
+            curves = curves_of(chosen)
+            if any(len(arm.points) > 1 for arm in curves.arms):
+                figures[f"curves_{name}"] = draw_curves(curves)
             if len(_in_order(chosen, "arm")) > 2:
                 figures[f"ablation_{name}"] = draw_bars(chosen, f"{segmenter}, {labels_text(count)}")
             pseudo = pseudo_curves(chosen)
@@ -50,22 +54,30 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
         for suffix in ("svg", "png"):
             with replacing(output / f"{name}.{suffix}", "wb") as stream:
                 stream.write(figure_bytes(figure, suffix))
-    text = "\n\n".join([*(results_table(rows, one) for one in _in_order(rows, "segmenter")), claims_table(judge(rows))])
+    tables = [results_table(rows, one) for one in _in_order(rows, "segmenter")]
+    text = "\n\n".join([*tables, claims_table(judge(rows), row_metric(rows))])
     write_text(output / "results.md", text + "\n")
     return text
 
 
 def results_table(rows: Rows, segmenter: str) -> str:
-    """Markdown: an arm a line, AP / AP50 in per cent by labels a class, mean and deviation over seeds."""
+    """Markdown: an arm a line, AP / AP50 (or mIoU / aAcc) in per cent by labels, mean and deviation over seeds; of
+    semantic segmenters also the mIoU of the controls."""
     own = [row for row in rows if row["segmenter"] == segmenter]
     counts = label_counts(own) or [0]
-    head = [f"{segmenter}: arm", *(labels_text(count) for count in counts), "fine-tuning steps", "runs"]
+    controls = [(key, f"{title}, {labels_text(count)}", count)
+                for key, title in control_columns(own) for count in counts]  # fmt: skip
+    head = [f"{segmenter}: arm", *(labels_text(count) for count in counts), *(title for _, title, _ in controls)]
+    head += ["fine-tuning steps", "runs"]
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for arm in _in_order(own, "arm"):
         chosen = [row for row in own if row["arm"] == arm]
         cells = [_cell([row for row in chosen if row["labels_per_class"] == count]) for count in counts]
         if all(row["labels_per_class"] == 0 for row in chosen):  # no human label: one number for all columns
             cells = [_cell(chosen)] * len(counts)
+        for key, _, count in controls:
+            parts = [{"metrics": row[key]} for row in chosen if row["labels_per_class"] == count and row.get(key)]
+            cells.append(mean_text(parts, "mIoU"))
         steps = sorted({row["finetune"]["steps"] if row["finetune"] else 0 for row in chosen})
         name = arm + (" (class-agnostic AP)" if any(row["class_agnostic"] for row in chosen) else "")
         lines.append("| " + " | ".join([name, *cells, ", ".join(map(str, steps)), str(len(chosen))]) + " |")
@@ -73,7 +85,7 @@ def results_table(rows: Rows, segmenter: str) -> str:
 
 
 def _cell(rows: Rows) -> str:
-    return f"{mean_text(rows, 'AP')} / {mean_text(rows, 'AP50')}" if rows else "-"
+    return " / ".join(mean_text(rows, name) for name in shown_metrics(rows[0]["metrics"])) if rows else "-"
 
 
 def mean_text(rows: Rows, metric: str) -> str:
@@ -86,7 +98,8 @@ def mean_text(rows: Rows, metric: str) -> str:
 
 
 def curves_of(rows: Rows) -> Comparison:
-    """The arms of rows of one segmenter and number of labels, for `draw_curves`: AP against fine-tuning steps."""
+    """The arms of rows of one segmenter and number of labels, for `draw_curves`: AP or mIoU against fine-tuning
+    steps."""
     arms = []
     for name in _in_order(rows, "arm"):
         own = [row for row in rows if row["arm"] == name and not row["class_agnostic"]]
@@ -95,24 +108,25 @@ def curves_of(rows: Rows) -> Comparison:
         points = [Point(step, step, [row["curve"][str(step)] for row in own]) for step in steps]
         if points:
             arms.append(Arm(name, own, points, points[-1]))
-    return Comparison(arms, "AP", "steps", [])
+    return Comparison(arms, row_metric(rows), "steps", [])
 
 
 def draw_bars(rows: Rows, title: str) -> Figure:
-    """Final AP of every arm, mean and deviation over seeds, and a dot for each seed."""
+    """Final AP or mIoU of every arm, mean and deviation over seeds, and a dot for each seed."""
     from matplotlib.figure import Figure
 
     names = _in_order(rows, "arm")
     figure = Figure(figsize=(7.5, 0.7 + 0.32 * len(names)), layout="constrained")
     axes = figure.subplots()
     for place, name in enumerate(names):
-        values = [100 * row["metrics"]["AP"] for row in rows if row["arm"] == name and row["metrics"]["AP"] is not None]
+        own = [row_value(row) for row in rows if row["arm"] == name]
+        values = [100 * value for value in own if value is not None]
         spread = statistics.stdev(values) if len(values) > 1 else 0
         axes.barh(place, statistics.mean(values), xerr=spread, color=_BARS, alpha=0.55, height=0.7, capsize=2)
         axes.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel("mask AP (%)")
+    axes.set_xlabel(f"{spelled(row_metric(rows))} (%)")
     axes.set_title(title, fontsize=9)
     axes.grid(axis="x", alpha=0.3)
     return figure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -61,18 +62,20 @@ class Job:
 
 
 def make_plan(benchmark: Benchmark, output: Path, sources: Sources) -> list[Job]:
-    """All jobs, each after those that it needs; labels first, as most arms wait for them, then seed by seed, so that
-    an unfinished benchmark has complete seeds.
+    """All jobs, each after those that it needs; labels first, as most arms wait for them, then by the `order` of the
+    arms, and seed by seed, so that an unfinished benchmark has complete seeds.
 
     Raises ConfigError for settings that no training takes.
     """
     jobs: dict[str, Job] = {}
-    for seed in benchmark.seeds:
-        for segmenter in benchmark.segmenters:
-            for name, arm in benchmark.arms.items():
-                if seed in (arm.seeds or [seed]) and segmenter in (arm.segmenters or [segmenter]):
-                    for job in _arm_jobs(benchmark, output, sources, segmenter, name, arm, seed):
-                        jobs.setdefault(job.folder, job)
+    turns = itertools.product(
+        sorted({arm.order for arm in benchmark.arms.values()}), benchmark.seeds, benchmark.segmenters, benchmark.arms
+    )
+    for order, seed, segmenter, name in turns:
+        arm = benchmark.arms[name]
+        if arm.order == order and seed in (arm.seeds or [seed]) and segmenter in (arm.segmenters or [segmenter]):
+            for job in _arm_jobs(benchmark, output, sources, segmenter, name, arm, seed):
+                jobs.setdefault(job.folder, job)
     return sorted(jobs.values(), key=lambda job: job.kind != "label")
 
 

@@ -54,7 +54,9 @@ class BenchmarkData(Settings):
         None, "images for label sets and pre-training; none: those of `train`, without their labels"
     )
     scenes: dict[str, Any] | None = setting(
-        None, "counts {unlabeled, train, val} of synthetic scenes that are generated in place of all that"
+        None,
+        "synthetic scenes that are generated in place of all that: counts {unlabeled, train, val}, the first one only "
+        "with label sets; also size (pixels) and cast (of colored light), as `write_scenes` takes them",
     )
 
 
@@ -97,6 +99,7 @@ class Arm(Settings):
     segmenters: list[str] | None = setting(None, "only these of the benchmark's")
     labels_per_class: list[int | str] | None = setting(None, "only these of the benchmark's")
     seeds: list[int] | None = setting(None, "only these of the benchmark's")
+    order: int = setting(0, "arms of a lower number come first, with all their seeds", least=0)
     about: str = setting("", "a remark for tables")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from ..data import InstanceDataset, load_dataset_rows
 from ..data.dataset import Row
 from ..evaluation.compare_page import draw_curves, figure_bytes
+from ..evaluation.measures import shown_metrics, spelled
 from ..evaluation.pages import render
 from ..evaluation.predictor import load_segmenter, predict_dataset
 from ..evaluation.visualize import overlay_uri
@@ -23,10 +24,12 @@ from ..files import write_text
 from ..labeling.quality import proposal_quality, row_keys
 from ..models.errors import UserError
 from ..training.build import build_data
+from ..training.semantic_task import is_semantic
 from .figures import curves_of, mean_text
 from .plan import Job, label_folder
 from .recipe import Benchmark
-from .rows import labels_text, training_seconds
+from .rows import labels_text, row_value, training_seconds
+from .semantic import semantic_pairs
 from .sources import Sources
 
 logger = logging.getLogger(__name__)
@@ -64,7 +67,8 @@ class Report:
     def _sentence(self, job: Job) -> str:
         if job.row:
             row = json.loads((self.folder / job.folder / "row.json").read_text())
-            return f"{job.row['arm']}, seed {row['seed']}: AP {mean_text([row], 'AP')}, AP50 {mean_text([row], 'AP50')}"
+            numbers = ", ".join(f"{name} {mean_text([row], name)}" for name in shown_metrics(row["metrics"]))
+            return f"{job.row['arm']}, seed {row['seed']}: {numbers}"
         if job.kind == "label":
             return f"Pseudo labels are there. Look at {self.folder / 'report.html'}, which grows while the rest runs."
         return f"{job.folder} is pre-trained."
@@ -91,17 +95,17 @@ class Report:
     def _table(self, rows: list[dict[str, Any]], segmenter: str) -> dict[str, Any]:
         """Lines of a segmenter in the order of the plan, and the one of best AP."""
         own = [row for row in rows if row["segmenter"] == segmenter]
+        names = shown_metrics(own[0]["metrics"])
         lines = []
         for arm, count in dict.fromkeys((row["arm"], row["labels_per_class"]) for row in own):
             chosen = [row for row in own if (row["arm"], row["labels_per_class"]) == (arm, count)]
-            values = [row["metrics"]["AP"] for row in chosen if row["metrics"]["AP"] is not None]
+            values = [value for value in map(row_value, chosen) if value is not None]
             lines.append(
                 {
                     "arm": arm + (" (class-agnostic AP)" if chosen[0]["class_agnostic"] else ""),
                     "about": self.benchmark.arms[arm].about if arm in self.benchmark.arms else "",
                     "labels": labels_text(count),
-                    "AP": mean_text(chosen, "AP"),
-                    "AP50": mean_text(chosen, "AP50"),
+                    "numbers": [mean_text(chosen, name) for name in names],
                     "seconds": round(statistics.mean(map(training_seconds, chosen))),
                     "runs": len(chosen),
                     "value": statistics.mean(values) if values else -1.0,
@@ -110,8 +114,15 @@ class Report:
             )
         best = max((line for line in lines if line["comparable"]), key=lambda line: line["value"], default=None)
         curves = curves_of(own)
-        drawn = figure_bytes(draw_curves(curves), "svg").decode() if curves.arms else ""
-        return {"segmenter": segmenter, "lines": lines, "best": best, "curves": drawn[drawn.find("<svg") :]}
+        several = any(len(arm.points) > 1 for arm in curves.arms)
+        drawn = figure_bytes(draw_curves(curves), "svg").decode() if several else ""
+        return {
+            "segmenter": segmenter,
+            "names": [spelled(names[0]), names[1]],
+            "lines": lines,
+            "best": best,
+            "curves": drawn[drawn.find("<svg") :],
+        }
 
     def _label_section(self, name: str) -> dict[str, Any]:
         """A label set: numbers, and its first images, beside the truth where that is known."""
@@ -138,7 +149,9 @@ class Report:
         job = [job for job in done if job.kind in ("finetune", "evaluate")][-1]
         _, val = build_data(job.settings)
         model = str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0]))
-        return {"arm": job.row["arm"], "pairs": predicted_pairs(model, val)}
+        if is_semantic(job.settings.model):
+            return {"arm": job.row["arm"], "pairs": semantic_pairs(model, val, SHOWN, SIDE), "note": ""}
+        return {"arm": job.row["arm"], "pairs": predicted_pairs(model, val), "note": "Scores above 0.5. "}
 
 
 def predicted_pairs(folder: str, dataset: InstanceDataset, count: int = SHOWN) -> list[list[str]]:

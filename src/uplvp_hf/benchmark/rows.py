@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..evaluation.measures import main_metric
 from ..evaluation.predictor import METRICS, evaluate_model, load_segmenter
 from ..files import write_json_lines
 from ..models.errors import UserError, reading
 from ..training.build import build_data
 from ..training.config import TrainSettings
+from ..training.semantic_task import is_semantic
+from . import semantic
 from .activations import query_activations, spread
 from .plan import PATHS, Job, label_folder
 
@@ -30,6 +33,10 @@ def make_row(folder: Path, job: Job) -> dict[str, Any]:
     own = folder / job.folder
     before = [json.loads((folder / need / "training_summary.json").read_text()) for need in job.needs]
     _, val = build_data(job.settings)
+    if is_semantic(job.settings.model):
+        summary = json.loads((own / "training_summary.json").read_text())
+        found = _numbers(summary["evaluations"], semantic.METRICS)
+        return _row(folder, job, before, summary, len(val), found | semantic.control_metrics(own, val))
     if job.kind == "finetune":
         summary = json.loads((own / "training_summary.json").read_text())
         evaluations, model_folder = summary["evaluations"], own
@@ -39,23 +46,44 @@ def make_row(folder: Path, job: Job) -> dict[str, Any]:
         agnostic = before[0]["settings"]["model"]["class_agnostic"]
         metrics = evaluate_model(model, processor, val, class_agnostic=agnostic, progress=False)
         summary, evaluations = None, {"0": metrics | {"class_agnostic": agnostic}}
-    last = evaluations[max(evaluations, key=int)]
     maps = query_activations(model, processor, val)
     own.mkdir(parents=True, exist_ok=True)
     save_file({"maps": maps}, own / QUERY_MAPS)
+    found = _numbers(evaluations, METRICS) | {"query_spread": spread(maps)}
+    return _row(folder, job, before, summary, len(val), found)
+
+
+def _numbers(evaluations: dict[str, dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Of the last evaluation these numbers and those of its classes; the first one of each evaluation, by step."""
+    last = evaluations[max(evaluations, key=int)]
+    agnostic = {"class_agnostic": last["class_agnostic"]} if "class_agnostic" in last else {}
+    return {
+        "metrics": {name: _rounded(last[name]) for name in names},
+        "per_class": {name: _rounded(value) for name, value in last["per_class"].items()},
+        "curve": {step: _rounded(metrics[names[0]]) for step, metrics in evaluations.items()},
+        **agnostic,
+    }
+
+
+def _row(
+    folder: Path,
+    job: Job,
+    before: list[dict[str, Any]],
+    summary: dict[str, Any] | None,
+    images: int,
+    found: dict[str, Any],
+) -> dict[str, Any]:
+    """A row of what was found, and of how it was made: trainings before it, its own, and the evaluated images."""
     return {
         **job.row,
         "fingerprint": job.fingerprint,
-        "metrics": {name: _rounded(last[name]) for name in METRICS},
-        "per_class": {name: _rounded(value) for name, value in last["per_class"].items()},
-        "class_agnostic": last.get("class_agnostic", job.settings.evaluation.class_agnostic),
-        "pseudo": _pseudo_curve(own / "log.jsonl"),
-        "curve": {step: _rounded(metrics["AP"]) for step, metrics in evaluations.items()},
-        "query_spread": spread(maps),
+        "class_agnostic": job.settings.evaluation.class_agnostic,
+        **found,
+        "pseudo": _pseudo_curve(folder / job.folder / "log.jsonl"),
         "label": label_record(folder, job.row["labels"]),
         "pretrain": _stage(before[0]) if before else None,
         "finetune": _stage(summary) if summary else None,
-        "images": {"train": summary["images"] if summary else 0, "val": len(val)},
+        "images": {"train": summary["images"] if summary else 0, "val": images},
         "parameters": before[0]["parameters"] if summary is None else summary["parameters"],
         "hardware": (summary or before[0])["hardware"],
         **source_revision(),
@@ -158,12 +186,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            if not isinstance(row["metrics"]["AP"], float | None) or not isinstance(row["segmenter"], str):
-                raise UserError("AP is no number")
+            metric = main_metric(row["metrics"])
+            if not isinstance(row["metrics"][metric], float | None) or not isinstance(row["segmenter"], str):
+                raise UserError(f"{metric} is no number")
             rows.append(row)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path}, line {number}: no row of a benchmark ({error})") from error
     return rows
+
+
+def row_metric(rows: Sequence[dict[str, Any]]) -> str:
+    """The number that rows of one segmenter are compared by."""
+    return main_metric(rows[0]["metrics"]) if rows else "AP"
+
+
+def row_value(row: dict[str, Any]) -> float | None:
+    """That number of a row, 0 to 1, or None."""
+    return row["metrics"][main_metric(row["metrics"])]
 
 
 def label_counts(rows: Sequence[dict[str, Any]]) -> list[int | str]:

@@ -42,15 +42,17 @@ def _as_arguments(train: dict[str, str]) -> dict[str, str]:
 
 
 def _scenes(benchmark: Benchmark, folder: Path) -> Sources:
-    counts = dict(benchmark.data.scenes)
-    if set(counts) != set(_SCENES) or not all(isinstance(count, int) and count > 0 for count in counts.values()):
-        raise ConfigError(f"`data.scenes` holds a number for each of {', '.join(_SCENES)}, got {counts}.")
+    given = dict(benchmark.data.scenes)
+    look = {key: given.pop(key) for key in ("size", "cast") if key in given}
+    wanted = [name for name in _SCENES if name in given or name != "unlabeled" or benchmark.labels]
+    if set(given) != set(wanted) or not all(isinstance(count, int) and count > 0 for count in given.values()):
+        raise ConfigError(f"`data.scenes` holds a number for each of {', '.join(wanted)}, got {given}.")
     for seed, name in enumerate(_SCENES):
-        if not (folder / name / "annotations" / "instances.json").is_file():
+        if name in given and not (folder / name / "annotations" / "instances.json").is_file():
             shutil.rmtree(folder / name, ignore_errors=True)  # what broke off: the annotations are written last
-            write_scenes(folder / name, counts[name], seed=seed)
-    paths = {name: str(folder / name) for name in _SCENES}
-    return Sources({"train": paths["train"]}, {"val": paths["val"]}, {"path": paths["unlabeled"]})
+            write_scenes(folder / name, given[name], seed=seed, **look)
+    paths = {name: str(folder / name) for name in given}
+    return Sources({"train": paths["train"]}, {"val": paths["val"]}, {"path": paths.get("unlabeled", paths["train"])})
 
 
 def _with_validation(benchmark: Benchmark, sources: Sources, folder: Path) -> Sources:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +12,61 @@ from ..models.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
 
     from uplvp_hf.data import InstanceDataset
     from uplvp_hf.labeling.processes import Processes
 
 
 MAPS = "maps"
+_ARGUMENTS = ("window", "stride", "scales", "flip", "swap_prompts")
 
 
-def add_semantic_arguments(parser: argparse.ArgumentParser) -> None:
+def add_semantic_arguments(parser: argparse.ArgumentParser, evaluates: bool = False) -> None:
     group = parser.add_argument_group("semantic segmenters")
     group.add_argument("--window", type=int, metavar="SIZE", help="cut the resized image into windows of that side")
     group.add_argument("--stride", type=int, metavar="PIXELS", help="between windows (default: two thirds of a window)")
     group.add_argument("--scales", metavar="LIST", help="mean over several sizes, such as 0.5,1,1.5 (default: 1)")
     group.add_argument("--flip", action="store_true", help="mean over the image and its mirror image")
+    if evaluates:
+        group.add_argument(
+            "--swap-prompts", action="store_true", help="every image with the prompts of another one, as a control"
+        )
+
+
+def refuse_flags(arguments: argparse.Namespace, parser: argparse.ArgumentParser, others: Sequence[str]) -> bool:
+    """Whether the model is a semantic segmenter. Raises UserError for flags that this kind of model has no use for.
+
+    others: names of the arguments that only instance segmenters heed.
+    """
+    from uplvp_hf.evaluation.semantic import is_semantic_model
+
+    semantic = is_semantic_model(arguments.model)
+    useless = others if semantic else _ARGUMENTS
+    given = [name for name in useless if getattr(arguments, name, None) != parser.get_default(name)]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        kind, other = ("a", "instance") if semantic else ("no", "semantic")
+        raise UserError(
+            f"{arguments.model} is {kind} semantic segmenter, and {flags} only for {other} segmenters: leave it out."
+        )
+    return semantic
+
+
+def load(arguments: argparse.Namespace, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Model and image processor; an exported model in windows of its size. Raises UserError where that cannot be."""
+    from uplvp_hf.evaluation.semantic import load_semantic
+
+    folder = Path(arguments.model)
+    if not (folder / "model.onnx").is_file():
+        return load_semantic(arguments.model, arguments.device)
+    from uplvp_hf.inference.onnx_runtime import OnnxSemanticSegmenter
+    from uplvp_hf.models.image_processing_icpc import IcpcImageProcessor
+
+    model = OnnxSemanticSegmenter.from_directory(folder, arguments.device)
+    if options["window"] not in (None, model.window):
+        raise UserError(f"--window {options['window']}: {folder} was exported with windows of {model.window} pixels.")
+    options["window"] = model.window
+    return model, IcpcImageProcessor.from_pretrained(folder)
 
 
 def semantic_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -48,18 +88,22 @@ def semantic_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def evaluate(arguments: argparse.Namespace, dataset: InstanceDataset, processes: Processes) -> None:
-    """Prints the numbers; with --output writes metrics.json and per_class.csv, and the worst and best images."""
-    from uplvp_hf.evaluation.semantic import evaluate_semantic, load_semantic
-    from uplvp_hf.files import replacing, write_json
+    """Prints the numbers; with --output writes metrics.json, per_class.csv and report.html."""
+    from uplvp_hf.evaluation.semantic import evaluate_semantic
+    from uplvp_hf.evaluation.semantic_report import best_and_worst, write_semantic_classes, write_semantic_page
+    from uplvp_hf.files import write_json, write_json_lines
 
     options = semantic_options(arguments)
-    model, processor = load_semantic(arguments.model, arguments.device)
+    if arguments.swap_prompts:
+        options["swap_prompts"] = True
+    model, processor = load(arguments, options)
     images: list[dict[str, Any]] = []
 
     def keep(row: Any, found: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> None:
         total = int(counts.sum())
         right = float(counts.diagonal().sum() / total) if total else None
-        images.append({"file_name": row["file_name"], "accuracy": right, "pixels": total})
+        entry = {"image_id": row["image_id"], "file_name": row["file_name"], "accuracy": right, "pixels": total}
+        images.append(entry)
 
     metrics = evaluate_semantic(
         model, processor, dataset, progress=not arguments.quiet, distributed=True, on_result=keep, **options
@@ -72,14 +116,17 @@ def evaluate(arguments: argparse.Namespace, dataset: InstanceDataset, processes:
     if not arguments.output:
         return
     output = Path(arguments.output)
-    rated = sorted((one for one in images if one["accuracy"] is not None), key=lambda one: one["accuracy"])
-    extra = {"data": arguments.path, "split": arguments.split, "worst": rated[:10], "best": rated[::-1][:10]}
-    write_json(output / "metrics.json", {**metrics, **extra})
-    with replacing(output / "per_class.csv", "w") as stream:
-        writer = csv.writer(stream)
-        writer.writerow(["class", "IoU"])
-        writer.writerows(metrics["per_class"].items())
-    print(f"{output / 'metrics.json'}, {output / 'per_class.csv'}")
+    written = [output / "metrics.json", output / "per_class.csv"]
+    source = {"model": arguments.model, "data": arguments.path, "split": arguments.split, **options}
+    write_json(written[0], {**source, **metrics, **best_and_worst(images, 10)})
+    write_semantic_classes(written[1], metrics)
+    if metrics["failures"]:
+        written.append(output / "failures.jsonl")
+        write_json_lines(written[-1], metrics["failures"])
+    if arguments.report is not False:
+        written.append(output / "report.html")
+        write_semantic_page(written[-1], metrics, images, (model, processor), dataset, source, **options)
+    print("Written: " + ", ".join(map(str, written)))
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
@@ -112,7 +159,8 @@ def predict(arguments: argparse.Namespace, dataset: InstanceDataset, settings: d
 
     from uplvp_hf.data import DataError
     from uplvp_hf.data.fields import read_json
-    from uplvp_hf.evaluation.semantic import load_semantic, segment_dataset
+    from uplvp_hf.evaluation.semantic import segment_dataset
+    from uplvp_hf.evaluation.visualize import draw_label_map
     from uplvp_hf.files import replacing, write_json, write_json_lines, write_text
     from uplvp_hf.inference.journal import check_settings
     from uplvp_hf.inference.sources import pixels_unbounded, plain_stem
@@ -125,7 +173,7 @@ def predict(arguments: argparse.Namespace, dataset: InstanceDataset, settings: d
     if record.is_file() and not arguments.overwrite:
         check_settings(record, read_json(str(record)), settings)
     write_json(record, settings)
-    model, processor = load_semantic(arguments.model, arguments.device)
+    model, processor = load(arguments, options)
     config = model.config
     ids = np.array(config.category_ids)
     classes = [f"{number} {config.id2label[index]}" for index, number in enumerate(ids)]
@@ -142,7 +190,7 @@ def predict(arguments: argparse.Namespace, dataset: InstanceDataset, settings: d
             values = ids[found].astype(np.uint8 if ids.max() < 256 and ids.min() >= 0 else np.uint16)
             if not arguments.no_overlays:
                 with replacing(place("overlays", row), "wb") as stream:
-                    draw(todo.load_image(index), found, len(ids)).save(stream, format="PNG")
+                    draw_label_map(todo.load_image(index), found, len(ids)).save(stream, format="PNG")
             with replacing(place(MAPS, row), "wb") as stream:
                 Image.fromarray(values).save(stream, format="PNG")
             written += 1
@@ -152,17 +200,3 @@ def predict(arguments: argparse.Namespace, dataset: InstanceDataset, settings: d
     print(f"{written} label maps, {sum(known)} were there already: {output / MAPS}")
     if failures:
         print(f"{len(failures)} images could not be read: {output / 'failures.jsonl'}")
-
-
-def draw(image: Image, labels: np.ndarray, count: int) -> Image:
-    """The image under the colors of its classes."""
-    import colorsys
-
-    import numpy as np
-    from PIL import Image
-
-    # Neighboring numbers get hues far apart: steps of the golden ratio.
-    hues = [(index * 0.618034) % 1 for index in range(count)]
-    colors = np.array([colorsys.hsv_to_rgb(hue, 0.75, 0.95) for hue in hues]) * 255
-    mixed = 0.5 * np.asarray(image, dtype=np.float32) + 0.5 * colors[labels]
-    return Image.fromarray(mixed.round().astype(np.uint8))

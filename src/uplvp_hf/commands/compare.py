@@ -26,7 +26,11 @@ def make_parser() -> argparse.ArgumentParser:
         help="an arm by name and the folders of its runs, such as --arm 'scratch=runs/scratch_*'; repeatable",
     )
     add("--output", metavar="DIR", default="runs/compare", help="folder of page, figure and tables (runs/compare)")
-    add("--metric", default="AP", help="AP (default), AP50, AP75, AP_S, AP_M, AP_L, AR100, ... as in metrics.json")
+    add(
+        "--metric",
+        help="AP (default), AP50, AP75, AP_S, AP_M, AP_L, AR100, ... as in metrics.json; mIoU (default), mAcc, aAcc of "
+        "semantic segmenters",
+    )
     add(
         "--x", choices=("epochs", "steps", "seconds"), default="epochs", help="the axis of the curves (default: epochs)"
     )

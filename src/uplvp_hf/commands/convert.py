@@ -13,10 +13,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp convert",
         description="Convert a checkpoint of K-Net, QueryInst or Mask2Former (mmdetection, detectron2), of UPLVP's "
-        "pre-training, a DenseCLIP, or a ResNet (torchvision, MoCo, DenseCL, SwAV). The kind is told from its names.",
+        "pre-training, a DenseCLIP, a CLIP (OpenAI, OpenCLIP, transformers, timm's ResNets), or a ResNet (torchvision, "
+        "MoCo, DenseCL, SwAV). The kind is told from its names.",
     )
     add = parser.add_argument
-    add("checkpoint", help="safetensors, or a file of torch.save that holds plain weights")
+    add(
+        "checkpoint",
+        help="safetensors, a file of torch.save that holds plain weights, a TorchScript archive, or a folder of "
+        "transformers' CLIP",
+    )
     add("output", help="new folder")
     add(
         "--kind",
@@ -27,7 +32,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", metavar="JSON", help="the original's configuration; without it sizes are read off the tensors")
     add("--classes", metavar="FILE", help="class names, one a line, or bear,deer,otter (default: COCO's for 80)")
     add("--set", metavar="NAME=VALUE", action="append", default=[], help="a setting of the segmenter; repeatable")
-    add("--tokenizer", metavar="NAME", help="of a DenseCLIP's class names: folder or repository (default: OpenAI's)")
+    add(
+        "--tokenizer",
+        metavar="NAME",
+        help="of class names, for CLIPs: folder or repository (default: OpenAI's)",
+    )
     add("--verbose", action="store_true", help="also every tensor, and where in the code an error arose")
     return parser
 

@@ -24,6 +24,10 @@ BACKENDS = ("streaming", "pycocotools", "hotcoco", "fastest")
 METRICS = ("coco", "cityscapes")
 ASKS = ("open", "present", "episodes")
 MIN_SCORE = 0.001  # what is below hardly moves AP, and fills most of a file of results
+_INSTANCE_FLAGS = (
+    "batch_size", "class_agnostic", "metric", "backend", "mask_threshold", "threshold", "crowds_as_objects",
+    "ask", "ways", "episodes_seed", "max_detections", "min_score",
+)  # fmt: skip
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -71,19 +75,18 @@ def make_parser() -> argparse.ArgumentParser:
         "classes present on an image, or N-way episodes; see docs/few_shot.md")  # fmt: skip
     add("--ways", type=int, default=1, metavar="N", help="classes of an episode (default: 1)")
     add("--episodes-seed", type=int, default=0, help="of the other classes of an episode (default: 0)")
-    _semantic.add_semantic_arguments(parser)
+    _semantic.add_semantic_arguments(parser, evaluates=True)
     return parser
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from uplvp_hf.evaluation import evaluated_classes, load_segmenter, make_evaluator
     from uplvp_hf.evaluation.backends import resolve_backend
-    from uplvp_hf.evaluation.semantic import is_semantic_model
     from uplvp_hf.labeling.processes import Processes
 
     _check(arguments)
     processes = Processes()
-    if is_semantic_model(arguments.model):
+    if _semantic.refuse_flags(arguments, make_parser(), _INSTANCE_FLAGS):
         with _alone(arguments.output, processes.rank):
             return _semantic.evaluate(arguments, load_source(arguments), processes)
     make_evaluator(arguments.backend, arguments.metric)  # refused now, not after loading everything

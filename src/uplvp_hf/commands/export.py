@@ -21,7 +21,13 @@ def make_parser() -> argparse.ArgumentParser:
         default="onnx",
         help="model.onnx (default), model.pt2 for torch.export.load, or transformers' own Mask2Former",
     )
-    add("--size", type=int, metavar="PIXELS", help="longer side of the resized images (default: the processor's)")
+    add(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="longer side of the resized images, or side of the window "
+        "of a semantic segmenter (default: the processor's)",
+    )
     add("--opset", type=int, help="operators of ONNX (default: 20)")
     add("--check", action="store_true", help="open the file anew and print its largest difference from the model")
     add("--verbose", action="store_true", help="also what the libraries say, and where in the code an error arose")
@@ -30,13 +36,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _export(arguments: argparse.Namespace) -> None:
     from uplvp_hf.evaluation import load_segmenter
+    from uplvp_hf.evaluation.semantic import is_semantic_model, load_semantic
     from uplvp_hf.export.formats import OPSET, export_model
 
     if arguments.size is not None and arguments.size < 32:
         raise UserError(f"--size {arguments.size} is too small: at least 32 pixels.")
     if arguments.opset is not None and arguments.format != "onnx":
         raise UserError("--opset is for --format onnx.")
-    model, processor = load_segmenter(arguments.model, "cpu")
+    load = load_semantic if is_semantic_model(arguments.model) else load_segmenter
+    model, processor = load(arguments.model, "cpu")
     opset = OPSET if arguments.opset is None else arguments.opset
     done = export_model(
         model, processor, arguments.output, arguments.format, arguments.size, opset, check=arguments.check

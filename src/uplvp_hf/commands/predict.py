@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 # Of downloads, inside the output folder until the run is finished.
 DOWNLOADS = ".downloads"
 OVERLAYS = "overlays"
+_INSTANCE_FLAGS = ("batch_size", "threshold", "mask_threshold", "top_k", "tiles", "overlap", "tiles_with_full")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -58,13 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _predict_alone(arguments: argparse.Namespace) -> None:
-    from uplvp_hf.evaluation.semantic import is_semantic_model
     from uplvp_hf.files import only_run
 
     tiles = _check(arguments)
     check_device(arguments.device)
+    semantic = _semantic.refuse_flags(arguments, make_parser(), _INSTANCE_FLAGS)
     with only_run(arguments.output, "name another --output"):
-        if is_semantic_model(arguments.model):
+        if semantic:
             _semantic.predict(arguments, _find(arguments, Path(arguments.output)), _settings(arguments))
             shutil.rmtree(Path(arguments.output) / DOWNLOADS, ignore_errors=True)
         else:

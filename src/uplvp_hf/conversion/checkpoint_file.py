@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..models.errors import UserError
+from .torchscript_file import is_torchscript, read_torchscript
 
 # Where code bases keep the weights inside a checkpoint, in the order in which they are looked for.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
@@ -37,7 +38,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], li
     """The tensors of a checkpoint by their original names, and the names of its classes where it says them
     (mmdetection's `meta.CLASSES`), else None.
 
-    Reads safetensors, and files of `torch.save` with `weights_only=True`: a pickle that wants to run code is refused.
+    Reads safetensors, files of `torch.save` with `weights_only=True` (a pickle that wants to run code is refused), and
+    the tensors of TorchScript archives, whose code is not run.
     Weights wrapped in `state_dict`, `model` or `model_state_dict` are unwrapped; the rest of such a file is left out.
     Raises CheckpointError for a missing, damaged or unsafe file, and for one without tensors.
     """
@@ -50,6 +52,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], li
         except SafetensorError as error:
             raise CheckpointError(f"{path} is no readable safetensors file: {error}.") from error
     try:
+        if is_torchscript(path):
+            return _apart(read_torchscript(path)), None
         with torch.serialization.safe_globals(_numpy_scalars()):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises whatever it meets; the reason is passed on
@@ -102,6 +106,8 @@ _SIGNS = {
     "mask2former-mmdet": r"(module\.)?panoptic_head\.query_feat\.weight",
     "mask2former-detectron2": r"(module\.)?sem_seg_head\.predictor\.query_feat\.weight",
     "denseclip": r"(module\.)?text_encoder\.token_embedding\.weight",
+    "clip": r"(module\.)?(visual\.(class_embedding|attnpool\.positional_embedding)|visual_projection\.weight)",
+    "timm-clip-resnet": r"head\.pos_embed",
     "resnet": r"(?:.*\.)?layer1\.0\.conv1\.weight",
 }
 FORMATS = tuple(_SIGNS)

@@ -22,6 +22,7 @@ from .detectron2 import convert_detectron2_mask2former
 from .knet import config_from_mmdet_knet, convert_mmdet_knet
 from .mask2former import config_from_mmdet, convert_mmdet_mask2former
 from .naming import count_numbers, load_fitting
+from .openai_clip import build_openai, folder_settings
 from .queryinst import config_from_mmdet_queryinst, convert_mmdet_queryinst
 from .report import ConversionReport
 
@@ -38,6 +39,7 @@ _DROPPED = {
     r"linear\.(weight|bias)": "joins query and prompt, which only pre-training uses",
     r"(?!panoptic_head|rpn_head|roi_head|backbone|neck|sem_seg_head).*(queue|ema_).*": "state of the optimizer",
 }
+_CLIPS = ("clip", "timm-clip-resnet")
 # Tensors of the original pre-training that `UplvpForPreTraining` has, where its configuration builds them.
 _PRETRAINING = [
     (r"(?:panoptic_head\.)?patch2query\.(weight|bias)", r"prompt_projection.\1"),
@@ -144,9 +146,11 @@ def convert_checkpoint(
 
     Args:
         checkpoint: K-Net, QueryInst or Mask2Former of mmdetection, detectron2 or UPLVP's pre-training, a ResNet in
-            torchvision's names (torchvision, MoCo, DenseCL, SwAV), or a DenseCLIP. The kind is told from the names.
+            torchvision's names (torchvision, MoCo, DenseCL, SwAV), a DenseCLIP, or a CLIP (OpenAI's and OpenCLIP's
+            files, timm's CLIP ResNets, a folder of transformers). The kind is told from the names.
         output: new folder. A ResNet becomes a `ResNetBackbone`, whose model.safetensors recipes take as
-            `model.backbone_weights`, a DenseCLIP an `IcpcForSemanticSegmentation`; everything else as `kind` says.
+            `model.backbone_weights`, a DenseCLIP or CLIP an `IcpcForSemanticSegmentation`, whose pyramid and head are
+            to be trained in case of a CLIP; everything else as `kind` says.
         kind: "instance" (`UplvpForInstanceSegmentation`), "pretraining" (`UplvpForPreTraining`, which keeps the
             projection of prompts), or "segmenter" (the network alone, as transformers or we have it).
         config: JSON file of the original's configuration, its `model` section or a file that holds one. Without it
@@ -164,6 +168,9 @@ def convert_checkpoint(
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another folder.")
+    if Path(checkpoint).is_dir():  # transformers' CLIP
+        settings, tokenizer = {**folder_settings(checkpoint), **(settings or {})}, tokenizer or checkpoint
+        checkpoint = Path(checkpoint) / "model.safetensors"
     source, named = open_checkpoint(checkpoint)
     found = detect_format(source)
     if found != "resnet":  # of a model that was saved inside a wrapper for several devices
@@ -178,7 +185,7 @@ def convert_checkpoint(
     report = ConversionReport.build(source, converted, dropped, model.state_dict(), _GAPS)
     model.save_pretrained(output)
     usual_rights(output)
-    if found == "denseclip":
+    if found in ("denseclip", *_CLIPS):
         _semantic_processor(model.config).save_pretrained(output)
     elif found != "resnet" and kind != "segmenter":
         _processor().save_pretrained(output)
@@ -190,6 +197,9 @@ def _converted(source, found: str, kind: str, config, classes, category_ids, set
     """The model, its tensors under our names, and {name: reason} of those that have no place in it."""
     if found == "resnet":
         return _backbone(source)
+    if found in _CLIPS:
+        names = None if classes[0] is None else dict(enumerate(classes[0]))
+        return build_openai(source, names, category_ids, settings or {}, tokenizer)
     if found == "denseclip":
         model, converted = build_denseclip(source, classes[0] or classes[1], category_ids, settings or {}, tokenizer)
         return model, converted, {name: _DROPPED[COUNTER] for name in source if re.fullmatch(COUNTER, name)}

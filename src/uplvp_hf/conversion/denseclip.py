@@ -176,37 +176,51 @@ def build_denseclip(
 def denseclip_settings(state: dict[str, Tensor]) -> dict[str, Any]:
     """Settings of `IcpcConfig`, and `num_labels`, read off tensors under our names.
 
-    Attention heads leave no trace in the weights: those of OpenAI's towers, one for 64 channels, and of DenseCLIP's
-    code, 4 in the decoder and 32 in the attention pool.
+    Attention heads leave no trace in the weights: those of `tower_settings`, and of DenseCLIP's code, 4 in the decoder
+    and 32 in the attention pool.
     """
-    tokens = state["text.text_model.embeddings.token_embedding.weight"]
     found: dict[str, Any] = {
+        **tower_settings(state),
         "prompt": "post",
         "align_strides": [],
         "contrastive": "none",
         "num_labels": state["head.classifier.weight"].shape[0],
-        "projection_dim": state["text.text_projection.weight"].shape[0],
         "num_context": state["prompts.contexts"].shape[0],
         "decoder_layers": count_numbers(state, r"decoder\.decoder\.(\d+)\..+"),
         "decoder_width": state["decoder.text_proj.1.weight"].shape[0],
         "fpn_channels": state["neck.lateral.0.weight"].shape[0],
         "head_channels": state["head.classifier.weight"].shape[1],
-        "text_config": {
+    }
+    if "resnet_config" in found:
+        found["resnet_config"]["pool_heads"] = 32
+    return found
+
+
+def tower_settings(state: dict[str, Tensor]) -> dict[str, Any]:
+    """Settings of `IcpcConfig` for both towers, read off tensors under our names; without a text tower of one alone.
+
+    Attention heads as OpenAI's towers have them, one for 64 channels.
+    """
+    found: dict[str, Any] = {}
+    if "text.text_projection.weight" in state:
+        tokens = state["text.text_model.embeddings.token_embedding.weight"]
+        found["text_config"] = {
             **_tower(state, "text.text_model."),
             "vocab_size": len(tokens),
             "max_position_embeddings": len(state["text.text_model.embeddings.position_embedding.weight"]),
             "bos_token_id": len(tokens) - 2,
             "eos_token_id": len(tokens) - 1,
-        },
-    }
+        }
     if "backbone.attnpool.positional_embedding" in state:
+        found["projection_dim"] = len(state["backbone.attnpool.c_proj.weight"])
         found["resnet_config"] = {
             "width": state["backbone.conv3.weight"].shape[0],
             "depths": [count_numbers(state, rf"backbone\.layer{stage}\.(\d+)\..+") for stage in range(1, 5)],
-            "pool_heads": 32,
+            "pool_heads": max(state["backbone.attnpool.q_proj.weight"].shape[0] // 64, 1),
             "pool_size": math.isqrt(len(state["backbone.attnpool.positional_embedding"])),
         }
     else:
+        found["projection_dim"] = len(state["backbone.tower.visual_projection.weight"])
         vision = "backbone.tower.vision_model."
         patch = state[f"{vision}embeddings.patch_embedding.weight"].shape[-1]
         rows = len(state[f"{vision}embeddings.position_embedding.weight"])

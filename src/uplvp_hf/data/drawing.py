@@ -117,3 +117,8 @@ def rgb(hue: float, saturation: float, value: float) -> np.ndarray:
 
 def muted(rng: np.random.Generator) -> np.ndarray:
     return rgb(rng.uniform(0, 360), rng.uniform(0.0, 0.4), rng.uniform(0.15, 0.95))
+
+
+def light(seed: int, cast: float) -> np.ndarray:
+    """Factors (3,) of red, green and blue under colored light, from 1 - cast to 1 + cast."""
+    return 1 + cast * np.random.default_rng([seed, 2]).uniform(-1, 1, 3)  # apart from everything else of a scene

@@ -18,13 +18,13 @@ from functools import partial
 
 import numpy as np
 
-from ..models.label_maps import open_label_map
 from ..models.masks import encode_masks, rle_areas, rle_boxes
 from .coco_files import has_image_suffix, walk_files
 from .dataset import InstanceDataset, LazyRows, Objects, Row, empty_objects
 from .errors import DataError, ImageError
 from .fields import read_lines
 from .inputs import rows_of_files
+from .label_map_files import ADE_MAP, load_ids
 
 CLASS_LISTS = ("classes.txt", "objectInfo150.txt")
 UNLABELED = (0, 255, 65535)
@@ -59,8 +59,14 @@ def read_label_map_folder(path: str, split: str | None = None, unlabeled: bool =
     categories = read_classes(path)
     if unlabeled:
         return InstanceDataset(rows, categories, path, failures)
-    found = [_map_of(maps, row["file_name"]) for row in rows]
-    read = _Reader(rows, found, frozenset(category["id"] for category in categories))
+    return label_map_dataset(path, rows, [_map_of(maps, row["file_name"]) for row in rows], categories, failures)
+
+
+def label_map_dataset(
+    path: str, rows: list[Row], maps: list[str], categories: list[dict], failures: list[dict]
+) -> InstanceDataset:
+    """Rows with a file of their pixels' classes each, as a dataset whose objects are made when they are asked for."""
+    read = _Reader(rows, maps, frozenset(category["id"] for category in categories))
     lazy = LazyRows(read, partial(_identify, rows), range(len(rows)))
     return InstanceDataset(lazy, categories, path, failures)
 
@@ -98,7 +104,7 @@ def read_ids(file: str, row: Row, ids: frozenset[int]) -> np.ndarray:
 
     Raises ImageError, naming file and value, for a map of another size than its image, and for an id that is no class.
     """
-    labels = open_label_map(file)
+    labels = load_ids(file)
     if labels.shape != (row["height"], row["width"]):
         raise ImageError(
             f"the label map is {labels.shape[1]}x{labels.shape[0]} (width x height), its image "
@@ -107,7 +113,7 @@ def read_ids(file: str, row: Row, ids: frozenset[int]) -> np.ndarray:
         )  # fmt: skip
     present = np.unique(labels)
     wrong = [int(value) for value in present if int(value) not in ids and int(value) not in UNLABELED]
-    if wrong:
+    if wrong and not file.endswith(ADE_MAP):  # ADE20K-Full names thousands of things, of which some are classes
         raise ImageError(
             f"holds the id {wrong[0]}, which is no class", file=file,
             remedy="Add it to the list of classes; pixels that do not count are 0 (if no class is), 255 or 65535.",

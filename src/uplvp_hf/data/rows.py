@@ -27,6 +27,7 @@ from .inputs import (
     stream_huggingface,
 )
 from .label_map_folder import is_label_map_folder, read_label_map_folder
+from .label_map_sets import is_ade20k_full, is_coco_stuff, read_ade20k_full, read_coco_stuff
 from .labelme import is_labelme, read_labelme
 from .store_reader import read_store
 from .voc import read_voc, voc_root
@@ -40,6 +41,8 @@ LAYOUTS: dict[str, tuple[Callable[[str], object], Callable[..., InstanceDataset]
     "labelme": (is_labelme, read_labelme),
     "yolo": (is_yolo, read_yolo),
     "cvat": (is_cvat, read_cvat),
+    "coco_stuff": (is_coco_stuff, read_coco_stuff),
+    "ade20k_full": (is_ade20k_full, read_ade20k_full),
     "label_maps": (is_label_map_folder, read_label_map_folder),
 }
 FORMATS = ("coco", *LAYOUTS, "store", "images", "list", "datasets")

@@ -118,12 +118,16 @@ def make_scene(
     max_objects: int = 5,
     looks: int = 8,
     classes: Sequence[str] | None = None,
+    cast: float = 0.0,
 ) -> Scene:
     """One image of `min_objects` to `max_objects` objects that may hide one another, with unlabeled clutter.
 
     Args:
         seed: non-negative; equal arguments give equal pixels.
         size: side of the image in px, at least 48.
+        cast: colored light: each of red, green and blue is multiplied by a number of its own from `1 - cast` to
+            `1 + cast`, from 0 (white light) to below 1. With 0.55 a name's hue says little where the rest of the image
+            is not looked at. Everything else is that of the same seed without it.
         min_objects, max_objects: range of the number of objects. A crowded image gets fewer than the number drawn
             from it (an object that would hide another one too much is not painted), never fewer than `min_objects`.
         looks: 8 or 24, see `LOOKS`. classes: names of the looks that are shown; None: all.
@@ -135,8 +139,8 @@ def make_scene(
         Every instance shows at least `MIN_VISIBLE_AREA` px and `MIN_VISIBLE_FRACTION` of its full area.
 
     Raises:
-        UserError: for a size below 48, numbers of objects that are not 0 <= min_objects <= max_objects <= 12, and looks
-            or classes that there are not.
+        UserError: for a size below 48, numbers of objects that are not 0 <= min_objects <= max_objects <= 12, looks or
+            classes that there are not, and a cast that is not from 0 to below 1.
         RuntimeError: if `min_objects` objects do not fit, which takes many objects on a small image.
     """
     _check_size(size, least=48)
@@ -144,6 +148,8 @@ def make_scene(
         raise UserError(
             f"need 0 <= min_objects <= max_objects <= 12, got min_objects={min_objects}, max_objects={max_objects}"
         )
+    if not 0 <= cast < 1:
+        raise UserError(f"cast must be from 0 to below 1, got {cast}")
     labels = _labels_of(looks, classes)
     rng = np.random.default_rng([seed, 0])
     canvas = _Canvas(rng, size, looks=_WORLDS[looks])
@@ -163,7 +169,7 @@ def make_scene(
     if rng.random() < 0.3:
         canvas.add_clutter(front=True)
     return {
-        "image": canvas.render(),
+        "image": canvas.render(drawing.light(seed, cast)),
         "masks": canvas.masks(),
         "labels": list(canvas.labels),
         "caption": _scene_caption(canvas.labels, canvas.looks),
@@ -218,8 +224,9 @@ def write_scenes(
     size: int = 128,
     looks: int = 8,
     classes: Sequence[str] | None = None,
+    cast: float = 0.0,
 ) -> Path:
-    """Write `count` scenes as a COCO dataset and return its folder.
+    """Write `count` scenes as a COCO dataset and return its folder. size, looks, classes, cast: see `make_scene`.
 
     `folder/images/000001.png` ... and `folder/annotations/instances.json` (ids from 1, compressed RLE masks). The
     folder is a labeled dataset, `folder/images` the same images without labels. Images of different seeds differ.
@@ -241,7 +248,7 @@ def write_scenes(
 
     def rows() -> Iterator[Row]:
         for index in range(count):
-            scene = make_scene(_nth_seed(seed, index), size=size, looks=looks, classes=classes)
+            scene = make_scene(_nth_seed(seed, index), size=size, looks=looks, classes=classes, cast=cast)
             file = images_dir / f"{index + 1:06d}.png"
             scene["image"].save(file, compress_level=3)
             category_ids = [label + 1 for label in scene["labels"]]
@@ -319,12 +326,12 @@ class _Canvas:
         self._blend(alpha, color * (0.85 + 0.3 * drawing.smooth_noise(rng, size, 10.0)[..., None]))
         self.owner = owner
 
-    def render(self) -> Image.Image:
-        """The image under uneven light, with sensor-like grain."""
+    def render(self, color: np.ndarray | float = 1.0) -> Image.Image:
+        """The image under uneven light of a color (3,), with sensor-like grain."""
         rng, size = self.rng, self.size
         light = rng.uniform(0.85, 1.0) + rng.uniform(0.0, 0.25) * drawing.smooth_noise(rng, size, 0.6 * size)
         grain = rng.standard_normal((size, size, 1), dtype=np.float32) * np.float32(rng.uniform(0.005, 0.04))
-        lit = self.pixels * light[..., None].astype(np.float32) + grain
+        lit = self.pixels * light[..., None].astype(np.float32) * np.float32(color) + grain
         return Image.fromarray((lit.clip(0, 1) * 255 + 0.5).astype(np.uint8))
 
     def _all_visible(self, owner: np.ndarray, full_areas: list[float]) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .measures import main_metric
 from .runs import CompareError, Run, read_run
 
 LONGEST_NAME = 48  # letters of an arm's name that is made of settings
@@ -84,15 +85,17 @@ class Comparison:
 def compare_runs(
     folders: Sequence[str | os.PathLike[str]] = (),
     arms: Mapping[str, Sequence[str | os.PathLike[str]]] | None = None,
-    metric: str = "AP",
+    metric: str | None = None,
     axis: str = "epochs",
     force: bool = False,
 ) -> Comparison:
     """Reads runs and groups them: `folders` by their settings, all but seeds; `arms` as given, by name.
 
+    metric: by default mask AP, or mIoU of semantic segmenters.
+
     Raises CompareError for a folder without a run or evaluation, a run given twice, runs evaluated by different
-    metrics (COCO's AP and that of Cityscapes), two runs of an arm with the same seeds, and, unless `force`, runs that
-    were evaluated on different data.
+    metrics (COCO's AP, that of Cityscapes, mIoU), two runs of an arm with the same seeds, and, unless `force`, runs
+    that were evaluated on different data.
     """
     groups = _group([read_run(folder) for folder in folders])
     named = {name: [read_run(folder) for folder in chosen] for name, chosen in (arms or {}).items()}
@@ -113,6 +116,8 @@ def compare_runs(
         _check_replicates(arm)
     for arm, differences in zip(found, _differences([arm.runs[0] for arm in found])):
         arm.differences = differences
+    if metric is None:
+        metric = main_metric(every[0].evaluations[max(every[0].evaluations)])
     notes = _evaluation_notes(found, force)
     for arm in found:
         notes += _fill(arm, metric, axis)
@@ -193,7 +198,7 @@ def _check_metrics(runs: Sequence[Run]) -> None:
     found: dict[str, str] = {}
     for run in runs:
         for numbers in run.evaluations.values():
-            found.setdefault(numbers.get("metric", "coco"), str(run.folder))
+            found.setdefault(numbers.get("metric", "mIoU" if "mIoU" in numbers else "coco"), str(run.folder))
     if len(found) > 1:
         raise CompareError(
             f"The runs were evaluated by different metrics: {_listed(found)}. Evaluate all with one `--metric`."
@@ -232,7 +237,7 @@ def _fill(arm: Arm, metric: str, axis: str) -> list[str]:
 
 def _metrics(run: Run) -> list[str]:
     numbers = next(iter(run.evaluations.values()))
-    return [key for key, value in numbers.items() if isinstance(value, float) and key.startswith("A")]
+    return [key for key, value in numbers.items() if isinstance(value, float) and key.startswith(("A", "m", "aAcc"))]
 
 
 def _nearest(points: Sequence[Point], x: float) -> Point | None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import replacing, write_json, write_text
 from .compare import Comparison, Point, short
+from .measures import spelled
 from .runs import X_AXES
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def plot_curves(axes: Axes, comparison: Comparison) -> None:
             low, high = zip(*((mean - one, mean + one) for mean, one in zip(means, spread)), strict=True)
             axes.fill_between(xs, low, high, color=style["color"], alpha=0.18, linewidth=0)
     axes.set_xlabel(X_AXES[comparison.axis])
-    axes.set_ylabel(f"mask {comparison.metric} (%)")
+    axes.set_ylabel(f"{spelled(comparison.metric)} (%)")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
@@ -136,8 +137,8 @@ def caption(comparison: Comparison) -> list[str]:
     """What the table shows, and the notes, a sentence each."""
     common = comparison.common()
     lines = [
-        f"Mask {comparison.metric} in per cent: mean over the runs of an arm (standard deviation, n - 1). The end is "
-        "that of the models that the runs left."
+        f"{spelled(comparison.metric, True)} in per cent: mean over the runs of an arm (standard deviation, n - 1). "
+        "The end is that of the models that the runs left."
     ]
     if len(common) > MOST_COLUMNS:
         lines.append(f"{MOST_COLUMNS} of {len(common)} evaluations that all arms share; table.csv has all.")
@@ -197,7 +198,7 @@ def _page(comparison: Comparison, svg: str) -> str:
     return render(
         "evaluation",
         "compare",
-        metric=comparison.metric,
+        metric=spelled(comparison.metric, True),
         head=head,
         body=body,
         caption=caption(comparison),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -13,10 +12,10 @@ def render(room: str, name: str, /, **values: Any) -> str:
 
     Its filters `number` and `percent` write what cannot be computed, None, as a dash.
     """
-    template = resources.files(f"uplvp_hf.{room}") / "templates" / f"{name}.html.j2"
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    loader = jinja2.PackageLoader(f"uplvp_hf.{room}")  # also of the templates that this one extends
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": _number, "percent": _percent}
-    return environment.from_string(template.read_text(encoding="utf-8")).render(**values)
+    return environment.get_template(f"{name}.html.j2").render(**values)
 
 
 def _number(value: float | None, digits: int | None = None) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from uplvp_hf.data import DataError, InstanceDataset, Row
 
@@ -19,6 +21,7 @@ from ..models.errors import UserError
 from ..models.label_maps import ignored_label
 from ..progress import with_progress
 from .failing import failure_of
+from .mean_iou import MeanIoU
 from .predictor import load_segmenter, match_category_ids
 from .processes import gather, gather_errors, place
 
@@ -40,49 +43,6 @@ def load_semantic(name_or_dir: str, device: str | torch.device | None = None) ->
 
     model, _ = load_segmenter(name_or_dir, device, further={"icpc": IcpcForSemanticSegmentation})
     return model, IcpcImageProcessor.from_pretrained(name_or_dir)
-
-
-class MeanIoU:
-    """Intersection over union of classes from one confusion matrix, image by image, for any number of classes."""
-
-    def __init__(self, num_classes: int, ignored: int) -> None:
-        self.num_classes, self.ignored = num_classes, ignored
-        self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)  # [true class, found class]
-
-    def add(self, prediction: np.ndarray, reference: np.ndarray) -> np.ndarray:
-        """Counts an image; pixels whose reference is `ignored` do not count. Returns its own confusion matrix.
-
-        Raises UserError for other shapes, and for an id that is no class.
-        """
-        if prediction.shape != reference.shape:
-            raise UserError(f"a prediction of {prediction.shape} cannot be compared with labels of {reference.shape}.")
-        valid = reference != self.ignored
-        true, found = reference[valid].astype(np.int64), prediction[valid].astype(np.int64)
-        for what, ids in (("labels", true), ("prediction", found)):
-            if ids.size and not 0 <= ids.min() <= ids.max() < self.num_classes:
-                last = self.num_classes - 1
-                raise UserError(f"the {what} hold ids from {ids.min()} to {ids.max()}; classes are 0 to {last}.")
-        counts = np.bincount(true * self.num_classes + found, minlength=self.num_classes**2)
-        counts = counts.reshape(self.num_classes, self.num_classes)
-        self.confusion += counts
-        return counts
-
-    def compute(self) -> dict[str, Any]:
-        """mIoU, mAcc and aAcc, 0 to 1. Classes that occur neither in labels nor predictions have no IoU and do not
-        count; `per_class` has the IoU of each, or None, and `absent` their number."""
-        hits = self.confusion.diagonal().astype(np.float64)
-        true, found = self.confusion.sum(1), self.confusion.sum(0)
-        with np.errstate(invalid="ignore"):
-            iou, accuracy = hits / (true + found - hits), hits / true
-        total = self.confusion.sum()
-        return {
-            "mIoU": _mean(iou), "mAcc": _mean(accuracy), "aAcc": hits.sum() / total if total else None,
-            "absent": int(np.isnan(iou).sum()), "per_class": [None if np.isnan(x) else float(x) for x in iou],
-        }  # fmt: skip
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return None if np.isnan(values).all() else float(np.nanmean(values))
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -123,10 +83,15 @@ def segment_image(
     flip: bool = False,
     window: int | None = None,
     stride: int | None = None,
+    text_embeds: Tensor | None = None,
+    score_maps: bool = False,
 ) -> Tensor:
     """Class scores (K, H, W) of a PIL image at its own size: resized logits, or with several scales or `flip` the mean
-    of the probabilities."""
+    of the probabilities. text_embeds: see `IcpcForSemanticSegmentation.forward`. score_maps: the cosines of CLIP's own
+    patches and the class names in place of the logits, without pyramid and head."""
     parameter = next(model.parameters())
+    run = model if text_embeds is None else partial(model, text_embeds=text_embeds)
+    run = partial(_score_map, run, model.config) if score_maps else run
     target = (image.height, image.width)
     several = flip or len(scales) > 1
     total = None
@@ -135,12 +100,20 @@ def segment_image(
         unpadded = processor(image, return_tensors="pt", size=size, do_pad=False)["pixel_values"].shape[-2:]
         pixels = processor(image, return_tensors="pt", size=size)["pixel_values"].to(parameter.device, parameter.dtype)
         for mirrored in (False, True) if flip else (False,):
-            logits = window_logits(model, pixels.flip(-1) if mirrored else pixels, window, stride)
+            logits = window_logits(run, pixels.flip(-1) if mirrored else pixels, window, stride)
             logits = (logits.flip(-1) if mirrored else logits)[..., : unpadded[0], : unpadded[1]]
             logits = F.interpolate(logits, size=target, mode="bilinear", align_corners=False)[0]
             scores = logits.softmax(0) if several else logits
             total = scores if total is None else total + scores
     return total / (len(scales) * (1 + flip))
+
+
+def _score_map(run: Callable[..., Any], config: Any, pixel_values: Tensor) -> SemanticSegmenterOutput:
+    """CLIP's own score map over its temperature as logits."""
+    found = run(pixel_values).score_maps
+    if found is None:
+        raise UserError("prompt='none' has no texts, and so no score map.")
+    return SemanticSegmenterOutput(logits=found[config.score_stride] / config.tau)
 
 
 def segment_dataset(
@@ -150,11 +123,18 @@ def segment_dataset(
     progress: bool = True,
     failures: list[dict[str, Any]] | None = None,
     share: tuple[int, int] = (0, 1),
+    swap_prompts: bool = False,
     **options: Any,
 ) -> Iterator[tuple[int, Row, np.ndarray]]:
     """(index, row, label map (H, W) uint16 of model classes) of every image, one at a time; options: of
     `segment_image`. Images that cannot be decoded, that the processor refuses or that lack
-    memory are left out and appended to `failures`."""
+    memory are left out and appended to `failures`.
+
+    swap_prompts: every image gets the text features of the next one, the last those of the first. A model whose prompts
+    are made from the image and serve it does worse then. Raises UserError for a model whose texts are the same for all.
+    """
+    if swap_prompts and not (model.config.uses_image or model.config.uses_decoder):
+        raise UserError(f"prompt={model.config.prompt!r} has the same texts for every image: nothing can be swapped.")
     was_training = model.training
     model.eval()
     indices = range(share[0], len(dataset), share[1])
@@ -163,6 +143,9 @@ def segment_dataset(
             try:
                 image = dataset.load_image(index)
                 with torch.inference_mode():
+                    if swap_prompts:
+                        other = dataset.load_image((index + 1) % len(dataset))
+                        options["text_embeds"] = _text_embeds(model, processor, other)
                     found = segment_image(model, processor, image, **options).argmax(0)
             except Exception as error:
                 failure = failure_of(error, dataset[index]["file_name"], index)
@@ -174,6 +157,13 @@ def segment_dataset(
         model.train(was_training)
 
 
+def _text_embeds(model: Any, processor: Any, image: Any) -> Tensor:
+    """The text features (1, K, D) that the model makes for a PIL image, seen whole."""
+    parameter = next(model.parameters())
+    pixels = processor(image, return_tensors="pt")["pixel_values"].to(parameter.device, parameter.dtype)
+    return model(pixels).text_embeds
+
+
 def evaluate_semantic(
     model: Any,
     processor: Any,
@@ -183,9 +173,10 @@ def evaluate_semantic(
     on_result: Callable[[Row, np.ndarray, np.ndarray, np.ndarray], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """mIoU, mAcc, aAcc, IoU by class name, number of images, seconds and failures of a model on a labeled dataset.
+    """mIoU, mAcc, aAcc, IoU by class name, `MeanIoU.classes`, number of images, seconds and failures of a model on a
+    labeled dataset.
 
-    on_result: called with (row, prediction, labels, confusion matrix) of every image; options: of `segment_image`.
+    on_result: called with (row, prediction, labels, confusion matrix) of every image; options: of `segment_dataset`.
     Raises DataError where the classes disagree, or no image can be decoded.
     """
     dataset = semantic_view(dataset)
@@ -217,6 +208,7 @@ def evaluate_semantic(
     numbers = metric.compute()
     names = [model.config.id2label[index] for index in range(count)]
     return {
-        **numbers, "per_class": dict(zip(names, numbers["per_class"], strict=True)), "num_images": images,
+        **numbers, "per_class": dict(zip(names, numbers["per_class"], strict=True)),
+        "classes": metric.classes(names, list(order)), "num_images": images,
         "seconds": round(time.perf_counter() - started, 3), "failures": failures,
     }  # fmt: skip

@@ -154,9 +154,34 @@ def overlay_uri(
         mask = Image.fromarray(_decoded(segmentation, image.height, image.width))
         masks.append(np.asarray(mask if scale == 1 else mask.resize(small, Image.Resampling.NEAREST)))
     resized = image if scale == 1 else image.resize(small, Image.Resampling.BILINEAR)
+    return _jpeg_uri(draw_instances(resized, masks, labels, scores, id2label))
+
+
+def _jpeg_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    draw_instances(resized, masks, labels, scores, id2label).save(buffer, format="JPEG", quality=85)
+    image.save(buffer, format="JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def class_colors(count: int) -> np.ndarray:
+    """RGB (count, 3) of 0 to 255: neighboring numbers get hues far apart, by steps of the golden ratio."""
+    hues = [(index * 0.618034) % 1 for index in range(count)]
+    return np.array([colorsys.hsv_to_rgb(hue, 0.75, 0.95) for hue in hues]).reshape(-1, 3) * 255
+
+
+def draw_label_map(image: Image.Image, labels: np.ndarray, count: int) -> Image.Image:
+    """The image under the colors of its classes. labels (H, W): 0 to count - 1; pixels of other numbers stay bare."""
+    pixels, known = np.asarray(image.convert("RGB"), dtype=np.float32), labels < count
+    pixels = np.where(known[..., None], 0.5 * pixels + 0.5 * class_colors(count)[np.where(known, labels, 0)], pixels)
+    return Image.fromarray(pixels.round().astype(np.uint8))
+
+
+def label_map_uri(image: Image.Image, labels: np.ndarray, count: int, side: int) -> str:
+    """`draw_label_map`, at most `side` pixels long, as a JPEG data URI for a page."""
+    scale = min(1.0, side / max(image.size))
+    small = [max(1, round(length * scale)) for length in image.size]
+    resized = Image.fromarray(labels.astype(np.int32)).resize(small, Image.Resampling.NEAREST)
+    return _jpeg_uri(draw_label_map(image.resize(small, Image.Resampling.BILINEAR), np.asarray(resized), count))
 
 
 def contact_sheet(

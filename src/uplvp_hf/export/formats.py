@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -17,14 +16,14 @@ from uplvp_hf.files import replacing, write_json, writing
 
 from ..models.errors import UserError
 from .check import largest_differences, own_rounding
+from .graph_file import DESCRIPTION, FILES, save_program
 from .native import to_mask2former
 from .program import INPUTS, OUTPUTS, canvas_of, trace
+from .semantic import export_semantic
 
 # Operators of ONNX that the graphs are written in: the first with all that the three segmenters need, as torch has it.
 OPSET = 20
 MIN_OPSET = 18  # of torch's exporter
-DESCRIPTION = "export.json"
-FILES = {"onnx": "model.onnx", "torch": "model.pt2", "mask2former": "model.safetensors"}
 FORMATS = tuple(FILES)
 logger = logging.getLogger(__name__)
 
@@ -45,8 +44,9 @@ def export_model(
     pads every image to it. mask2former: a plain directory of transformers.
 
     Args:
-        model: a `UplvpForInstanceSegmentation`; it is put into evaluation mode, float32, on the CPU.
-        processor: its `UplvpImageProcessor`.
+        model: a `UplvpForInstanceSegmentation`, or an `IcpcForSemanticSegmentation` (see `export_semantic`); it is put
+            into evaluation mode, float32, on the CPU.
+        processor: its image processor.
         directory: made if needed. A folder with a model that was not exported is refused.
         form: one of `FORMATS`.
         longest_edge: pixels; images are scaled so that their longer side has them, in place of the processor's size.
@@ -60,6 +60,8 @@ def export_model(
     directory = Path(directory)
     _check(model, directory, form, opset)
     model = model.eval().float().cpu()
+    if model.config.model_type == "icpc":
+        return export_semantic(model, processor, directory, form, longest_edge, opset, check)
     if form == "mask2former":
         return _write_mask2former(model, processor, directory, longest_edge, check)
     canvas = canvas_of(processor, longest_edge)
@@ -69,7 +71,7 @@ def export_model(
     file = directory / FILES[form]
     logger.info("Writing %s ...", file)
     with replacing(file, "wb") as stream, writing(file):
-        _save_onnx(program, stream.name, opset) if form == "onnx" else torch.export.save(program, stream)
+        save_program(program, stream, form, opset, INPUTS, _output_names(program))
     versions = {"torch": torch.__version__} if form == "torch" else {"torch": torch.__version__, "opset": opset}
     shape = [None, *canvas]
     description = {
@@ -91,8 +93,16 @@ def export_model(
 def _check(model: nn.Module, directory: Path, form: str, opset: int) -> None:
     if form not in FILES:
         raise UserError(f"format `{form}` is not known; known are {', '.join(FORMATS)}.")
-    if (kind := model.config.model_type) != "uplvp":  # Mask R-CNN: the number of its boxes depends on the image
-        raise UserError(f"a `{kind}` model cannot be exported, only a `uplvp` one: Mask2Former, K-Net, QueryInst.")
+    kind = model.config.model_type
+    if kind not in ("uplvp", "icpc"):  # Mask R-CNN: the number of its boxes depends on the image
+        raise UserError(
+            f"a `{kind}` model cannot be exported, only a `uplvp` one (Mask2Former, K-Net, QueryInst) or an `icpc` one."
+        )
+    if kind == "icpc" and form == "mask2former":
+        raise UserError(
+            "an `icpc` model gives classes of pixels, and transformers has no class of its own that does what it does: "
+            "choose onnx or torch, or load it with AutoModelForSemanticSegmentation."
+        )
     if opset < MIN_OPSET:
         raise UserError(f"opset {opset} is too old: torch writes {MIN_OPSET} and later.")
     if (directory / "config.json").is_file() and not (directory / DESCRIPTION).is_file():
@@ -115,32 +125,6 @@ def _write_settings(
 
 def _output_names(program: torch.export.ExportedProgram) -> list[str]:
     return list(program.call_spec.out_spec.context)
-
-
-def _save_onnx(program: torch.export.ExportedProgram, path: str, opset: int) -> None:
-    try:
-        import onnxruntime  # noqa: F401 (a file that nothing here can run is of little use)
-        import onnxscript  # noqa: F401 (torch's exporter is written with it)
-    except ImportError as error:
-        raise UserError(f"ONNX needs a package: pip install 'uplvp_hf[onnx]' ({error})") from error
-    # The exporter tells at length what it does, and at the level of warnings what it could not fold.
-    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
-    try:
-        onnx_program = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(INPUTS),
-            output_names=_output_names(program),
-            verbose=False,
-        )
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
-    onnx_program.save(path)
 
 
 def _runner(file: Path):

@@ -67,7 +67,7 @@ def build_card(
         remote_code=remote_code,
         native=config.get("model_type") not in OWN_MODELS,
         trust=", trust_remote_code=True" if remote_code else "",
-        endpoint=remote_code and not pretrained_only and not semantic,
+        endpoint=remote_code and not pretrained_only,
         semantic=semantic,
         examples=examples,
         threshold=SCORE_THRESHOLD,

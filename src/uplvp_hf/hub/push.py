@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..files import check_model_name, new_folder
 from ..models.errors import UserError
-from ..models.remote_code import OWN_MODELS, SEMANTIC, add_code, without_code
+from ..models.remote_code import OWN_MODELS, add_code, without_code
 from ..models.thresholds import SCORE_THRESHOLD
 from .card import build_card
 from .errors import hub_errors
@@ -73,8 +73,7 @@ def prepare_folder(
             add_code(folder, config["model_type"])
         elif own:
             without_code(folder)
-        answers = config.get("model_type") not in SEMANTIC  # the handler speaks of instances
-        if remote_code and answers and "UplvpForPreTraining" not in (config.get("architectures") or []):
+        if remote_code and "UplvpForPreTraining" not in (config.get("architectures") or []):
             for name in ("handler.py", "requirements.txt"):
                 shutil.copyfile(TEMPLATES / name, folder / name)
         _add_license(model_dir, folder, license)

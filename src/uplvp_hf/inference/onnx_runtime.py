@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from uplvp_hf.models.query_segmenter import SegmenterOutput
 
@@ -42,6 +43,37 @@ def run_session(session: Any, pixel_values: Tensor, pixel_mask: Tensor) -> dict[
     inputs = {"pixel_values": pixel_values.float().cpu().numpy(), "pixel_mask": pixel_mask.long().cpu().numpy()}
     names = [output.name for output in session.get_outputs()]
     return {name: torch.from_numpy(value) for name, value in zip(names, session.run(names, inputs), strict=True)}
+
+
+class OnnxSemanticSegmenter(nn.Module):
+    """A `model.onnx` of a semantic segmenter in place of the model, for `segment_image` with windows of its size.
+
+    config: the model's `IcpcConfig`; window: side of what the file takes, pixels.
+    """
+
+    def __init__(self, session: Any, config: Any):
+        super().__init__()
+        self.session, self.config = session, config
+        self.window = int(session.get_inputs()[0].shape[-1])
+        self.anchor = nn.Parameter(torch.zeros(()), requires_grad=False)  # where and in what type inputs are wanted
+
+    @classmethod
+    def from_directory(cls, directory: str | os.PathLike[str], device: str | None = None) -> OnnxSemanticSegmenter:
+        """Opens a folder of `uplvp export --format onnx`; raises UserError as `open_session`."""
+        from uplvp_hf.models.configuration_icpc import IcpcConfig
+
+        session = open_session(Path(directory) / "model.onnx", device)
+        return cls(session, IcpcConfig.from_pretrained(directory)).eval()
+
+    def forward(self, pixel_values: Tensor) -> SemanticSegmenterOutput:
+        """pixel_values (B, 3, S, S), S the window -> logits (B, K, S / 4, S / 4)."""
+        if tuple(pixel_values.shape[-2:]) != (self.window, self.window):
+            raise UserError(
+                f"a window of {tuple(pixel_values.shape[-2:])} for a model exported at {self.window} x {self.window}: "
+                "use its window, or export with another --size."
+            )
+        logits = self.session.run(["logits"], {"pixel_values": pixel_values.float().cpu().numpy()})[0]
+        return SemanticSegmenterOutput(logits=torch.from_numpy(logits))
 
 
 class OnnxSegmenter(nn.Module):

@@ -10,7 +10,7 @@ from .errors import UserError
 
 PROMPTS = ("none", "names", "static", "post", "dynamic_concat", "dynamic_add", "dynamic_last", "dynamic_query")
 CONTRASTIVE = ("none", "align_guided", "text_only", "prototypes", "text_negatives", "symmetric")
-DENSE_BLOCKS = ("vanilla", "identity", "clearclip")
+DENSE_BLOCKS = ("vanilla", "identity", "clearclip", "naclip")
 RESNET_DEFAULTS = {"width": 64, "depths": [3, 4, 6, 3], "pool_heads": 32, "pool_size": 7}
 
 
@@ -61,7 +61,10 @@ class IcpcConfig(StrictConfigMixin, PreTrainedConfig):
         position_interpolation (`str`, *optional*, defaults to `"bilinear"`): How a vision transformer's position table
             is resized: `bilinear` (DenseCLIP) or `bicubic` (transformers).
         dense_block (`str`, *optional*, defaults to `"vanilla"`): Last block of a vision transformer for the patch
-            features: `vanilla` (DenseCLIP), `identity` (values alone) or `clearclip` (query-query attention alone).
+            features: `vanilla` (DenseCLIP), `identity` (values alone), `clearclip` (query-query attention alone) or
+            `naclip` (key-key attention alone, which favors near patches).
+        dense_sigma (`float`, *optional*, defaults to 5.0), dense_scale (`float`, *optional*, defaults to 1.0): Width in
+            patches and height of the gaussian of `naclip`.
         drop_path_rate (`float`, *optional*, defaults to 0.1): Stochastic depth of a vision transformer.
         fpn_channels (`int`, *optional*, defaults to 256), head_channels (`int`, *optional*, defaults to 256),
         head_dropout (`float`, *optional*, defaults to 0.1): Feature pyramid and Semantic FPN head.
@@ -111,6 +114,8 @@ class IcpcConfig(StrictConfigMixin, PreTrainedConfig):
     out_layers: list | tuple | None = None
     position_interpolation: str = "bilinear"
     dense_block: str = "vanilla"
+    dense_sigma: float | int = 5.0
+    dense_scale: float | int = 1.0
     drop_path_rate: float | int = 0.1
     fpn_channels: int = 256
     head_channels: int = 256
@@ -186,6 +191,8 @@ class IcpcConfig(StrictConfigMixin, PreTrainedConfig):
         for name in ("drop_path_rate", "head_dropout", "dropout", "contrastive_start"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+        if self.dense_sigma <= 0:
+            raise UserError(f"dense_sigma must be positive, got {self.dense_sigma}.")
         if self.tau <= 0 or self.num_context < 0:
             raise UserError(f"tau must be positive and num_context not negative, got {self.tau}, {self.num_context}.")
         if set(self.align_strides) - {4, 8, 16, 32}:

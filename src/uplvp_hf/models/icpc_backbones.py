@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import CLIPVisionModelWithProjection
 
 from .clip_resnet import ClipResNet, resized_positions
 from .configuration_icpc import IcpcConfig
+from .dense_blocks import DenseBlock, dense_tokens
 
 
 class ClipVitPyramid(nn.Module):
@@ -18,7 +18,7 @@ class ClipVitPyramid(nn.Module):
         vision = config.vision_config
         self.tower = CLIPVisionModelWithProjection._from_config(vision)
         self.out_layers, self.interpolation = config.out_layers, config.position_interpolation
-        self.dense_block = config.dense_block
+        self.dense = DenseBlock(config.dense_block, config.dense_sigma, config.dense_scale)
         self.channels = [vision.hidden_size] * 4
         self.pyramid = _pyramid(vision.hidden_size, vision.patch_size)
         depth = vision.num_hidden_layers
@@ -40,9 +40,7 @@ class ClipVitPyramid(nn.Module):
             level(kept[index][:, 1:].transpose(1, 2).unflatten(2, grid))
             for level, index in zip(self.pyramid, self.out_layers, strict=True)
         ]
-        dense = (
-            x if self.dense_block == "vanilla" else dense_tokens(vision.encoder.layers[-1], before, self.dense_block)
-        )
+        dense = x if self.dense.kind == "vanilla" else dense_tokens(vision.encoder.layers[-1], before, grid, self.dense)
         pooled, patches = self._project(x[:, 0]), self._project(dense[:, -(grid[0] * grid[1]) :])
         return maps, pooled, patches.transpose(1, 2).unflatten(2, grid)
 
@@ -62,20 +60,6 @@ class ClipVitPyramid(nn.Module):
 
     def _project(self, tokens: Tensor) -> Tensor:
         return self.tower.visual_projection(self.tower.vision_model.post_layernorm(tokens))
-
-
-def dense_tokens(block: nn.Module, x: Tensor, kind: str) -> Tensor:
-    """The last block without residual and MLP, whose patches are closer to the texts than the plain block's.
-
-    `identity`: every token attends to itself; `clearclip`: attention between queries (arXiv 2407.12442).
-    """
-    attention, h = block.self_attn, block.layer_norm1(x)
-    value = attention.v_proj(h)
-    if kind == "identity":
-        return attention.out_proj(value)
-    query, value = (t.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for t in (attention.q_proj(h), value))
-    mixed = F.scaled_dot_product_attention(query, query, value, scale=attention.scale)
-    return attention.out_proj(mixed.transpose(1, 2).flatten(2))
 
 
 def _pyramid(width: int, patch: int) -> nn.ModuleList:

@@ -3,12 +3,44 @@
 import torch
 from torch import nn
 
+from .backbones import FeaturePyramid
 from .configuration_icpc import IcpcConfig
 from .errors import UserError
 from .icpc_prompts import name_tokens
+from .semantic_fpn import SemanticFpnHead
 from .transfer import TransferReport, class_rows, transfer_weights
 
 STRIDES = (4, 8, 16, 32)
+
+
+class ClassLayers(nn.Module):
+    """Pyramid and head, whose shapes follow the classes. channels: of the backbone's four maps; neck, head: layers that
+    exist."""
+
+    class_sized = ("head.classifier.weight", "head.classifier.bias")
+
+    def __init__(
+        self,
+        config: IcpcConfig,
+        channels: list[int],
+        neck: FeaturePyramid | None = None,
+        head: SemanticFpnHead | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        scored = [
+            count + config.num_labels * (stride in config.score_strides)
+            for stride, count in zip(STRIDES, channels, strict=True)
+        ]
+        self.neck = FeaturePyramid(scored, config.fpn_channels) if neck is None else neck
+        self.head = head or SemanticFpnHead(
+            config.fpn_channels, config.head_channels, config.num_labels, config.head_dropout
+        )
+
+    @property
+    def segmenter(self) -> "ClassLayers":
+        """What names the layers that are sized by the classes: itself."""
+        return self
 
 
 def tokens_of_classes(

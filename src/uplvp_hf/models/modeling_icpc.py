@@ -36,7 +36,7 @@ from .configuration_base import checked_category_ids
 from .configuration_icpc import IcpcConfig
 from .errors import UserError
 from .icpc_backbones import build_clip_backbone
-from .icpc_classes import tokens_of_classes, transfer_by_class
+from .icpc_classes import STRIDES, ClassLayers, tokens_of_classes, transfer_by_class
 from .icpc_decoder import ContextDecoder
 from .icpc_prompts import ClassPrompts, ImageQueries, ImageToken, name_tokens
 from .icpc_text import NameBuckets
@@ -45,8 +45,6 @@ from .losses_icpc import check_semantic_labels, contrastive_loss, on_grid, pixel
 from .query_segmenter import InstanceSegmenter
 from .remote_code import SavesItsCode
 from .semantic_fpn import SemanticFpnHead
-
-STRIDES = (4, 8, 16, 32)
 
 
 @dataclass
@@ -130,9 +128,8 @@ class IcpcForSemanticSegmentation(IcpcPreTrainedModel):
         further = [stride for stride in config.score_strides if stride != config.score_stride]
         channels = dict(zip(STRIDES, self.backbone.channels, strict=True))
         self.align = nn.ModuleDict({str(s): nn.Conv2d(channels[s], config.projection_dim, 1) for s in further})
-        scored = [count + (config.num_labels if s in config.score_strides else 0) for s, count in channels.items()]
-        self.neck = FeaturePyramid(scored, config.fpn_channels)
-        self.head = SemanticFpnHead(config.fpn_channels, config.head_channels, config.num_labels, config.head_dropout)
+        layers = ClassLayers(config, self.backbone.channels)
+        self.neck, self.head = layers.neck, layers.head
         self.progress = 1.0  # the share of the training that is done; the training loop sets it
         self.post_init()
         self.freeze()
@@ -154,13 +151,15 @@ class IcpcForSemanticSegmentation(IcpcPreTrainedModel):
         normalizers: Normalizers | None = None,
         generator: torch.Generator | None = None,
         return_dict: bool | None = None,
+        text_embeds: Tensor | None = None,
         **kwargs,
     ) -> IcpcOutput | tuple:
         """
         pixel_values (B, 3, H, W), H and W multiples of 32; labels (B, H, W) int64, classes 0 to K - 1 and
         `semantic_loss_ignore_index` for pixels that do not count. `normalizers` is for the training loop: pixels that
-        count and images of the whole step. `generator` draws the anchors of the contrastive loss. Raises UserError for
-        other sizes and for labels that are no class.
+        count and images of the whole step. `generator` draws the anchors of the contrastive loss. `text_embeds`
+        (1 or B, K, D) take the place of the text features that the model makes, such as those of another image. Raises
+        UserError for other sizes and for labels that are no class.
         """
         if pixel_values.shape[-2] % 32 or pixel_values.shape[-1] % 32:
             raise UserError(
@@ -168,7 +167,7 @@ class IcpcForSemanticSegmentation(IcpcPreTrainedModel):
                 "image processor pads them."
             )
         maps, pooled, local = self.backbone(pixel_values)
-        text = self.text_features(pooled, local)
+        text = self.text_features(pooled, local) if text_embeds is None else text_embeds
         scores = self._score_maps(maps, local, text)
         joined = [torch.cat([map_, scores[s]], 1) if s in scores else map_ for s, map_ in zip(STRIDES, maps)]
         logits = self.head(self.neck(joined))
@@ -247,7 +246,7 @@ class IcpcForSemanticSegmentation(IcpcPreTrainedModel):
 
     @property
     def class_sized(self) -> tuple[str, ...]:
-        return ("head.classifier.weight", "head.classifier.bias")
+        return ClassLayers.class_sized
 
     @classmethod
     def _config_for(cls, source, settings: dict, id2label: dict[int, str], category_ids) -> IcpcConfig:
@@ -309,22 +308,21 @@ class IcpcForSemanticSegmentation(IcpcPreTrainedModel):
 
     @torch.no_grad()
     def set_classes(
-        self, names: Sequence[str], tokenizer: PreTrainedTokenizerBase, category_ids: list[int] | None = None
+        self, names: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, category_ids: list[int] | None = None
     ) -> None:
         """Gives the model other class names. Score maps follow at once (open vocabulary); of the layers that are tied
         to the classes, those of names that the model had are kept and the others are initialized, to be trained."""
-        id2label = dict(enumerate(names))
-        settings = {**self.config.to_dict(), "id2label": id2label, "class_token_ids": name_tokens(names, tokenizer)}
-        settings["category_ids"] = checked_category_ids(id2label, category_ids)
-        settings.pop("label2id", None)
-        other = type(self)(IcpcConfig.from_dict(settings)).to(self.device, self.dtype)
-        transfer_by_class(self, other, "remap")
-        trained = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
-        self.config, self.neck, self.head = other.config, other.neck, other.head
+        tokens = {"class_token_ids": name_tokens(names, tokenizer) if self.config.uses_text else None}
+        config = self._config_for(self, tokens, dict(enumerate(names)), category_ids)
+        layers = ClassLayers(config, self.backbone.channels).apply(self._init_weights)
+        layers = layers.to(self.device, self.dtype).train(self.training)
+        transfer_by_class(ClassLayers(self.config, self.backbone.channels, self.neck, self.head), layers, "remap")
+        for old, new in ((self.neck, layers.neck), (self.head, layers.head)):
+            for mine, other in zip(old.parameters(), new.parameters(), strict=True):
+                other.requires_grad_(mine.requires_grad)
+        self.config, self.neck, self.head = config, layers.neck, layers.head
         if self.prompts is not None:
-            self.prompts.names = other.prompts.names
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(trained[name])
+            self.prompts.names = NameBuckets(config.class_token_ids, config.text_chunk).to(self.device)
 
 
 def _load_part(module: nn.Module, weights: dict[str, Tensor], prefixes: tuple[str, ...]) -> None:

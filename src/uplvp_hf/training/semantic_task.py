@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
+from ..conversion.denseclip import CLIP_TOKENIZER
+from ..conversion.openai_clip import TIMM, icpc_from_clip
 from ..data import InstanceDataset
 from ..data.semantic import SemanticTrainingSet, SemanticTransform, collate_semantic, label_map, semantic_view
 from ..evaluation.predictor import match_category_ids
@@ -90,7 +92,9 @@ class SemanticTask(InstanceTask):
             if clip.startswith("package:"):
                 clip = str(resources.files("uplvp_hf") / clip.removeprefix("package:"))
             with reading(f"`model.segmenter.clip`: {clip}"):
-                model = IcpcForSemanticSegmentation.from_clip(clip, classes[0], category_ids=classes[1], **given)
+                model = icpc_from_clip(clip, classes[0], category_ids=classes[1], **given)
+            if os.path.isfile(clip) or clip.startswith(TIMM):
+                clip = CLIP_TOKENIZER
         model.tokenizer_source = clip or settings.model.init
         if settings.model.freeze_backbone:
             # Of a CLIP tower: the pyramid behind it begins untrained.

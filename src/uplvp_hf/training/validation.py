@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..data import InstanceDataset
+from ..evaluation.measures import main_metric, shown_metrics
 from ..files import write_json
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_uplvp import UplvpPreTrainedModel
@@ -127,11 +128,11 @@ def best_step(evaluations: dict[int, dict]) -> int:
 
 def shown(metrics: dict) -> str:
     """AP and AP50, or mIoU and aAcc, in per cent, as they are printed; a dash where there was nothing to find."""
-    numbers = ((key, metrics[key]) for key in (("mIoU", "aAcc") if "mIoU" in metrics else ("AP", "AP50")))
+    numbers = ((key, metrics[key]) for key in shown_metrics(metrics))
     return "  ".join(f"{key} {'-' if value is None else f'{100 * value:.1f}'}" for key, value in numbers)
 
 
 def _score(metrics: dict) -> float:
     """AP, or mIoU of a semantic segmenter."""
-    value = metrics["mIoU" if "mIoU" in metrics else "AP"]
+    value = metrics[main_metric(metrics)]
     return -1.0 if value is None else value

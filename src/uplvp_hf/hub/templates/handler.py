@@ -2,7 +2,8 @@
 
 Request: `{"inputs": IMAGE, "parameters": {...}}`, or the image's bytes as the body. IMAGE is a base64 text, a
 data URL, an http(s) address, bytes, or a PIL image. Answer: `[{"label", "score", "mask"}]`, best first, masks as
-base64 PNG of the image's size with 255 inside.
+base64 PNG of the image's size with 255 inside. A semantic segmenter answers with one mask a class that is there, and
+null as its score.
 
 Environment: MAX_PIXELS (default 50,000,000) is the largest image, MAX_BYTES (default 50,000,000) the largest
 download. ALLOW_LOCAL_URLS=1 lets requests name addresses of the endpoint's own network, which is refused otherwise.
@@ -14,6 +15,7 @@ import binascii
 import contextlib
 import io
 import ipaddress
+import json
 import os
 import socket
 import time
@@ -24,6 +26,7 @@ import torch
 from PIL import Image
 from transformers import pipeline
 
+SEMANTIC = ("icpc",)  # model types
 PARAMETERS = ("threshold", "mask_threshold", "overlap_mask_area_threshold")
 MAX_REDIRECTS = 5
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
@@ -40,15 +43,19 @@ class EndpointHandler:
     def __init__(self, path: str = "") -> None:
         path = path or os.path.dirname(os.path.abspath(__file__))
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.segmenter = pipeline("instance-segmentation", model=path, device=device, trust_remote_code=True)
+        with open(os.path.join(path, "config.json"), encoding="utf-8") as stream:
+            self.semantic = json.load(stream)["model_type"] in SEMANTIC
+        task = "image-segmentation" if self.semantic else "instance-segmentation"
+        self.segmenter = pipeline(task, model=path, device=device, trust_remote_code=True)
 
     def __call__(self, data: dict | bytes) -> list[dict]:
-        """The instances of one image.
+        """The instances of one image, or its classes.
 
-        Parameters of a request: `threshold` (0..1) is the least score; `mask_threshold` (0..1) the least probability of
-        a pixel, both as the pipeline has them where they are missing; with `overlap_mask_area_threshold` (0..1) every
-        pixel goes to the best instance, and instances of which less than this share is left are dropped, as the
-        pipeline of transformers does; without it masks may overlap. `subtask` is "instance".
+        Parameters of a request, which only instances have: `threshold` (0..1) is the least score; `mask_threshold`
+        (0..1) the least probability of a pixel, both as the pipeline has them where they are missing; with
+        `overlap_mask_area_threshold` (0..1) every pixel goes to the best instance, and instances of which less than
+        this share is left are dropped, as the pipeline of transformers does; without it masks may overlap. `subtask` is
+        "instance", or "semantic".
 
         Raises ValueError, with what to send instead, for anything else.
         """
@@ -56,21 +63,26 @@ class EndpointHandler:
             data = {"inputs": data}
         if not isinstance(data, dict) or data.get("inputs") is None:
             raise ValueError('The request has no "inputs". Send {"inputs": IMAGE} or the bytes of an image.')
-        options = read_parameters(data.get("parameters"))
-        found = self.segmenter(read_image(data["inputs"]), masks="pil", **options)
+        options = read_parameters(data.get("parameters"), self.semantic)
+        image = read_image(data["inputs"])
+        if self.semantic:
+            found = self.segmenter(image, subtask="semantic")
+        else:
+            found = self.segmenter(image, masks="pil", **options)
         return [{"label": item["label"], "score": item["score"], "mask": to_png(item["mask"])} for item in found]
 
 
-def read_parameters(given: dict | None) -> dict:
+def read_parameters(given: dict | None, semantic: bool = False) -> dict:
     """The parameters of a request as numbers. Raises ValueError, naming the parameter."""
     if not isinstance(given, (dict, type(None))):
         raise ValueError(f'"parameters" is a {type(given).__name__}; an object such as {{"threshold": 0.5}} is needed.')
     given = {name: value for name, value in (given or {}).items() if value is not None}
-    subtask = given.pop("subtask", "instance")
-    if subtask != "instance":
+    wanted, known = ("semantic", ()) if semantic else ("instance", PARAMETERS)
+    subtask = given.pop("subtask", wanted)
+    if subtask != wanted:
         raise ValueError(f"subtask {subtask!r} is not what this model does; leave it out.")
-    if unknown := sorted(set(given) - set(PARAMETERS)):
-        raise ValueError(f"Unknown parameters {unknown}; there are {sorted((*PARAMETERS, 'subtask'))}.")
+    if unknown := sorted(set(given) - set(known)):
+        raise ValueError(f"Unknown parameters {unknown}; there are {sorted((*known, 'subtask'))}.")
     options = {}
     for name, value in given.items():
         number = value

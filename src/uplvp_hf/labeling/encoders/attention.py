@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ...models.dense_blocks import gaussian_bias
 from ...models.errors import UserError
 from ..settings import Recipe
 
@@ -72,15 +73,6 @@ def smooth_by_keys(block: nn.Module, x: torch.Tensor, tokens: torch.Tensor, pref
     weights = (keys @ keys.transpose(1, 2)).clamp_min(0)
     weights = weights / weights.sum(dim=-1, keepdim=True)
     return (weights @ tokens.float()).to(tokens.dtype)
-
-
-def gaussian_bias(height: int, width: int, sigma: float, scale: float = 1.0, prefix: int = 1) -> torch.Tensor:
-    """NACLIP's additive attention bias: (prefix + h * w, same), 0 for the tokens in front. float32 on the CPU."""
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    points = torch.stack([y.flatten(), x.flatten()], dim=1).float()
-    bias = torch.zeros(prefix + height * width, prefix + height * width)
-    bias[prefix:, prefix:] = scale * torch.exp(-(torch.cdist(points, points) ** 2) / (2 * sigma**2))
-    return bias
 
 
 @lru_cache(maxsize=8)  # windows share one shape
