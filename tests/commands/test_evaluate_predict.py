@@ -232,7 +232,7 @@ def test_a_prediction_does_not_depend_on_its_batch_mates(tiny_model_dir, scenes_
 
 def test_flags_of_semantic_segmenters_are_refused(tiny_model_dir, scenes_dir, tmp_path, capsys):
     assert evaluate.main([str(tiny_model_dir), str(scenes_dir), "--window", "64", "--flip"]) == 2
-    assert "and --window, --flip only for semantic segmenters" in capsys.readouterr().err
+    assert "and --window, --flip are only for semantic segmenters" in capsys.readouterr().err
     words = [str(tiny_model_dir), str(scenes_dir / "images"), "--output", str(tmp_path / "p"), "--scales", "1,2"]
     assert predict.main(words) == 2 and not (tmp_path / "p").exists()
-    assert "--scales only for semantic segmenters" in capsys.readouterr().err
+    assert "--scales is only for semantic segmenters" in capsys.readouterr().err

@@ -84,9 +84,9 @@ def test_verbs(scenes, tmp_path, capsys):
     capsys.readouterr()
     # What only instances have is refused, not ignored.
     assert main(["evaluate", str(model), str(scenes), "--class-agnostic", "--batch-size", "2"]) == 2
-    assert "--batch-size, --class-agnostic only for instance segmenters" in capsys.readouterr().err
+    assert "--batch-size, --class-agnostic are only for instance segmenters" in capsys.readouterr().err
     assert main(["predict", str(model), images, "--output", str(tmp_path / "q"), "--tiles", "64"]) == 2
-    assert "--tiles only for instance segmenters" in capsys.readouterr().err and not (tmp_path / "q").exists()
+    assert "--tiles is only for instance segmenters" in capsys.readouterr().err and not (tmp_path / "q").exists()
     assert main(["finetune", "--recipe", "scenes_icpc", *words, f"data.val={scenes}", "--output", str(tmp_path / "v"),
                  "--quiet"]) == 0  # fmt: skip
     capsys.readouterr()

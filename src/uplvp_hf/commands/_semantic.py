@@ -47,7 +47,8 @@ def refuse_flags(arguments: argparse.Namespace, parser: argparse.ArgumentParser,
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         kind, other = ("a", "instance") if semantic else ("no", "semantic")
         raise UserError(
-            f"{arguments.model} is {kind} semantic segmenter, and {flags} only for {other} segmenters: leave it out."
+            f"{arguments.model} is {kind} semantic segmenter, and {flags} {'is' if len(given) == 1 else 'are'} only for "
+            f"{other} segmenters: leave {'it' if len(given) == 1 else 'them'} out."
         )
     return semantic
 
