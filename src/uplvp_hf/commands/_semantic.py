@@ -46,9 +46,10 @@ def refuse_flags(arguments: argparse.Namespace, parser: argparse.ArgumentParser,
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         kind, other = ("a", "instance") if semantic else ("no", "semantic")
+        verb, them = ("is", "it") if len(given) == 1 else ("are", "them")
         raise UserError(
-            f"{arguments.model} is {kind} semantic segmenter, and {flags} {'is' if len(given) == 1 else 'are'} only for "
-            f"{other} segmenters: leave {'it' if len(given) == 1 else 'them'} out."
+            f"{arguments.model} is {kind} semantic segmenter, and {flags} {verb} only for {other} segmenters: leave "
+            f"{them} out."
         )
     return semantic
 
