@@ -110,7 +110,8 @@ def one_of_two(rank: int, folder: str, pixels: torch.Tensor, labels: torch.Tenso
 @pytest.mark.slow
 def test_two_processes_equal_one(pixels, labels, tmp_path):
     """An image each; without the contrastive loss, whose cells are those of a process. Most pixels are one's."""
-    torch.multiprocessing.spawn(one_of_two, args=(str(tmp_path), pixels, labels), nprocs=2)
+    arguments = (str(tmp_path), pixels, labels)
+    torch.multiprocessing.start_processes(one_of_two, arguments, nprocs=2, start_method="forkserver")
     for kind, make in KINDS.items():
         expected = gradients_of(quiet(make(contrastive="none")), pixels, {"own": labels, "all": labels}, 1)
         found = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
