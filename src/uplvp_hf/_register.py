@@ -39,10 +39,12 @@ def _register_instances() -> None:
     from .models.configuration_knet import KNetConfig
     from .models.configuration_queryinst import QueryInstConfig
     from .models.configuration_uplvp import UplvpConfig
+    from .models.configuration_vit_mask_decoder import VitMaskDecoderConfig
     from .models.image_processing_pil_uplvp import UplvpImageProcessorPil
     from .models.modeling_knet import KNetForInstanceSegmentation, KNetModel
     from .models.modeling_queryinst import QueryInstForInstanceSegmentation, QueryInstModel
     from .models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
+    from .models.modeling_vit_mask_decoder import VitMaskDecoder
 
     processors = {"pil": UplvpImageProcessorPil}
     bodies = [  # a UPLVP model is a segmenter of another architecture; there is no smaller body that all of them have
@@ -50,12 +52,14 @@ def _register_instances() -> None:
         _few_shot(),
         (KNetConfig, KNetModel),
         (QueryInstConfig, QueryInstModel),
+        (VitMaskDecoderConfig, VitMaskDecoder),
     ]
     models = [
         (UplvpConfig, UplvpForInstanceSegmentation),
         _few_shot(),
         (KNetConfig, KNetForInstanceSegmentation),
         (QueryInstConfig, QueryInstForInstanceSegmentation),
+        (VitMaskDecoderConfig, VitMaskDecoder),
     ]
     if is_torchvision_available():
         from .models.configuration_mask_rcnn import MaskRcnnConfig

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, pipeline
 
-from uplvp_hf.export import to_mask2former
+from uplvp_hf.export import to_native
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
@@ -66,7 +66,7 @@ def test_timm_backbone_with_arguments_of_timm_round_trip(make_config, make_batch
         other = UplvpForInstanceSegmentation.from_pretrained(tmp_path, config=config).eval()
         assert not torch.allclose(other(pixels).class_queries_logits, prediction, atol=1e-4)
     with pytest.raises(ValueError, match="timm_kwargs"):
-        to_mask2former(model, tmp_path / "plain")
+        to_native(model, tmp_path / "plain")
 
 
 @pytest.mark.parametrize("backbone", ["resnet", "swin"])
@@ -125,7 +125,7 @@ def test_wrapping_an_official_checkpoint_and_exporting_it_back(official_dir, mak
         for name in ("masks_queries_logits", "class_queries_logits"):
             torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-5)
     if cls is UplvpForInstanceSegmentation:
-        to_mask2former(model, tmp_path / "plain")
+        to_native(model, tmp_path / "plain")
         written, read = (
             load_file(tmp_path / "plain" / "model.safetensors"),
             load_file(official_dir / "model.safetensors"),
@@ -276,7 +276,7 @@ def test_coco_classes_get_their_own_ids(tiny_segmenter, tmp_path):
 def test_exported_directory_works_in_the_stock_pipeline(tiny_segmenter, tmp_path):
     model = UplvpForInstanceSegmentation(UplvpConfig(segmenter_config=tiny_segmenter(), id2label={0: "a", 1: "b"}))
     processor = UplvpImageProcessor(size={"longest_edge": 64}, image_mean=[0.4] * 3)
-    to_mask2former(model, tmp_path, processor)
+    to_native(model, tmp_path, processor)
     plain = AutoImageProcessor.from_pretrained(tmp_path)
     inputs = plain(Image.new("RGB", (100, 50)), return_tensors="pt")
     assert inputs["pixel_values"].shape[-2:] == (32, 64)

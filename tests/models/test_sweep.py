@@ -1,7 +1,8 @@
-"""One sweep over the three segmenters and two kinds of backbone: what users and trainers may rely on."""
+"""One sweep over all segmenters and kinds of backbone: what users and trainers may rely on."""
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.modeling_base_uplvp import SEGMENTERS
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining
 
-SEGMENTER_NAMES = ["mask2former", "knet", "queryinst"]
+ON_MAPS = ["mask2former", "knet", "queryinst"]
 BACKBONES = {
     "resnet": {
         "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 24, 40], "depths": [1, 1, 1, 1],
@@ -36,16 +37,40 @@ HEADS = {
         "num_mask_layers": 1, "finest_scale": 14,
     },
 }  # fmt: skip
+VIT = {
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_blocks": 2, "image_size": 64,
+    "patch_size": 16, "num_register_tokens": 1, "train_num_points": 64,
+}  # fmt: skip
+WHOLE: dict[str, dict] = {  # segmenters whose backbone is part of them
+    "eomt": {**VIT, "mlp_ratio": 2},
+    "eomt_dinov3": {**VIT, "intermediate_size": 48, "pos_embed_rescale": None},
+    "vit_mask_decoder": {
+        "hidden_size": 32,
+        "num_blocks": 2,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2,
+        "train_num_points": 64,
+        "backbone_config": {
+            "model_type": "dinov2_with_registers",
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 16,
+            "mlp_ratio": 2,
+            "out_features": ["stage1", "stage2"],
+        },
+    },
+}
+KINDS = [(segmenter, backbone) for segmenter in ON_MAPS for backbone in BACKBONES] + [(name, "vit") for name in WHOLE]
+CANVASES = {name: {"height": 64, "width": 64} for name in WHOLE}  # of segmenters that want a square one
 QUERIES, CLASSES = 10, {0: "cat", 1: "dog", 2: "horse"}
 BOTH = pytest.mark.parametrize("cls", [UplvpForInstanceSegmentation, UplvpForPreTraining])
 
 
 def settings_of(segmenter: str, backbone: str) -> dict:
-    return {
-        "model_type": segmenter, "num_queries": QUERIES, "backbone_config": dict(BACKBONES[backbone]),
-        "output_auxiliary_logits": True,
-        **HEADS[segmenter],
-    }  # fmt: skip
+    own = WHOLE.get(segmenter) or {"backbone_config": dict(BACKBONES[backbone]), **HEADS[segmenter]}
+    return {"model_type": segmenter, "num_queries": QUERIES, "output_auxiliary_logits": True, **own}
 
 
 def make_model(kind: tuple[str, str], cls=UplvpForPreTraining, seed: int = 0, **settings):
@@ -54,9 +79,19 @@ def make_model(kind: tuple[str, str], cls=UplvpForPreTraining, seed: int = 0, **
     return cls(UplvpConfig(segmenter_config=settings_of(*kind), **settings))
 
 
-@pytest.fixture(params=[(s, b) for s in SEGMENTER_NAMES for b in BACKBONES], ids="-".join)
+@pytest.fixture(params=KINDS, ids="-".join)
 def kind(request):
     return request.param
+
+
+@pytest.fixture
+def make_batch(make_batch, kind):
+    return partial(make_batch, **CANVASES.get(kind[0], {}))
+
+
+def trained(model: nn.Module):
+    """Its parameters but for what a network has from its own pre-training, such as DINOv2's mask token."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def quiet(model: nn.Module) -> nn.Module:
@@ -201,7 +236,7 @@ def test_forward_and_backward(kind, make_batch, cls, counts):
     assert output.loss.dtype == torch.float32 and torch.isfinite(output.loss)
     torch.testing.assert_close(output.loss, sum(output.losses.values()))
     output.loss.backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
     supervised = [name for name in output.losses if name.startswith(("mask", "dice", "box", "giou", "kernel"))]
     assert len(supervised) >= 4
@@ -238,7 +273,7 @@ def test_gradient_checkpointing_gives_equal_gradients(kind, batch):
         model.zero_grad()
         torch.manual_seed(1)
         model(**batch).loss.backward()
-        runs.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        runs.append({name: parameter.grad.clone() for name, parameter in trained(model)})
     assert model.is_gradient_checkpointing
     for name, value in runs[0].items():
         torch.testing.assert_close(runs[1][name], value, rtol=1e-4, atol=1e-5, msg=name)
@@ -252,11 +287,11 @@ def test_bfloat16(kind, batch):
         cast = model(**batch, draw=even)
     half = copy.deepcopy(model).to(torch.bfloat16)
     pure = half(**{**batch, "pixel_values": batch["pixel_values"].bfloat16()}, draw=even)
-    for output, trained in ((cast, model), (pure, half)):
+    for output, network in ((cast, model), (pure, half)):
         assert output.loss.dtype == torch.float32 and output.loss.item() == pytest.approx(exact, rel=0.15)
-        trained.zero_grad()
+        network.zero_grad()
         output.loss.backward()
-        for name, parameter in trained.named_parameters():
+        for name, parameter in trained(network):
             assert parameter.grad.dtype == parameter.dtype and torch.isfinite(parameter.grad).all(), name
     assert pure.class_queries_logits.dtype == torch.bfloat16
 
@@ -285,11 +320,13 @@ def test_hidden_states_and_attentions(kind, batch):
     assert len(output.hidden_states) == stages + 1 and len(output.attentions) == stages
     assert torch.equal(output.hidden_states[-1], output.queries)
     assert all(hidden.shape == (3, QUERIES, 32) for hidden in output.hidden_states)
+    # A ViT's queries see the 4 x 4 patches too, those of EoMT the class token and the register beside them.
+    seen = QUERIES + (0 if kind[0] not in WHOLE else 18 if "eomt" in kind[0] else 16)
     for weights in output.attentions:
-        assert weights.shape == (3, 4, QUERIES, QUERIES)
-        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, QUERIES), rtol=1e-4, atol=1e-4)
+        assert weights.shape == (3, 4, seen, seen)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, seen), rtol=1e-4, atol=1e-4)
     scores = output.class_scores
-    assert (scores is None) == (kind[0] == "mask2former")
+    assert (scores is None) == (kind[0] in ("mask2former", *WHOLE))
     if scores is not None:
         assert torch.equal(scores, output.class_queries_logits.sigmoid())
     as_tuple = model(batch["pixel_values"], return_dict=False)
@@ -298,12 +335,14 @@ def test_hidden_states_and_attentions(kind, batch):
 
 def test_an_image_alone_equals_itself_in_a_padded_batch(kind, batch):
     model = make_model(kind).eval()
-    height, width = 56, 90  # ends within a cell of every stride
+    small, large, (height, width) = (64, 96), (128, 160), (56, 90)  # ends within a cell of every stride
+    if model.segmenter.square_canvas:
+        small, large, (height, width) = (64, 64), (64, 64), (56, 50)
     own = {**batch, "pixel_values": batch["pixel_values"][:, :, :height, :width]}
     own["mask_labels"] = [masks[:, :height, :width] for masks in batch["mask_labels"]]
-    alone, padded = grown(own, 64, 96), grown(own, 128, 160)
+    alone, padded = grown(own, *small), grown(own, *large)
     padded["pixel_mask"][1:] = 1  # mates that fill the canvas
-    padded["pixel_values"][1:] = torch.randn(2, 3, 128, 160, generator=torch.Generator().manual_seed(3))
+    padded["pixel_values"][1:] = torch.randn(2, 3, *large, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         one = model(alone["pixel_values"][:1], alone["pixel_mask"][:1])
         other = model(padded["pixel_values"], padded["pixel_mask"])
@@ -320,6 +359,8 @@ def test_an_image_alone_equals_itself_in_a_padded_batch(kind, batch):
 
 def test_the_loss_does_not_depend_on_the_canvas(kind, batch):
     model = quiet(make_model(kind, prompt_drop=0.0).train())
+    if model.segmenter.square_canvas:
+        pytest.skip("has one canvas")
     losses = [model(**grown(batch, *canvas), draw=even).losses for canvas in ((64, 96), (128, 160))]
     # Mask2Former's points within half a cell of the border see zeros beyond the end of a map, and the image's edge
     # repeated on a canvas; an assignment of untrained queries may turn on that.
@@ -345,7 +386,7 @@ def test_without_prompts_pretraining_is_the_plain_model(kind, batch, off, inject
         batch["pixel_values"], mask_labels=[m.float() for m in batch["mask_labels"]], class_labels=batch["class_labels"]
     )
     assert torch.equal(alone.class_queries_logits, ours.class_queries_logits)
-    if kind[0] != "mask2former":  # which draws points of its own
+    if not model.segmenter.has_no_object:  # those draw points of their own
         assert torch.equal(alone.loss, theirs.loss)
 
 

@@ -1,20 +1,27 @@
 """Every segmenter on every backbone: compiled, exported and in two processes."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
-from test_sweep import BACKBONES, CLASSES, SEGMENTER_NAMES, even, make_model, quiet, tensors_of
+from test_sweep import CANVASES, CLASSES, KINDS, even, make_model, quiet, tensors_of, trained
 from torch import nn
 
 from uplvp_hf.models.losses import Normalizers
 from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
 # A graph is that of the backbone and that of the segmenter behind it: the second backbone needs one segmenter.
-KINDS = pytest.mark.parametrize("kind", [*((name, "resnet") for name in SEGMENTER_NAMES), ("knet", "mobilenet")])
+GRAPHS = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[1] != "mobilenet" or kind[0] == "knet"])
 
 
-@KINDS
+@pytest.fixture
+def make_batch(make_batch, request):
+    kind = request.node.callspec.params["kind"] if hasattr(request.node, "callspec") else ("", "")
+    return partial(make_batch, **CANVASES.get(kind[0], {}))
+
+
+@GRAPHS
 @pytest.mark.slow
 def test_compiled_model_equals_the_eager_one(kind, batch):
     torch._dynamo.reset()
@@ -26,7 +33,7 @@ def test_compiled_model_equals_the_eager_one(kind, batch):
         torch.testing.assert_close(tensors_of(actual)[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@KINDS
+@GRAPHS
 @pytest.mark.slow
 def test_exported_model_takes_any_batch(kind, batch):
     model = make_model(kind, UplvpForInstanceSegmentation).eval()
@@ -54,14 +61,13 @@ def test_exported_model_takes_any_batch(kind, batch):
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-ALL_KINDS = [(segmenter, backbone) for segmenter in SEGMENTER_NAMES for backbone in BACKBONES]
 COUNTS = (3, 0)  # one process has nothing to find
 
 
 def gradients_of(model, batch, normalizers) -> dict[str, torch.Tensor]:
     model(**batch, draw=even, normalizers=normalizers).loss.backward()
     plain = getattr(model, "module", model)
-    return {name: parameter.grad for name, parameter in plain.named_parameters()}
+    return {name: parameter.grad for name, parameter in trained(plain)}
 
 
 def divisors(model, batch, processes: int) -> Normalizers:
@@ -71,11 +77,12 @@ def divisors(model, batch, processes: int) -> Normalizers:
     return Normalizers(**{name: max(value / processes, 1.0) for name, value in known.items() if value is not None})
 
 
-def one_of_two(rank: int, folder: str, batch: dict) -> None:
+def one_of_two(rank: int, folder: str, batches: dict) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    for kind in ALL_KINDS:
+    for kind in KINDS:
+        batch = batches[kind]
         model = quiet(make_model(kind, text_dim=16, prompt_injection="concat").train())
         model.set_text_features(torch.eye(3, 16), list(CLASSES.values()))
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=False, broadcast_buffers=False)
@@ -92,9 +99,10 @@ def one_of_two(rank: int, folder: str, batch: dict) -> None:
 @pytest.mark.slow
 def test_two_processes_equal_one(make_batch, tmp_path):
     """An image each, with fixed batch statistics: the averaged gradients are those of the batch in one process."""
-    batch = make_batch(counts=COUNTS)
-    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path), batch), nprocs=2, start_method="forkserver")
-    for kind in ALL_KINDS:
+    batches = {kind: make_batch(counts=COUNTS, **CANVASES.get(kind[0], {})) for kind in KINDS}
+    torch.multiprocessing.start_processes(one_of_two, (str(tmp_path), batches), nprocs=2, start_method="forkserver")
+    for kind in KINDS:
+        batch = batches[kind]
         model = quiet(make_model(kind, text_dim=16, prompt_injection="concat").train())
         model.set_text_features(torch.eye(3, 16), list(CLASSES.values()))
         expected = gradients_of(model, batch, divisors(model, batch, 1))

@@ -1,4 +1,4 @@
-"""`uplvp export`: a trained model as ONNX, as a program of torch.export, or as transformers' own Mask2Former."""
+"""`uplvp export`: a trained model as ONNX, as a program of torch.export, or as transformers' own class."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", metavar="DIR", required=True, help="for the graph, config.json and preprocessor_config.json")
     add(
         "--format",
-        choices=("onnx", "torch", "mask2former"),
+        choices=("onnx", "torch", "native", "mask2former"),
         default="onnx",
-        help="model.onnx (default), model.pt2 for torch.export.load, or transformers' own Mask2Former",
+        help="model.onnx (default), model.pt2 for torch.export.load, or native: a folder of transformers' own class "
+        "(mask2former: the same, of a Mask2Former only)",
     )
     add(
         "--size",

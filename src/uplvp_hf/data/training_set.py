@@ -154,22 +154,24 @@ class TrainingSet(torch.utils.data.Dataset):
         """The sample at `index` in the first epoch. See `sample`."""
         return self.sample(index, 0)
 
-    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+    def sample(self, index: int, epoch: int, seen_at: int | None = None) -> dict[str, Any]:
         """One sample as augmented in `epoch`, with h and w as the transform says:
 
         pixel_values (3, h, w) float32 normalized; mask_labels, `InstanceMasks` of N masks of h x w, `.dense()` is
         (N, h, w) bool; class_labels (N,) int64; prompt_scores (N,) float32, 0 to 1; with `features`, kernel_targets
         (N, D) float32; image_id; index of the row used, which is a later one than asked for when images cannot be
-        opened. Raises DataError when more than 10 images in a row cannot, IndexError beyond the end.
+        opened. seen_at: that row, where it is known from an earlier call: no image is opened then, and pixel_values
+        are zeros. Raises DataError when more than 10 images in a row cannot be opened, IndexError beyond the end.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
         generator = self._generator(index % len(self), epoch)
-        position, pixels, masks, objects = self._augmented(index % len(self), generator)
+        position, pixels, masks, objects = self._augmented(index % len(self), generator, seen_at)
         if self.copy_paste and uniform(generator, 0, 1) < self.copy_paste:
             pixels, masks, objects = self._pasted(pixels, masks, objects, generator)
+        unseen = torch.zeros(()).expand(3, masks.height, masks.width)
         sample = {
-            "pixel_values": self.normalized(pixels),
+            "pixel_values": unseen if pixels is None else self.normalized(pixels),
             "mask_labels": masks,
             "class_labels": torch.tensor([one.label for one in objects], dtype=torch.int64),
             "prompt_scores": torch.tensor([one.score for one in objects], dtype=torch.float32),
@@ -187,15 +189,19 @@ class TrainingSet(torch.utils.data.Dataset):
         return pixels.to(torch.float32).div_(255).sub_(self.mean).div_(self.std)
 
     def _augmented(
-        self, index: int, generator: torch.Generator
-    ) -> tuple[int, torch.Tensor, InstanceMasks, list[_Object]]:
-        """The row used, pixels, masks, and what is known of each mask."""
-        position, image = self._open(index)
+        self, index: int, generator: torch.Generator, seen_at: int | None = None
+    ) -> tuple[int, torch.Tensor | None, InstanceMasks, list[_Object]]:
+        """The row used, pixels (None with `seen_at`), masks, and what is known of each mask."""
+        position, image = self._open(index) if seen_at is None else (seen_at, None)
         row = self.dataset[position]
         chosen = self._choose(row)
         segmentations = [row["objects"]["segmentation"][k] for k in chosen]
         try:
-            pixels, masks, kept = self.transform(image, segmentations, row["height"], row["width"], generator)
+            if image is None:
+                _, masks, kept = self.transform.cut(segmentations, row["height"], row["width"], generator)
+                pixels = None
+            else:
+                pixels, masks, kept = self.transform(image, segmentations, row["height"], row["width"], generator)
         except DataError as error:
             raise DataError(error.reason, file=row["file_name"], row=f"row {position}") from error
         objects = row["objects"]

@@ -36,7 +36,7 @@ class TrainTransform(Settings):
     multi-scale resizing instead, without a crop. Raises UserError for an argument out of its range.
     """
 
-    size: int = setting(MISSING, "side of the crop in pixels, a multiple of 32; not used with `short_edges`", least=32)
+    size: int = setting(MISSING, "side of the crop in pixels; not used with `short_edges`", least=32)
     scale_range: tuple[float, float] = setting((0.5, 1.5), "(low, high) of f; two equal numbers: no jitter", above=0)
     flip: float = setting(0.5, "probability of mirroring left to right", least=0, most=1)
     color_jitter: float = setting(
@@ -58,8 +58,6 @@ class TrainTransform(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size % 32:
-            raise UserError(f"size must be a positive multiple of 32, got {self.size}")
         if len(self.scale_range) != 2 or self.scale_range[0] > self.scale_range[1]:
             raise UserError(f"scale_range must be two positive numbers, the lower first, got {self.scale_range}")
         _check_edges(self.short_edges, self.longest_edge, self.keep_ratio)
@@ -84,13 +82,20 @@ class TrainTransform(Settings):
         """
         if image.size != (width, height):
             raise UserError(f"the image is {image.size[0]}x{image.size[1]}, the row says {width}x{height}")
+        window, masks, kept = self.cut(segmentations, height, width, generator)
+        return self._jitter(window.pixels(image, self.fill), generator), masks, kept
+
+    def cut(
+        self, segmentations: Sequence[Any], height: int, width: int, generator: torch.Generator
+    ) -> tuple[Window, InstanceMasks, list[int]]:
+        """What the augmentation does to all but the pixels: the window, the masks in it, and which they are."""
         rles = [segmentation_to_rle(segmentation, height, width) for segmentation in segmentations]
         for _ in range(_ATTEMPTS):
             window = self.draw_window(height, width, generator)
             masks, kept = window.masks(rles, height, width, self.min_area)
             if kept or not rles:
                 break
-        return self._jitter(window.pixels(image, self.fill), generator), masks, kept
+        return window, masks, kept
 
     def draw_window(self, height: int, width: int, generator: torch.Generator) -> Window:
         """What a sample shows of an image of this size."""

@@ -127,7 +127,7 @@ def collate_views(samples: Sequence[dict[str, Any]], pad_to: int | None = None) 
             }
             for sample in samples
         ]
-        padded = collate(views, pad_to=pad_to, dense=False)
+        padded = collate(views, size_divisor=32 if pad_to is None else 1, pad_to=pad_to, dense=False)
         batch[name] = {key: padded[key] for key in ("pixel_values", "pixel_mask")}
     return batch
 

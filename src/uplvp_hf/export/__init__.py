@@ -2,7 +2,7 @@
 
 from .check import check_batch, largest_differences
 from .formats import FORMATS, export_model
-from .native import to_mask2former
+from .native import to_native
 from .program import TensorModel, canvas_of, trace
 
 __all__ = [
@@ -12,6 +12,6 @@ __all__ = [
     "check_batch",
     "export_model",
     "largest_differences",
-    "to_mask2former",
+    "to_native",
     "trace",
 ]

@@ -18,7 +18,7 @@ from uplvp_hf.files import replacing, write_json, writing
 from ..models.errors import UserError
 from .check import largest_differences, own_rounding
 from .graph_file import DESCRIPTION, FILES, save_program
-from .native import to_mask2former
+from .native import native_class, to_native
 from .program import INPUTS, OUTPUTS, canvas_of, trace
 from .semantic import export_semantic
 
@@ -42,7 +42,7 @@ def export_model(
 
     onnx: `model.onnx`, for onnxruntime; also `uplvp predict` and `inference.load` read the folder. torch: `model.pt2`,
     for `torch.export.load`. Both take any number of images on a fixed canvas; the image processor that is written
-    pads every image to it. mask2former: a plain directory of transformers.
+    pads every image to it. native: a plain directory of transformers; mask2former: the same, of a Mask2Former only.
 
     Args:
         model: a `UplvpForInstanceSegmentation`, or an `IcpcForSemanticSegmentation` (see `export_semantic`); it is put
@@ -63,8 +63,8 @@ def export_model(
     model = model.eval().float().cpu()
     if model.config.model_type == "icpc":
         return export_semantic(model, processor, directory, form, longest_edge, opset, check)
-    if form == "mask2former":
-        return _write_mask2former(model, processor, directory, longest_edge, check)
+    if form in ("native", "mask2former"):
+        return _write_native(model, processor, directory, form, longest_edge, check)
     canvas = canvas_of(processor, longest_edge)
     logger.info("Tracing the model on %d x %d pixels ...", *canvas)
     program = trace(model, canvas)
@@ -99,7 +99,7 @@ def _check(model: nn.Module, directory: Path, form: str, opset: int) -> None:
         raise UserError(
             f"a `{kind}` model cannot be exported, only a `uplvp` one (Mask2Former, K-Net, QueryInst) or an `icpc` one."
         )
-    if kind == "icpc" and form == "mask2former":
+    if kind == "icpc" and form in ("native", "mask2former"):
         raise UserError(
             "an `icpc` model gives classes of pixels, and transformers has no class of its own that does what it does: "
             "choose onnx or torch, or load it with AutoModelForSemanticSegmentation."
@@ -138,22 +138,26 @@ def _runner(file: Path):
     return torch.export.load(file).module()
 
 
-def _write_mask2former(
-    model: nn.Module, processor: Any, directory: Path, longest_edge: int | None, check: bool
+def _write_native(
+    model: nn.Module, processor: Any, directory: Path, form: str, longest_edge: int | None, check: bool
 ) -> dict[str, Any]:
     """transformers' own class and image processor; on images without padding it gives the same outputs."""
+    name = model.config.segmenter_config.model_type
+    native = native_class(name)
+    if form not in ("native", name):
+        raise UserError(f"The model is a `{name}`, which cannot be written as a `{form}`: take the format `native`.")
     if longest_edge is not None:
         processor = type(processor).from_dict({**processor.to_dict(), "size": {"longest_edge": longest_edge}})
     with tempfile.TemporaryDirectory() as draft:  # refused models leave nothing behind
-        to_mask2former(model, draft, processor)
+        to_native(model, draft, processor)
         directory.mkdir(parents=True, exist_ok=True)
         for name in sorted(os.listdir(draft)):
             with replacing(directory / name, "wb") as stream:
                 stream.write(Path(draft, name).read_bytes())
     description = {
-        "format": "mask2former",
-        "file": FILES["mask2former"],
-        "class": "Mask2FormerForUniversalSegmentation",
+        "format": form,
+        "file": FILES[form],
+        "class": native.__name__,
         "transformers": metadata.version("transformers"),
     }
     if check:
@@ -166,11 +170,11 @@ def _write_mask2former(
 
 def _compare_with_transformers(model: nn.Module, processor: Any, directory: Path) -> dict[str, float]:
     """`largest_differences` on an image without padding; transformers' class lets padding take part."""
-    from transformers import Mask2FormerForUniversalSegmentation
-
-    plain = Mask2FormerForUniversalSegmentation.from_pretrained(directory).eval()
+    name = model.config.segmenter_config.model_type
+    plain = native_class(name).from_pretrained(directory).eval()
 
     def run(pixel_values: Tensor, pixel_mask: Tensor) -> Mapping[str, Tensor]:
-        return plain(pixel_values=pixel_values, pixel_mask=pixel_mask)
+        takes_mask = name == "mask2former"
+        return plain(pixel_values=pixel_values, **({"pixel_mask": pixel_mask} if takes_mask else {}))
 
     return largest_differences(model, run, canvas_of(processor), batches=(1,))

@@ -11,7 +11,7 @@ import torch
 from ..models.errors import UserError
 
 DESCRIPTION = "export.json"
-FILES = {"onnx": "model.onnx", "torch": "model.pt2", "mask2former": "model.safetensors"}
+FILES = {"onnx": "model.onnx", "torch": "model.pt2", "native": "model.safetensors", "mask2former": "model.safetensors"}
 
 
 def save_program(

@@ -2,38 +2,55 @@
 
 from __future__ import annotations
 
-from transformers import BaseImageProcessor, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+from transformers import BaseImageProcessor
 
 from ..models.errors import UserError
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation
 
+# By model type: transformers' model, and its image processor.
+NATIVE = {
+    "mask2former": ("Mask2FormerForUniversalSegmentation", "Mask2FormerImageProcessor"),
+    "eomt": ("EomtForUniversalSegmentation", "EomtImageProcessor"),
+    "eomt_dinov3": ("EomtDinov3ForUniversalSegmentation", "EomtImageProcessor"),
+}
 
-def to_mask2former(
-    model: UplvpForInstanceSegmentation, directory: str, processor: BaseImageProcessor | None = None
-) -> None:
-    """Writes a plain `Mask2FormerForUniversalSegmentation` directory: no custom code is needed to load it.
 
-    With our image `processor` a `Mask2FormerImageProcessor` of the same size, mean and deviation is written beside
-    it. On images without padding the plain model gives the same results; on padded ones it does not, because
-    transformers' class lets the padding take part. Raises UserError for another segmenter, and when the backbone has
-    `timm_kwargs`, which that class does not pass on.
+def native_class(model_type: str) -> type[nn.Module]:
+    """transformers' class of a segmenter. Raises UserError for a segmenter that transformers does not have."""
+    if model_type not in NATIVE:
+        raise UserError(f"A `{model_type}` has no native class in transformers.")
+    return getattr(import_module("transformers"), NATIVE[model_type][0])
+
+
+def to_native(model: UplvpForInstanceSegmentation, directory: str, processor: BaseImageProcessor | None = None) -> None:
+    """Writes a folder of transformers' own class (`NATIVE`): no custom code is needed to load it.
+
+    With our image `processor` one of transformers' for the same size, mean and deviation is written beside it. On
+    images without padding the plain model gives the same results; on padded ones a Mask2Former does not, because
+    transformers' class lets the padding take part. Raises UserError for a segmenter without a native class, and when
+    the backbone has `timm_kwargs`, which such a class does not pass on.
     """
     config = model.config.segmenter_config
-    if config.model_type != "mask2former":
-        raise UserError(f"A `{config.model_type}` has no native class in transformers.")
-    if getattr(config.backbone_config, "timm_kwargs", None):
+    native = native_class(config.model_type)
+    if getattr(getattr(config, "backbone_config", None), "timm_kwargs", None):
         raise UserError(
             "The backbone is built with timm_kwargs, which transformers' Mask2Former ignores: the exported model "
             "would give other results. Train with a backbone without timm_kwargs to export."
         )
-    plain = Mask2FormerForUniversalSegmentation(config)
+    plain = native(config)
     plain.load_state_dict(model.segmenter.state_dict())
     plain.save_pretrained(directory)
     if processor is not None:
-        side = processor.size["longest_edge"]
-        Mask2FormerImageProcessor(
-            size={"shortest_edge": side, "longest_edge": side},  # the longer side becomes `side`
-            image_mean=processor.image_mean,
-            image_std=processor.image_std,
-            num_labels=model.config.num_labels,
-        ).save_pretrained(directory)
+        _native_processor(config.model_type, processor, model.config.num_labels).save_pretrained(directory)
+
+
+def _native_processor(model_type: str, processor: Any, num_labels: int) -> BaseImageProcessor:
+    side = processor.size["longest_edge"]
+    settings = {"size": {"shortest_edge": side, "longest_edge": side}}  # the longer side becomes `side`
+    settings |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
+    settings |= {"num_labels": num_labels} if model_type == "mask2former" else {"do_pad": True}
+    return getattr(import_module("transformers"), NATIVE[model_type][1])(**settings)

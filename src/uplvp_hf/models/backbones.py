@@ -45,16 +45,19 @@ class InitializedTimmBackbone(TimmBackbone):
         super().post_init()
 
 
-def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """A backbone with weights by its own rule; an optional `timm_kwargs` dict on a `TimmBackboneConfig` goes to timm.
-
-    The segmenters need four maps with strides 4, 8, 16 and 32, high to low resolution. Raises UserError for another
-    number of maps.
-    """
+def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone with weights by its own rule. A `timm_kwargs` dict on a `TimmBackboneConfig` goes to timm."""
     if config.model_type == "timm_backbone":
-        backbone = InitializedTimmBackbone(config, **(getattr(config, "timm_kwargs", None) or {}))
-    else:
-        backbone = AutoBackbone.from_config(config)
+        return InitializedTimmBackbone(config, **(getattr(config, "timm_kwargs", None) or {}))
+    return AutoBackbone.from_config(config)
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone for segmenters that need four maps with strides 4, 8, 16 and 32, high to low resolution.
+
+    Raises UserError for another number of maps.
+    """
+    backbone = make_backbone(config)
     if len(backbone.channels) != 4:
         raise UserError(
             f"The backbone gives {len(backbone.channels)} maps, but 4 are needed (strides 4, 8, 16, 32): set "

@@ -7,6 +7,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .configuration_base import StrictConfigMixin, checked_category_ids
 from .configuration_knet import KNetConfig
 from .configuration_queryinst import QueryInstConfig
+from .configuration_vit_mask_decoder import VitMaskDecoderConfig
 from .errors import UserError
 
 MATCHING = ("cosine", "sequential", "random", "hungarian", "none")
@@ -20,6 +21,7 @@ KERNEL_QUERIES = ("all", "unprompted")
 OWN_SEGMENTERS = {
     "knet": KNetConfig,
     "queryinst": QueryInstConfig,
+    "vit_mask_decoder": VitMaskDecoderConfig,
 }
 # Share of queries without prompt in the released recipes; 0.05 for the other segmenters.
 PROMPT_DROP = {"knet": 0.1}
@@ -32,8 +34,8 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
 
     Args:
         segmenter_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `Mask2FormerConfig()`):
-            The query segmenter: a `mask2former`, `knet` or `queryinst`. Its `id2label` is always replaced by the one
-            given here.
+            The query segmenter: a `mask2former`, `knet`, `queryinst`, `eomt`, `eomt_dinov3` or `vit_mask_decoder`. Its
+            `id2label` is always replaced by the one given here.
         category_ids (`list[int]`, *optional*, defaults to `[1, 2, ..., num_labels]`):
             Original category id of every class, so that results leave with the ids of the dataset.
         class_agnostic (`bool`, *optional*, defaults to `False`):

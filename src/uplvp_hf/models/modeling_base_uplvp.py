@@ -7,9 +7,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, initiali
 from .configuration_uplvp import UplvpConfig
 from .errors import UserError
 from .kernel_targets import KernelSupervision, RunningMean
+from .modeling_eomt import EomtDinov3Segmenter, EomtSegmenter
 from .modeling_knet import KNetForInstanceSegmentation
 from .modeling_mask2former import Mask2FormerSegmenter
 from .modeling_queryinst import QueryInstForInstanceSegmentation
+from .modeling_vit_mask_decoder import VitMaskDecoder
 from .prompts import PromptFusion
 from .query_segmenter import InstanceSegmenter
 from .remote_code import SavesItsCode
@@ -19,6 +21,9 @@ SEGMENTERS = {
     "mask2former": Mask2FormerSegmenter,
     "knet": KNetForInstanceSegmentation,
     "queryinst": QueryInstForInstanceSegmentation,
+    "eomt": EomtSegmenter,
+    "eomt_dinov3": EomtDinov3Segmenter,
+    "vit_mask_decoder": VitMaskDecoder,
 }
 
 # What `from_pretrained` needs to find a configuration.

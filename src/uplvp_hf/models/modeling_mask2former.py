@@ -15,11 +15,11 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 
 from .backbones import build_backbone
 from .deformable_attention import use_deformable_attention
-from .losses import LayerOutput, Normalizers
-from .losses_mask2former import MaskClassificationLoss
+from .losses import LayerOutput
+from .mask_classification import MaskClassificationSegmenter
 from .padding import extend_edges, is_padded, padding_masked, upsample, valid_cells
 from .point_sampling import mask_products
-from .query_segmenter import Inject, QuerySegmenter
+from .query_segmenter import Inject
 
 
 @dataclass
@@ -57,7 +57,7 @@ class MaskedCrossAttention(nn.MultiheadAttention):
         return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2)), None
 
 
-class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
+class Mask2FormerSegmenter(MaskClassificationSegmenter, Mask2FormerForUniversalSegmentation):
     """The Mask2Former query segmenter.
 
     `config.backbone_config` is any transformers backbone or a `TimmBackboneConfig`; a `timm_kwargs` dict on the latter
@@ -65,9 +65,7 @@ class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
     """
 
     config: Mask2FormerConfig
-    predicts_first = shares_class_head = has_no_object = True
     _no_split_modules = ["Mask2FormerMaskedAttentionDecoderLayer", "DeformableEncoderLayer"]
-    class_sized = ("class_predictor.weight", "class_predictor.bias", "criterion.empty_weight")
 
     def __init__(self, config: Mask2FormerConfig):
         super().__init__(config)
@@ -105,19 +103,6 @@ class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
     def num_stages(self) -> int:
         """Outputs of `decode`."""
         return self.config.decoder_layers
-
-    @property
-    def loss_function(self) -> MaskClassificationLoss:
-        config = self.config
-        return MaskClassificationLoss(
-            class_weight=config.class_weight,
-            mask_weight=config.mask_weight,
-            dice_weight=config.dice_weight,
-            no_object_weight=config.no_object_weight,
-            num_points=config.train_num_points,
-            oversample_ratio=config.oversample_ratio,
-            importance_ratio=config.importance_sample_ratio,
-        )
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> SegmenterFeatures:
         """pixel_values (B, 3, H, W), pixel_mask (B, H, W) with 1 on the image.
@@ -220,27 +205,6 @@ class Mask2FormerSegmenter(QuerySegmenter, Mask2FormerForUniversalSegmentation):
         blocked = blocked | outside
         # As `where(all, outside, blocked)`, which onnxruntime has no kernel for.
         return blocked & (outside | ~blocked.all(-1, keepdim=True))
-
-    def normalizers(self, counts, most_targets, mask_labels=None) -> Normalizers:
-        """As in `QuerySegmenter`; the mask terms are divided by all true masks, and the class terms have weights."""
-        known = super().normalizers(counts, most_targets)
-        known.masks, weights = sum(counts), self.loss_function.class_weight_sum(self.config.num_queries, counts)
-        known.class_weight = weights
-        return known
-
-    def loss(
-        self, layers, features, mask_labels, class_labels, normalizers=None, draw=None, text_logits=None,
-        label_guide=None, pseudo=None,
-    ):  # fmt: skip
-        """See `QuerySegmenter.loss` and `MaskClassificationLoss`. Both class heads have the class weight."""
-        if not self.config.use_auxiliary_loss:
-            layers, text_logits = layers[-1:], None if text_logits is None else text_logits[-1:]
-        loss = self.loss_function
-        guide = label_guide if text_logits is None else loss.with_text_cost(text_logits, class_labels, label_guide)
-        terms, matches = loss(layers, mask_labels, class_labels, features.pixel_mask, normalizers, draw, guide, pseudo)
-        if text_logits is not None:
-            terms.update(loss.text_terms(text_logits, class_labels, matches, normalizers))
-        return terms, matches
 
 
 def _pixel_decode(decoder: nn.Module, maps: tuple[Tensor, ...], pixel_mask: Tensor | None):

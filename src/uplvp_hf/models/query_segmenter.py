@@ -40,7 +40,8 @@ class SegmenterOutput(ModelOutput):
 
     losses: weighted terms by name. auxiliary_logits: classes, masks and boxes of the earlier layers, where asked for by
     `output_auxiliary_logits=True`. queries (B, N, D): updated queries. hidden_states: queries that enter the first
-    stage and after each stage, (B, N, D). attentions: self-attention weights of every stage, (B, heads, N, N).
+    stage and after each stage, (B, N, D). attentions: self-attention weights of every stage, (B, heads, N, N); where
+    queries are tokens among others (EoMT) those of all T tokens, queries first, (B, heads, T, T).
     """
 
     loss: Tensor | None = None
@@ -63,6 +64,8 @@ class InstanceSegmenter:
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     transfer_report: TransferReport | None = None
+    size_divisor = 32  # sides of the canvas are multiples of it
+    square_canvas = False  # whether predictions depend on the canvas, so that all images need the same one
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -103,6 +106,21 @@ class InstanceSegmenter:
 
     def set_progress(self, epoch: float) -> None:
         """Tells how many epochs are done, before a step. Only pre-training depends on it."""
+
+    def anneal(self, share: float) -> None:
+        """Tells which share of the steps is done, before a step. For what a segmenter changes on its way."""
+
+    def vit_layers(self) -> tuple[nn.Module | None, list[nn.Module]]:
+        """Embeddings and blocks of the ViT, first to last, for rates by depth; (None, []) without a ViT."""
+        return None, []
+
+    def fit_canvas(self, size: int) -> None:
+        """Prepares for images on a canvas of size x size pixels. Raises UserError for a side that does not fit."""
+        if size % self.size_divisor:
+            raise UserError(
+                f"A canvas of {size} pixels does not suit a `{self.config.model_type}`: its sides must be multiples of "
+                f"{self.size_divisor}."
+            )
 
     def wants(self, name: str, asked: bool | None) -> bool:
         """An option of `forward`, such as `output_attentions`: what was asked for, else what the configuration says."""

@@ -131,10 +131,17 @@ def _sources(names: Sequence[str], origin: str, segmenter: str | None) -> dict[s
 
 def _without_other_segmenters(text: str, segmenter: str | None) -> str:
     """Takes the entries of other segmenters, and the imports of their classes, out of the source."""
-    for key, name in re.findall(r'^    "(\w+)": (\w+),$', text, re.MULTILINE):
-        if key != segmenter:
-            text = re.sub(rf'^(    "{key}": {name},|from \.\w+ import {name})\n', "", text, flags=re.MULTILINE)
-    return text
+    entries = re.findall(r'^    "(\w+)": (\w+),$', text, re.MULTILINE)
+    others = {name for key, name in entries if key != segmenter}
+
+    def kept(line: re.Match) -> str:
+        names = [name for name in line[2].split(", ") if name not in others]
+        return f"{line[1]}{', '.join(names)}\n" if names else ""
+
+    text = re.sub(r"^(from \.\w+ import )([\w, ]+)\n", kept, text, flags=re.MULTILINE)
+    return re.sub(
+        r'^    "(\w+)": (\w+),\n', lambda line: "" if line[2] in others else line[0], text, flags=re.MULTILINE
+    )
 
 
 def without_code(folder: Path) -> None:

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -29,9 +30,11 @@ from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
 from .backbone_weights import check_given, load_backbone_weights, own_look, refuse_other_look, with_own_padding
+from .canvas import DIVISOR, check_canvas, preferred_size, with_canvas
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
 from .freezing import freeze_backbone, refuse_random_frozen
 from .mixture import MixedSamples
+from .vit_backbone import load_encoder, wants_model
 
 logger = logging.getLogger(__name__)
 
@@ -115,8 +118,7 @@ def with_image_settings(settings: TrainSettings) -> TrainSettings:
         if not trained:
             check_given(key, given, look)
         chosen[key] = list(given or trained or (getattr(look, key) if look else standard))
-    side = found.get("size", {}).get("longest_edge") if "pad_size" in found else None
-    size = data.size or (side if side and side % 32 == 0 else 512)
+    size = data.size or preferred_size(settings.model.init, found)
     settings = dataclasses.replace(settings, data=dataclasses.replace(data, size=size, **chosen))
     settings = with_own_padding(settings, look)
     refuse_other_look(settings)
@@ -156,12 +158,34 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
             model.set_text_features(features, names)
         except ValueError as error:
             raise ConfigError(f"`model.text_features`, {settings.model.text_features}: {error}") from error
+    check_canvas(model.segmenter, settings)
     if settings.model.backbone_weights and not settings.model.init:  # which brings its own, perhaps trained further
-        load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
+        if wants_model(model.segmenter):
+            load_encoder(model.segmenter, settings.model.backbone_weights)
+        else:
+            load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
     freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
+    _fade_masks(model.segmenter, settings)
     if settings.stage == "finetune" and settings.prompted:
         model.prompts_pseudo_alone = True
     return model
+
+
+def _fade_masks(segmenter: nn.Module, settings: TrainSettings) -> None:
+    """Lets masked attention end on the way, where the segmenter has it: by default where EoMT's own runs do, and not in
+    pre-training, since what is fine-tuned next needs it again. Raises ConfigError where the shares make no sense."""
+    given = (settings.model.attn_mask_start, settings.model.attn_mask_end)
+    if not hasattr(segmenter, "anneal_masks"):
+        if given != (None, None):
+            raise ConfigError(
+                f"A `{segmenter.config.model_type}` has no masked attention that `model.attn_mask_*` ends."
+            )
+    elif given != (None, None) or settings.stage == "finetune":
+        start, end = (one if one is not None else usual for one, usual in zip(given, (1 / 6, 5 / 6), strict=True))
+        try:
+            segmenter.anneal_masks(start, end)
+        except UserError as error:
+            raise ConfigError(f"`model`: {error}") from error
 
 
 def _check_kernel_target(config: UplvpConfig, settings: TrainSettings) -> None:
@@ -173,7 +197,7 @@ def _check_kernel_target(config: UplvpConfig, settings: TrainSettings) -> None:
         )
 
 
-def build_processor(data: DataSettings) -> UplvpImageProcessor:
+def build_processor(data: DataSettings, size_divisor: int = DIVISOR) -> UplvpImageProcessor:
     """Resizes as the training did, without its randomness: the longer side to `data.size`, or with `data.short_edges`
     the shorter one to the last of them. On a square canvas no image sees its batch mates' shapes; otherwise batches
     are padded to their largest image."""
@@ -184,6 +208,7 @@ def build_processor(data: DataSettings) -> UplvpImageProcessor:
     elif data.short_edges is not None:
         size = {"height": data.short_edges[-1], "width": data.longest_edge}
     canvas = {"pad_size": {"height": data.size, "width": data.size}} if data.square else {}
+    canvas |= {} if size_divisor == DIVISOR else {"size_divisor": size_divisor}
     return UplvpImageProcessor(size=size, image_mean=list(data.image_mean), image_std=list(data.image_std), **canvas)
 
 
@@ -301,8 +326,9 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedMod
     own = OWN_SEGMENTERS.get(settings.model.segmenter.get("model_type"))
     if own is not None:  # these refuse by themselves, without the place of the key in the recipe
         refuse_unknown_names(settings.model.segmenter, own, "model.segmenter.")
+    given = with_canvas(settings.model.segmenter, settings.data.size)
     config = UplvpConfig(
-        segmenter_config=dict(settings.model.segmenter),
+        segmenter_config=given,
         id2label=id2label,
         category_ids=category_ids,
         **_method(settings, train),

@@ -14,6 +14,7 @@ from .teacher_settings import TeacherSettings, check_teacher
 
 READABLE = "anything that load_dataset_rows reads: COCO JSON, folder, pseudo-label store"
 PRETRAINING = "pretraining"
+OWN_DIVISOR = ("eomt", "eomt_dinov3", "vit_mask_decoder", "rf_detr")  # segmenters with one of their own
 OF_INIT = "none keeps the value of `model.init`; see UplvpConfig"
 
 
@@ -66,8 +67,8 @@ class DataSettings(Settings):
     unlabeled_images: str | None = setting(None, "as `train_images`")
     size: int | None = setting(
         None,
-        "side of the square training canvas and longer side at inference, pixels, a multiple of 32; none: that of "
-        "`model.init`, else 512",
+        "side of the square training canvas and longer side at inference, pixels, a multiple of 32 (of a ViT's "
+        "patches); none: that of `model.init`, else 512",
         least=32,
     )
     scale_range: list[float] = setting([0.5, 1.5], "large-scale jitter, as factors of the fitting scale")
@@ -93,6 +94,12 @@ class DataSettings(Settings):
     max_instances: int = setting(100, "most instances of an image", least=1)
     image_mean: list[float] | None = setting(None, "of pixels scaled to 0..1; none: of `model.init`, else ImageNet's")
     image_std: list[float] | None = setting(None, "of pixels scaled to 0..1; none: of `model.init`, else ImageNet's")
+    cache_features: bool = setting(
+        False, "the frozen backbone sees every image and view once, and the rest is trained from its features on disk"
+    )
+    cache_views: int = setting(8, "augmented views of an image that are cached; epoch e shows view e mod this", least=1)
+    cache_folder: str | None = setting(None, "where, for several runs; none: `features` in the output folder")
+    cache_gib: float = setting(20.0, "most room that the features of a run may take, GiB", above=0)
     workers: int = setting(0, "processes that load images; 0: the training process itself", least=0)
 
     @property
@@ -112,8 +119,8 @@ class ModelSettings(Settings):
     )
     segmenter: dict[str, Any] | None = setting(
         None,
-        "settings of the segmenter's configuration: `model_type` mask2former, knet or queryinst, or the baseline "
-        "mask_rcnn, which is only fine-tuned; `backbone_config` and its own",
+        "settings of the segmenter's configuration: `model_type` mask2former, knet, queryinst, eomt or eomt_dinov3, or "
+        "the baseline mask_rcnn, which is only fine-tuned; `backbone_config` and its own",
     )
     backbone_weights: str | None = setting(
         None,
@@ -180,6 +187,14 @@ class ModelSettings(Settings):
         "head on them",
     )
     text_temperature: float | None = setting(None, f"initial temperature of that head; {OF_INIT}")
+    attn_mask_start: float | None = setting(
+        None,
+        "of EoMT: share of the steps after which masked attention begins to fade, block by block; none: 1/6 in "
+        "fine-tuning, and it stays in pre-training",
+        least=0,
+        below=1,
+    )
+    attn_mask_end: float | None = setting(None, "and after which it is gone; none: 5/6", above=0, most=1)
 
 
 @dataclass
@@ -196,6 +211,13 @@ class OptimSettings(Settings):
     momentum: float = setting(0.9, "of sgd", least=0, below=1)
     lr: float = setting(1e-4, "learning rate", least=0)
     backbone_multiplier: float = setting(0.1, "factor on the rate of the backbone", least=0)
+    layer_decay: float = setting(
+        1.0,
+        "of a ViT: factor on the rate of a block for every block behind it, such as 0.8 (EoMT's fine-tuning); its "
+        "embeddings are of the first block",
+        above=0,
+        most=1,
+    )
     weight_decay: float = setting(0.05, "not of norms, embeddings and biases", least=0)
     schedule: str = setting(
         "constant",
@@ -288,6 +310,7 @@ class TrainSettings(Settings):
         if self.fsdp and self.mixed_precision == "fp16":
             raise ConfigError("`fsdp` works with mixed_precision no or bf16, not with fp16.")
         _check_data(self.data)
+        _check_size(self.data.size, self.model)
         check_teacher(self)
         evaluation, val = self.evaluation, self.data.val
         often = evaluation.every or evaluation.every_epochs or len(evaluation.at) > 1
@@ -319,8 +342,6 @@ def _check_data(data: DataSettings) -> None:
         raise ConfigError("Set `data.subset` or `data.labels_per_class`, not both: each draws a low-data split.")
     if len(data.extra_share) not in (1, 2):
         raise ConfigError(f"`data.extra_share` must be one or two shares, got {data.extra_share}.")
-    if data.size is not None and data.size % 32:
-        raise ConfigError(f"`data.size` must be a multiple of 32 pixels, got {data.size}.")
     if len(data.scale_range) != 2 or not 0 < data.scale_range[0] <= data.scale_range[1]:
         raise ConfigError(f"`data.scale_range` must be two positive numbers, the lower first, got {data.scale_range}.")
     edges, longest = data.short_edges, data.longest_edge
@@ -339,6 +360,13 @@ def _check_data(data: DataSettings) -> None:
             f"`data.canvas=square` of {data.size} pixels does not hold every image of `data.short_edges` {edges} and "
             f"`data.longest_edge` {longest}: raise `data.size`, or leave `data.canvas` out."
         )
+
+
+def _check_size(size: int | None, model: ModelSettings) -> None:
+    """Of segmenters on four maps, the coarsest of which has the stride 32; others say it once they are built."""
+    name = None if model.segmenter is None else model.segmenter.get("model_type")
+    if size is not None and size % 32 and model.init is None and name not in OWN_DIVISOR:
+        raise ConfigError(f"`data.size` must be a multiple of 32 pixels, got {size}.")
 
 
 def load_settings(

@@ -27,6 +27,9 @@ def freeze_backbone(backbone: nn.Module, settings: ModelSettings, size: int) -> 
     if settings.freeze_backbone:
         backbone.requires_grad_(False)
         return
+    if isinstance(backbone, nn.ModuleList):  # the embeddings and blocks of a ViT, each of which is used
+        backbone[: settings.freeze_stages + 1 if settings.freeze_stages else 0].requires_grad_(False)
+        return
     if settings.freeze_stages:
         freeze_stages(backbone, settings.freeze_stages, size)
     freeze_unused(backbone, size)

@@ -39,11 +39,11 @@ class MixedSamples(Dataset):
         """Images of both parts that could not be used."""
         return [*self.labeled.failures, *self.extra.dataset.failures, *self.extra.failures]
 
-    def sample(self, index: int, epoch: int) -> dict[str, Any]:
+    def sample(self, index: int, epoch: int, seen_at: int | None = None) -> dict[str, Any]:
         """See `TrainingSet.sample`."""
         if index < len(self.labeled):
-            return self.labeled.sample(index, epoch)
-        return self.extra.sample(index - len(self.labeled), epoch)
+            return self.labeled.sample(index, epoch, seen_at)
+        return self.extra.sample(index - len(self.labeled), epoch, seen_at)
 
 
 def extra_count(step: int, steps: int, share: list[float], batch: int) -> int:

@@ -16,7 +16,8 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._BatchNorm)
 
 
 def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
-    """Four groups at most: {backbone, rest} x {decay, no decay}. Norms, embeddings and biases are not decayed.
+    """Four groups at most: {backbone, rest} x {decay, no decay}; with `layer_decay` as many for every block of the ViT.
+    Norms, embeddings and biases are not decayed.
 
     The released Mask2Former recipes do so. Embeddings that are no `nn.Embedding` (of levels and positions, tables of
     relative positions, class tokens) are told by their names: what is decayed is called `weight` in every layer.
@@ -28,19 +29,36 @@ def parameter_groups(model: nn.Module, settings: OptimSettings) -> list[dict]:
         for parameter in module.parameters(recurse=False)
     }
     backbone = {id(parameter) for parameter in model.segmenter.backbone.parameters()}
-    groups: dict[tuple[bool, bool], list] = {}
+    factors = _layer_factors(model.segmenter, settings.layer_decay)
+    groups: dict[tuple[bool, bool, float], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = id(parameter) not in undecayed and parameter.dim() > 1 and name.endswith("weight")
-            groups.setdefault((id(parameter) in backbone, decayed), []).append(parameter)
+            key = (id(parameter) in backbone, decayed, factors.get(id(parameter), 1.0))
+            groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": settings.lr * (settings.backbone_multiplier if in_backbone else 1.0),
+            "lr": settings.lr * factor * (settings.backbone_multiplier if in_backbone else 1.0),
             "weight_decay": settings.weight_decay if decayed else 0.0,
         }
-        for (in_backbone, decayed), parameters in groups.items()
+        for (in_backbone, decayed, factor), parameters in groups.items()
     ]
+
+
+def _layer_factors(segmenter: nn.Module, decay: float) -> dict[int, float]:
+    """Factor on the rate of every parameter of the ViT's blocks and embeddings, by its id. Raises UserError where there
+    is no ViT."""
+    if decay == 1:
+        return {}
+    stem, blocks = segmenter.vit_layers()
+    if not blocks:
+        raise UserError(
+            f"`optim.layer_decay` is for the blocks of a ViT, and this `{segmenter.config.model_type}` has none: leave "
+            "it out, or set `optim.backbone_multiplier`."
+        )
+    depths = [(stem, len(blocks) - 1), *((block, len(blocks) - 1 - index) for index, block in enumerate(blocks))]
+    return {id(parameter): decay**depth for module, depth in depths for parameter in module.parameters()}
 
 
 def learning_rate_factor(step: int, settings: OptimSettings) -> float:

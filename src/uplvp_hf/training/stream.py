@@ -91,12 +91,12 @@ def make_loader(
     """Micro-batches of this process, on the canvas that `data.canvas` says. Their `mask_labels` are `InstanceMasks`:
     dense masks would be copied between processes, and be held for all micro-batches of a step at once. `together` makes
     batches of other samples."""
-    extra = len(samples.extra) if isinstance(samples, MixedSamples) else 0
+    extra = len(getattr(samples, "extra", ()))
     pad_to = settings.data.size if settings.data.square else None
     return DataLoader(
         _Keyed(samples),
         batch_sampler=SampleKeys(len(samples), settings, start, rank, world, extra),
-        collate_fn=together or partial(collate, pad_to=pad_to, dense=False),
+        collate_fn=together or partial(collate, size_divisor=32 if pad_to is None else 1, pad_to=pad_to, dense=False),
         num_workers=settings.data.workers,
         persistent_workers=settings.data.workers > 0,
         generator=torch.Generator().manual_seed(settings.seed),  # leaves the global random state alone

@@ -53,7 +53,7 @@ class InstanceTask:
         return build_samples(settings, train, extra)
 
     def processor(self, settings: TrainSettings, model: Any) -> Any:
-        return build_processor(settings.data)
+        return build_processor(settings.data, model.segmenter.size_divisor)
 
     def loader(self, samples: Any, settings: TrainSettings, start: int, accelerator: Accelerator) -> DataLoader:
         """The micro-batches of this process, from step `start` on."""
@@ -62,6 +62,7 @@ class InstanceTask:
     def set_progress(self, model: Any, epoch: float, share: float) -> None:
         """Tells the model, before a step, how many epochs and which share of the steps are done."""
         model.set_progress(epoch)
+        model.segmenter.anneal(share)
 
     def inputs(self, batch: dict, device: torch.device, stage: str) -> dict:
         return model_inputs(batch, device, stage)
@@ -93,4 +94,10 @@ def task_of(settings: TrainSettings) -> InstanceTask:
         return FewShotTask()
     from .semantic_task import SemanticTask, is_semantic
 
-    return SemanticTask() if is_semantic(settings.model) else InstanceTask()
+    if is_semantic(settings.model):
+        return SemanticTask()
+    if settings.data.cache_features:
+        from .cached_task import CachedTask
+
+        return CachedTask()
+    return InstanceTask()
