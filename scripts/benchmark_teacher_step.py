@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -31,15 +32,7 @@ def compare_teacher(arguments: argparse.Namespace) -> dict[str, float]:
     """Ratios of a teacher-student step to a supervised one."""
     with tempfile.TemporaryDirectory() as folder:
         runs = {kind: steps_of(kind, arguments, Path(folder)) for kind in ("supervised", "teacher")}
-        elapsed: dict[str, list[float]] = {kind: [] for kind in runs}
-        busy: dict[str, list[float]] = {kind: [] for kind in runs}
-        for turn in range(WARM_UP + arguments.rounds):
-            for kind, steps in runs.items():
-                start, processor = time.perf_counter(), time.process_time()
-                next(steps)
-                if turn >= WARM_UP:
-                    elapsed[kind].append(time.perf_counter() - start)
-                    busy[kind].append(time.process_time() - processor)
+        elapsed, busy = alternate(runs, arguments.rounds)
     result = {
         name: median(one / other for one, other in zip(times["teacher"], times["supervised"], strict=True))
         for name, times in (("teacher_ratio", elapsed), ("teacher_processor_ratio", busy))
@@ -52,18 +45,37 @@ def compare_teacher(arguments: argparse.Namespace) -> dict[str, float]:
     return result
 
 
-def steps_of(kind: str, arguments: argparse.Namespace, folder: Path):
+def alternate(runs: dict[str, Iterator[None]], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Elapsed and processor seconds of the steps of every run, which take turns."""
+    elapsed: dict[str, list[float]] = {kind: [] for kind in runs}
+    busy: dict[str, list[float]] = {kind: [] for kind in runs}
+    for turn in range(WARM_UP + rounds):
+        for kind, steps in runs.items():
+            start, processor = time.perf_counter(), time.process_time()
+            next(steps)
+            if turn >= WARM_UP:
+                elapsed[kind].append(time.perf_counter() - start)
+                busy[kind].append(time.process_time() - processor)
+    return elapsed, busy
+
+
+def steps_of(kind: str, arguments: argparse.Namespace, folder: Path) -> Iterator[None]:
     """Yields after every step of a run of this kind."""
     from uplvp_hf.data.synthetic import write_scenes
+
+    for seed, name in enumerate(("labeled", "unlabeled")):
+        if not (folder / name).is_dir():
+            write_scenes(folder / name, 16, seed=seed, size=arguments.size)
+    return run_steps(settings_of(kind, arguments, folder))
+
+
+def run_steps(settings: Any) -> Iterator[None]:
+    """Yields after every step of a run with these settings."""
     from uplvp_hf.training.launch import make_accelerator
     from uplvp_hf.training.loop import _Run
     from uplvp_hf.training.task import task_of
     from uplvp_hf.training.unlabeled import build_views, load_unlabeled
 
-    for seed, name in enumerate(("labeled", "unlabeled")):
-        if not (folder / name).is_dir():
-            write_scenes(folder / name, 16, seed=seed, size=arguments.size)
-    settings = settings_of(kind, arguments, folder)
     task = task_of(settings)
     settings = task.with_image_settings(settings)
     accelerator = make_accelerator(settings)

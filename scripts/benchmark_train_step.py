@@ -4,7 +4,8 @@ Same weights, images and objects for both; steps alternate in one process, and a
 median over the rounds. Before anything is timed both must give the same loss on the same random points. Peak memory is
 that of a first step over what model and batch take: on CPU the growth of the resident set in a fresh process each, on
 CUDA the allocator's peak. K-Net and QueryInst steps are timed beside it. The last line is one JSON object. `--teacher`
-times whole steps of the training loop instead, with a teacher over without (`benchmark_teacher_step.py`).
+times whole steps of the training loop instead, with a teacher over without (`benchmark_teacher_step.py`), `--cached`
+those from cached features of a frozen ViT over those that run it (`benchmark_cached_step.py`).
 `time_ratio_N` is of elapsed time, `processor_ratio_N` of processor time, which other processes disturb less.
 
 Commands:
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--peak-of", choices=("ours", "theirs"), help=argparse.SUPPRESS)  # the child process
     parser.add_argument("--teacher", action="store_true", help="steps of the loop with a teacher over those without")
+    parser.add_argument("--cached", action="store_true", help="steps from cached features over those with a ViT")
     arguments = parser.parse_args(argv)
 
     import torch
@@ -59,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         from benchmark_teacher_step import compare_teacher
 
         print(json.dumps({name: round(value, 4) for name, value in compare_teacher(arguments).items()}))
+        return 0
+    if arguments.cached:
+        from benchmark_cached_step import compare_cached
+
+        print(json.dumps({name: round(value, 4) for name, value in compare_cached(arguments).items()}))
         return 0
     result: dict[str, float] = {}
     for objects in arguments.objects:

@@ -38,7 +38,7 @@ HEADS = {
     },
 }  # fmt: skip
 VIT = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_blocks": 2, "image_size": 64,
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_blocks": 2, "image_size": 64,
     "patch_size": 16, "num_register_tokens": 1, "train_num_points": 64,
 }  # fmt: skip
 WHOLE: dict[str, dict] = {  # segmenters whose backbone is part of them
@@ -321,12 +321,12 @@ def test_hidden_states_and_attentions(kind, batch):
     assert torch.equal(output.hidden_states[-1], output.queries)
     assert all(hidden.shape == (3, QUERIES, 32) for hidden in output.hidden_states)
     # A ViT's queries see the 4 x 4 patches too, those of EoMT the class token and the register beside them.
-    seen = QUERIES + (0 if kind[0] not in WHOLE else 18 if "eomt" in kind[0] else 16)
+    seen = QUERIES + {"eomt": 18, "eomt_dinov3": 18, "vit_mask_decoder": 16}.get(kind[0], 0)
     for weights in output.attentions:
         assert weights.shape == (3, 4, seen, seen)
         torch.testing.assert_close(weights.sum(-1), torch.ones(3, 4, seen), rtol=1e-4, atol=1e-4)
     scores = output.class_scores
-    assert (scores is None) == (kind[0] in ("mask2former", *WHOLE))
+    assert (scores is None) == (kind[0] not in ("knet", "queryinst", "rf_detr"))
     if scores is not None:
         assert torch.equal(scores, output.class_queries_logits.sigmoid())
     as_tuple = model(batch["pixel_values"], return_dict=False)
@@ -386,7 +386,7 @@ def test_without_prompts_pretraining_is_the_plain_model(kind, batch, off, inject
         batch["pixel_values"], mask_labels=[m.float() for m in batch["mask_labels"]], class_labels=batch["class_labels"]
     )
     assert torch.equal(alone.class_queries_logits, ours.class_queries_logits)
-    if not model.segmenter.has_no_object:  # those draw points of their own
+    if kind[0] in ("knet", "queryinst"):  # the others draw points of their own
         assert torch.equal(alone.loss, theirs.loss)
 
 

@@ -18,7 +18,7 @@ from uplvp_hf.files import replacing, write_json, writing
 from ..models.errors import UserError
 from .check import largest_differences, own_rounding
 from .graph_file import DESCRIPTION, FILES, save_program
-from .native import native_class, to_native
+from .native import native_class, our_names, to_native
 from .program import INPUTS, OUTPUTS, canvas_of, trace
 from .semantic import export_semantic
 
@@ -174,7 +174,7 @@ def _compare_with_transformers(model: nn.Module, processor: Any, directory: Path
     plain = native_class(name).from_pretrained(directory).eval()
 
     def run(pixel_values: Tensor, pixel_mask: Tensor) -> Mapping[str, Tensor]:
-        takes_mask = name == "mask2former"
-        return plain(pixel_values=pixel_values, **({"pixel_mask": pixel_mask} if takes_mask else {}))
+        masked = {} if name.startswith("eomt") else {"pixel_mask": pixel_mask}
+        return our_names(plain(pixel_values=pixel_values, **masked), pixel_values.shape[-2:])
 
     return largest_differences(model, run, canvas_of(processor), batches=(1,))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import BaseImageProcessor
 
 from ..models.errors import UserError
+from ..models.losses_rf_detr import corners
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation
 
 # By model type: transformers' model, and its image processor.
 NATIVE = {
     "mask2former": ("Mask2FormerForUniversalSegmentation", "Mask2FormerImageProcessor"),
     "eomt": ("EomtForUniversalSegmentation", "EomtImageProcessor"),
+    "rf_detr": ("RfDetrForInstanceSegmentation", "RfDetrImageProcessor"),
     "eomt_dinov3": ("EomtDinov3ForUniversalSegmentation", "EomtImageProcessor"),
 }
 
@@ -54,3 +57,16 @@ def _native_processor(model_type: str, processor: Any, num_labels: int) -> BaseI
     settings |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
     settings |= {"num_labels": num_labels} if model_type == "mask2former" else {"do_pad": True}
     return getattr(import_module("transformers"), NATIVE[model_type][1])(**settings)
+
+
+def our_names(output: Any, canvas: tuple[int, int]) -> Mapping[str, Tensor]:
+    """Predictions of a native class for images without padding, by the names of `SegmenterOutput`."""
+    if "pred_boxes" not in output:
+        return output
+    width_height = output["pred_boxes"].new_tensor([canvas[1], canvas[0]]).repeat(2)
+    return {
+        "class_queries_logits": output["logits"],
+        "masks_queries_logits": output["pred_masks"],
+        "class_scores": output["logits"].float().sigmoid(),
+        "boxes": corners(output["pred_boxes"].float()) * width_height,
+    }

@@ -11,6 +11,7 @@ from .modeling_eomt import EomtDinov3Segmenter, EomtSegmenter
 from .modeling_knet import KNetForInstanceSegmentation
 from .modeling_mask2former import Mask2FormerSegmenter
 from .modeling_queryinst import QueryInstForInstanceSegmentation
+from .modeling_rf_detr import RfDetrSegmenter
 from .modeling_vit_mask_decoder import VitMaskDecoder
 from .prompts import PromptFusion
 from .query_segmenter import InstanceSegmenter
@@ -24,6 +25,7 @@ SEGMENTERS = {
     "eomt": EomtSegmenter,
     "eomt_dinov3": EomtDinov3Segmenter,
     "vit_mask_decoder": VitMaskDecoder,
+    "rf_detr": RfDetrSegmenter,
 }
 
 # What `from_pretrained` needs to find a configuration.

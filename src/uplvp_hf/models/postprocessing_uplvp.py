@@ -66,10 +66,15 @@ def find_instances(
             else:
                 yield signed_values(input_probabilities(chunk, input_size), mask_threshold)
 
+    boxes = getattr(outputs, "boxes", None)
+    if boxes is not None:  # of the model itself (RF-DETR)
+        down, across = (target / source for target, source in zip(target_size, input_size, strict=True))
+        boxes = boxes[index][found[2]].float() * boxes.new_tensor([across, down, across, down])
     return Found(
         *found,
         lambda keys: (mask for chunk in values(keys) for mask in resized_masks(chunk, rows, columns)),
         lambda keys: (flips for chunk in values(keys) for flips in resized_flips(chunk, rows, columns)),
+        boxes,
     )
 
 

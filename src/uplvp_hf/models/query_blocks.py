@@ -1,12 +1,15 @@
 """Queries among the patch tokens of a ViT (EoMT, arXiv 2503.19108): plain self-attention blocks update both, and masks
 are products of the two. What the segmenters that decode so have in common."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from .errors import UserError
 from .losses import LayerOutput
@@ -149,15 +152,23 @@ class QueryBlocksSegmenter(MaskClassificationSegmenter):
         if not attentions:
             return block(tokens, mask, **features.blocks), None
         kept: list[Tensor] = []
-        config, chosen = block.attention.config, block.attention.config._attn_implementation
         hook = block.attention.register_forward_hook(lambda module, arguments, output: kept.append(output[1]))
-        config._attn_implementation = "eager"  # the others do not return their weights
         try:
-            tokens = block(tokens, mask, **features.blocks)
+            with eager_attention(block.attention.config):
+                tokens = block(tokens, mask, **features.blocks)
         finally:
-            config._attn_implementation = chosen
             hook.remove()
         return tokens, kept[-1]
+
+
+@contextmanager
+def eager_attention(config: PreTrainedConfig) -> Iterator[None]:
+    """Lets the modules of this configuration return their attention weights, which other implementations do not."""
+    chosen, config._attn_implementation = config._attn_implementation, "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen
 
 
 def reread_shares(module: QueryBlocksSegmenter, incompatible_keys) -> None:

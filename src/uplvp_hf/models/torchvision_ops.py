@@ -2,12 +2,12 @@
 load and predict."""
 
 try:
-    from torchvision.ops import generalized_box_iou, generalized_box_iou_loss, roi_align, sigmoid_focal_loss
+    from torchvision.ops import box_iou, generalized_box_iou, generalized_box_iou_loss, roi_align, sigmoid_focal_loss
 except ImportError:
 
     def _missing(*arguments, **keywords):
         raise ImportError("Training, and QueryInst, need torchvision: pip install torchvision")
 
-    generalized_box_iou = generalized_box_iou_loss = roi_align = sigmoid_focal_loss = _missing
+    box_iou = generalized_box_iou = generalized_box_iou_loss = roi_align = sigmoid_focal_loss = _missing
 
-__all__ = ["generalized_box_iou", "generalized_box_iou_loss", "roi_align", "sigmoid_focal_loss"]
+__all__ = ["box_iou", "generalized_box_iou", "generalized_box_iou_loss", "roi_align", "sigmoid_focal_loss"]

@@ -20,12 +20,16 @@ def preferred_size(init: str | None, processor: dict[str, Any]) -> int:
     side = processor.get("size", {}).get("longest_edge") if "pad_size" in processor else None
     if side and side % processor.get("size_divisor", DIVISOR) == 0:
         return side
+    side = None
     if init is not None:
         try:
             config = AutoConfig.from_pretrained(init)
         except (OSError, ValueError):  # said by whoever loads the model
             return STANDARD
-        side = getattr(getattr(config, "segmenter_config", None) or config, "image_size", None)
+        segmenter = getattr(config, "segmenter_config", None) or config
+        side = getattr(segmenter, "image_size", None)
+        if segmenter.model_type == "rf_detr":  # whose images are stretched to a square
+            side = processor.get("size", {}).get("height") or segmenter.backbone_config.image_size
     return side if isinstance(side, int) else STANDARD
 
 
