@@ -8,7 +8,6 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -34,7 +33,7 @@ from .canvas import DIVISOR, check_canvas, preferred_size, with_canvas
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
 from .freezing import freeze_backbone, refuse_random_frozen
 from .mixture import MixedSamples
-from .vit_backbone import load_encoder, wants_model
+from .vit import fade_masks, load_encoder, wants_model
 
 logger = logging.getLogger(__name__)
 
@@ -165,27 +164,10 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
         else:
             load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
     freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
-    _fade_masks(model.segmenter, settings)
+    fade_masks(model.segmenter, settings)
     if settings.stage == "finetune" and settings.prompted:
         model.prompts_pseudo_alone = True
     return model
-
-
-def _fade_masks(segmenter: nn.Module, settings: TrainSettings) -> None:
-    """Lets masked attention end on the way, where the segmenter has it: by default where EoMT's own runs do, and not in
-    pre-training, since what is fine-tuned next needs it again. Raises ConfigError where the shares make no sense."""
-    given = (settings.model.attn_mask_start, settings.model.attn_mask_end)
-    if not hasattr(segmenter, "anneal_masks"):
-        if given != (None, None):
-            raise ConfigError(
-                f"A `{segmenter.config.model_type}` has no masked attention that `model.attn_mask_*` ends."
-            )
-    elif given != (None, None) or settings.stage == "finetune":
-        start, end = (one if one is not None else usual for one, usual in zip(given, (1 / 6, 5 / 6), strict=True))
-        try:
-            segmenter.anneal_masks(start, end)
-        except UserError as error:
-            raise ConfigError(f"`model`: {error}") from error
 
 
 def _check_kernel_target(config: UplvpConfig, settings: TrainSettings) -> None:

@@ -1,4 +1,4 @@
-"""Loads the weights of a ViT: a whole model of transformers."""
+"""What a run does differently for a segmenter that is, or has, a ViT: its weights, and the end of masked attention."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import logging
 from torch import nn
 from transformers import AutoModel
 
-from ..models.errors import reading
-from .config import ConfigError
+from ..models.errors import UserError, reading
+from .config import ConfigError, TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -37,3 +37,20 @@ def load_encoder(segmenter: nn.Module, path: str) -> list[str]:
     unused = segmenter.load_encoder(source)
     logger.info("Weights of the ViT from %s; unused there: %s", path, ", ".join(unused) or "none")
     return unused
+
+
+def fade_masks(segmenter: nn.Module, settings: TrainSettings) -> None:
+    """Lets masked attention end on the way, where the segmenter has it: by default where EoMT's own runs do, and not in
+    pre-training, since what is fine-tuned next needs it again. Raises ConfigError where the shares make no sense."""
+    given = (settings.model.attn_mask_start, settings.model.attn_mask_end)
+    if not hasattr(segmenter, "anneal_masks"):
+        if given != (None, None):
+            raise ConfigError(
+                f"A `{segmenter.config.model_type}` has no masked attention that `model.attn_mask_*` ends."
+            )
+    elif given != (None, None) or settings.stage == "finetune":
+        start, end = (one if one is not None else usual for one, usual in zip(given, (1 / 6, 5 / 6), strict=True))
+        try:
+            segmenter.anneal_masks(start, end)
+        except UserError as error:
+            raise ConfigError(f"`model`: {error}") from error
