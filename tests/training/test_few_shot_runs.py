@@ -38,6 +38,7 @@ def words(looks, tiny_segmenter, tmp_path):
     return ["--recipe", str(recipe), "classes=looks24", "--quiet"]
 
 
+@pytest.mark.slow
 def test_from_base_classes_to_a_pushed_model(looks, words, tmp_path, capsys):
     """train, train on, draw, add, evaluate, predict, table, push: as docs/few_shot.md has it."""
     proto, prompt, model = (str(tmp_path / name) for name in ("proto", "prompt", "model"))

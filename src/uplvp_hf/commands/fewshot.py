@@ -126,6 +126,7 @@ def _add(arguments: argparse.Namespace) -> None:
     with new_folder(Path(arguments.output)) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        source["path"] = os.path.relpath(path, arguments.output)  # of which the hash says nothing
         write_json(folder / "supports.json", manifest)
     counts = zip(model.config.id2label.values(), model.config.support_counts, strict=True)
     print(f"{arguments.output}: {', '.join(f'{name} ({count})' for name, count in counts)}")

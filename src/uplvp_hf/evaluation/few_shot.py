@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from ..data import InstanceDataset, Row
 from ..data.aliases import find_classes
@@ -92,37 +93,38 @@ def fit_scores(model: Any, processor: Any, dataset: InstanceDataset, seed: int =
     others, up to `per_class` objects a class. A prototype model also takes the mean of these objects for its own.
     Leaves the model as it is where fewer than two classes have two objects."""
     rng = np.random.default_rng(seed)
-    pool = instances_of(dataset, [category["name"] for category in dataset.categories])
     entries: list[Entry] = []
     labels: list[int] = []
-    for label, found in enumerate(pool.values()):
-        chosen = [found[place] for place in rng.permutation(len(found))[:per_class].tolist()]
-        entries += chosen
-        labels += [label] * len(chosen)
-    kept = [label for label in sorted(set(labels)) if labels.count(label) > 1]
-    if len(kept) < 2:
+    for found in instances_of(dataset, [category["name"] for category in dataset.categories]).values():
+        if len(found) > 1:
+            chosen = [found[place] for place in rng.permutation(len(found))[:per_class].tolist()]
+            entries += chosen
+            labels += [len(set(labels))] * len(chosen)
+    if len(set(labels)) < 2:
         return
     vectors, of = object_vectors(model, processor, dataset, entries).cpu(), torch.tensor(labels)
     if model.config.conditioning == "prototype":
         model.support_mean.mean.copy_(vectors.mean(0))
         model.support_mean.batches.fill_(1)
-    vectors = torch.nn.functional.normalize(vectors - model.support_mean.mean.cpu(), dim=-1)
-    raw = vectors * 1.0
-    cosines, same = [], []
-    for shots in (1, 5, 1, 5, 1, 5, 1, 5):
-        held, owner = [], []
-        for label in kept:
-            own = torch.nonzero(of == label).flatten()
-            held.append(own[torch.from_numpy(rng.permutation(len(own)))[: min(shots, len(own) - 1)]])
-            owner += [len(held) - 1] * len(held[-1])
-        used = torch.cat(held)
-        prototypes = class_vectors(raw[used], torch.tensor(owner), len(kept))
-        rest = torch.ones(len(of), dtype=torch.bool)
-        rest[used] = False
-        cosines.append((raw[rest] @ torch.nn.functional.normalize(prototypes, dim=-1).T).flatten())
-        same.append((of[rest][:, None] == torch.tensor(kept)[None]).flatten())
-    midpoint, temperature = fit_similarity(torch.cat(cosines), torch.cat(same))
-    model.config.similarity_midpoint, model.config.similarity_temperature = midpoint, temperature
+    vectors = vectors - model.support_mean.mean.cpu()
+    draws = [_compared(vectors, of, shots, rng) for shots in (1, 5) * 4]
+    cosines, same = (torch.cat(parts) for parts in zip(*draws, strict=True))
+    model.config.similarity_midpoint, model.config.similarity_temperature = fit_similarity(cosines, same)
+
+
+def _compared(
+    vectors: torch.Tensor, labels: torch.Tensor, shots: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines of objects to the prototypes of all classes, each of `shots` other objects (all but one of a small
+    class), and whether object and prototype are of one class."""
+    classes = int(labels.max()) + 1
+    own = [torch.nonzero(labels == label).flatten() for label in range(classes)]
+    held = torch.cat([one[torch.from_numpy(rng.permutation(len(one)))[: min(shots, len(one) - 1)]] for one in own])
+    prototypes = class_vectors(vectors[held], labels[held], classes)
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[held] = False
+    cosines = F.normalize(vectors[rest], dim=-1) @ F.normalize(prototypes, dim=-1).T
+    return cosines.flatten(), (labels[rest][:, None] == torch.arange(classes)).flatten()
 
 
 Views = Callable[[Row, dict[str, Any]], Pairs]
