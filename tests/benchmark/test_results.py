@@ -12,6 +12,7 @@ from uplvp_hf.benchmark.activations import spread
 from uplvp_hf.benchmark.claims import CLAIMS, Verdict, judge
 from uplvp_hf.benchmark.figures import pseudo_curves, results_table, write_results
 from uplvp_hf.benchmark.rows import read_rows
+from uplvp_hf.benchmark.separation import separation_table
 
 
 def row(arm: str, seed: int, ap: float, labels: int = 10, segmenter: str = "knet", steps: int = 200) -> dict:
@@ -35,6 +36,21 @@ def test_table():
     assert table[0] == "| knet: arm | 10 labels a class | fine-tuning steps | runs |"
     assert table[2] == "| scratch | 11.0 (1.0) / 22.0 (2.0) | 200 | 3 |"
     assert table[3] == "| full | 21.3 (1.5) / 42.7 (3.1) | 200 | 3 |"
+
+
+def test_table_of_neighbors():
+    """Found at .5, found and merged at the best score, of images with several objects; rows of before have no such."""
+    rows = [row("scratch", seed, 0.1) for seed in range(2)]
+    assert separation_table(rows) == ""
+    for one, found in zip(rows, (0.2, 0.4)):
+        several = {"objects": "2 or more", "images": 3, "annotations": 9, "found": found, "merged": 0.5, "split": 0.0}
+        at = [{"threshold": 0.5, "f1": found / 2, "by_objects": [several]}]
+        at.append({"threshold": 0.3, "f1": found, "by_objects": [{**several, "objects": "1", "found": 0.9}]})
+        at[1]["by_objects"].append({**several, "found": 2 * found})
+        one["findings"] = {"best_threshold": 0.3, "at": at}
+    line = separation_table(rows).splitlines()[2]
+    numbers = "10.0 (0.0) | 20.0 (0.0) | 15.0 (7.1) | 30.0 (14.1) | 30.0 (0.0) | 90.0 (0.0) | 30.0 (14.1) | 60.0 (28.3)"
+    assert line == f"| knet: scratch | 10 labels a class | 200 | {numbers} | 50.0 (0.0) | 2 |"
 
 
 def test_table_of_pretrained_models_alone():

@@ -1,5 +1,6 @@
 """`uplvp evaluate` and `uplvp predict` from the command line's side."""
 
+import argparse
 import csv
 import json
 import shutil
@@ -16,6 +17,9 @@ from uplvp_hf.commands import evaluate, predict
 from uplvp_hf.data import DataWarning, load_dataset_rows
 from uplvp_hf.evaluation import BACKENDS, METRICS, backends, load_segmenter, make_evaluator, predict_dataset
 from uplvp_hf.files import only_run
+from uplvp_hf.hub.card import build_card
+from uplvp_hf.inference import Predictor
+from uplvp_hf.models.pipeline_uplvp import UplvpInstanceSegmentationPipeline
 
 
 def test_evaluate_writes_metrics_and_results(tiny_model_dir, scenes_dir, tmp_path, capsys):
@@ -27,6 +31,9 @@ def test_evaluate_writes_metrics_and_results(tiny_model_dir, scenes_dir, tmp_pat
     metrics = json.loads((output / "metrics.json").read_text())
     assert 0 <= metrics["AP"] <= 1 and metrics["num_images"] == 6
     assert metrics["command"].startswith("uplvp evaluate ") and metrics["data"] == str(scenes_dir)
+    assert metrics["findings"]["at"][0]["threshold"] == 0.5 and "objects an image" in printed
+    page = (output / "report.html").read_text()
+    assert "<h2>Neighbors</h2>" in page and "<td>2 or more</td>" in page
     dataset = load_dataset_rows(scenes_dir)
     results = json.loads((output / "results.json").read_text())
     assert results and {entry["category_id"] for entry in results} <= set(dataset.category_ids)
@@ -34,6 +41,30 @@ def test_evaluate_writes_metrics_and_results(tiny_model_dir, scenes_dir, tmp_pat
     assert sorted(file.name for file in output.iterdir()) == [
         "metrics.json", "per_class.csv", "report.html", "results.json",
     ]  # fmt: skip
+
+
+def test_a_stored_threshold_is_what_everything_starts_from(tiny_model_dir, scenes_dir, tmp_path, capsys):
+    model_dir, images = tmp_path / "model", str(scenes_dir / "images")
+    shutil.copytree(tiny_model_dir, model_dir)
+    given = argparse.Namespace(model=str(model_dir), duplicates=0.6)
+    assert "No threshold is stored" in evaluate._store(given, {"best_threshold": 0.03, "annotations": 19})
+    assert load_segmenter(str(model_dir))[0].config.default_threshold is None
+    assert "from a score of 0.03 on" in evaluate._store(given, {"best_threshold": 0.03, "annotations": 20})
+    model, processor = load_segmenter(str(model_dir), "cpu")
+    assert (model.config.default_threshold, model.config.duplicate_iou) == (0.03, 0.6)
+    found = {}
+    for name, words in (("stored", []), ("given", ["--threshold", "0.03"]), ("usual", ["--threshold", "0.5"])):
+        options = ["--output", str(tmp_path / name), "--quiet", "--device", "cpu", "--no-overlays"]
+        assert predict.main([str(model_dir), images, *options, *words]) == 0
+        found[name] = json.loads((tmp_path / name / "predictions.json").read_text())["annotations"]
+    assert found["stored"] == found["given"] and len(found["stored"]) > len(found["usual"])
+    image = Image.open(sorted((scenes_dir / "images").iterdir())[0])
+    predictor = Predictor(model, processor)
+    scores = predictor.predict(image).scores.tolist()
+    assert scores == predictor.predict(image, threshold=0.03).scores.tolist() and min(scores) >= 0.03
+    segmenter = UplvpInstanceSegmentationPipeline(model=model, image_processor=processor)
+    assert [entry["score"] for entry in segmenter(image)] == pytest.approx(scores, abs=1e-5)
+    assert "threshold=0.03" in str(build_card(model_dir, "someone/model"))
 
 
 def test_crowds_can_be_evaluated_as_objects(tiny_model_dir, scenes_dir, tmp_path, capsys):
@@ -117,6 +148,7 @@ def test_evaluate_cityscapes_metric(tiny_model_dir, scenes_dir, tmp_path, capsys
     [
         (["--report"], "--report needs --output"),
         (["--threshold", "1.5"], "--threshold must be from 0 to 1"),
+        (["--store-threshold"], "--store-threshold writes into the folder of a model"),
         (["--mask-threshold", "-1"], "--mask-threshold must be from 0 to 1"),
         (
             ["--metric", "cityscapes", "--backend", "pycocotools"],

@@ -9,7 +9,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional
 
 from uplvp_hf.data import InstanceDataset, InstanceMasks, TrainingSet, TrainTransform, collate, encode_mask
-from uplvp_hf.data.copy_paste import choose, paste
+from uplvp_hf.data.copy_paste import beside, choose, paste
+from uplvp_hf.data.instance_masks import make_patch
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 
 HEIGHT, WIDTH = 180, 260
@@ -279,6 +280,43 @@ def test_copy_paste_bridges_images_that_cannot_be_opened():
     assert all(sample["index"] == 0 for sample in found) and [f["row"] for f in samples.failures] == ["row 1"]
 
 
+def test_a_neighbor_stands_beside_one_of_its_class():
+    """Pasted pixels come with their mask; boxes of the two overlap by a third at most, or nearly touch."""
+    plain = samples_of(rows(4, per_image=2), TrainTransform(128, color_jitter=0))
+    samples = samples_of(rows(4, per_image=2), TrainTransform(128, color_jitter=0), side_by_side=1.0)
+    added = 0
+    for index, epoch in np.ndindex(4, 8):
+        before, sample = plain.sample(index, epoch), samples.sample(index, epoch)
+        masks, labels = sample["mask_labels"].dense(), sample["class_labels"].tolist()
+        assert len(masks) == len(labels) == len(sample["prompt_scores"])
+        pixels = (sample["pixel_values"] * 255).round().permute(1, 2, 0).long()
+        for mask, label in zip(masks, labels):  # edges of the resized discs apart
+            assert (pixels[mask] == torch.tensor(COLORS[label])).all(1).float().mean() > 0.7
+        if len(labels) <= len(before["class_labels"]):
+            continue
+        added += 1
+        assert labels.count(labels[-1]) == before["class_labels"].tolist().count(labels[-1]) + 1 >= 2
+    assert added > 10
+
+
+def test_beside_is_a_side_of_the_anchor():
+    anchor, patch = (
+        make_patch(np.ones(size, dtype=bool), *at) for size, at in (((30, 20), (50, 40)), ((24, 40), (7, 3)))
+    )
+    sides, draws = set(), generator()
+    for _ in range(200):
+        right, down = beside(anchor, patch, 120, 130, draws)
+        left, top = patch.left + right, patch.top + down
+        across = min(left + 40, 70) - max(left, 50)  # of the boxes
+        along = min(top + 24, 70) - max(top, 40)
+        assert across > -1 and along > -1
+        assert across <= 20 / 3 + 1 or along <= 24 / 3 + 1
+        sides.add("across" if across <= 20 / 3 + 1 else "along")
+    assert sides == {"across", "along"}
+    full = make_patch(np.ones((100, 100), dtype=bool))
+    assert beside(full, full, 100, 100, draws) is None
+
+
 def test_negatives_stay_and_take_pasted_instances():
     dataset = rows(2)
     dataset.rows[0]["objects"] = {key: [] for key in dataset.rows[0]["objects"]}
@@ -313,5 +351,6 @@ def test_a_batch_of_different_sizes_is_padded_to_its_largest():
 def test_settings_that_do_not_fit(keywords):
     with pytest.raises(ValueError, match=list(keywords)[-1]):
         TrainTransform(64, **keywords)
-    with pytest.raises(ValueError, match="copy_paste"):
-        samples_of(rows(1), TrainTransform(64), copy_paste=1.5)
+    for name in ("copy_paste", "side_by_side"):
+        with pytest.raises(ValueError, match=name):
+            samples_of(rows(1), TrainTransform(64), **{name: 1.5})

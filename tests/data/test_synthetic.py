@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools.coco import COCO
+from scipy import ndimage
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from uplvp_hf.data.synthetic import (
@@ -77,6 +78,25 @@ def test_colored_light_changes_colors_alone():
     assert np.ptp(ratios, axis=0).min() > 0.1
     with pytest.raises(UserError, match="cast must be from 0 to below 1"):
         make_scene(0, cast=1.0)
+
+
+def test_crowded_scenes_hold_touching_objects_of_one_class():
+    """Most objects touch one of their class, in plain scenes few; masks stay disjoint and large enough."""
+    shares = {}
+    for crowded in (False, True):
+        touching = []
+        for seed in SEEDS:
+            scene = make_scene(seed, min_objects=2, max_objects=8, crowded=crowded)
+            masks, labels = scene["masks"], scene["labels"]
+            assert len(masks) >= 2 and masks.sum(axis=0).max() <= 1
+            assert masks.sum(axis=(1, 2)).min() >= MIN_VISIBLE_AREA
+            for k, mask in enumerate(masks):
+                near = ndimage.binary_dilation(mask, iterations=2)
+                touching.append(
+                    any((near & masks[j]).any() for j in range(len(masks)) if j != k and labels[j] == labels[k])
+                )
+        shares[crowded] = np.mean(touching)
+    assert shares[True] > 0.75 and shares[False] < 0.25
 
 
 def test_masks_match_pixels():

@@ -102,6 +102,24 @@ def test_uncertain_points_are_the_least_certain_and_the_rest_uniform(scene):
     assert torch.equal(points[:, 300:], drawn["uniform"])
 
 
+def test_hard_points_are_the_wrong_ones_first():
+    """Of a map that is sure of a neighbor too, hard points lie on the neighbor; uncertain ones hardly do."""
+    truth = torch.zeros(1, 32, 32, dtype=torch.bool)
+    truth[:, 4:28, 2:12] = True
+    maps = torch.full((1, 32, 32), -9.0)
+    maps[:, 4:28, 2:12] = maps[:, 4:28, 16:26] = 9.0  # the right object, and its neighbor
+    on_neighbor = {}
+    for hard in (False, True):
+        torch.manual_seed(0)
+        made = sampler(points=400)
+        made.hard = hard
+        ((_, place, value),) = made.chunks(maps, BinaryMasks(truth), torch.zeros(1, dtype=torch.int64))
+        torch.testing.assert_close(value, sample_points(maps[:, None], place)[:, 0])
+        on_neighbor[hard] = float(((place[..., 0] > 0.5) & (value > 8)).float().mean())
+    area = 24 * 10 / 32**2
+    assert on_neighbor[False] < area and on_neighbor[True] > 2 * area
+
+
 @pytest.mark.parametrize("value", [0.0, 3.0, float("nan")])
 def test_equal_or_lost_logits_still_give_every_mask_its_points(value):
     maps = torch.full((3, 8, 8), value)

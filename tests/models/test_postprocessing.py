@@ -107,6 +107,31 @@ def test_overlapping_instances_both_survive(return_rle):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("return_rle", [True, False])
+def test_duplicates_are_left_out_within_a_class(kind, return_rle):
+    """Against the plain rule on dense masks: best first, each at most so like one of its class that stayed."""
+    outputs, settings = some_outputs(kind, queries=16, classes=2), {"target_sizes": [(50, 60)] * 2, "threshold": 0.0}
+    every = process(outputs, **settings)
+    fewer = process(outputs, **settings, duplicates=0.3, return_rle=return_rle)
+    assert all(
+        torch.equal(a["scores"], b["scores"]) for a, b in zip(every, process(outputs, **settings, duplicates=1.0))
+    )
+    left_out = 0
+    for whole, part in zip(every, fewer, strict=True):
+        masks, labels, kept = whole["masks"].flatten(1).float(), whole["labels"], []
+        for k in range(len(masks)):
+            common = [(masks[k] * masks[j]).sum() for j in kept]
+            areas = [masks[k].sum() + masks[j].sum() for j in kept]
+            like = [labels[j] == labels[k] and c / (a - c) > 0.3 for j, c, a in zip(kept, common, areas)]
+            kept += [] if any(like) else [k]
+        left_out += len(masks) - len(kept)
+        for name in ("scores", "labels", "boxes"):
+            assert torch.equal(part[name], whole[name][kept]), name
+        assert len(part["rle"] if return_rle else part["masks"]) == len(kept)
+    assert left_out > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_single_equals_batched(kind):
     """Among larger ones, in padding that says other things. Images that end with a cell and within one."""
     sizes, targets = [(64, 128), (63, 50)], [(90, 180), (126, 100)]

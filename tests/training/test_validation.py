@@ -38,7 +38,8 @@ def test_best_is_the_first_of_equals():
 
 @pytest.fixture
 def scored(monkeypatch):
-    """scored([AP, ...]): evaluations find these. Returns, filled by the run, a weight of every model evaluated."""
+    """scored([AP, ...]): evaluations find these, and a best F1 at such a score. Returns, filled by the run, a weight of
+    every model evaluated."""
 
     def go(scores):
         seen = []
@@ -46,7 +47,9 @@ def scored(monkeypatch):
         def evaluate(model, *arguments, **options):
             metrics = evaluate_model(model, *arguments, **options)
             seen.append(next(model.parameters()).detach().clone())
-            return {**metrics, "AP": scores[len(seen) - 1]}
+            score = scores[len(seen) - 1]
+            findings = {**metrics["findings"], "best_threshold": score, "annotations": 20}
+            return {**metrics, "AP": score, "findings": findings}
 
         monkeypatch.setattr(task, "evaluate_model", evaluate)
         return seen
@@ -62,13 +65,17 @@ def test_the_best_model_is_the_one_that_stays(run, scored, scenes_dir, tmp_path)
     assert result.model_step == 4 and result.steps == 6
     assert torch.equal(next(result.model.parameters()), seen[1]) and not torch.equal(seen[1], seen[2])
     saved = UplvpForInstanceSegmentation.from_pretrained(tmp_path / "run")
-    assert torch.equal(next(saved.parameters()), seen[1])
+    assert torch.equal(next(saved.parameters()), seen[1]) and saved.config.default_threshold == 0.4
     summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
     assert summary["model_step"] == 4 and summary["metrics"]["AP"] == 0.4 and summary["steps"] == 6
     assert len(list((tmp_path / "run").glob("best-4/*.json"))) >= 3  # a model folder of its own
     seen = scored([0.1, 0.4, 0.2])
     last = run("last", *words[:-2])
     assert last.model_step == 6 and torch.equal(next(last.model.parameters()), seen[2])
+    assert last.model.config.default_threshold == 0.2
+    # A run that measures none does not keep the one of the model that it starts from.
+    after = run("after", f"model.init={tmp_path / 'run'}", "stage=finetune", "optim.steps=1", "data.extra=null")
+    assert after.model.config.default_threshold is None
 
 
 def test_a_surpassed_model_stays_as_long_as_a_checkpoint_goes_back_to_it(run, scored, scenes_dir, tmp_path):

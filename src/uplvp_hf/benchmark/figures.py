@@ -14,8 +14,9 @@ from ..evaluation.measures import shown_metrics, spelled
 from ..files import replacing, write_text
 from ..models.errors import UserError
 from .claims import claims_table, judge
-from .rows import label_counts, labels_text, row_metric, row_value
+from .rows import label_counts, labels_text, percent_text, row_metric, row_value
 from .semantic import control_columns
+from .separation import separation_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,8 +55,8 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
         for suffix in ("svg", "png"):
             with replacing(output / f"{name}.{suffix}", "wb") as stream:
                 stream.write(figure_bytes(figure, suffix))
-    tables = [results_table(rows, one) for one in _in_order(rows, "segmenter")]
-    text = "\n\n".join([*tables, claims_table(judge(rows), row_metric(rows))])
+    tables = [*(results_table(rows, one) for one in _in_order(rows, "segmenter")), separation_table(rows)]
+    text = "\n\n".join([*filter(None, tables), claims_table(judge(rows), row_metric(rows))])
     write_text(output / "results.md", text + "\n")
     return text
 
@@ -90,11 +91,7 @@ def _cell(rows: Rows) -> str:
 
 def mean_text(rows: Rows, metric: str) -> str:
     """`39.9 (1.4)`: mean and standard deviation (n - 1) over rows, in per cent."""
-    values = [100 * row["metrics"][metric] for row in rows if row["metrics"][metric] is not None]
-    if not values:
-        return "-"
-    spread = f" ({statistics.stdev(values):.1f})" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    return percent_text([row["metrics"][metric] for row in rows])
 
 
 def curves_of(rows: Rows) -> Comparison:

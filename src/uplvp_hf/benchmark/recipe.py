@@ -56,7 +56,8 @@ class BenchmarkData(Settings):
     scenes: dict[str, Any] | None = setting(
         None,
         "synthetic scenes that are generated in place of all that: counts {unlabeled, train, val}, the first one only "
-        "with label sets; also size (pixels) and cast (of colored light), as `write_scenes` takes them",
+        "with label sets; also size (pixels), cast (of colored light) and crowded (true: groups of touching objects of "
+        "one class), as `write_scenes` takes them",
     )
 
 

@@ -23,6 +23,7 @@ from ..evaluation.visualize import overlay_uri
 from ..files import write_text
 from ..labeling.quality import proposal_quality, row_keys
 from ..models.errors import UserError
+from ..models.thresholds import score_threshold
 from ..training.build import build_data
 from ..training.semantic_task import is_semantic
 from .figures import curves_of, mean_text
@@ -151,7 +152,11 @@ class Report:
         model = str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0]))
         if is_semantic(job.settings.model):
             return {"arm": job.row["arm"], "pairs": semantic_pairs(model, val, SHOWN, SIDE), "note": ""}
-        return {"arm": job.row["arm"], "pairs": predicted_pairs(model, val), "note": "Scores above 0.5. "}
+        return {
+            "arm": job.row["arm"],
+            "pairs": predicted_pairs(model, val),
+            "note": "From the model's own score on. ",
+        }
 
 
 def predicted_pairs(folder: str, dataset: InstanceDataset, count: int = SHOWN) -> list[list[str]]:
@@ -159,7 +164,8 @@ def predicted_pairs(folder: str, dataset: InstanceDataset, count: int = SHOWN) -
     model, processor = load_segmenter(folder)
     shown = dataset.subset(range(min(count, len(dataset))))
     pairs = []
-    found = predict_dataset(model, processor, shown, threshold=0.5, progress=False)
+    threshold = score_threshold(model.config)
+    found = predict_dataset(model, processor, shown, threshold=threshold, progress=False)
     for index, (row, instances) in enumerate(found):
         labels, scores = instances["labels"].tolist(), instances["scores"].tolist()
         image = shown.load_image(index)

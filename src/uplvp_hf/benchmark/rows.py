@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 from collections.abc import Sequence
 from functools import cache
@@ -17,6 +18,7 @@ from ..evaluation.measures import main_metric
 from ..evaluation.predictor import METRICS, evaluate_model, load_segmenter
 from ..files import write_json_lines
 from ..models.errors import UserError, reading
+from ..models.thresholds import SCORE_THRESHOLD
 from ..training.build import build_data
 from ..training.config import TrainSettings
 from ..training.semantic_task import is_semantic
@@ -44,7 +46,8 @@ def make_row(folder: Path, job: Job) -> dict[str, Any]:
     else:
         model, processor = load_segmenter(str(folder / job.needs[0]))
         agnostic = before[0]["settings"]["model"]["class_agnostic"]
-        metrics = evaluate_model(model, processor, val, class_agnostic=agnostic, progress=False)
+        options = {"class_agnostic": agnostic, "at_score": SCORE_THRESHOLD, "progress": False}
+        metrics = evaluate_model(model, processor, val, **options)
         summary, evaluations = None, {"0": metrics | {"class_agnostic": agnostic}}
     maps = query_activations(model, processor, val)
     own.mkdir(parents=True, exist_ok=True)
@@ -61,6 +64,7 @@ def _numbers(evaluations: dict[str, dict[str, Any]], names: Sequence[str]) -> di
         "metrics": {name: _rounded(last[name]) for name in names},
         "per_class": {name: _rounded(value) for name, value in last["per_class"].items()},
         "curve": {step: _rounded(metrics[names[0]]) for step, metrics in evaluations.items()},
+        "findings": _findings(last),
         **agnostic,
     }
 
@@ -98,6 +102,22 @@ def _pseudo_curve(log: Path) -> dict[str, dict[str, float]] | None:
         for line in lines
     }
     return {step: values for step, values in found.items() if values} or None
+
+
+def _findings(metrics: dict[str, Any]) -> dict[str, Any] | None:
+    """What is true at a score of .5 and at the best one (`Findings.compute`), rounded; None of an older training."""
+    found = metrics.get("findings")
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list) else _rounded_number(value)
+
+    return found and {"best_threshold": found["best_threshold"], "at": plain(found["at"])}
+
+
+def _rounded_number(value: Any) -> Any:
+    return round(value, _DIGITS) if isinstance(value, float) else value
 
 
 def _rounded(value: float | None) -> float | None:
@@ -216,3 +236,12 @@ def labels_text(count: int | str) -> str:
     if count == 0:
         return "no label"
     return f"split {count}" if isinstance(count, str) else f"{count} labels a class"
+
+
+def percent_text(values: Sequence[float | None]) -> str:
+    """`39.9 (1.4)`: mean and standard deviation (n - 1) in per cent, of the values that there are; `-` for none."""
+    found = [100 * value for value in values if value is not None]
+    if not found:
+        return "-"
+    spread = f" ({statistics.stdev(found):.1f})" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.1f}{spread}"

@@ -43,10 +43,12 @@ def _as_arguments(train: dict[str, str]) -> dict[str, str]:
 
 def _scenes(benchmark: Benchmark, folder: Path) -> Sources:
     given = dict(benchmark.data.scenes)
-    look = {key: given.pop(key) for key in ("size", "cast") if key in given}
+    look = {key: given.pop(key) for key in ("size", "cast", "crowded") if key in given}
     wanted = [name for name in _SCENES if name in given or name != "unlabeled" or benchmark.labels]
     if set(given) != set(wanted) or not all(isinstance(count, int) and count > 0 for count in given.values()):
         raise ConfigError(f"`data.scenes` holds a number for each of {', '.join(wanted)}, got {given}.")
+    if not isinstance(look.get("crowded", False), bool):
+        raise ConfigError(f"`data.scenes.crowded` is true or false, got {look['crowded']!r}.")
     for seed, name in enumerate(_SCENES):
         if name in given and not (folder / name / "annotations" / "instances.json").is_file():
             shutil.rmtree(folder / name, ignore_errors=True)  # what broke off: the annotations are written last

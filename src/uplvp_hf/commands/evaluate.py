@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
-from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
+from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD, score_threshold
 from . import _semantic
 from ._terminal import check_device, verb
 from .data import add_source, load_source
@@ -34,8 +35,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="uplvp evaluate",
         description="Mask AP of a model on a labeled dataset, or mIoU of a semantic segmenter. With --output DIR: "
-        "metrics.json and per_class.csv, for mask AP also results.json (COCO results) and report.html, a page with the "
-        "best and worst images.",
+        "metrics.json and per_class.csv, for mask AP also results.json (COCO results) and report.html, a page with "
+        "scores, neighbors that are told apart, and the best and worst images.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL_DIR", help="folder of a trained model, or USER/NAME on the Hub")
@@ -67,9 +68,18 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--threshold",
         type=float,
-        default=SCORE_THRESHOLD,
-        help="least score of what the page shows and rates (default: %(default)s)",
+        help="least score of what the page shows and rates, and of the printed recalls; AP has none (default: what was "
+        f"measured for the model, else {SCORE_THRESHOLD})",
     )
+    add(
+        "--store-threshold", action="store_true",
+        help="write the score of best F1, and --duplicates where given, into config.json of MODEL_DIR: what `predict`, "
+        "pipelines, endpoint, page and card then start from",
+    )  # fmt: skip
+    add(
+        "--duplicates", type=float, metavar="IOU",
+        help="of two instances of a class that overlap more, leave out the worse one (default: the model's, else none)",
+    )  # fmt: skip
     add("--device", help="cpu, cuda, cuda:1, ... (default: the GPU if there is one)")
     add("--ask", choices=ASKS, default="open", help="of a few-shot model: every class on every image (default), the "
         "classes present on an image, or N-way episodes; see docs/few_shot.md")  # fmt: skip
@@ -94,6 +104,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     dataset = load_source(arguments)
     model, processor = load_segmenter(arguments.model, arguments.device)
     dataset, views = _asked(arguments, model, dataset)
+    if arguments.threshold is None:
+        arguments.threshold = score_threshold(model.config)
     category_ids = evaluated_classes(model.config, dataset, arguments.class_agnostic)
     with _alone(arguments.output, processes.rank):
         _score(arguments, processes, dataset, (model, processor), category_ids, views)
@@ -152,6 +164,8 @@ def _score(
         metric=arguments.metric,
         details=True,
         threshold=arguments.min_score,
+        at_score=arguments.threshold,
+        duplicates=arguments.duplicates,
         **{"top_k": arguments.max_detections, **views},
     )
     if kept is not None:
@@ -160,6 +174,8 @@ def _score(
         return
     metrics["failures"] = [*dataset.failures, *metrics["failures"]]
     print(format_metrics(metrics))
+    if arguments.store_threshold:
+        print(_store(arguments, metrics["findings"]))
     if kept is not None:
         names = {category_id: model.config.id2label[label] for label, category_id in enumerate(category_ids)}
         _write(arguments, metrics, kept, dataset, names)
@@ -169,12 +185,34 @@ def _check(arguments: argparse.Namespace) -> None:
     for name in ("batch_size", "max_detections"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1")
-    for name in ("threshold", "mask_threshold", "min_score"):
-        if not 0 <= getattr(arguments, name) <= 1:
+    for name in ("threshold", "mask_threshold", "min_score", "duplicates"):
+        if not 0 <= (getattr(arguments, name) or 0) <= 1:
             raise UserError(f"--{name.replace('_', '-')} must be from 0 to 1")
     if arguments.report and not arguments.output:
         raise UserError("--report needs --output DIR to write the page to")
+    if arguments.store_threshold and not (Path(arguments.model) / "config.json").is_file():
+        raise UserError(f"--store-threshold writes into the folder of a model; {arguments.model} is none here")
     check_device(arguments.device)
+
+
+def _store(arguments: argparse.Namespace, findings: dict[str, Any]) -> str:
+    """Writes the score of best F1 into the model's configuration; says what was done."""
+    from uplvp_hf.evaluation.findings import LEAST_ANNOTATIONS, storable_threshold
+    from uplvp_hf.files import write_json
+
+    best = storable_threshold(findings)
+    if best is None:
+        return (
+            f"No threshold is stored: nothing was found, or fewer than {LEAST_ANNOTATIONS} objects are annotated "
+            f"({findings['annotations']})."
+        )
+    file = Path(arguments.model) / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["default_threshold"] = best
+    if arguments.duplicates is not None:
+        config["duplicate_iou"] = arguments.duplicates
+    write_json(file, config)
+    return f"Stored in {file}: instances are shown from a score of {best:.2f} on."
 
 
 class _Kept:
@@ -236,6 +274,7 @@ def _write(
         "mask_threshold": arguments.mask_threshold,
         "max_detections": arguments.max_detections,
         "min_score": arguments.min_score,
+        "duplicates": arguments.duplicates,
     }
     written = [output / "metrics.json", output / "results.json"]
     kept.results.write()
@@ -260,7 +299,7 @@ def _words(arguments: argparse.Namespace) -> list[str]:
     """Those of the command that its numbers depend on."""
     words = [arguments.model, arguments.path]
     usual = {"mask_threshold": MASK_THRESHOLD, "metric": "coco", "ask": "open"}
-    usual |= {"max_detections": 100, "min_score": MIN_SCORE}
+    usual |= {"max_detections": 100, "min_score": MIN_SCORE, "duplicates": None}
     for name in ("split", "images", "format", "config", *usual):
         value = getattr(arguments, name)
         if value != usual.get(name):
@@ -284,6 +323,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         for row in metrics["details"]["classes"]:
             numbers = f"{percent(row['AP']):>6} {percent(row['AP50']):>6} {row['annotations']:>12}"
             lines.append(f"{row['name']:<{width}} {numbers}")
+    lines += ["", *format_findings(metrics["findings"])]
     lines += ["", f"{metrics['num_images']} images, {metrics['num_instances']} instances, {metrics['seconds']:.1f} s."]
     shown = 10
     for failure in metrics["failures"][:shown]:
@@ -291,6 +331,23 @@ def format_metrics(metrics: dict[str, Any]) -> str:
     if len(metrics["failures"]) > shown:
         lines.append(f"... and {len(metrics['failures']) - shown} more; --output DIR lists them all.")
     return "\n".join(lines)
+
+
+def format_findings(findings: dict[str, Any]) -> list[str]:
+    """What is true at a score threshold and at the best one: a line each, and one for every number of objects."""
+    lines = []
+    for at in findings["at"]:
+        lines.append(
+            f"score {at['threshold']:.2f}: precision {at['precision']:.2f}, recall {at['recall']:.2f}, "
+            f"F1 {at['f1']:.2f}; {at['merges']} merges, {at['repeats']} repeats"
+        )
+    if findings["best_threshold"] is not None:
+        lines[-1] += "  <- best F1"
+    lines.append("objects an image    images  objects" + "".join(f"{name:>8}" for name in ("found", "merged", "split")))
+    for row in findings["at"][-1]["by_objects"]:
+        shares = "".join(f"{row[name]:>8.2f}" for name in ("found", "merged", "split"))
+        lines.append(f"{row['objects']:<18} {row['images']:>7} {row['annotations']:>8}{shares}")
+    return lines
 
 
 main = verb("evaluate", make_parser, _evaluate)

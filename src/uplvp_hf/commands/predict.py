@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..models.errors import UserError
-from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
+from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD, score_threshold
 from . import _semantic
 from ._terminal import AGAIN, add_verbosity, check_device, verb
 
@@ -36,7 +36,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="images, folders that are searched recursively, patterns such as 'shots/**/*.jpg', http(s) addresses",
     )  # fmt: skip
     add("--output", metavar="DIR", required=True, help="for predictions.json, overlays/, failures.jsonl")
-    add("--threshold", type=float, default=SCORE_THRESHOLD, help="least score, 0 to 1 (default: %(default)s)")
+    add(
+        "--threshold", type=float,
+        help=f"least score, 0 to 1 (default: what was measured for the model, else {SCORE_THRESHOLD})",
+    )  # fmt: skip
+    add(
+        "--duplicates", type=float, metavar="IOU",
+        help="of two instances of a class that overlap more, leave out the worse one (default: the model's, else none)",
+    )  # fmt: skip
     add(
         "--mask-threshold",
         type=float,
@@ -85,12 +92,15 @@ def _predict(arguments: argparse.Namespace, tiles: Tiles | None) -> None:
     dataset = _find(arguments, output)
     model, processor = load_model(arguments.model, arguments.device)
     config = model.config
+    if arguments.threshold is None:
+        arguments.threshold = score_threshold(config)
     journal = Journal(output, _settings(arguments), arguments.overwrite)
     known = journal.known(dataset.rows)
     if known and not arguments.quiet:
         print(f"{len(known)} of {len(dataset)} images are done already")
     failures = list(dataset.failures)
-    settings = {key: getattr(arguments, key) for key in ("batch_size", "threshold", "mask_threshold", "top_k")}
+    keys = ("batch_size", "threshold", "mask_threshold", "top_k", "duplicates")
+    settings = {key: getattr(arguments, key) for key in keys}
     todo = dataset.subset([index for index, row in enumerate(dataset.rows) if row["image_id"] not in known])
     with pixels_unbounded():
         for row, result in predict_rows(
@@ -115,8 +125,9 @@ def _check(arguments: argparse.Namespace) -> Tiles | None:
     """Raises UserError for numbers that no run can use, before anything is read."""
     from uplvp_hf.inference import Tiles
 
-    if arguments.batch_size < 1 or not 0 <= arguments.threshold <= 1:
-        raise UserError("--batch-size must be at least 1, and --threshold from 0 to 1")
+    shares = (arguments.threshold or 0, arguments.duplicates or 0)
+    if arguments.batch_size < 1 or not all(0 <= share <= 1 for share in shares):
+        raise UserError("--batch-size must be at least 1, and --threshold and --duplicates from 0 to 1")
     if arguments.top_k < 1 or not 0 < arguments.mask_threshold < 1:
         raise UserError("--top-k must be at least 1, and --mask-threshold between 0 and 1")
     for name in ("max_pixels", "max_bytes"):
@@ -145,7 +156,7 @@ def _find(arguments: argparse.Namespace, output: Path):
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """What the results of an image depend on, for the run that goes on where this one was killed."""
-    keys = ("threshold", "mask_threshold", "top_k", "tiles", "overlap", "tiles_with_full", "no_overlays")
+    keys = ("threshold", "mask_threshold", "top_k", "duplicates", "tiles", "overlap", "tiles_with_full", "no_overlays")
     model, weights = arguments.model, []
     if os.path.isdir(model):
         model = os.path.abspath(model)

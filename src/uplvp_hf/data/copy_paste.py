@@ -1,4 +1,5 @@
-"""Simple copy-paste (Ghiasi et al. 2021): instances of one augmented image pasted onto another one."""
+"""Simple copy-paste (Ghiasi et al. 2021): instances of one augmented image pasted onto another one, anywhere or beside
+an instance of their class."""
 
 from __future__ import annotations
 
@@ -42,6 +43,19 @@ def paste(
     """
     left = _offset(masks.width - other_masks.width, generator)
     top = _offset(masks.height - other_masks.height, generator)
+    return paste_at(pixels, masks, other_pixels, other_masks, (left, top), min_area)
+
+
+def paste_at(
+    pixels: torch.Tensor,
+    masks: InstanceMasks,
+    other_pixels: torch.Tensor,
+    other_masks: InstanceMasks,
+    offset: tuple[int, int],
+    min_area: int,
+) -> tuple[torch.Tensor, InstanceMasks, list[int], list[int]]:
+    """As `paste`, with the other image moved by `offset` (to the right, down), which may be negative."""
+    left, top = offset
     moved = [_moved(patch, left, top, masks.height, masks.width, min_area) for patch in other_masks.patches]
     pasted = [index for index, patch in enumerate(moved) if patch is not None]
     above = InstanceMasks(masks.height, masks.width, tuple(moved[index] for index in pasted))
@@ -77,3 +91,25 @@ def _uncovered(patch: Patch, covered: np.ndarray, min_area: int) -> Patch | None
         return patch
     mask = patch.mask() & ~above
     return make_patch(mask, patch.left, patch.top) if np.count_nonzero(mask) >= min_area else None
+
+
+def beside(anchor: Patch, patch: Patch, height: int, width: int, generator: torch.Generator) -> tuple[int, int] | None:
+    """An offset (to the right, down) that puts `patch` to one side of `anchor` in an image of height x width pixels.
+
+    Their boxes overlap by up to a third of the smaller one, so that most pairs touch or hide a part of one another. Of
+    the four sides the first in random order is taken on which most of the box lies in the image; None: on no side.
+    """
+    sides = torch.randperm(4, generator=generator).tolist()
+    common, shift = uniform(generator, 0, 1 / 3), uniform(generator, -0.25, 0.25)
+    for side in sides:
+        x = anchor.left + (anchor.width - patch.width) / 2 + shift * anchor.width
+        y = anchor.top + (anchor.height - patch.height) / 2 + shift * anchor.height
+        across, down = (common * min(getattr(anchor, key), getattr(patch, key)) for key in ("width", "height"))
+        if side < 2:
+            x = anchor.left + anchor.width - across if side else anchor.left - patch.width + across
+        else:
+            y = anchor.top + anchor.height - down if side == 3 else anchor.top - patch.height + down
+        seen = max(min(x + patch.width, width) - max(x, 0), 0) * max(min(y + patch.height, height) - max(y, 0), 0)
+        if seen > 0.5 * patch.width * patch.height:
+            return round(x) - patch.left, round(y) - patch.top
+    return None

@@ -24,6 +24,7 @@ from ..models.errors import UserError
 from ..models.masks import encode_masks
 from . import drawing
 from .coco import write_coco
+from .crowds import fill
 from .dataset import Row, RowStream
 from .layouts import objects_of
 
@@ -119,6 +120,7 @@ def make_scene(
     looks: int = 8,
     classes: Sequence[str] | None = None,
     cast: float = 0.0,
+    crowded: bool = False,
 ) -> Scene:
     """One image of `min_objects` to `max_objects` objects that may hide one another, with unlabeled clutter.
 
@@ -131,6 +133,8 @@ def make_scene(
         min_objects, max_objects: range of the number of objects. A crowded image gets fewer than the number drawn
             from it (an object that would hide another one too much is not painted), never fewer than `min_objects`.
         looks: 8 or 24, see `LOOKS`. classes: names of the looks that are shown; None: all.
+        crowded: objects come in groups of two to four of one class. As it is painted, each touches another one of its
+            group or covers a part of it.
 
     Returns:
         image (RGB), masks (N, size, size) bool of visible pixels, disjoint, in order of painting, labels (N) indices
@@ -156,12 +160,7 @@ def make_scene(
     for _ in range(rng.integers(1, 7)):
         canvas.add_clutter()
     wanted = int(rng.integers(min_objects, max_objects + 1))
-    for trial in range(20 * wanted):
-        if len(canvas.labels) == wanted or (len(canvas.labels) >= min_objects and trial >= 4 * wanted):
-            break
-        radius = rng.uniform(0.085, 0.24) * size * max(0.5, 1 - trial / (10 * wanted))
-        label = labels[int(rng.integers(len(labels)))]
-        canvas.add_object(label, rng.uniform(0.08, 0.92, 2) * size, max(radius, 8.0))
+    fill(canvas, wanted, min_objects, labels, crowded)
     if len(canvas.labels) < min_objects:
         raise RuntimeError(
             f"seed {seed}: {min_objects} objects do not fit on {size} x {size} px; lower min_objects or raise size"
@@ -225,8 +224,9 @@ def write_scenes(
     looks: int = 8,
     classes: Sequence[str] | None = None,
     cast: float = 0.0,
+    crowded: bool = False,
 ) -> Path:
-    """Write `count` scenes as a COCO dataset and return its folder. size, looks, classes, cast: see `make_scene`.
+    """Write `count` scenes as a COCO dataset, return its folder. Settings: see `make_scene`; crowded: 2 to 8 objects.
 
     `folder/images/000001.png` ... and `folder/annotations/instances.json` (ids from 1, compressed RLE masks). The
     folder is a labeled dataset, `folder/images` the same images without labels. Images of different seeds differ.
@@ -245,10 +245,11 @@ def write_scenes(
     if target.exists() or (images_dir.is_dir() and any(images_dir.iterdir())):
         raise FileExistsError(f"{folder} already holds images or annotations; choose another folder or empty it")
     images_dir.mkdir(parents=True, exist_ok=True)
+    objects_of_one = {"min_objects": 2, "max_objects": 8, "crowded": True} if crowded else {}
 
     def rows() -> Iterator[Row]:
         for index in range(count):
-            scene = make_scene(_nth_seed(seed, index), size=size, looks=looks, classes=classes, cast=cast)
+            scene = make_scene(_nth_seed(seed, index), size, looks=looks, classes=classes, cast=cast, **objects_of_one)
             file = images_dir / f"{index + 1:06d}.png"
             scene["image"].save(file, compress_level=3)
             category_ids = [label + 1 for label in scene["labels"]]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ..models.errors import UserError
-from .copy_paste import choose, paste
+from .copy_paste import beside, choose, paste, paste_at
 from .dataset import InstanceDataset, LazyRows, Objects, Row
 from .errors import DataError, ImageError
 from .instance_masks import InstanceMasks
@@ -21,6 +21,7 @@ from .transforms import TrainTransform, uniform
 logger = logging.getLogger(__name__)
 
 _MAX_CONSECUTIVE_FAILURES = 10
+_PARTNERS = 20  # images looked at for one with a class of this one
 
 
 class _Object(NamedTuple):
@@ -45,6 +46,9 @@ class TrainingSet(torch.utils.data.Dataset):
         features: whether samples have `kernel_targets`, the vectors of their masks (`store_features`).
         copy_paste: probability, 0 to 1, that a random half of the instances of another image, drawn from all and
             augmented in the same way, is pasted over this one (see `paste`).
+        side_by_side: probability, 0 to 1, that an instance of another image is pasted beside one of its class (see
+            `beside`), so that few labels show neighbors too. Where no other image with such a class is found, it is
+            one of this image, augmented once more.
 
     Raises DataError when there are no rows, or when a category in use is not in `label_map`.
     """
@@ -60,6 +64,7 @@ class TrainingSet(torch.utils.data.Dataset):
         max_instances: int = 100,
         skip_crowd: bool = True,
         copy_paste: float = 0.0,
+        side_by_side: float = 0.0,
         features: bool = False,
     ) -> None:
         if len(dataset) == 0:
@@ -68,8 +73,9 @@ class TrainingSet(torch.utils.data.Dataset):
             raise UserError(f"seed must be >= 0, got {seed}")
         if max_instances < 1:
             raise UserError(f"max_instances must be >= 1, got {max_instances}")
-        if not 0 <= copy_paste <= 1:
-            raise UserError(f"copy_paste must be within 0 to 1, got {copy_paste}")
+        for name, share in (("copy_paste", copy_paste), ("side_by_side", side_by_side)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name} must be within 0 to 1, got {share}")
         if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
             raise UserError(f"image_mean and image_std must be 3 numbers, std positive; got {image_mean}, {image_std}")
         self.dataset = dataset
@@ -80,7 +86,7 @@ class TrainingSet(torch.utils.data.Dataset):
         self.seed = seed
         self.max_instances = max_instances
         self.skip_crowd = skip_crowd
-        self.copy_paste = copy_paste
+        self.copy_paste, self.side_by_side = copy_paste, side_by_side
         self.features, self.feature_width = features, feature_width(dataset) if features else 0
         # Shared memory: the failures of worker processes come back.
         self._failed = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
@@ -169,6 +175,8 @@ class TrainingSet(torch.utils.data.Dataset):
         position, pixels, masks, objects = self._augmented(index % len(self), generator, seen_at)
         if self.copy_paste and uniform(generator, 0, 1) < self.copy_paste:
             pixels, masks, objects = self._pasted(pixels, masks, objects, generator)
+        if self.side_by_side and uniform(generator, 0, 1) < self.side_by_side:
+            pixels, masks, objects = self._with_neighbor(index % len(self), pixels, masks, objects, generator)
         unseen = torch.zeros(()).expand(3, masks.height, masks.width)
         sample = {
             "pixel_values": unseen if pixels is None else self.normalized(pixels),
@@ -222,3 +230,36 @@ class TrainingSet(torch.utils.data.Dataset):
             pixels, masks, other_pixels, other_masks.select(chosen), self.transform.min_area, generator
         )
         return pixels, masks, [objects[k] for k in kept] + [other_objects[chosen[k]] for k in pasted]
+
+    def _with_neighbor(
+        self,
+        index: int,
+        pixels: torch.Tensor,
+        masks: InstanceMasks,
+        objects: list[_Object],
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, InstanceMasks, list[_Object]]:
+        """An image with one more instance, beside one of its class."""
+        if not 0 < len(masks) < self.max_instances:
+            return pixels, masks, objects
+        partner = self._partner(index, {one.label for one in objects}, generator)
+        _, other_pixels, other_masks, other_objects = self._augmented(partner, generator)
+        pairs = [(k, j) for k, a in enumerate(objects) for j, b in enumerate(other_objects) if a.label == b.label]
+        if not pairs:  # the crop lost them
+            return pixels, masks, objects
+        anchor, chosen = pairs[int(uniform(generator, 0, len(pairs)))]
+        place = beside(masks.patches[anchor], other_masks.patches[chosen], masks.height, masks.width, generator)
+        if place is None:
+            return pixels, masks, objects
+        one = other_masks.select([chosen])
+        pixels, masks, kept, pasted = paste_at(pixels, masks, other_pixels, one, place, self.transform.min_area)
+        return pixels, masks, [objects[k] for k in kept] + [other_objects[chosen] for _ in pasted]
+
+    def _partner(self, index: int, labels: set[int], generator: torch.Generator) -> int:
+        """An image that has one of these classes: the first of a few drawn at random, else the one at `index`."""
+        for _ in range(_PARTNERS):
+            partner = int(uniform(generator, 0, len(self)))
+            row = self.dataset[partner]
+            if any(self._object(row["objects"], k).label in labels for k in self._choose(row)):
+                return partner
+        return index

@@ -14,14 +14,15 @@ import torch
 
 from uplvp_hf.data import DataError, InstanceDataset, Row
 from uplvp_hf.files import check_model_name
-from uplvp_hf.models.class_names import match_names
 
-from ..models.thresholds import MASK_THRESHOLD
+from ..models.thresholds import MASK_THRESHOLD, duplicate_iou, score_threshold
 from ..progress import Progress
 from .backends import make_evaluator
-from .coco_map import NAMES, CocoMaskMap
+from .classes import evaluated_classes
+from .coco_map import NAMES, CocoMaskMap, compare
 from .entries import as_prediction, as_reference
 from .failing import failure_of, together_or_alone
+from .findings import Findings
 from .processes import gather, gather_errors, place
 from .records import ImageRecords
 
@@ -94,6 +95,7 @@ def predict_dataset(
     failures: list[dict[str, Any]] | None = None,
     mask_threshold: float = MASK_THRESHOLD,
     share: tuple[int, int] = (0, 1),
+    duplicates: float | None = None,
 ) -> Iterator[tuple[Row, dict[str, Any]]]:
     """Instances of every image, in the order of the dataset, with overlaps, masks as run lengths.
 
@@ -107,10 +109,10 @@ def predict_dataset(
         top_k: most instances an image; COCO looks at 100.
         device: the model is moved there; default: where it is.
         failures: {"file", "row", "reason"} of images that cannot be decoded or need too much memory are appended here.
-        mask_threshold: a pixel belongs to a mask when its probability is above this (0.3 in the released K-Net recipes
-            for small shares of COCO).
+        mask_threshold: a pixel belongs to a mask when its probability is above this.
         share: (number of this process, number of processes) that share the rows, each row in one of them. Windows of
             two batches take turns, so that the batches are those of a single process.
+        duplicates: IoU of two instances of a class above which the worse one is left out; default: the model's own.
 
     Yields:
         (row, {"scores": (N,) float32, "labels": (N,) int64 class indices, "boxes": (N, 4) float32 x1, y1, x2, y2 in
@@ -118,7 +120,8 @@ def predict_dataset(
     """
     if device is not None:
         model.to(device)
-    options = {"threshold": threshold, "mask_threshold": mask_threshold, "top_k": top_k}
+    duplicates = duplicate_iou(getattr(model, "config", None)) if duplicates is None else duplicates
+    options = {"threshold": threshold, "mask_threshold": mask_threshold, "top_k": top_k, "duplicates": duplicates}
     was_training = model.training
     model.eval()
     total = sum(len(rows) for rows in _own_windows(len(dataset), batch_size, share))
@@ -219,58 +222,6 @@ def _ahead(iterator: Iterator) -> Iterator:
             yield item
 
 
-def match_category_ids(config: Any, dataset: InstanceDataset) -> list[int]:
-    """The dataset's category id of every class of the model, matched by name.
-
-    Names that are equal go together; of the others, those that differ only in case or in spaces around them.
-
-    Raises:
-        DataError: if the model and the dataset do not have the same class names, or it is not clear which of several
-            goes with which; both are listed.
-    """
-    model_names = [config.id2label[index] for index in range(len(config.id2label))]
-    data_names = [category["name"] for category in dataset.categories]
-    if model_names == data_names:
-        return list(dataset.category_ids)
-    places = match_names(model_names, data_names)
-    if len(model_names) != len(data_names) or len({*places} - {None}) < len(data_names):
-        raise DataError(
-            f"the model has {len(model_names)} classes {_some(model_names)}, the dataset {len(data_names)} "
-            f"{_some(data_names)}",
-            file=dataset.name or "dataset",
-            remedy="Fine-tune on these classes, rename the categories of the annotations, or evaluate class-agnostic.",
-        )
-    return [dataset.category_ids[place] for place in places if place is not None]
-
-
-def _some(names: list[str], limit: int = 12) -> str:
-    return "[" + ", ".join(names[:limit]) + (", ..." if len(names) > limit else "") + "]"
-
-
-def evaluated_classes(config: Any, dataset: InstanceDataset, class_agnostic: bool = False) -> list[int]:
-    """Category id of every class of the model, for `evaluate_model`, which calls this first.
-
-    Raises:
-        DataError: if the classes disagree (unless `class_agnostic`), nothing is annotated, or crowds only.
-    """
-    crowds = 0
-    for row in dataset.rows:
-        if not all(row["objects"]["iscrowd"]):
-            break
-        crowds += len(row["objects"]["iscrowd"])
-    else:
-        what = "annotated" if not crowds else f"annotated but by crowds (iscrowd = 1, {crowds} of them)"
-        raise DataError(
-            f"none of the {len(dataset)} images is {what}, so there is nothing to compare with",
-            file=dataset.name or "dataset",
-            remedy="If each crowd is one object, as CVAT writes brush masks, pass --crowds-as-objects "
-            "(in training, data.crowds_as_objects=true)."
-            if crowds
-            else "Pass annotations, or use predict.",
-        )
-    return list(config.category_ids) if class_agnostic else match_category_ids(config, dataset)
-
-
 def evaluate_model(
     model: torch.nn.Module,
     processor: Any,
@@ -289,45 +240,44 @@ def evaluate_model(
     top_k: int = 100,
     views: Callable[[Row, dict[str, Any]], Pairs] | None = None,
     pairs: Pairs | None = None,
+    at_score: float | None = None,
+    duplicates: float | None = None,
 ) -> dict[str, Any]:
     """Mask AP of a model on a labeled dataset.
 
     Args:
-        model, processor, dataset, batch_size, progress, device, mask_threshold, threshold, top_k: of `predict_dataset`.
+        model, processor, dataset, batch_size, mask_threshold, threshold, top_k, duplicates: of `predict_dataset`.
         class_agnostic: compare masks only, as for proposals; the classes need not agree then.
         on_result: called with every (row, result) that is compared; with `distributed`, with the own ones.
-        backend, metric: see `make_evaluator`. Cityscapes also reads the optional `void` of a row, COCO segmentations
-            of regions that are not judged.
-        distributed: every process of the torch.distributed group calls this with the whole model (not a sharded one),
-            predicts a share of the images, and returns the numbers that one process would.
+        backend, metric: see `make_evaluator`. Cityscapes also reads `void` of a row, regions that are not judged.
+        distributed: every process of the group calls this with the whole model and predicts a share of the images;
+            each returns the numbers that one process would.
         details: add `details`, see `CocoMaskMap`; its `classes` is a list with `id` and `name`, one a category.
         views: what is compared in place of a row and its result: such pairs, each an image of its own.
         pairs: of `predict_dataset`, where they are known; nothing is predicted then.
+        at_score: a score at which findings are told, beside the best one; default: the model's own.
 
     Returns the 12 COCO numbers (0 to 1, None where nothing counts), or AP and AP50 of Cityscapes, `per_class` {name: AP
-    or None}, `num_images`, `num_instances` (annotations), `seconds`, and `failures`, the images that could not be
-    decoded. Raises DataError if the classes disagree, nothing is annotated, or no image can be decoded; UserError as
-    `make_evaluator`; RuntimeError if another process failed.
+    or None}, `findings` (`Findings.compute`), `num_images`, `num_instances`, `seconds` and `failures`. Raises DataError
+    if classes disagree, nothing is annotated or decoded; UserError as `make_evaluator`; RuntimeError if another fails.
     """
     category_ids = evaluated_classes(model.config, dataset, class_agnostic)
-    evaluator = make_evaluator(backend, metric, across_classes=class_agnostic or details)
-    failures: list = []
-    started = time.perf_counter()
+    across, started = class_agnostic or details, time.perf_counter()
+    failures: list[dict[str, Any]] = []
+    evaluator, findings = make_evaluator(backend, metric, across_classes=across), Findings(class_agnostic)
     rank, processes = share = place() if distributed else (0, 1)
     options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
-    options |= {"threshold": threshold, "top_k": top_k}
+    options |= {"threshold": threshold, "top_k": top_k, "duplicates": duplicates, "failures": failures}
     if pairs is None:
-        pairs = predict_dataset(model, processor, dataset, batch_size, failures=failures, **options)
+        pairs = predict_dataset(model, processor, dataset, batch_size, **options)
     with gather_errors(processes):
-        counts = _compare(evaluator, pairs, views, category_ids, on_result)
-    failures, counts = _collect(evaluator, failures, counts, rank)
-    if len(failures) == len(dataset):
-        raise DataError(f"none of the {len(dataset)} images can be decoded; the first: {failures[0]['reason']}")
-    if metric == "cityscapes" and not counts["void"] and rank == 0:
-        warnings.warn("No row has a `void`: detections on regions without labels count as false.", stacklevel=2)
+        counts = _compare(evaluator, findings, across, pairs, views, category_ids, on_result)
+    failures, counts = _collect(evaluator, findings, failures, counts, rank)
+    _check_judged(dataset, failures, metric == "cityscapes" and not counts["void"] and rank == 0)
     metrics = evaluator.compute(class_agnostic=class_agnostic, details=details)
     return {
         **_named(metrics, [] if class_agnostic else dataset.categories),
+        "findings": findings.compute(score_threshold(model.config) if at_score is None else at_score),
         "num_images": len(dataset) - len(failures),
         "num_instances": counts["num_instances"],
         "seconds": time.perf_counter() - started,
@@ -335,29 +285,48 @@ def evaluate_model(
     }
 
 
-def _compare(evaluator, pairs: Pairs, views, category_ids: list[int], on_result) -> dict[str, int]:
-    """Gives the evaluator every pair, or its views, and counts annotations and rows with a `void`."""
+def _compare(evaluator, findings, across, pairs: Pairs, views, category_ids: list[int], on_result) -> dict[str, int]:
+    """Gives evaluator and findings every pair, or its views, and counts annotations and rows with a `void`."""
     counts = {"num_instances": 0, "void": 0}
     for row, result in pairs:
         counts["void"] += "void" in row
         for seen, found in [(row, result)] if views is None else views(row, result):
-            evaluator.add(prediction=as_prediction(seen, found, category_ids), reference=as_reference(seen))
+            prediction, reference = as_prediction(seen, found, category_ids), as_reference(seen)
+            image = compare(prediction, reference, across)
+            findings.add(image, prediction, reference)
+            if isinstance(evaluator, CocoMaskMap):
+                evaluator.extend({seen["image_id"]: image})  # it would compare the masks once more
+            else:
+                evaluator.add(prediction=prediction, reference=reference)
             counts["num_instances"] += len(seen["objects"]["category_id"])
             if on_result is not None:
                 on_result(seen, found)
     return counts
 
 
+def _check_judged(dataset: InstanceDataset, failures: list[dict[str, Any]], lacks_void: bool) -> None:
+    """Raises DataError where no image could be decoded, and warns of Cityscapes rows without their void."""
+    if len(failures) == len(dataset):
+        raise DataError(f"none of the {len(dataset)} images can be decoded; the first: {failures[0]['reason']}")
+    if lacks_void:
+        warnings.warn("No row has a `void`: detections on regions without labels count as false.", stacklevel=3)
+
+
 def _collect(
-    evaluator: CocoMaskMap | ImageRecords, failures: list[dict[str, Any]], counts: dict[str, int], rank: int
+    evaluator: CocoMaskMap | ImageRecords,
+    findings: Findings,
+    failures: list[dict[str, Any]],
+    counts: dict[str, int],
+    rank: int,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Adds the records of the other processes; gives the failures, in the order of the rows, and counts of all."""
-    every = gather((evaluator.records(), failures, counts))
-    for number, (records, _, _) in enumerate(every):
+    every = gather((evaluator.records(), findings.images, failures, counts))
+    for number, (records, images, _, _) in enumerate(every):
         if number != rank:
             evaluator.extend(records)
-    failures = sorted((entry for _, own, _ in every for entry in own), key=lambda entry: int(entry["row"].split()[-1]))
-    return failures, {name: sum(own[name] for _, _, own in every) for name in counts}
+            findings.extend(images)
+    failures = sorted((entry for *_, own, _ in every for entry in own), key=lambda entry: int(entry["row"].split()[-1]))
+    return failures, {name: sum(own[name] for *_, own in every) for name in counts}
 
 
 def _named(metrics: dict[str, Any], categories: list[dict[str, Any]]) -> dict[str, Any]:

@@ -64,6 +64,8 @@ def write_evaluation_page(
         names=[name for name in metrics["details"]["class_agnostic"] if name in metrics],
         classes=sorted(metrics["details"]["classes"], key=lambda row: -1 if row["AP"] is None else row["AP"])[::-1],
         curves=curves and figure_svg(draw_precision(curves)),
+        findings=metrics["findings"],
+        scores=figure_svg(draw_scores(metrics["findings"])),
         examples=examples,
         seen=any(entry["rle"] for entries in groups.values() for entry in entries),
         groups=[
@@ -104,4 +106,26 @@ def draw_precision(curves: Mapping[str, Any]) -> Figure:
     axes.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    return figure
+
+
+def draw_scores(findings: Mapping[str, Any]) -> Figure:
+    """Left: precision, recall and F1 against the least score. Right: how often detections of a score are right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curve, bins = findings["curve"], findings["calibration"]["bins"]
+    for name in ("precision", "recall", "f1"):
+        left.plot(curve["threshold"], curve[name], label=name.replace("f1", "F1"))
+    for at, style in zip(findings["at"], (":", "--")):
+        left.axvline(at["threshold"], color="#666", linestyle=style, linewidth=1)
+    left.set(xlabel="least score", xlim=(0, 1), ylim=(0, 1))
+    left.legend(fontsize=8)
+    right.plot([0, 1], [0, 1], color="#999", linestyle=":", linewidth=1)
+    right.bar([row["low"] + 0.05 for row in bins], [row["precision"] for row in bins], width=0.09, alpha=0.8)
+    right.plot([row["score"] for row in bins], [row["precision"] for row in bins], "o", color="#222", markersize=4)
+    right.set(xlabel="score", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     return figure

@@ -20,9 +20,10 @@ from ..data.semantic import label_map, semantic_view
 from ..models.errors import UserError
 from ..models.label_maps import ignored_label
 from ..progress import with_progress
+from .classes import match_category_ids
 from .failing import failure_of
 from .mean_iou import MeanIoU
-from .predictor import load_segmenter, match_category_ids
+from .predictor import load_segmenter
 from .processes import gather, gather_errors, place
 
 

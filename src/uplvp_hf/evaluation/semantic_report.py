@@ -14,8 +14,8 @@ from uplvp_hf.data import InstanceDataset
 from uplvp_hf.files import replacing, write_text
 
 from ..data.semantic import label_map, semantic_view
+from .classes import match_category_ids
 from .pages import render
-from .predictor import match_category_ids
 from .report import MOST_FAILURES, SIDE
 from .semantic import segment_dataset
 from .visualize import class_colors, label_map_uri

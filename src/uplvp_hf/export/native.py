@@ -34,8 +34,8 @@ def to_native(model: UplvpForInstanceSegmentation, directory: str, processor: Ba
 
     With our image `processor` one of transformers' for the same size, mean and deviation is written beside it. On
     images without padding the plain model gives the same results; on padded ones a Mask2Former does not, because
-    transformers' class lets the padding take part. Raises UserError for a segmenter without a native class, and when
-    the backbone has `timm_kwargs`, which such a class does not pass on.
+    transformers' class lets the padding take part. Raises UserError for a segmenter without a native class, when the
+    backbone has `timm_kwargs`, which such a class does not pass on, and for features with positions.
     """
     config = model.config.segmenter_config
     native = native_class(config.model_type)
@@ -43,6 +43,11 @@ def to_native(model: UplvpForInstanceSegmentation, directory: str, processor: Ba
         raise UserError(
             "The backbone is built with timm_kwargs, which transformers' Mask2Former ignores: the exported model "
             "would give other results. Train with a backbone without timm_kwargs to export."
+        )
+    if getattr(config, "position_octaves", 0):
+        raise UserError(
+            "The features of this model carry positions (position_octaves), which transformers' Mask2Former does not "
+            "have: the exported model would give other results. Train with position_octaves 0 to export."
         )
     plain = native(config)
     plain.load_state_dict(model.segmenter.state_dict())

@@ -53,7 +53,7 @@ def build_card(
     names = _class_names(config)
     pretrained_only = "UplvpForPreTraining" in (config.get("architectures") or [])
     architecture = segmenter.get("model_type", "unknown")
-    semantic = architecture in SEMANTIC
+    semantic, measured = architecture in SEMANTIC, config.get("default_threshold")
     return ModelCard.from_template(
         _metadata(repo_id, license, architecture, summary, results, examples, remote_code),
         template_path=str(TEMPLATE),
@@ -70,7 +70,8 @@ def build_card(
         endpoint=remote_code and not pretrained_only,
         semantic=semantic,
         examples=examples,
-        threshold=SCORE_THRESHOLD,
+        threshold=SCORE_THRESHOLD if measured is None else measured,
+        measured=measured is not None,
         training=training_rows(summary, read_json(model_dir / "split.json", optional=True)),
         earlier=earlier_stages(summary),
         settings=settings_yaml(summary),

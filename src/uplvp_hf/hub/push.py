@@ -16,7 +16,7 @@ from PIL import Image
 from ..files import check_model_name, new_folder
 from ..models.errors import UserError
 from ..models.remote_code import OWN_MODELS, add_code, without_code
-from ..models.thresholds import SCORE_THRESHOLD
+from ..models.thresholds import score_threshold
 from .card import build_card
 from .errors import hub_errors
 from .run_record import read_json
@@ -206,7 +206,8 @@ def _add_examples(model_dir: Path, folder: Path, examples: Sequence[str | os.Pat
     (folder / "assets").mkdir()
     shown = []
     dataset = InstanceDataset(rows, [])
-    for row, result in predict_dataset(model, processor, dataset, threshold=SCORE_THRESHOLD, progress=False):
+    threshold = score_threshold(model.config)
+    for row, result in predict_dataset(model, processor, dataset, threshold=threshold, progress=False):
         masks = row["file_name"].replace(".jpg", "_masks.png")
         row["image"].save(folder / row["file_name"], quality=90)
         drawn = draw_instances(row["image"], result["rle"], result["labels"], result["scores"], model.config.id2label)

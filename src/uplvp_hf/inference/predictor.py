@@ -18,7 +18,7 @@ from uplvp_hf.evaluation import load_segmenter, predict_dataset
 
 from ..models.errors import UserError
 from ..models.images import array_to_rgb, as_rgb
-from ..models.thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
+from ..models.thresholds import MASK_THRESHOLD, score_threshold
 from ..progress import with_progress
 from .download import LIMITS, Limits, is_url
 from .instances import Instances, instances_of
@@ -155,7 +155,7 @@ class Predictor:
     def predict(
         self,
         images: ImageInput | Sequence[ImageInput],
-        threshold: float = SCORE_THRESHOLD,
+        threshold: float | None = None,
         tiles: Tiles | int | None = None,
         mask_threshold: float = MASK_THRESHOLD,
         top_k: int = 100,
@@ -166,7 +166,7 @@ class Predictor:
         Args:
             images: path of a file, address of http or https, PIL image, or array as `array_to_rgb` takes it:
                 (H, W), (H, W, 3) or (H, W, 4), of 8 or 16 bits or floats; or a list.
-            threshold: least score, 0 to 1.
+            threshold: least score, 0 to 1; default: that of the model's configuration, else 0.5.
             tiles: cut images larger than this many pixels into windows; `Tiles` has more to choose.
             mask_threshold: a pixel belongs to a mask when its probability is above this.
             top_k: most instances an image, with tiles a window.
@@ -174,6 +174,7 @@ class Predictor:
 
         Raises ImageError for an image that cannot be read or is too large, ValueError for values out of range.
         """
+        threshold = score_threshold(self.model.config) if threshold is None else threshold
         if not 0 <= threshold <= 1 or not 0 < mask_threshold < 1 or top_k < 1:
             raise UserError(f"out of range: threshold {threshold}, mask_threshold {mask_threshold} or top_k {top_k}.")
         single = isinstance(images, _IMAGES)

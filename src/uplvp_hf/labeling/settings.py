@@ -245,6 +245,16 @@ class ForegroundSettings(Settings):
     stage: int = setting(-1, STAGE)
     fine_stages: tuple[int, ...] = setting((-3, -2), "maps that the regression reads")
     cell_offset: float | None = setting(None, CELL_OFFSET)
+    split: str = setting(
+        "components",
+        "shape also takes components apart at their necks, ncut where the last map's features fall apart: groups of "
+        "animals are one component else",
+        choices=("components", "shape", "ncut"),
+    )
+    neck: float = setting(0.6, "of shape: widest neck, as a share of the width of the smaller part", least=0, most=1)
+    max_parts: int = setting(4, "most parts that a component is split into", least=1)
+    split_tau: float = setting(0.2, "of ncut, as in `cutting.split_tau`")
+    max_ncut: float = setting(0.3, "of ncut: a cut that costs more is not made", least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -78,6 +78,13 @@ class StrictConfigMixin:
     def _is_known(cls, key: str) -> bool:
         return key in cls.__dataclass_fields__ or key in cls.attribute_map or key in COMMON_KEYS or key.startswith("_")
 
+    def check_shown(self) -> None:
+        """Raises UserError for a `default_threshold` or `duplicate_iou` outside of 0 to 1."""
+        for name in ("default_threshold", "duplicate_iou"):
+            value = getattr(self, name, None)
+            if value is not None and not 0 <= value <= 1:
+                raise UserError(f"{name} must lie between 0 and 1, got {value}.")
+
     def check(self, least_one: tuple[str, ...] = (), shares: tuple[str, ...] = (), **choices: tuple[str, ...]) -> None:
         """Raises UserError for a number below 1, a share outside of 0 to 1, and a word that is no choice."""
         for name in least_one:

@@ -37,6 +37,7 @@ class MaskRcnnConfig(OwnSegmenterConfig):
         score_threshold (`float`, *optional*, defaults to 0.05): Detections of a lower score are left out.
         nms_threshold (`float`, *optional*, defaults to 0.5): IoU above which a worse detection of a class is dropped.
         detections_per_image (`int`, *optional*, defaults to 100): Most detections an image.
+        default_threshold (`float`, *optional*): As in [`UplvpConfig`].
     """
 
     model_type = "mask_rcnn"
@@ -56,6 +57,7 @@ class MaskRcnnConfig(OwnSegmenterConfig):
     score_threshold: float | int = 0.05
     nms_threshold: float = 0.5
     detections_per_image: int = 100
+    default_threshold: float | int | None = None
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -79,6 +81,7 @@ class MaskRcnnConfig(OwnSegmenterConfig):
         return 0
 
     def _check_settings(self) -> None:
+        self.check_shown()
         self.check(
             (
                 "hidden_size", "intermediate_size", "num_mask_layers", "box_pool_size", "mask_pool_size",

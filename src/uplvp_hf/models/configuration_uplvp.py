@@ -101,6 +101,12 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
             Initial temperature of the cosine, learned from there (CLIP's own initial value).
         text_classes (`list[str]`, *optional*):
             Names of the classes whose text embeddings the checkpoint holds. Set by `set_text_features`.
+        default_threshold (`float`, *optional*):
+            Least score at which instances are shown where none is given: that of the best F1 on validation images, as
+            training and `uplvp evaluate --store-threshold` measure it. By default 0.5 (thresholds.py).
+        duplicate_iou (`float`, *optional*):
+            Of two instances of one class whose masks have a larger IoU, the worse one is left out of predictions. By
+            default none is: see docs/inference.md.
 
     Raises:
         UserError: for a keyword that is not a setting (the nearest one is named), an unknown choice, a number out of
@@ -144,6 +150,8 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
     text_dim: int | None = None
     text_temperature: float | int = 0.07
     text_classes: list[str] | tuple[str, ...] | None = None
+    default_threshold: float | int | None = None
+    duplicate_iou: float | int | None = None
 
     def __post_init__(self, **kwargs):
         if kwargs.get("num_labels") is None and self.id2label is None and kwargs.get("label2id") is None:
@@ -195,6 +203,7 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
         return self.num_prompts if self.kernel_target == "prompt" else 10**9
 
     def _check_settings(self) -> None:
+        self.check_shown()
         self.check(
             ("num_prompts", "prompt_slots", "text_dim", "kernel_target_dim"),
             shares=("prompt_drop", "guidance_start", "kernel_overlap", "kernel_centering"),

@@ -35,7 +35,7 @@ from .coco_targets import annotation_targets
 from .errors import UserError
 from .images import scaled_array, to_rgb
 from .masks import require_pycocotools
-from .postprocessing_uplvp import MASK_STRIDE, collect_instances, find_instances
+from .postprocessing_uplvp import MASK_STRIDE, collect_instances, find_instances, without_duplicates
 from .remote_code import name_processor_in_config
 
 
@@ -260,6 +260,7 @@ class UplvpProcessing(SizedProcessing):
         top_k: int = 100,
         return_rle: bool = False,
         return_segmentation: bool = True,
+        duplicates: float | None = None,
     ) -> list[dict[str, Any]]:
         r"""
         Instances of every image, best first. The `top_k` best pairs of query and class are kept.
@@ -274,8 +275,7 @@ class UplvpProcessing(SizedProcessing):
                 (B, Q, C + 1), no-object last, or `class_scores` (B, Q, C) in 0..1; with `roi_mask_logits`
                 (B, Q, C, s, s) also `boxes` (B, Q, 4) x1, y1, x2, y2 in pixels of the padded input.
             threshold: instances that score less are left out, before their masks are upsampled.
-            mask_threshold: a pixel belongs to a mask when its probability is above this. The released K-Net recipes
-                for small shares of COCO use 0.3.
+            mask_threshold: a pixel belongs to a mask when its probability is above this (some K-Net recipes: 0.3).
             overlap_mask_area_threshold: only for the flat `segmentation`, where the better score takes a pixel: an
                 instance is left out of the map if less than this share of its mask would be seen.
             target_sizes: (height, width) of the results, usually of the original images; default: `input_sizes`.
@@ -285,6 +285,7 @@ class UplvpProcessing(SizedProcessing):
             top_k: most instances an image (COCO evaluation looks at 100).
             return_rle: return COCO run lengths, made from the logits, in place of `masks`.
             return_segmentation: also return `segmentation` and `segments_info`.
+            duplicates: IoU of two instances of a class above which the worse one is left out; none, or 1: all stay.
 
         Returns:
             Per image `scores` (N,) float32, `labels` (N,) int64 class indices, `boxes` (N, 4) float32 x1, y1, x2, y2
@@ -292,18 +293,20 @@ class UplvpProcessing(SizedProcessing):
             `segmentation` (H, W) int32 holding the position of the instance in `scores` or -1, and `segments_info`, a
             list of `{"id", "label_id", "score", "was_fused": False}` for what the map shows.
 
-        Raises UserError if sizes and batch disagree or a value is out of range, ImportError for `return_rle` without
-        pycocotools.
+        Raises UserError if sizes and batch disagree or a value is out of range, ImportError for `return_rle` or
+        `duplicates` without pycocotools.
         """
-        shares = {"threshold": threshold, "mask_threshold": mask_threshold}
+        duplicates = 1.0 if duplicates is None else duplicates
+        shares = {"threshold": threshold, "mask_threshold": mask_threshold, "duplicates": duplicates}
         _check_thresholds(top_k, **shares, overlap_mask_area_threshold=overlap_mask_area_threshold)
-        if return_rle:
-            require_pycocotools("return_rle=True")
+        if return_rle or duplicates < 1:
+            require_pycocotools("return_rle=True" if return_rle else "duplicates")
         overlap = overlap_mask_area_threshold if return_segmentation else None
         results = []
         sizes = self._sizes(outputs.masks_queries_logits, target_sizes, input_sizes)
         for index, (input_size, target_size) in enumerate(sizes):
             found = find_instances(outputs, index, input_size, target_size, threshold, mask_threshold, top_k)
+            found = found if duplicates == 1 else without_duplicates(found, target_size, duplicates)
             results.append(collect_instances(found, target_size, return_rle, overlap))
         return results
 

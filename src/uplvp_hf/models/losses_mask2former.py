@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .losses import LayerOutput, Normalizers, check_labels, dice_cost
 from .matching import LabelGuide, Pairs, hungarian, pair_up
+from .padding import image_extent
 from .point_sampling import BinaryMasks, Draw, PointSampler, point_terms, sample_points
 from .pseudo_targets import PseudoTargets, leave_out
 
@@ -24,7 +25,8 @@ class MaskClassificationLoss:
     """Set loss of Mask2Former: Hungarian matching and class, mask and dice terms for every layer.
 
     Matching costs and loss terms share `class_weight`, `mask_weight` and `dice_weight` (2, 5, 5 in the paper).
-    `no_object_weight` (0.1) is the cross-entropy weight of the "no object" class, the last one.
+    `no_object_weight` (0.1) is the cross-entropy weight of the "no object" class, the last one. `hard_points`: see
+    `PointSampler.hard`.
     """
 
     class_weight: float = 2.0
@@ -34,6 +36,7 @@ class MaskClassificationLoss:
     num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_ratio: float = 0.75
+    hard_points: bool = False
 
     def __call__(
         self,
@@ -157,7 +160,7 @@ class MaskClassificationLoss:
             return nothing, nothing
         sampler = PointSampler(
             self.num_points, self.oversample_ratio, self.importance_ratio, index,
-            None if extent is None else extent[image], draw,
+            None if extent is None else extent[image], draw, self.hard_points,
         )  # fmt: skip
         return point_terms(logits, image, query, masks, ids, sampler, weights)
 
@@ -170,12 +173,3 @@ def _with_pseudo(losses: Tensor, logits: Tensor, pairs: Pairs, pseudo: PseudoTar
         place = (pairs.layer, pairs.image, pairs.query)
         losses = losses.index_put(place, -(wanted * logits[place].log_softmax(-1)).sum(-1))
     return leave_out(losses, pairs, left_out)
-
-
-def image_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
-    """Width and height of every image as shares of the padded input: (B, 2), ones without a pixel mask."""
-    if pixel_mask is None:
-        return torch.ones((batch, 2), device=device)
-    real = pixel_mask.to(device).bool()
-    height, width = real[:, :, 0].float().mean(1), real[:, 0].float().mean(1)
-    return torch.stack([width, height], dim=1)

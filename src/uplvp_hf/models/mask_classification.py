@@ -29,6 +29,7 @@ class MaskClassificationSegmenter(QuerySegmenter):
             num_points=config.train_num_points,
             oversample_ratio=config.oversample_ratio,
             importance_ratio=config.importance_sample_ratio,
+            hard_points=getattr(config, "hard_points", False),
         )
 
     def normalizers(self, counts, most_targets, mask_labels=None) -> Normalizers:

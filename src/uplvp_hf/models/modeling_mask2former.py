@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, initialization as init
 
 from .backbones import build_backbone
 from .deformable_attention import use_deformable_attention
 from .losses import LayerOutput
 from .mask_classification import MaskClassificationSegmenter
-from .padding import extend_edges, is_padded, padding_masked, upsample, valid_cells
+from .padding import extend_edges, image_extent, is_padded, padding_masked, upsample, valid_cells
 from .point_sampling import mask_products
+from .positions import PositionChannels
 from .query_segmenter import Inject
 
 
@@ -61,7 +62,9 @@ class Mask2FormerSegmenter(MaskClassificationSegmenter, Mask2FormerForUniversalS
     """The Mask2Former query segmenter.
 
     `config.backbone_config` is any transformers backbone or a `TimmBackboneConfig`; a `timm_kwargs` dict on the latter
-    (for example `{"pad_type": "same"}`) is handed to timm.
+    (for example `{"pad_type": "same"}`) is handed to timm. Two settings that transformers' configuration does not have:
+    with `position_octaves` above 0 the features carry positions (positions.py); with `hard_points` the mask losses look
+    first where the masks are wrong (point_sampling.py).
     """
 
     config: Mask2FormerConfig
@@ -74,6 +77,16 @@ class Mask2FormerSegmenter(MaskClassificationSegmenter, Mask2FormerForUniversalS
         use_deformable_attention(self.model.pixel_level_module.decoder.encoder)
         for layer in self.model.transformer_module.decoder.layers:
             layer.cross_attn.__class__ = MaskedCrossAttention
+        octaves = getattr(config, "position_octaves", 0)
+        widths = {"mask": config.mask_feature_size, "level": config.feature_size}
+        self.positions = PositionChannels(octaves, widths) if octaves else None
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, PositionChannels):
+            for matrix in module.maps.values():
+                init.zeros_(matrix)
 
     @property
     def backbone(self) -> nn.Module:
@@ -116,6 +129,10 @@ class Mask2FormerSegmenter(MaskClassificationSegmenter, Mask2FormerForUniversalS
         decoder = self.model.pixel_level_module.decoder
         with padding_masked(decoder, pixel_mask):
             mask_features, levels, padding = _pixel_decode(decoder, maps, pixel_mask)
+        if self.positions is not None:
+            extent = image_extent(pixel_mask, len(pixel_values), pixel_values.device)
+            mask_features = self.positions("mask", mask_features, extent)
+            levels = tuple(self.positions("level", level, extent) for level in levels)
         # Repeated outwards, so that resizing mask logits gives at the border of an image what it gives at the end of
         # a map.
         return SegmenterFeatures(extend_edges(mask_features, pixel_mask), levels, padding, maps[-1], pixel_mask)

@@ -33,6 +33,15 @@ def is_padded(pixel_mask: Tensor | None) -> bool:
     return torch.compiler.is_compiling() or pixel_mask.device.type != "cpu" or not bool(pixel_mask.all())
 
 
+def image_extent(pixel_mask: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """Width and height of every image as shares of the padded input: (B, 2), ones without a pixel mask."""
+    if pixel_mask is None:
+        return torch.ones((batch, 2), device=device)
+    real = pixel_mask.to(device).bool()
+    height, width = real[:, :, 0].float().mean(1), real[:, 0].float().mean(1)
+    return torch.stack([width, height], dim=1)
+
+
 def extend_edges(x: Tensor, pixel_mask: Tensor | None) -> Tensor:
     """Repeats the last row and column of every image outwards over its padding: (B, C, h, w) -> the same shape.
 

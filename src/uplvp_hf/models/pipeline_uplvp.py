@@ -23,7 +23,7 @@ from transformers.pipelines.base import Pipeline
 from .errors import UserError
 from .images import array_to_rgb, as_rgb, open_bytes, open_image
 from .masks import encode_masks, tight_boxes
-from .thresholds import MASK_THRESHOLD, SCORE_THRESHOLD
+from .thresholds import MASK_THRESHOLD, duplicate_iou, score_threshold
 
 # What post-processing reads of a model's outputs.
 OUTPUTS = ("class_queries_logits", "masks_queries_logits", "class_scores", "roi_mask_logits", "boxes")
@@ -41,7 +41,7 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     `batch_size` images of equal padded shape go through the model together; results do not depend on it.
 
     Args, of the call or of `pipeline(...)`:
-        threshold (`float`, *optional*, defaults to `SCORE_THRESHOLD`):
+        threshold (`float`, *optional*, defaults to the `default_threshold` of the model's configuration, else 0.5):
             Instances that score less are left out. Models trained on few labels are seldom sure: 0.9, the stock
             pipeline's, leaves next to nothing of them.
         mask_threshold (`float`, *optional*, defaults to 0.5):
@@ -49,6 +49,8 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
         overlap_mask_area_threshold (`float`, *optional*):
             With it every pixel goes to the best instance, and instances of which less than this share is left are
             dropped, as in the stock pipeline. Without it masks may overlap.
+        duplicates (`float`, *optional*, defaults to the `duplicate_iou` of the model's configuration):
+            Of two instances of one class whose masks have a larger IoU, the worse one is left out; 1 keeps all.
         top_k (`int`, *optional*, defaults to 100):
             Most instances an image.
         masks (`str`, *optional*, defaults to `"rle"`):
@@ -86,6 +88,7 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
             "threshold",
             "mask_threshold",
             "overlap_mask_area_threshold",
+            "duplicates",
             "top_k",
             "masks",
         }
@@ -125,9 +128,10 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
     def postprocess(
         self,
         outputs: dict[str, Any],
-        threshold: float = SCORE_THRESHOLD,
+        threshold: float | None = None,
         mask_threshold: float = MASK_THRESHOLD,
         overlap_mask_area_threshold: float | None = None,
+        duplicates: float | None = None,
         top_k: int = 100,
         masks: str = "rle",
     ) -> list[dict[str, Any]]:
@@ -137,8 +141,9 @@ class UplvpInstanceSegmentationPipeline(Pipeline):
         target, size = sizes
         result = self.image_processor.post_process_instance_segmentation(
             SimpleNamespace(**found),
-            threshold=threshold,
+            threshold=score_threshold(self.model.config) if threshold is None else threshold,
             mask_threshold=mask_threshold,
+            duplicates=duplicate_iou(self.model.config) if duplicates is None else duplicates,
             target_sizes=[target],
             input_sizes=[size],
             top_k=top_k,

@@ -4,7 +4,7 @@ Values and gradients are computed a few masks at a time, so that nothing of the 
 backward pass each loss term keeps its gradient on the matched masks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +61,9 @@ class PointSampler:
     among `oversample_ratio` times as many, the rest uniform.
 
     extent (M, 2): width and height of each mask's image as shares of the canvas, or None for the whole canvas.
+    hard: points on the wrong side of the mask come first, however sure the logit is. The uncertain ones lie along the
+    border of the prediction; a query that covers a neighbor and is sure of it would hear of it from the uniform ones
+    alone.
     """
 
     num_points: int
@@ -69,9 +72,13 @@ class PointSampler:
     layer: int = 0
     extent: Tensor | None = None
     draw: Draw | None = None
+    hard: bool = False
 
-    def chunks(self, maps: Tensor) -> list[tuple[slice, Tensor, Tensor]]:
-        """For maps (M, h, w), a few masks at a time: which, points (m, P, 2), logits there (m, P)."""
+    def chunks(
+        self, maps: Tensor, masks: BinaryMasks | None = None, ids: Tensor | None = None
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """For maps (M, h, w), a few at a time: which, points (m, P, 2), logits there (m, P). masks, ids (M,): what the
+        maps should be, for `hard`."""
         count = len(maps)
         candidates, certain = int(self.num_points * self.oversample_ratio), int(self.importance_ratio * self.num_points)
         numbers = {"oversample": candidates, "uniform": self.num_points - certain}
@@ -88,7 +95,9 @@ class PointSampler:
                 found = torch.rand(shape, device=maps.device) if drawn[kind] is None else drawn[kind][chosen]
                 return found if self.extent is None else found * self.extent[chosen, None]
 
-            place, value = _most_uncertain(maps[chosen], points("oversample"), certain)
+            candidates_here = points("oversample")
+            truth = masks.sample(ids[chosen], candidates_here) if self.hard and masks and ids is not None else None
+            place, value = _most_uncertain(maps[chosen], candidates_here, certain, truth)
             if certain < self.num_points:
                 uniform = points("uniform")
                 place = torch.cat([place, uniform], 1)
@@ -96,10 +105,15 @@ class PointSampler:
             yield chosen, place, value
 
 
-def _most_uncertain(maps: Tensor, candidates: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
-    """The `wanted` of candidates (m, C, 2) where |logit| is smallest: (m, wanted, 2), and the logits (m, wanted)."""
+def _most_uncertain(
+    maps: Tensor, candidates: Tensor, wanted: int, truth: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `wanted` of candidates (m, C, 2) where |logit| is smallest: (m, wanted, 2), and the logits (m, wanted). With
+    `truth` (m, C), 0 to 1, those whose logit is wrong come before all others, in random order."""
     value = sample_points(maps[:, None], candidates)[:, 0]
     distance = value.abs()
+    if truth is not None:
+        distance = torch.where((value > 0) == (truth > 0.5), distance, -torch.rand_like(distance))
     if value.device.type == "cpu" and 0 < wanted < value.shape[1]:
         # numpy selects ten times as fast as topk; the order of the points does not matter.
         limit = np.partition(distance.numpy(), wanted - 1, axis=1)[:, wanted - 1 : wanted]
@@ -134,7 +148,7 @@ class _PointTerms(torch.autograd.Function):
         maps = logits[image, query].float()
         slopes = maps.new_zeros((2, *maps.shape)) if ctx.needs_input_grad[0] else None
         entropies, dices = [], []
-        for chosen, points, value in sampler.chunks(maps):
+        for chosen, points, value in sampler.chunks(maps, masks, ids):
             target = masks.sample(ids[chosen], points)
             entropy, dice, slope = _terms(value, target, with_slopes=slopes is not None)
             entropies.append(entropy)

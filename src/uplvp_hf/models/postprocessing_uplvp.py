@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from .mask_resampling import resampling_axis, resized_flips, resized_masks, signed_values, window_flips
-from .masks import decode_segmentation, rle_boxes, rle_from_borders, tight_boxes
+from .masks import decode_segmentation, mask_iou, rle_boxes, rle_from_borders, tight_boxes
 from .roi_masks import paste_masks
 
 # Masks leave the model at a quarter of the padded input's resolution (as in Mask2Former).
@@ -169,6 +169,36 @@ def input_probabilities(logits: torch.Tensor, input_size: Size) -> torch.Tensor:
     canvas = [MASK_STRIDE * side for side in logits.shape[-2:]]
     values = F.interpolate(logits[None].float().sigmoid(), size=canvas, mode="bilinear", align_corners=False)[0]
     return values[..., : input_size[0], : input_size[1]]
+
+
+def without_duplicates(found: Found, target_size: Size, most: float) -> Found:
+    """Leaves out instances whose mask has an IoU above `most` with a better one of their class that stays."""
+    keys = found.keys.tolist()
+    rles = {key: rle_from_borders(flips, *target_size) for key, flips in _unique_flips(found, keys)}
+    labels, kept = found.labels.tolist(), []
+    for label in dict.fromkeys(labels):
+        own = [place for place, one in enumerate(labels) if one == label]
+        masks = [rles[keys[place]] for place in own]
+        kept += [own[place] for place in first_of_duplicates(mask_iou(masks, masks), most)]
+    chosen = torch.tensor(sorted(kept), dtype=torch.int64, device=found.keys.device)
+    boxes = None if found.boxes is None else found.boxes[chosen]
+    scores, labels, keys = found.scores[chosen], found.labels[chosen], found.keys[chosen]
+    return found._replace(scores=scores, labels=labels, keys=keys, boxes=boxes)
+
+
+def _unique_flips(found: Found, keys: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+    unique = list(dict.fromkeys(keys))
+    return zip(unique, found.flips(unique), strict=True)
+
+
+def first_of_duplicates(ious: Any, most: float) -> list[int]:
+    """The positions that stay, ascending, when each needs an IoU of at most `most` with all that stay before; ious:
+    (N, N), best first."""
+    kept: list[int] = []
+    for position in range(len(ious)):
+        if not kept or float(ious[position, kept].max()) <= most:
+            kept.append(position)
+    return kept
 
 
 def collect_instances(found: Found, target_size: Size, return_rle: bool, overlap: float | None) -> dict[str, Any]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data import InstanceDataset, load_dataset_rows
@@ -33,6 +31,7 @@ from .canvas import DIVISOR, check_canvas, preferred_size, with_canvas
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
 from .freezing import freeze_backbone, refuse_random_frozen
 from .mixture import MixedSamples
+from .segmenter_settings import refuse_other_segmenter, refuse_unknown, refuse_unknown_names
 from .vit import fade_masks, load_encoder, wants_model
 
 logger = logging.getLogger(__name__)
@@ -228,6 +227,7 @@ def build_samples(
         settings.seed,
         data.max_instances,
         copy_paste=data.copy_paste,
+        side_by_side=data.side_by_side,
         features=kernel_features(settings) is not None,
     )
 
@@ -305,8 +305,8 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedMod
     if settings.model.segmenter.get("model_type") == MaskRcnnConfig.model_type:
         return _baseline(settings, train)
     id2label, category_ids = classes_of(settings, train)
-    own = OWN_SEGMENTERS.get(settings.model.segmenter.get("model_type"))
-    if own is not None:  # these refuse by themselves, without the place of the key in the recipe
+    if own := OWN_SEGMENTERS.get(settings.model.segmenter.get("model_type")):
+        # These refuse by themselves, without the place of the key in the recipe.
         refuse_unknown_names(settings.model.segmenter, own, "model.segmenter.")
     given = with_canvas(settings.model.segmenter, settings.data.size)
     config = UplvpConfig(
@@ -317,24 +317,6 @@ def _from_scratch(settings: TrainSettings, train: InstanceDataset) -> TrainedMod
     )
     refuse_unknown(settings.model.segmenter, config.segmenter_config)
     return _model_class(settings)(config)
-
-
-def refuse_unknown(given: dict, config: PreTrainedConfig, prefix: str = "model.segmenter.") -> None:
-    """Raises ConfigError for a misspelled key of a segmenter or backbone: transformers would take it silently."""
-    refuse_unknown_names(given, type(config), prefix)
-    for key, value in given.items():
-        if isinstance(value, dict) and isinstance(getattr(config, key, None), PreTrainedConfig):
-            refuse_unknown(value, getattr(config, key), f"{prefix}{key}.")
-
-
-def refuse_unknown_names(given: dict, kind: type[PreTrainedConfig], prefix: str) -> None:
-    known = {*kind.__dataclass_fields__, *kind.attribute_map, "model_type", "num_labels"}
-    for key in given:
-        # Properties of backbone configurations, and our own addition to timm's.
-        if key not in known and key not in ("out_features", "out_indices", "timm_kwargs"):
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean `{prefix}{near[0]}`?" if near else ""
-            raise ConfigError(f"`{prefix}{key}` is no setting of a {kind.model_type}.{hint}")
 
 
 def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel:
@@ -359,24 +341,3 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
     model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
     logger.info("From %s: %s", init, model.transfer_report)
     return model
-
-
-def refuse_other_segmenter(model: ModelSettings, found: PreTrainedConfig) -> None:
-    """Raises ConfigError where `model.init` holds another segmenter than `model.segmenter` describes."""
-    unlike = _differences(model.segmenter or {}, found.to_dict(), "model.segmenter.")
-    if unlike:
-        raise ConfigError(
-            f"{model.init} does not hold the segmenter that the settings describe ({'; '.join(unlike)}). Start from "
-            "another checkpoint, or give settings without `model.segmenter`."
-        )
-
-
-def _differences(wanted: dict, found: dict, prefix: str) -> list[str]:
-    """The settings in which `found` differs from `wanted`."""
-    unlike = []
-    for key, value in wanted.items():
-        if isinstance(value, dict) and isinstance(found.get(key), dict):
-            unlike += _differences(value, found[key], f"{prefix}{key}.")
-        elif key in found and found[key] != (list(value) if isinstance(value, tuple) else value):
-            unlike.append(f"{prefix}{key} is {value!r}, there {found[key]!r}")
-    return unlike

@@ -53,6 +53,7 @@ class CachedTask(InstanceTask):
         settings = super().with_image_settings(settings)
         against = {
             "`data.copy_paste`, as pasted images have no features of their own": settings.data.copy_paste > 0,
+            "`data.side_by_side`, as pasted images have no features of their own": settings.data.side_by_side > 0,
             "`data.unlabeled`, whose views are new in every step": settings.data.unlabeled is not None,
             "`fsdp`": settings.fsdp,
             "a canvas other than the square one (`data.canvas`, `data.short_edges`)": not settings.data.square,

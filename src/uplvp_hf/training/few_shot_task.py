@@ -28,16 +28,10 @@ from ..models.errors import reading
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_few_shot import UplvpForFewShotSegmentation
 from .batch import model_inputs
-from .build import (
-    build_data,
-    build_processor,
-    build_samples,
-    load_backbone_weights,
-    refuse_other_segmenter,
-    refuse_unknown,
-)
+from .build import build_data, build_processor, build_samples, load_backbone_weights
 from .config import ConfigError, TrainSettings
 from .freezing import freeze_backbone, refuse_random_frozen
+from .segmenter_settings import refuse_other_segmenter, refuse_unknown
 from .stream import make_loader
 from .task import InstanceTask
 
@@ -187,7 +181,8 @@ def _check(settings: TrainSettings) -> None:
     wrong = {
         "model.class_agnostic": model.class_agnostic, "model.kernel_target": model.kernel_target,
         "model.text_features": model.text_features, "data.unlabeled": data.unlabeled,
-        "data.copy_paste": data.copy_paste, "evaluation.class_agnostic": settings.evaluation.class_agnostic,
+        "data.copy_paste": data.copy_paste, "data.side_by_side": data.side_by_side,
+        "evaluation.class_agnostic": settings.evaluation.class_agnostic,
     }  # fmt: skip
     given = [f"`{name}`" for name, value in wrong.items() if value]
     if given:

@@ -30,7 +30,6 @@ from .batch import weighted_loss
 from .checkpoint import (
     check_resumed,
     load_checkpoint,
-    load_weights,
     newest_checkpoint,
     optimizer_tensors,
     restore_optimizer,
@@ -339,11 +338,8 @@ class _Run:
     def _finish(self) -> None:
         self.accelerator.wait_for_everyone()
         model, result = self.weights.finish(), self.result
-        result.model, result.model_step = model, result.steps
-        best = self.validation.best()
-        if best is not None:
-            result.model_step, folder = best
-            load_weights(folder, model)
+        result.model = model
+        self.validation.choose(model, result)
         # Processes see different images, so each may have met others that cannot be read.
         failures = [*self.samples.dataset.failures, *(self.val_rows.failures if self.val_rows else ())]
         failures += [] if self.teacher is None else self.teacher.failures

@@ -18,7 +18,7 @@ def on_one_batch(settings: TrainSettings) -> TrainSettings:
     edges = settings.data.short_edges
     data = dataclasses.replace(
         settings.data, scale_range=[1.0, 1.0], short_edges=edges and edges[-1:], flip=0.0, color_jitter=0.0, rotate=0.0,
-        copy_paste=0.0, val=None, unlabeled=None, extra=None,
+        copy_paste=0.0, side_by_side=0.0, val=None, unlabeled=None, extra=None,
     )  # fmt: skip
     checkpoint = dataclasses.replace(settings.checkpoint, every=0, best=False)
     return dataclasses.replace(settings, data=data, evaluation=EvaluationSettings(), checkpoint=checkpoint)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import InstanceDataset
 from ..models.mask_resampling import resampling_axis, resized_flips, signed_values
 from ..models.masks import mask_iou_matrix, rle_from_borders
-from ..models.postprocessing_uplvp import MASK_STRIDE, mask_quality
+from ..models.postprocessing_uplvp import MASK_STRIDE, first_of_duplicates, mask_quality
 from .teacher_settings import TeacherSettings
 
 
@@ -62,7 +62,7 @@ def find_pseudo_instances(
     sure = (best >= thresholds.to(best.device)[labels]) & good
     order = (best * quality + sure).argsort(descending=True, stable=True)  # all sure ones come first
     overlap = mask_iou_matrix(logits[order] > 0)
-    first = _without_duplicates(overlap.cpu(), settings.duplicates)
+    first = torch.tensor(first_of_duplicates(overlap.cpu(), settings.duplicates), dtype=torch.int64)
     order = order[first.to(order.device)]
     sure, good = sure[order], order[good[order]]
     kept, unsure = order[sure], order[~sure & (best[order] >= settings.unsure_threshold)]
@@ -75,15 +75,6 @@ def find_pseudo_instances(
         _rles(logits[unsure], size),
         torch.stack([labels[good].float(), best[good]], dim=-1).cpu(),
     )
-
-
-def _without_duplicates(overlap: Tensor, most: float) -> Tensor:
-    """The positions that stay, ascending, when each needs an overlap of at most `most` with all that stay before."""
-    kept: list[int] = []
-    for position in range(len(overlap)):
-        if not kept or float(overlap[position, kept].max()) <= most:
-            kept.append(position)
-    return torch.tensor(kept, dtype=torch.int64)
 
 
 def _rles(logits: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:

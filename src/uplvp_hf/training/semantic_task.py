@@ -17,7 +17,7 @@ from ..conversion.denseclip import CLIP_TOKENIZER
 from ..conversion.openai_clip import TIMM, icpc_from_clip
 from ..data import InstanceDataset
 from ..data.semantic import SemanticTrainingSet, SemanticTransform, collate_semantic, label_map, semantic_view
-from ..evaluation.predictor import match_category_ids
+from ..evaluation.classes import match_category_ids
 from ..evaluation.semantic import evaluate_semantic, is_semantic_model
 from ..models.configuration_icpc import IcpcConfig
 from ..models.errors import reading
@@ -25,8 +25,9 @@ from ..models.image_processing_icpc import IcpcImageProcessor
 from ..models.label_maps import ignored_label
 from ..models.losses import Normalizers
 from ..models.modeling_icpc import IcpcForSemanticSegmentation
-from .build import build_data, processor_settings, refuse_unknown_names, with_image_settings
+from .build import build_data, processor_settings, with_image_settings
 from .config import PRETRAINING, ConfigError, ModelSettings, TrainSettings
+from .segmenter_settings import refuse_unknown_names
 from .stream import make_loader
 from .task import InstanceTask
 
@@ -155,7 +156,8 @@ def _check(settings: TrainSettings) -> None:
     data = settings.data
     wrong = {
         "data.rotate": data.rotate, "data.copy_paste": data.copy_paste, "data.short_edges": data.short_edges,
-        "data.unlabeled": data.unlabeled, "model.class_agnostic": settings.model.class_agnostic,
+        "data.side_by_side": data.side_by_side, "data.unlabeled": data.unlabeled,
+        "model.class_agnostic": settings.model.class_agnostic,
         "model.backbone_weights": settings.model.backbone_weights, "model.freeze_stages": settings.model.freeze_stages,
     }  # fmt: skip
     wrong["data.extra"] = data.extra not in (None, PRETRAINING)

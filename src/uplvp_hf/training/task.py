@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader
 
 from ..data import InstanceDataset
 from ..data.usage import training_usage
-from ..evaluation.predictor import evaluate_model, evaluated_classes
+from ..evaluation.classes import evaluated_classes
+from ..evaluation.predictor import evaluate_model
 from ..models.losses import Normalizers
+from ..models.thresholds import SCORE_THRESHOLD
 from .batch import effective_normalizers, model_inputs
 from .build import build_data, build_model, build_processor, build_samples, with_image_settings
 from .config import TrainSettings
@@ -73,10 +75,13 @@ class InstanceTask:
     def evaluate(self, model: Any, processor: Any, rows: InstanceDataset, settings: TrainSettings, progress: bool):
         """The metrics; every process predicts its share of the images, and all get the numbers."""
         evaluation = settings.evaluation
-        return evaluate_model(
+        metrics = evaluate_model(
             model, processor, rows, batch_size=evaluation.batch_size, class_agnostic=evaluates_agnostic(settings),
             progress=progress, mask_threshold=evaluation.mask_threshold, backend=evaluation.backend, distributed=True,
+            at_score=SCORE_THRESHOLD,
         )  # fmt: skip
+        del metrics["findings"]["curve"], metrics["findings"]["calibration"]  # a page's, not a log's
+        return metrics
 
     def save(self, model: Any, folder: Any) -> None:
         """Writes what belongs beside model and processor, before these are written."""

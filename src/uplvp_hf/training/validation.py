@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
 from ..data import InstanceDataset
+from ..evaluation.findings import storable_threshold
 from ..evaluation.measures import main_metric, shown_metrics
 from ..files import write_json
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_uplvp import UplvpPreTrainedModel
-from .checkpoint import list_checkpoints, new_folder, remove_folder
+from .checkpoint import list_checkpoints, load_weights, new_folder, remove_folder
 from .config import TrainSettings
 from .optim import images_per_step
 from .task import InstanceTask
@@ -98,8 +99,22 @@ class Validation:
         step = max(scores, key=lambda step: (scores[step], -step))
         return step, kept[step]
 
+    def choose(self, model: UplvpPreTrainedModel, result: TrainResult) -> None:
+        """Sets `model_step` of the result: the last step, or that of the best model, whose weights are then loaded.
+
+        The model gets the score threshold of that evaluation.
+        """
+        best = self.best()
+        result.model_step = result.steps if best is None else best[0]
+        if best is not None:
+            load_weights(best[1], model)
+        measured = store_threshold(model.config, result.evaluations.get(result.model_step))
+        if measured is not None and self.accelerator.is_main_process:
+            logger.info("Instances are shown from a score of %.2f on: the best F1 on `data.val`.", measured)
+
     def _keep(self, step: int, model: UplvpPreTrainedModel, metrics: dict) -> None:
         with new_folder(self.output / f"best-{step}") as draft:
+            store_threshold(model.config, metrics)
             model.save_pretrained(draft)
             self.processor.save_pretrained(draft)
             write_json(draft / "best.json", {"step": step, "AP": _score(metrics)})
@@ -119,6 +134,17 @@ def evaluation_steps(settings: TrainSettings, images: int, processes: int) -> se
         apart = evaluation.every_epochs * images / images_per_step(settings.optim, processes)
         steps.update(max(round(k * apart), 1) for k in range(1, int(last / apart) + 1))
     return {step for step in steps if step <= last}
+
+
+def store_threshold(config: Any, metrics: dict | None) -> float | None:
+    """Lets a configuration keep the score of best F1 of an evaluation, and gives it; None where there is none.
+
+    One that a model started with is forgotten: it was measured on other weights.
+    """
+    measured = storable_threshold((metrics or {}).get("findings"))
+    if hasattr(config, "default_threshold"):
+        config.default_threshold = measured
+    return measured
 
 
 def best_step(evaluations: dict[int, dict]) -> int:

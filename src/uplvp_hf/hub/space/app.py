@@ -28,10 +28,10 @@ from transformers import AutoImageProcessor, AutoModelForImageSegmentation
 try:
     from uplvp_hf.evaluation.visualize import draw_instances
     from uplvp_hf.models.images import ImageError, as_rgb
-    from uplvp_hf.models.thresholds import SCORE_THRESHOLD
+    from uplvp_hf.models.thresholds import duplicate_iou, score_threshold
 except ImportError:  # in a Space they lie beside this file
     from images import ImageError, as_rgb
-    from thresholds import SCORE_THRESHOLD
+    from thresholds import duplicate_iou, score_threshold
     from visualize import draw_instances
 
 FLOOR = 0.05  # instances of smaller score are not kept, so that the slider needs no second run of the model
@@ -93,6 +93,7 @@ class Segmenter:
         found = self.processor.post_process_instance_segmentation(
             outputs,
             threshold=FLOOR,
+            duplicates=duplicate_iou(self.model.config),
             target_sizes=[(image.height, image.width)],
             return_rle=True,
             return_segmentation=False,
@@ -165,7 +166,7 @@ def build(model, processor, name: str) -> gr.Blocks:
             with gr.Column():
                 image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image")
                 threshold = gr.Slider(
-                    FLOOR, 1.0, value=SCORE_THRESHOLD, step=0.01, label="Least score", elem_id="threshold"
+                    FLOOR, 1.0, value=score_threshold(model.config), step=0.01, label="Least score", elem_id="threshold"
                 )
                 download = gr.DownloadButton("Download JSON", elem_id="download")
             with gr.Column():

@@ -15,6 +15,7 @@ from .normalized_cut import split_by_ncut
 from .proposals import Proposals, apply_nms, filter_proposals, top_k, upsample_grid
 from .refine import pamr
 from .segments import Segment, area_segments, class_layers, class_map, connected_segments, make_segment
+from .splitting import on_grid, owners
 
 MAX_ASPECT = 16  # longer over shorter side up to which `refine_size` is the shorter side
 NACLIP_DILATIONS, NACLIP_SIZE = (8, 16), 336  # pixels; the latter of the shorter side
@@ -93,13 +94,10 @@ def _split(
     """Every segment's parts; a pixel goes to the part whose enlarged mask is strongest there."""
     if features is None:
         raise UserError("split='ncut' needs the features of the image")
-    h, w = features.shape[-2:]
-    rows = ((np.arange(h) + 0.5) * size[0] / h).astype(int)
-    columns = ((np.arange(w) + 0.5) * size[1] / w).astype(int)
-    cells = np.stack([segment.full(size)[np.ix_(rows, columns)] for segment in segments])
+    cells = on_grid([segment.full(size) for segment in segments], tuple(features.shape[-2:]))
     parts_of = split_by_ncut(
         features,
-        torch.from_numpy(cells).to(features.device),
+        cells.to(features.device),
         cutting.max_parts,
         cutting.split_tau,
         max_ncut=cutting.max_ncut,
@@ -110,7 +108,7 @@ def _split(
         if len(parts) < 2:
             result.append(segment)
             continue
-        owner = upsample_grid(torch.stack(parts).float(), size).argmax(dim=0).cpu().numpy()[segment.box]
+        owner = owners(parts, size)[segment.box]
         evidence = values.get(None, values.get(segment.label))[segment.box]
         for number in range(len(parts)):
             mask = segment.mask & (owner == number)

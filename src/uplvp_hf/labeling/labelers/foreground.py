@@ -3,7 +3,8 @@
 Coarse map: the norm of the last map's features plus their first principal component, averaged over several image
 sizes (small ones see the object whole, large ones place its outline). Sharpening: a ridge regression per image
 predicts the coarse map from the finer maps and the position; what finer features cannot explain is noise, what they can
-is outlined at their resolution. Otsu's threshold and connected components then give the instances. Class-agnostic.
+is outlined at their resolution. Otsu's threshold and connected components then give the instances, which `split` takes
+apart further. Class-agnostic.
 
 Both the regression and the several sizes improve the masks of single large animals, for which the defaults were chosen.
 A class activation map of the named class added next to nothing.
@@ -20,6 +21,7 @@ from PIL import Image
 
 from ...data.dataset import Row
 from ..cutting.proposals import Proposals, connected_components, filter_proposals, otsu_threshold, top_k, upsample_grid
+from ..cutting.splitting import split_by_features, split_by_shape
 from ..encoders.pixels import Size
 from ..features import pooled
 from ..protocol import BackboneLabeler, Finish
@@ -127,7 +129,7 @@ class ForegroundLabeler(BackboneLabeler):
             for index, soft, own in zip(chunk, sharp, last):
                 found[index] = soft, own, offset
         return lambda: (
-            pooled(self._components(soft.cpu(), image.size[::-1]), own, offset)
+            pooled(self._components(soft.cpu(), image.size[::-1], own, offset), own, offset)
             for (soft, own, offset), image in zip(found, images)
         )
 
@@ -165,15 +167,26 @@ class ForegroundLabeler(BackboneLabeler):
         second = ridge.fit_predict(torch.tanh(first - first.new_tensor(thresholds)[:, None, None]))
         return standardize(second + self.config.blend * coarse)
 
-    def _components(self, soft: torch.Tensor, size: tuple[int, int]) -> Proposals:
+    def _components(
+        self, soft: torch.Tensor, size: tuple[int, int], features: torch.Tensor, offset: float
+    ) -> Proposals:
         large = upsample_grid(soft[None], size)[0]
         threshold = otsu_threshold(soft.cpu().numpy())
         spread = float(soft.max()) - threshold
         values = large.cpu().numpy()
         masks = connected_components(values > threshold, int(self.config.min_area * values.size), fill_holes=True)
+        masks = [part for mask in masks for part in self._parts(mask, features, offset)]
         # Height above the threshold, of what is possible in this image: 0.5 at the threshold, 1 at the summit.
         scores = [
             0.5 + 0.5 * float(np.clip((values[mask].mean() - threshold) / max(spread, 1e-6), 0, 1)) for mask in masks
         ]
         proposals = Proposals.build(masks, scores, size)
         return top_k(filter_proposals(proposals, self.config.min_area, self.config.max_area), self.config.top)
+
+    def _parts(self, mask: np.ndarray, features: torch.Tensor, offset: float) -> list[np.ndarray]:
+        config = self.config
+        if config.split == "shape":
+            return split_by_shape(mask, config.max_parts, config.neck)
+        if config.split == "ncut":
+            return split_by_features(mask, features, config.max_parts, config.split_tau, config.max_ncut, offset)
+        return [mask]
