@@ -3,11 +3,10 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
+import processes
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +17,6 @@ from training_helpers import (
     PROCESS,
     TRAIN,
     assert_same_run,
-    environment,
     largest_difference,
     log_of,
     on_two_processes,
@@ -194,8 +192,7 @@ def test_a_run_that_is_killed_resumes_to_the_same_bytes(run, recipe, words, tmp_
     whole = run("whole", *more)
     script = tmp_path / "killed.py"
     script.write_text(PROCESS + KILLED)
-    command = [sys.executable, script, recipe, tmp_path / "killed", *more]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment(), timeout=300)
+    done = processes.run(script, recipe, tmp_path / "killed", *more, environment={"CUDA_VISIBLE_DEVICES": ""})
     assert done.stdout.splitlines()[-1].split() == [str(int(signal.SIGKILL))] * 2, done.stderr[-2000:]
     assert [path.name for path in list_checkpoints(tmp_path / "killed")] == ["checkpoint-2", "checkpoint-4"]
     run("killed", *more, resume=True)
@@ -360,6 +357,7 @@ def test_classes_without_labels_are_named(unlabeled, scenes_dir, caplog):
     ("words", "message"),
     [
         (["stage=pretrain"], r"`data\.unlabeled` is for fine-tuning"),
+        (["stage=fewshot"], r"`data\.unlabeled` is for fine-tuning"),
         (["teacher.burn_in=500"], r"`teacher\.burn_in` of 500 steps leaves none of the 500"),
         (["teacher.cutout_area=0.3,0.1"], r"`teacher\.cutout_area` must be two numbers"),
         (["teacher.ignore=some"], r"teacher\.ignore"),

@@ -160,7 +160,7 @@ def check_teacher(settings: TrainSettings) -> None:
         raise ConfigError(
             "`teacher.prompts` goes with `model.kernel_target=prompt`: a teacher's masks have no features."
         )
-    if settings.stage == "pretrain":
+    if settings.stage != "finetune":
         raise ConfigError(
             "`data.unlabeled` is for fine-tuning with a teacher. Pre-training takes its images from `data.train`, the "
             "store that `uplvp label` wrote."
