@@ -22,7 +22,9 @@ def load_ids(path: str) -> np.ndarray:
                 if image.mode == "RGB":
                     red, green, _ = np.moveaxis(np.asarray(image, dtype=np.int32), -1, 0)
                     return red // 10 * 256 + green
-    except (OSError, SyntaxError, ValueError) as error:  # what decoders raise
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, MatReadError and more
         raise ImageError(f"cannot be decoded ({type(error).__name__}: {error})", file=path) from error
     return open_label_map(path)
 
