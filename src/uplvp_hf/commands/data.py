@@ -68,8 +68,8 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder that the file names of a COCO file are relative to")
     parser.add_argument(
         "--format",
-        help="coco, cityscapes, ctw1500, voc, labelme, yolo, cvat, store, images, list or datasets; by its looks if "
-        "not given",
+        help="coco, cityscapes, ctw1500, voc, labelme, yolo, cvat, coco_stuff, ade20k_full, label_maps, store, images, "
+        "list or datasets; by its looks if not given",
     )
     parser.add_argument(
         "--crowds-as-objects", action="store_true", help="take objects with iscrowd = 1 for single objects"
