@@ -212,6 +212,9 @@ class UplvpForFewShotSegmentation(UplvpPreTrainedModel):
         vectors = self.supports if vectors is None else vectors
         find = self._find_prototypes if self.config.conditioning == "prototype" else self._find_prompted
         masks, scores = find(self.segmenter.encode(pixel_values, pixel_mask), vectors)
+        if masks is None:
+            height, width = pixel_values.shape[-2:]
+            masks = pixel_values.new_zeros((len(pixel_values), 0, -(-height // 4), -(-width // 4)))
         output = SegmenterOutput(masks_queries_logits=masks, class_scores=scores)
         return self.segmenter.returned(output, options.get("return_dict"))
 
@@ -294,30 +297,30 @@ class UplvpForFewShotSegmentation(UplvpPreTrainedModel):
         masks = self._on_image(layer, features)
         return layer.mask_logits, self._objectness(layer, masks)[..., None] * self._similarity(masks, features, vectors)
 
-    def _find_prompted(self, features, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def _find_prompted(self, features, vectors: Tensor) -> tuple[Tensor | None, Tensor]:
         """One pass of the decoder a class, of which the best `max_masks` pairs of an image are kept: masks
-        (B, M, H/4, W/4), scores (B, M, P)."""
+        (B, M, H/4, W/4), None without classes, and scores (B, M, P)."""
         queries = self.segmenter.initial_queries(features)
         batch, count = queries.shape[0], len(vectors)
-        height, width = (4 * side for side in self.segmenter.fine_map(features).shape[-2:])
-        masks = queries.new_zeros((batch, 0, height // 2, width // 2))
-        scores = queries.new_zeros((batch, 0), dtype=torch.float32)
-        labels = torch.zeros((batch, 0), dtype=torch.int64, device=queries.device)
+        kept: list[Tensor] = []  # masks, scores and classes
         for label in range(count):
             inject = self._injected(self.make_prompts(vectors[label : label + 1]).expand(batch, -1))
             layer = self.segmenter.decode(features, inject(queries, features, 0), inject)[-1]
             shown = self._on_image(layer, features)
-            found = self._objectness(layer, shown)
+            scores = self._objectness(layer, shown)
             if self.config.support_score == "head_similarity":
-                found = found * self._similarity(shown, features, vectors[label : label + 1])[..., 0]
-            masks, scores = torch.cat([masks, layer.mask_logits], 1), torch.cat([scores, found], 1)
-            labels = torch.cat([labels, torch.full_like(found, label, dtype=torch.int64)], 1)
-            if scores.shape[1] > self.config.max_masks:
-                kept = scores.topk(self.config.max_masks, dim=1).indices.sort(1).values
-                scores, labels = scores.gather(1, kept), labels.gather(1, kept)
-                masks = masks.gather(1, kept[..., None, None].expand(-1, -1, *masks.shape[-2:]))
+                scores = scores * self._similarity(shown, features, vectors[label : label + 1])[..., 0]
+            found = [layer.mask_logits, scores, torch.full_like(scores, label, dtype=torch.int64)]
+            kept = [torch.cat(pair, 1) for pair in zip(kept, found, strict=True)] if kept else found
+            if kept[1].shape[1] > self.config.max_masks:
+                best = kept[1].topk(self.config.max_masks, dim=1).indices.sort(1).values
+                rows = torch.arange(batch, device=best.device)[:, None]
+                kept = [part[rows, best] for part in kept]
+        if not kept:
+            return None, queries.new_zeros((batch, 0, 0), dtype=torch.float32)
+        masks, scores, labels = kept
         table = scores.new_full((*scores.shape, count), NOT_ASKED)
-        return masks, table.scatter(2, labels[..., None], scores[..., None]) if count else table
+        return masks, table.scatter(2, labels[..., None], scores[..., None])
 
 
 __all__ = ["UplvpForFewShotSegmentation"]

@@ -156,6 +156,14 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
             model.set_text_features(features, names)
         except ValueError as error:
             raise ConfigError(f"`model.text_features`, {settings.model.text_features}: {error}") from error
+    prepare_model(model, settings)
+    if settings.stage == "finetune" and settings.prompted:
+        model.prompts_pseudo_alone = True
+    return model
+
+
+def prepare_model(model: TrainedModel, settings: TrainSettings) -> None:
+    """Fits the model to the canvas, loads the weights of its backbone, and freezes what the settings name."""
     check_canvas(model.segmenter, settings)
     if settings.model.backbone_weights and not settings.model.init:  # which brings its own, perhaps trained further
         if wants_model(model.segmenter):
@@ -164,9 +172,6 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
             load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
     freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
     fade_masks(model.segmenter, settings)
-    if settings.stage == "finetune" and settings.prompted:
-        model.prompts_pseudo_alone = True
-    return model
 
 
 def _check_kernel_target(config: UplvpConfig, settings: TrainSettings) -> None:

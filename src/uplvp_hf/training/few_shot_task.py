@@ -28,9 +28,9 @@ from ..models.errors import reading
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_few_shot import UplvpForFewShotSegmentation
 from .batch import model_inputs
-from .build import build_data, build_processor, build_samples, load_backbone_weights
+from .build import build_data, build_samples, prepare_model
 from .config import ConfigError, TrainSettings
-from .freezing import freeze_backbone, refuse_random_frozen
+from .freezing import refuse_random_frozen
 from .segmenter_settings import refuse_other_segmenter, refuse_unknown
 from .stream import make_loader
 from .task import InstanceTask
@@ -89,9 +89,7 @@ class FewShotTask(InstanceTask):
             config = UplvpFewShotConfig(segmenter_config=dict(settings.model.segmenter), **given)
             refuse_unknown(settings.model.segmenter, config.segmenter_config)
             model = UplvpForFewShotSegmentation(config)
-        if settings.model.backbone_weights and settings.model.init is None:
-            load_backbone_weights(model.segmenter.backbone, settings.model.backbone_weights)
-        freeze_backbone(model.segmenter.backbone, settings.model, settings.data.size)
+        prepare_model(model, settings)
         self.conditioning = model.config.conditioning
         prompted = self.conditioning == "prompt"
         if prompted and settings.model.init is None:
@@ -129,7 +127,7 @@ class FewShotTask(InstanceTask):
             for place in rng.permutation(len(own))[: settings.fewshot.support_bank].tolist()
         ]
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-        vectors = object_vectors(model, build_processor(settings.data), self.train, entries).cpu()
+        vectors = object_vectors(model, self.processor(settings, model), self.train, entries).cpu()
         return dict(zip(entries, vectors, strict=True))
 
     def loader(self, samples: Any, settings: TrainSettings, start: int, accelerator: Accelerator) -> DataLoader:
@@ -149,7 +147,7 @@ class FewShotTask(InstanceTask):
         return inputs
 
     def processor(self, settings: TrainSettings, model: Any) -> UplvpImageProcessor:
-        self._processor = build_processor(settings.data)
+        self._processor = super().processor(settings, model)
         return self._processor
 
     def evaluate(self, model: Any, processor: Any, rows: InstanceDataset, settings: TrainSettings, progress: bool):
