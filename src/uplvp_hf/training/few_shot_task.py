@@ -27,6 +27,7 @@ from ..models.configuration_few_shot import UplvpFewShotConfig
 from ..models.errors import reading
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_few_shot import UplvpForFewShotSegmentation
+from ..models.query_segmenter import QuerySegmenter
 from .batch import model_inputs
 from .build import build_data, build_samples, prepare_model
 from .config import ConfigError, TrainSettings
@@ -94,8 +95,8 @@ class FewShotTask(InstanceTask):
         prompted = self.conditioning == "prompt"
         if prompted and settings.model.init is None:
             logger.warning(
-                "Support prompts are trained from scratch: on generated scenes the network learned to ignore them. "
-                "Train with fewshot.conditioning=prototype first, and start from that (`model.init`)."
+                "Support prompts are trained from scratch, where a network may learn to ignore them. Train with "
+                "fewshot.conditioning=prototype first, start from that (`model.init`), and compare with wrong supports."
             )
         freeze = settings.fewshot.freeze_encoder
         if freeze is None:
@@ -106,6 +107,11 @@ class FewShotTask(InstanceTask):
         if settings.fewshot.support_bank and prompted:
             if not freeze:
                 raise ConfigError("`fewshot.support_bank` needs a frozen encoder: set `fewshot.freeze_encoder=true`.")
+            if type(model.segmenter).encoder is QuerySegmenter.encoder:
+                raise ConfigError(
+                    f"`fewshot.support_bank`: a `{model.segmenter.config.model_type}` makes the features of supports "
+                    "with modules that are trained too: leave the setting out."
+                )
             self.bank = self._fill_bank(settings, model)
         return model
 
