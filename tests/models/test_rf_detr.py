@@ -9,6 +9,7 @@ from uplvp_hf.models.errors import UserError
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 from uplvp_hf.models.losses_rf_detr import corners
 from uplvp_hf.models.masks import tight_boxes
+from uplvp_hf.models.modeling_base_uplvp import coco_category_ids, distinct_names
 from uplvp_hf.models.modeling_rf_detr import RfDetrSegmenter
 from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
 
@@ -143,6 +144,17 @@ def test_classes_go_by_name_in_every_head(pair, tmp_path):
         ours, theirs = model.segmenter.get_submodule(head).weight, native.get_submodule(head).weight
         assert ours.shape == (2, 32) and torch.equal(ours[0], theirs[2])
     assert model.transfer_report.new_classes == ["fox"] and len(model.transfer_report.remapped) == 2 * len(heads)
+
+
+def test_classes_that_are_numbered_by_coco_keep_its_ids():
+    names = dict.fromkeys(range(91), "N/A") | {1: "person", 90: "toothbrush"}
+    distinct = distinct_names(names)
+    assert len(set(distinct.values())) == 91 and (distinct[0], distinct[12], distinct[90]) == (
+        "N/A",
+        "N/A 12",
+        "toothbrush",
+    )
+    assert coco_category_ids(distinct) == list(range(91)) and coco_category_ids({0: "person"}) is None
 
 
 @torch.no_grad()

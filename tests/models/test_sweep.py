@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from vit_segmenters import WHOLE
 
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.modeling_base_uplvp import SEGMENTERS
@@ -37,31 +38,6 @@ HEADS = {
         "num_mask_layers": 1, "finest_scale": 14,
     },
 }  # fmt: skip
-VIT = {
-    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_blocks": 2, "image_size": 64,
-    "patch_size": 16, "num_register_tokens": 1, "train_num_points": 64,
-}  # fmt: skip
-WHOLE: dict[str, dict] = {  # segmenters whose backbone is part of them
-    "eomt": {**VIT, "mlp_ratio": 2},
-    "eomt_dinov3": {**VIT, "intermediate_size": 48, "pos_embed_rescale": None},
-    "vit_mask_decoder": {
-        "hidden_size": 32,
-        "num_blocks": 2,
-        "num_attention_heads": 4,
-        "mlp_ratio": 2,
-        "train_num_points": 64,
-        "backbone_config": {
-            "model_type": "dinov2_with_registers",
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "image_size": 32,
-            "patch_size": 16,
-            "mlp_ratio": 2,
-            "out_features": ["stage1", "stage2"],
-        },
-    },
-}
 KINDS = [(segmenter, backbone) for segmenter in ON_MAPS for backbone in BACKBONES] + [(name, "vit") for name in WHOLE]
 CANVASES = {name: {"height": 64, "width": 64} for name in WHOLE}  # of segmenters that want a square one
 QUERIES, CLASSES = 10, {0: "cat", 1: "dog", 2: "horse"}

@@ -77,7 +77,7 @@ class UplvpPreTrainedModel(InstanceSegmenter, SavesItsCode, PreTrainedModel):
         segmenter = SEGMENTERS[config.model_type].from_pretrained(name_or_dir, **kwargs)
         parts = [module.config for module in segmenter.modules() if isinstance(module, PreTrainedModel)]
         attention = [(part, part._attn_implementation) for part in parts]
-        id2label = dict(segmenter.config.id2label)
+        id2label = distinct_names(segmenter.config.id2label)
         settings.setdefault("category_ids", coco_category_ids(id2label))
         config = UplvpConfig(segmenter_config=segmenter.config, id2label=id2label, **settings)
         model = cls(config, segmenter=segmenter).to(segmenter.dtype)
@@ -131,8 +131,21 @@ class UplvpPreTrainedModel(InstanceSegmenter, SavesItsCode, PreTrainedModel):
         return self.segmenter.labels_for(mask_labels, class_labels)
 
 
+def distinct_names(id2label: dict[int, str]) -> dict[int, str]:
+    """The names, with the number behind those that were there before, such as the "N/A" at gaps of COCO's ids."""
+    seen: set[str] = set()
+    found = {}
+    for key, name in id2label.items():
+        found[int(key)] = f"{name} {key}" if name in seen else name
+        seen.add(name)
+    return found
+
+
 def coco_category_ids(id2label: dict[int, str]) -> list[int] | None:
-    """COCO's ids of its 80 instance classes, 1 to 90 with gaps, if these are they in order; otherwise None."""
+    """COCO's ids of its 80 instance classes, 1 to 90 with gaps, if these are they in order, or if the classes are
+    numbered by these ids (as RF-DETR's are); otherwise None."""
+    if len(id2label) == 91 and (id2label.get(1), id2label.get(90)) == ("person", "toothbrush"):
+        return list(range(91))
     if len(id2label) != 80 or (id2label[0], id2label[79]) != ("person", "toothbrush"):
         return None
     return [number for number in range(1, 91) if number not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]

@@ -123,11 +123,12 @@ class RfDetrSegmenter(QuerySegmenter, RfDetrForInstanceSegmentation):
 
     def _predict(self, found, features: RfDetrFeatures, size) -> tuple[list[RfDetrLayerOutput], RfDetrLayerOutput]:
         """The heads of the native forward, for every decoder layer and for the encoder's proposals."""
-        hidden, references = found.intermediate_hidden_states, found.intermediate_reference_points
-        logits, boxes = self.model.predict_class_and_boxes(hidden, references[-1])
-        masks = self.segmentation_head(found.backbone_features, hidden, size)
-        rows = zip(logits, masks, hidden, boxes, strict=True)
-        layers = [self._output(*row, features) for row in rows]
+        references, layers = found.intermediate_reference_points[-1], []
+        masks = self.segmentation_head(found.backbone_features, found.intermediate_hidden_states, size)
+        for hidden, own in zip(found.intermediate_hidden_states, masks, strict=True):
+            # One by one, as the native forward does for the last: other shapes round otherwise.
+            logits, boxes = self.model.predict_class_and_boxes(hidden, references)
+            layers.append(self._output(logits, own, hidden, boxes, features))
         proposed = found.enc_outputs_class
         class_logits = self.model.predict_encoder_class_logits(proposed)
         masks = self.segmentation_head(found.backbone_features, proposed, size, skip_blocks=True)

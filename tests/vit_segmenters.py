@@ -1,0 +1,27 @@
+"""Settings of tiny segmenters whose backbone is part of them, for images of 64 x 64 pixels."""
+
+VIT = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_blocks": 2, "image_size": 64,
+    "patch_size": 16, "num_register_tokens": 1, "train_num_points": 64,
+}  # fmt: skip
+WHOLE: dict[str, dict] = {  # segmenters whose backbone is part of them
+    "eomt": {**VIT, "mlp_ratio": 2},
+    "eomt_dinov3": {**VIT, "intermediate_size": 48, "pos_embed_rescale": None},
+    "vit_mask_decoder": {
+        "hidden_size": 32,
+        "num_blocks": 2,
+        "num_attention_heads": 4,
+        "mlp_ratio": 2,
+        "train_num_points": 64,
+        "backbone_config": {
+            "model_type": "dinov2_with_registers",
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 16,
+            "mlp_ratio": 2,
+            "out_features": ["stage1", "stage2"],
+        },
+    },
+}
