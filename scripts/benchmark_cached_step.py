@@ -24,7 +24,7 @@ VIT_S16 = {
     "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 16, "image_size": 224,
     "num_register_tokens": 4,
 }  # fmt: skip
-IMAGES = 8
+IMAGES = 4
 
 
 def compare_cached(arguments: argparse.Namespace) -> dict[str, float]:
