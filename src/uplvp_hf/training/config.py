@@ -85,7 +85,7 @@ class DataSettings(Settings):
     rotate: float = setting(0.0, "largest angle in degrees", least=0, most=45)
     rotate_probability: float = setting(0.5, "probability that an image is rotated", least=0, most=1)
     copy_paste: float = setting(0.0, "probability that instances of another image are pasted", least=0, most=1)
-    side_by_side: float = setting(0.0, "probability that an instance is pasted beside one of its class", least=0, most=1)
+    side_by_side: float = setting(0.0, "probability that one is pasted beside one of its class", least=0, most=1)
     canvas: str | None = setting(
         None,
         "square pads every batch to size x size, batch to the largest image in it, in multiples of 32; none: batch "
