@@ -6,7 +6,7 @@ import processes
 import pytest
 import torch
 from PIL import Image
-from test_sweep import SEGMENTER_NAMES, even, grown, quiet, settings_of
+from test_sweep import ON_MAPS, even, grown, quiet, settings_of
 from transformers import AutoModelForInstanceSegmentation, pipeline
 
 from uplvp_hf.models.configuration_few_shot import UplvpFewShotConfig
@@ -27,7 +27,7 @@ def make_model(segmenter: str, seed: int = 0, **settings) -> UplvpForFewShotSegm
     )
 
 
-@pytest.fixture(params=SEGMENTER_NAMES)
+@pytest.fixture(params=ON_MAPS)
 def segmenter(request):
     return request.param
 
