@@ -378,3 +378,16 @@ def test_a_burn_in_beyond_the_epochs_is_refused():
     with pytest.raises(ConfigError, match="burn_in` of 5 steps leaves none of the 5 for"):
         with_steps(load_settings(None, [*words, "teacher.burn_in=5"]), 10, 1)
     assert with_steps(load_settings(None, [*words, "teacher.burn_in=4"]), 10, 1).optim.steps == 5
+
+
+def test_thresholds_are_measured_on_labeled_images(load_script, tiny_model_dir, scenes_dir, capsys):
+    """Higher thresholds find no more, and what has the right class has a right mask."""
+    given = ["--model", str(tiny_model_dir), "--data", str(scenes_dir), "--images", "2"]
+    assert load_script("measure_pseudo_labels").main([*given, "--classes", "0", "0.2", "--masks", "0", "0.6"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    lines = json.loads(printed[-1])
+    assert len(printed) == 3 + len(lines) == 7 and lines[0]["instances"] > 0
+    counts = [line["instances"] for line in lines]  # by class threshold, then by mask threshold
+    assert counts[0] >= max(counts[1:3]) and min(counts[1:3]) >= counts[3]
+    for line in lines:
+        assert line["precision"] is None or line["precision"] <= line["mask_precision"]
