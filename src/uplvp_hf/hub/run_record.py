@@ -86,6 +86,7 @@ def training_rows(summary: dict[str, Any], split: dict[str, Any]) -> Rows:
         ("Images", summary.get("images")),
         ("Mixed in", _mixed_in(summary, data)),
         ("Unlabeled images, for a teacher", None if data.get("unlabeled") is None else public(data["unlabeled"])),
+        ("Prompts of the student", "masks of the teacher" if _section(summary, "teacher").get("prompts") else None),
         ("Started from", None if model.get("init") is None else public(model["init"])),
         ("Backbone weights", None if model.get("backbone_weights") is None else public(model["backbone_weights"])),
         ("Prompts", f"{model['prompt_matching']} matching" if model.get("prompt_matching") else None),
