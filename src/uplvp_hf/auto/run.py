@@ -179,3 +179,12 @@ class _Auto:
                 train(settings, resume=(trained / "settings.json").is_file(), progress=self.progress)
         with new_folder(self.folder / "model") as draft:
             shutil.copytree(trained, draft, dirs_exist_ok=True, ignore=shutil.ignore_patterns("checkpoint-*", ".lock"))
+            _carry_threshold(self.folder / "runs" / choice["run"] / "config.json", draft / "config.json")
+
+
+def _carry_threshold(measured: Path, config: Path) -> None:
+    """The score from which on instances are shown was measured on the images kept aside; the last training had none."""
+    found = json.loads(measured.read_text(encoding="utf-8")).get("default_threshold")
+    content = json.loads(config.read_text(encoding="utf-8"))
+    if found is not None and content.get("default_threshold") is None:
+        write_json(config, {**content, "default_threshold": found})
