@@ -54,8 +54,8 @@ def test_what_is_named_can_be_tried():
         request = Request("photos", "few.json", **given)
         return [source.name for source in candidate_sources(request, {"backbone": "timm:x"}, ["a", "b"])]
 
-    assert names() == ["foreground", "saliency", "ncut", BASELINE]
-    assert names(clip="c", masks="m.json", model="sam")[3:7] == [
+    assert names() == ["foreground", "foreground, split", "saliency", "ncut", BASELINE]
+    assert names(clip="c", masks="m.json", model="sam")[4:8] == [
         "clip",
         "clip, named by examples",
         "sam",

@@ -147,7 +147,10 @@ class _Auto:
         arms = [arm for arm in (PRETRAINED, PLAIN) if arm in rows]
         best = max(arms, key=lambda arm: rows[arm]["metrics"]["AP"] or 0.0)
         job = next(job for job in jobs if job.row.get("arm") == best)
-        results = {arm: {"metrics": row["metrics"], "curve": row["curve"]} for arm, row in rows.items()}
+        results = {
+            arm: {"metrics": row["metrics"], "curve": row["curve"], "findings": row.get("findings")}
+            for arm, row in rows.items()
+        }
         choice = {"arm": best, "run": job.folder, "results": results, "advice": advise(data, rows, best)}
         # Labeling and pre-training are shared by all arms that have them.
         once = {row["pretrain"]["seconds"] + row["label"]["seconds"] for row in rows.values() if row["pretrain"]}

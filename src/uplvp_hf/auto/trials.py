@@ -50,6 +50,8 @@ def candidate_sources(request: Request, backbone: dict[str, Any], classes: list[
     """
     named = {"namer": "examples", "examples": request.examples}
     sources = [Source(name, {"labeler": name, **backbone, **named}) for name in ("foreground", "saliency", "ncut")]
+    apart = {**backbone.get("settings", {}), "labeler.split": "shape"}  # groups of objects, at their necks
+    sources.insert(1, Source("foreground, split", {**sources[0].label, "settings": apart}))
     if request.clip is not None:
         clip = {"labeler": "clip", "clip": request.clip, "vocabulary": request.vocabulary or ",".join(classes)}
         sources.append(Source("clip", {**clip, "namer": "clip"}))
