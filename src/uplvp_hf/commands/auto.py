@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     sources.add_argument("--pad-type", help="same: these weights were trained with TensorFlow's padding")
     sources.add_argument("--model", help="a SAM of transformers: folder or hub id")
     sources.add_argument("--masks", metavar="FILE", help="masks that another program made")
+    sources.add_argument("--sources", nargs="+", default=[], metavar="NAME", help="try only these, such as foreground")
     training = parser.add_argument_group("training")
     training.add_argument(
         "--start", help="small, swin_tiny, swin_base or swin_large (default: the strongest that fits)"
@@ -59,7 +60,11 @@ def _auto(arguments: argparse.Namespace) -> None:
 
     check_device(arguments.device)
     given = {key: value for key, value in vars(arguments).items() if key in Request.__dataclass_fields__}
-    given |= {name: tuple(getattr(arguments, name)) for name in ("words", "sources")}
+    sources = [name for name in arguments.sources if "=" not in name]  # it also takes the settings behind it
+    given |= {
+        "sources": tuple(sources),
+        "words": (*arguments.words, *(name for name in arguments.sources if "=" in name)),
+    }
     given["recipes"] = arguments.recipes and tuple(arguments.recipes)
     request = Request(**given)
     run_auto(request, arguments.output, not arguments.quiet)
