@@ -35,7 +35,10 @@ class RfDetrFeatures:
 
 
 class RfDetrSegmenter(QuerySegmenter, RfDetrForInstanceSegmentation):
-    """Padding is masked in the decoder, not in the ViT: predictions depend on the canvas, and there is a square one."""
+    """Padding is masked in the decoder, not in the ViT: predictions depend on the canvas, and there is a square one.
+
+    Gradient checkpointing needs `use_reentrant=False`, transformers' default: features reach the decoder by keyword.
+    """
 
     config: RfDetrConfig
     shares_class_head = True
