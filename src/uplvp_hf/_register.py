@@ -72,14 +72,11 @@ def _register_instances() -> None:
     AutoModelForPreTraining.register(UplvpConfig, UplvpForPreTraining)
     for config, body in bodies:
         AutoModel.register(config, body)
+    # The stock pipeline tries only AutoModelForImageSegmentation and AutoModelForSemanticSegmentation.
+    autos = (AutoModelForImageSegmentation, AutoModelForInstanceSegmentation, AutoModelForUniversalSegmentation)
     for config, model in models:
         AutoConfig.register(config.model_type, config)
-        # The stock pipeline tries only AutoModelForImageSegmentation and AutoModelForSemanticSegmentation.
-        for auto in (
-            AutoModelForImageSegmentation,
-            AutoModelForInstanceSegmentation,
-            AutoModelForUniversalSegmentation,
-        ):
+        for auto in autos:
             auto.register(config, model)
         # Without this entry the pipeline works but logs that the model is not supported.
         modeling_auto.MODEL_FOR_INSTANCE_SEGMENTATION_MAPPING_NAMES[config.model_type] = model.__name__

@@ -138,8 +138,7 @@ def make_scene(
 
     Returns:
         image (RGB), masks (N, size, size) bool of visible pixels, disjoint, in order of painting, labels (N) indices
-        into `LOOKS[looks]`, caption such as "an orange disc and two purple striped rings" (by first appearance), or
-        "background" without objects.
+        into `LOOKS[looks]`, caption such as "an orange disc and two teal squares", or "background" without objects.
         Every instance shows at least `MIN_VISIBLE_AREA` px and `MIN_VISIBLE_FRACTION` of its full area.
 
     Raises:

@@ -268,15 +268,14 @@ def evaluate_model(
     rank, processes = share = place() if distributed else (0, 1)
     options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
     options |= {"threshold": threshold, "top_k": top_k, "duplicates": duplicates, "failures": failures}
-    if pairs is None:
-        pairs = predict_dataset(model, processor, dataset, batch_size, **options)
+    pairs = predict_dataset(model, processor, dataset, batch_size, **options) if pairs is None else pairs
     with gather_errors(processes):
         counts = _compare(evaluator, findings, across, pairs, views, category_ids, on_result)
     failures, counts = _collect(evaluator, findings, failures, counts, rank)
     _check_judged(dataset, failures, metric == "cityscapes" and not counts["void"] and rank == 0)
-    metrics = evaluator.compute(class_agnostic=class_agnostic, details=details)
+    computed = evaluator.compute(class_agnostic=class_agnostic, details=details)
     return {
-        **_named(metrics, [] if class_agnostic else dataset.categories),
+        **_named(computed, [] if class_agnostic else dataset.categories),
         "findings": findings.compute(score_threshold(model.config) if at_score is None else at_score),
         "num_images": len(dataset) - len(failures),
         "num_instances": counts["num_instances"],

@@ -279,9 +279,7 @@ class TrainSettings(Settings):
     """A whole run."""
 
     stage: str = setting(
-        "finetune",
-        "pretrain has prompts and kernel supervision, fewshot episodes of base classes",
-        choices=("pretrain", "finetune", "fewshot"),
+        "finetune", "pretrain has prompts, fewshot has episodes", choices=("pretrain", "finetune", "fewshot")
     )
     output: str = setting("runs/train", "folder for checkpoints and the model")
     seed: int = setting(0, "of everything random", least=0)
