@@ -133,8 +133,7 @@ def make_scene(
         min_objects, max_objects: range of the number of objects. A crowded image gets fewer than the number drawn
             from it (an object that would hide another one too much is not painted), never fewer than `min_objects`.
         looks: 8 or 24, see `LOOKS`. classes: names of the looks that are shown; None: all.
-        crowded: objects come in groups of two to four of one class. As it is painted, each touches another one of its
-            group or covers a part of it.
+        crowded: objects come in groups of two to four of one class, each touching another one or covering a part of it.
 
     Returns:
         image (RGB), masks (N, size, size) bool of visible pixels, disjoint, in order of painting, labels (N) indices

@@ -250,8 +250,7 @@ def evaluate_model(
         class_agnostic: compare masks only, as for proposals; the classes need not agree then.
         on_result: called with every (row, result) that is compared; with `distributed`, with the own ones.
         backend, metric: see `make_evaluator`. Cityscapes also reads `void` of a row, regions that are not judged.
-        distributed: every process of the group calls this with the whole model and predicts a share of the images;
-            each returns the numbers that one process would.
+        distributed: every process of the group calls this, with the whole model, and gets the numbers of all images.
         details: add `details`, see `CocoMaskMap`; its `classes` is a list with `id` and `name`, one a category.
         views: what is compared in place of a row and its result: such pairs, each an image of its own.
         pairs: of `predict_dataset`, where they are known; nothing is predicted then.
