@@ -124,12 +124,12 @@ def test_counts_are_those_of_dense_masks(class_agnostic):
 
 
 def test_curve_and_best_threshold():
-    images = list(scenes())
+    images = list(scenes(12))
     found = computed(images)
     curve = found["curve"]
-    every = [counted(*image, threshold) for threshold in GRID for image in images]
-    for place, threshold in enumerate(GRID):
-        own = every[place * len(images) : (place + 1) * len(images)]
+    for place in range(0, 101, 4):
+        threshold = GRID[place]
+        own = [counted(*image, threshold) for image in images]
         hits, detections = sum(one[0] for one in own), sum(one[1] for one in own)
         assert curve["detections"][place] == detections
         annotations = sum(len(one[4]) for one in own)
