@@ -9,7 +9,7 @@ here, it is not for a fault of ours.
 Commands:
 
     OMP_NUM_THREADS=1 python scripts/control_mask2former.py --output runs/control                  # crowded scenes
-    python scripts/control_mask2former.py --recipe small_finetune data.train=photos/ data.train_split=train \\
+    python scripts/control_mask2former.py --recipe small_tf_finetune data.train=photos/ data.train_split=train \\
         data.val=photos/ data.val_split=val data.labels_per_class=10 model.backbone_weights=WEIGHTS
 
 Columns: AP and AP50, F1 at a score of .5 and at the best one, and of the images with two or more objects the share of
