@@ -43,6 +43,10 @@ def test_metadata_say_it_too_and_weights_without_a_configuration_say_nothing(tmp
     save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
     assert weights_look(str(tmp_path / "bare.safetensors")) is None
     assert with_image_settings(settings(tmp_path / "bare.safetensors")).data.image_mean == [0.485, 0.456, 0.406]
+    (tmp_path / "vit").mkdir()
+    (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps({"image_mean": MEAN, "image_std": STD}))
+    assert weights_look(str(tmp_path / "vit")).image_std == tuple(STD)
     (tmp_path / "bare.json").write_text('{"mean": [1, 2], "std": [1, 1, 1]}')
     with pytest.raises(UserError, match=r"bare\.json: `mean` must be three numbers, got \[1, 2\]"):
         weights_look(str(tmp_path / "bare.safetensors"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,21 +30,37 @@ def weights_look(weights: str) -> Look | None:
     """What the configuration of weights says; None where there is none.
 
     weights: a safetensors file, with timm's `config.json` beside it under its own name (`x.json` for `x.safetensors`),
-    or as its metadata `pretrained_cfg`; or hf-hub:OWNER/NAME, a repository of timm. Its `pretrained_cfg` has `mean` and
-    `std`; `pad_type` in it or beside it, or an architecture of timm's tf_ family, says how images were padded.
-    Raises UserError for a configuration that is not JSON or holds no numbers.
+    or as its metadata `pretrained_cfg`; a folder of a model of transformers; or hf-hub:OWNER/NAME, a repository of
+    either. timm's `pretrained_cfg` has `mean` and `std`; `pad_type` in it or beside it, or an architecture of timm's
+    tf_ family, says how images were padded. transformers' `preprocessor_config.json` has `image_mean` and `image_std`.
+    Raises UserError for a configuration that is not JSON or holds no numbers, and where the Hub cannot be reached.
     """
-    found = _on_the_hub(weights.removeprefix(HUB)) if weights.startswith(HUB) else _beside(Path(weights))
-    if found is None:
-        return None
-    content, source = found
-    own = content.get("pretrained_cfg", content)
-    if not isinstance(own, Mapping) or "mean" not in own or "std" not in own:
-        return None
-    mean, std = (_three(own[key], key, source) for key in ("mean", "std"))
-    architecture = str(content.get("architecture") or own.get("architecture") or "")
-    usual = "same" if architecture.startswith("tf_") else ""
-    return Look(mean, std, str(own.get("pad_type") or content.get("pad_type") or usual), source)
+    for content, source in _configurations(weights):
+        own = content.get("pretrained_cfg", content)
+        if not isinstance(own, Mapping):
+            continue
+        found = [own.get(key, own.get(f"image_{key}")) for key in ("mean", "std")]
+        if None in found:
+            continue
+        mean, std = (_three(value, key, source) for key, value in zip(("mean", "std"), found, strict=True))
+        architecture = str(content.get("architecture") or own.get("architecture") or "")
+        usual = "same" if architecture.startswith("tf_") else ""
+        return Look(mean, std, str(own.get("pad_type") or content.get("pad_type") or usual), source)
+    return None
+
+
+def _configurations(weights: str) -> Iterator[tuple[dict[str, Any], str]]:
+    """(content, where it is from) of the files that may say it."""
+    names = ("config.json", "preprocessor_config.json")
+    if weights.startswith(HUB):
+        for name in names:
+            yield from _on_the_hub(weights.removeprefix(HUB), name)
+    elif Path(weights).is_dir():
+        for file in (Path(weights) / name for name in names):
+            if file.is_file():
+                yield _parsed(file.read_text(encoding="utf-8"), str(file)), str(file)
+    else:
+        yield from _beside(Path(weights))
 
 
 def _three(value: Any, key: str, source: str) -> tuple[float, ...]:
@@ -57,30 +73,32 @@ def _three(value: Any, key: str, source: str) -> tuple[float, ...]:
     return numbers
 
 
-def _beside(file: Path) -> tuple[dict[str, Any], str] | None:
+def _beside(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     config = file.with_suffix(".json")
     if config.is_file():
-        return _parsed(config.read_text(encoding="utf-8"), str(config)), str(config)
+        yield _parsed(config.read_text(encoding="utf-8"), str(config)), str(config)
+        return
     try:
         with safe_open(file, "pt") as archive:
             text = (archive.metadata() or {}).get("pretrained_cfg")
     except (OSError, SafetensorError):  # whoever loads the weights says so
-        return None
-    return None if text is None else (_parsed(text, str(file)), f"the metadata of {file}")
+        return
+    if text is not None:
+        yield _parsed(text, str(file)), f"the metadata of {file}"
 
 
-def _on_the_hub(repository: str) -> tuple[dict[str, Any], str] | None:
+def _on_the_hub(repository: str, name: str) -> Iterator[tuple[dict[str, Any], str]]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        file = hf_hub_download(repository, "config.json")
+        file = hf_hub_download(repository, name)
     except EntryNotFoundError:
-        return None
+        return
     except (OSError, ValueError) as error:
-        raise UserError(f"{HUB}{repository}, config.json: {error}") from error
-    source = f"config.json of {repository}"
-    return _parsed(Path(file).read_text(encoding="utf-8"), source), source
+        raise UserError(f"{HUB}{repository}, {name}: {error}") from error
+    source = f"{name} of {repository}"
+    yield _parsed(Path(file).read_text(encoding="utf-8"), source), source
 
 
 def _parsed(text: str, source: str) -> dict[str, Any]:
