@@ -120,6 +120,7 @@ def _run(program: str | Path, arguments: list[str], environment: dict, cwd: str,
             os.dup2(stream.fileno(), number)
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # as in any interpreter; it was the server's
     os.chdir(cwd)
     import torch
     from transformers import dynamic_module_utils
