@@ -210,7 +210,14 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
         return self.segmenter.describe(queries, layers, losses, **options)
 
     def _without_prompts(
-        self, pixel_values, pixel_mask, mask_labels, labels, normalizers, draw, options
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None,
+        mask_labels: list[Tensor],
+        labels: list[Tensor],
+        normalizers: Normalizers | None,
+        draw: Draw | None,
+        options: dict,
     ) -> SegmenterOutput:
         """The segmenter's own output and losses. What is for prompts alone stays in the graph, without a gradient."""
         output = self.segmenter(pixel_values, pixel_mask, mask_labels, labels, normalizers, draw, **options)

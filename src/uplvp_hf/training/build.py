@@ -157,7 +157,7 @@ def build_model(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
         except ValueError as error:
             raise ConfigError(f"`model.text_features`, {settings.model.text_features}: {error}") from error
     prepare_model(model, settings)
-    if settings.stage == "finetune" and settings.prompted:
+    if settings.stage == "finetune" and isinstance(model, UplvpForPreTraining):
         model.prompts_pseudo_alone = True
     return model
 

@@ -47,8 +47,10 @@ class Lesson:
         def joined(name: str) -> Tensor:
             return torch.cat([getattr(self, name)[kept], getattr(other, name)[added]])
 
-        known = (joined(name) for name in ("labels", "scores", "qualities", "probabilities"))
-        return Lesson(pixels, masks, *known, self.unsure & ~masks.union())
+        return Lesson(
+            pixels, masks, joined("labels"), joined("scores"), joined("qualities"), joined("probabilities"),
+            self.unsure & ~masks.union(),
+        )  # fmt: skip
 
 
 def lesson(pixels: Tensor, windows: tuple[Window, Window], found: PseudoInstances) -> Lesson:
@@ -60,7 +62,10 @@ def lesson(pixels: Tensor, windows: tuple[Window, Window], found: PseudoInstance
     return Lesson(
         pixels[:, : window.height, : window.width],
         masks,
-        *(values[shown] for values in (found.labels, found.scores, found.qualities, found.probabilities)),
+        found.labels[shown],
+        found.scores[shown],
+        found.qualities[shown],
+        found.probabilities[shown],
         doubtful.union() & ~masks.union(),
     )
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 
-from ..models.modeling_uplvp import UplvpPreTrainedModel
+from ..models.modeling_uplvp import UplvpForPreTraining, UplvpPreTrainedModel
 from .config import TrainSettings
 from .ema import WeightAverage
 from .sharding import load_whole_state, shard, whole_state
@@ -93,7 +93,7 @@ class RunWeights:
 
 def _to_use(model: UplvpPreTrainedModel) -> UplvpPreTrainedModel:
     """A fine-tuned model is a plain segmenter, whatever helped to train it."""
-    return model.plain() if getattr(model, "prompts_pseudo_alone", False) else model
+    return model.plain() if isinstance(model, UplvpForPreTraining) and model.prompts_pseudo_alone else model
 
 
 def _wrapped(model: UplvpPreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
