@@ -7,6 +7,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..files import write_json
 from ..models.errors import UserError, reading
@@ -49,7 +50,7 @@ class Request:
     def claim(self, folder: Path) -> None:
         """Makes the folder this request's own. Raises UserError when it holds another one, or something else."""
         given = {key: value for key, value in dataclasses.asdict(self).items() if key != "device"}
-        record = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items()}
+        record: dict[str, Any] = {key: list(one) if isinstance(one, tuple) else one for key, one in given.items()}
         record |= {key: os.path.abspath(record[key]) for key in _PATHS if record[key] is not None}
         file = folder / _RECORD
         if file.is_file():
