@@ -1,10 +1,12 @@
 """A training step from cached features of a frozen ViT over one that runs the ViT.
 
 Whole steps of the training loop on generated scenes, with loading, matching and the optimizer, of the recipe
-`small_vit_finetune` with a backbone of the shape of a ViT-S/16 and random weights. Called by `benchmark_train_step.py
---cached`.
+`small_vit_finetune` with a backbone of the shape of a ViT-S/16 and random weights. The same as
+`benchmark_train_step.py --cached`.
 
-    OMP_NUM_THREADS=1 python scripts/benchmark_train_step.py --cached --size 384 --batch 2 --rounds 5
+Commands:
+
+    OMP_NUM_THREADS=1 python scripts/benchmark_cached_step.py --size 384 --batch 2 --rounds 5
 
 Steps alternate in one process; `cached_ratio` is the median over the rounds of processor time, `cached_time_ratio` of
 elapsed time. What filling the cache takes, once an image and view, is not in it: `view_seconds`, processor time a view.
@@ -13,6 +15,8 @@ elapsed time. What filling the cache takes, once an image and view, is not in it
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -62,3 +66,16 @@ def settings_of(kind: str, arguments: argparse.Namespace, folder: Path) -> Any:
     words += [f"model.segmenter.backbone_config.{name}={value}" for name, value in VIT_S16.items()]
     words += [f"model.backbone_weights={folder / 'vit'}", f"data.cache_features={str(kind == 'cached').lower()}"]
     return load_settings(["small_vit_finetune"], words)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="A cached step over one with the backbone; see the head of the file.")
+    for name, value in (("size", 384), ("batch", 2), ("rounds", 5)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    found = compare_cached(parser.parse_args())
+    print(json.dumps({name: round(value, 4) for name, value in found.items()}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,5 +1,7 @@
 """How near the patches of a CLIP are to its texts, by kind of last block: mIoU of score maps before any training.
 
+Commands:
+
     python scripts/measure_score_maps.py                       # the shipped small CLIP on generated scenes
     python scripts/measure_score_maps.py --count 100 --size 128 --cast 0 0.55 --json rows.json
 

@@ -290,8 +290,10 @@ def test_a_neighbor_stands_beside_one_of_its_class():
         masks, labels = sample["mask_labels"].dense(), sample["class_labels"].tolist()
         assert len(masks) == len(labels) == len(sample["prompt_scores"])
         pixels = (sample["pixel_values"] * 255).round().permute(1, 2, 0).long()
-        for mask, label in zip(masks, labels):  # edges of the resized discs apart
-            assert (pixels[mask] == torch.tensor(COLORS[label])).all(1).float().mean() > 0.7
+        for mask, label in zip(masks, labels):  # the edges of the resized discs are darker
+            shade = pixels[mask].amax(1, keepdim=True)
+            apart = (255 * pixels[mask] - shade * torch.tensor(COLORS[label])).abs().amax(1)
+            assert ((apart <= 510) & (shade[:, 0] > 0)).float().mean() > 0.9
         if len(labels) <= len(before["class_labels"]):
             continue
         added += 1

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import processes
@@ -299,7 +300,7 @@ def test_a_run_keeps_its_split(varied, tmp_path):
 def test_another_process_draws_the_same(tmp_path):
     script = """
 import sys
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:]
 from test_manifest import dataset_of
 from uplvp_hf.data.manifest import draw_split
 from uplvp_hf.data.splits import parse_split
@@ -307,7 +308,8 @@ data = dataset_of([[2, 4], [9], [4, 4], [2], [9, 2]] * 8)
 print([draw_split(data, parse_split(name))["hash"] for name in ("1@20", "1@20strat", "2images", "2shot")])
 """
     seed = "1" if os.environ.get("PYTHONHASHSEED") == "2" else "2"  # another order of sets and hashes
-    done = processes.anew(script, __file__.rpartition("/")[0], environment={"PYTHONHASHSEED": seed})
+    folder = Path(__file__).parent
+    done = processes.anew(script, str(folder), str(folder.parent), environment={"PYTHONHASHSEED": seed})
     data = dataset_of([[2, 4], [9], [4, 4], [2], [9, 2]] * 8)
     here = [draw_split(data, parse_split(name))["hash"] for name in ("1@20", "1@20strat", "2images", "2shot")]
     assert done.stdout == f"{here}\n" and len(set(here)) == 4, done.stderr

@@ -172,7 +172,6 @@ def test_only_the_passed_generator_is_used():
 @pytest.mark.parametrize(
     "keywords",
     [
-        {"size": 100},
         {"size": 0},
         {"size": 64, "scale_range": (0, 1)},
         {"size": 64, "scale_range": (2, 1)},

@@ -120,7 +120,7 @@ def test_the_guide_names_settings_with_their_defaults():
     text = (Path(__file__).parents[2] / "docs" / "augmentation.md").read_text()
     defaults = dataclasses.asdict(DataSettings())
     table = dict(re.findall(r"^\| `data\.(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
-    assert set(re.findall(r"[` ]data\.(\w+)", text)) <= set(defaults) and len(table) == 14
+    assert set(re.findall(r"[` ]data\.(\w+)", text)) <= set(defaults) and len(table) == 19
     for name, shown in table.items():
         if name == "extra":
             assert shown == defaults[name]

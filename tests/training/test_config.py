@@ -61,7 +61,7 @@ def test_recipe_over_defaults_and_words_over_both(tmp_path):
         (["data.flip=[1]"], "`data.flip` must be a number"),
         (["data.scale_range=[1, a]"], r"`data.scale_range\[1\]` must be a number"),
         (["model.freeze_backbone=1"], "`model.freeze_backbone` must be true or false"),
-        (["stage=train"], "`stage` must be one of pretrain, finetune, got `train`"),
+        (["stage=train"], "`stage` must be one of pretrain, finetune, fewshot, got `train`"),
         (["mixed_precision=int8"], "`mixed_precision` must be one of"),
         (["optim.schedule=exponential"], "`optim.schedule` must be one of"),
         (["optim.optimizer=adam"], "`optim.optimizer` must be one of adamw, sgd, got `adam`. Did you mean `adamw`"),
@@ -99,7 +99,9 @@ def test_shipped_recipes_are_valid():
     for name in names:
         settings = load_settings(name)
         assert settings.stage in name or name == "scenes_icpc"
-        if settings.model.segmenter.get("model_type") == "icpc":  # of networks that are loaded only as it is built
+        if settings.model.segmenter is None:  # the segmenter of what it starts from
+            assert settings.model.init is not None
+        elif settings.model.segmenter.get("model_type") == "icpc":  # of networks that are loaded only as it is built
             assert {"clip", "model_type"} <= set(settings.model.segmenter)
         else:
             UplvpConfig(segmenter_config=settings.model.segmenter)

@@ -269,10 +269,10 @@ def test_drawing_shows_the_steps_and_changes_nothing(run, words, tmp_path):
     files = sorted((drawn / "teacher").iterdir())
     assert [file.stem for file in files] == ["step-0000003", "step-0000006"]
     assert all(f'src="teacher/{file.name}"' in page for file in files)
-    with Image.open(files[0]) as sheet:  # two images, three columns; what is found is drawn in bright colors
-        assert sheet.width > 3 * sheet.height / 2
+    with Image.open(files[0]) as sheet:  # two images, three columns, of which the first has the weak view
+        assert sheet.width > 1.2 * sheet.height  # with titles
         colors = np.asarray(sheet.convert("HSV"))[..., 1]
-    assert all((third > 150).mean() > 0.02 for third in np.array_split(colors, 3, axis=1))
+    assert (np.array_split(colors, 3, axis=1)[0] > 150).mean() > 0.02
 
 
 @pytest.mark.slow

@@ -4,11 +4,7 @@ from huggingface_hub.dataclasses import strict
 
 from .configuration_uplvp import UplvpConfig
 from .errors import UserError
-
-CONDITIONING = ("prompt", "prototype")
-SUPPORT_MAPS = ("fine", "prompt")
-NORMALIZATIONS = ("layer", "none")
-SCORES = ("head_similarity", "head")
+from .few_shot_choices import CONDITIONING, NORMALIZATIONS, SCORES, SUPPORT_MAPS
 
 
 @strict

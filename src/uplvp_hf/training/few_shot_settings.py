@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..models.configuration_few_shot import CONDITIONING, NORMALIZATIONS, SCORES, SUPPORT_MAPS
+from ..models.few_shot_choices import CONDITIONING, NORMALIZATIONS, SCORES, SUPPORT_MAPS
 from ..settings import Settings, setting
 
 _OF_MODEL = "none keeps the value of `model.init`; see UplvpFewShotConfig"

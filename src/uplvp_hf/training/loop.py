@@ -359,7 +359,7 @@ class _Run:
                 path = self.output / "failures.jsonl"
                 write_text(path, "".join(line + "\n" for line in failures))
                 logger.warning("%d images or objects could not be used: see %s.", len(failures), path)
-            if not self.settings.checkpoint.stay:
+            if not self.settings.checkpoint.stay and result.steps == self.settings.optim.steps:
                 clear_leftovers(self.output)
             if self.settings.overfit_one_batch and len(result.losses) == 2:
                 report_one_batch(*result.losses)

@@ -56,7 +56,10 @@ def finished_result(settings: TrainSettings, task: InstanceTask, model: UplvpPre
     with reading(str(folder / SUMMARY)):
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
     steps = summary["settings"]["optim"]["steps"]
-    if steps != settings.optim.steps:
+    longer = steps != settings.optim.steps
+    if summary["steps"] < steps:  # it ended as it got no better
+        longer |= summary["settings"]["evaluation"]["patience"] != settings.evaluation.patience
+    if longer:
         if newest_checkpoint(folder) is None:
             raise ConfigError(
                 f"{folder} has finished its {steps} steps and holds no checkpoint to go on from (a run keeps them with "
