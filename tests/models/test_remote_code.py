@@ -6,6 +6,7 @@ import processes
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForInstanceSegmentation
+from vit_segmenters import RF_DETR, WHOLE
 
 from uplvp_hf import (
     KNetConfig,
@@ -63,7 +64,7 @@ LOAD = """
 import torch
 from transformers import AutoModelForInstanceSegmentation
 model = AutoModelForInstanceSegmentation.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-print(type(model.segmenter).__name__, model(torch.ones(1, 3, 64, 96)).class_queries_logits.double().sum().item())
+print(type(model.segmenter).__name__, model(torch.ones(1, 3, 64, 64)).class_queries_logits.double().sum().item())
 """
 
 
@@ -73,17 +74,20 @@ def test_a_saved_model_carries_the_code_of_its_own_segmenter_only(without_librar
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_queries": 6, "num_stages": 1, "intermediate_size": 16}
     further = {"knet": {"norm_groups": 4}, "queryinst": {"dynamic_channels": 4, "num_mask_layers": 1}}
     settings = tiny_segmenter()
-    if kind != "mask2former":
+    if kind in further:
         settings = {"model_type": kind, "backbone_config": settings["backbone_config"], **small, **further[kind]}
+    elif kind != "mask2former":
+        settings = {"model_type": kind, "num_queries": 6, **{**WHOLE, "rf_detr": RF_DETR}[kind]}
     model = UplvpForInstanceSegmentation(UplvpConfig(segmenter_config=settings, id2label={0: "cat", 1: "dog"})).eval()
     model.save_pretrained(tmp_path / "model", with_code=True)
-    files = [file.stem for file in (tmp_path / "model").glob("*.py")]
-    assert {file.rpartition("_")[2] for file in files if file.rpartition("_")[2] in SEGMENTERS} == {kind}
+    files = {file.stem for file in (tmp_path / "model").glob("*.py")}
+    modules = {name: one.__module__.rpartition(".")[2] for name, one in SEGMENTERS.items()}
+    assert files & set(modules.values()) == {modules[kind]}
     done = processes.run(without_library + LOAD, tmp_path / "model", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     name, total = done.stdout.split()[-2:]
     with torch.no_grad():
-        expected = model(torch.ones(1, 3, 64, 96)).class_queries_logits.double().sum().item()
+        expected = model(torch.ones(1, 3, 64, 64)).class_queries_logits.double().sum().item()
     assert name == type(model.segmenter).__name__ and float(total) == pytest.approx(expected, rel=1e-5)
 
 
@@ -120,10 +124,11 @@ def test_a_saved_folder_has_no_code_unless_asked(folder, tmp_path):
 
 
 def test_every_model_of_the_library_is_known():
+    from uplvp_hf.models.configuration_few_shot import UplvpFewShotConfig
     from uplvp_hf.models.configuration_icpc import IcpcConfig
     from uplvp_hf.models.configuration_mask_rcnn import MaskRcnnConfig
     from uplvp_hf.models.configuration_queryinst import QueryInstConfig
     from uplvp_hf.models.configuration_uplvp import UplvpConfig
 
-    configs = (UplvpConfig, KNetConfig, QueryInstConfig, MaskRcnnConfig, IcpcConfig)
+    configs = (UplvpConfig, UplvpFewShotConfig, KNetConfig, QueryInstConfig, MaskRcnnConfig, IcpcConfig)
     assert {config.model_type for config in configs} == set(OWN_MODELS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import RfDetrConfig, RfDetrForInstanceSegmentation
 from transformers.loss.loss_rf_detr import RfDetrForSegmentationLoss
+from vit_segmenters import GROUPS, QUERIES, RF_DETR
 
 from uplvp_hf.models.errors import UserError
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
@@ -13,23 +14,12 @@ from uplvp_hf.models.modeling_base_uplvp import coco_category_ids, distinct_name
 from uplvp_hf.models.modeling_rf_detr import RfDetrSegmenter
 from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
 
-GROUPS, QUERIES = 2, 16
-SETTINGS = {
-    "d_model": 32, "decoder_layers": 2, "decoder_self_attention_heads": 4, "decoder_cross_attention_heads": 4,
-    "decoder_n_points": 2, "decoder_ffn_dim": 48, "num_queries": QUERIES, "group_detr": GROUPS, "dropout": 0.0,
-    "intermediate_size": 48, "mask_point_sample_ratio": 16, "id2label": {0: "cat", 1: "dog", 2: "horse"},
-    "backbone_config": {
-        "model_type": "rf_detr_dinov2", "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "image_size": 64, "patch_size": 8, "num_windows": 2, "mlp_ratio": 2, "out_features": ["stage1", "stage2"],
-    },
-}  # fmt: skip
-
 
 @pytest.fixture
 def pair(tmp_path):
     """transformers' model with random heads (they start at zero), and ours, loaded from what it saves."""
     torch.manual_seed(0)
-    native = RfDetrForInstanceSegmentation(RfDetrConfig(**SETTINGS))
+    native = RfDetrForInstanceSegmentation(RfDetrConfig(**RF_DETR))
     with torch.no_grad():
         for name, parameter in native.named_parameters():
             if "class_embed" in name or "bbox_embed" in name or "sampling_offsets" in name:

@@ -110,7 +110,8 @@ def held_out(labels: InstanceDataset) -> tuple[list[int], list[int]]:
     """
     classes = [set(row["objects"]["category_id"]) for row in labels.rows]
     left = Counter(category for one in classes for category in one)
-    wanted, held = max(1, round(len(labels) * HELD_OUT)), []
+    wanted = max(1, round(len(labels) * HELD_OUT))
+    held: list[int] = []
     for index in torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SEED)).tolist():
         if len(held) < wanted and all(left[category] > 1 for category in classes[index]):
             held.append(index)

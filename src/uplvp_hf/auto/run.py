@@ -118,7 +118,7 @@ class _Auto:
         arms |= {PRETRAINED: {**better, "labels_per_class": ["100%"]}} if chosen else {}
         halved = data["train"] >= _LEAST_HALVED
         arms |= {HALF: {**better, "labels_per_class": ["50%strat"]}} if halved else {}
-        content = {
+        content: dict[str, Any] = {
             "name": "auto",
             "data": {"train": str(base / "labeled"), "train_split": "train", "val": str(val), "val_split": "val"},
             "segmenters": {name: {**dict(zip(("pretrain", "finetune"), start.recipes)), "settings": start.settings}},

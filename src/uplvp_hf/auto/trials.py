@@ -117,7 +117,9 @@ def _try(source: Source, request: Request, folder: Path, labeled: Path, folds: i
 
 def _measure(source: Source, request: Request, folder: Path, labeled: Path, folds: int) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)  # what broke off
-    predicted, true, seconds, load = [], [], 0.0, 0.0
+    predicted: list[Any] = []
+    true: list[Any] = []
+    seconds, load = 0.0, 0.0
     for number in range(folds):
         fold = load_dataset_rows(labeled, split=f"fold{number}")
         # One image alone has no others that could name its masks.

@@ -151,7 +151,7 @@ def _job(
     benchmark: FewShotBenchmark, folder: Path, data: dict[str, str], classes: str, segmenter: str, name: str, seed: int
 ) -> FewShotJob:
     arm, own = benchmark.arms[name], _folder(classes, segmenter, name, seed)
-    record = {"benchmark": benchmark.name, "segmenter": segmenter, "arm": name, "split": classes}
+    record: dict[str, Any] = {"benchmark": benchmark.name, "segmenter": segmenter, "arm": name, "split": classes}
     record |= {"training_seed": seed}
     if arm.same is not None:
         needs = _folder(classes, segmenter, arm.same, seed)

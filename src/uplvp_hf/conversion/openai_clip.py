@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPConfig
 
 from ..models.configuration_icpc import IcpcConfig
@@ -91,7 +91,7 @@ def build_openai(
     category_ids: Sequence[int] | None,
     settings: dict[str, Any],
     tokenizer: Any = None,
-) -> tuple[nn.Module, dict[str, Tensor], dict[str, str]]:
+) -> tuple[IcpcForSemanticSegmentation, dict[str, Tensor], dict[str, str]]:
     """The model with the weights of a CLIP, these under our names, and {name: reason} of those left out.
 
     id2label: the classes to segment. settings: of `IcpcConfig`; those of the towers beside what was found. tokenizer:
@@ -141,11 +141,8 @@ def _has_text(converted: dict[str, Tensor]) -> bool:
 
 def folder_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Settings of both towers of transformers' `CLIPModel` in a folder, which say more than its tensors."""
-    config = CLIPConfig.from_pretrained(folder)
-    return {
-        "vision_config": config.vision_config.to_dict(), "text_config": config.text_config.to_dict(),
-        "projection_dim": config.projection_dim,
-    }  # fmt: skip
+    config = CLIPConfig.from_pretrained(folder).to_dict()
+    return {name: config[name] for name in ("vision_config", "text_config", "projection_dim")}
 
 
 def icpc_from_clip(

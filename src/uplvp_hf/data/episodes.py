@@ -126,7 +126,8 @@ class EpisodeSet(torch.utils.data.Dataset):
             if len(found) == count or tried >= count + _TRIES:
                 break
             seed = int(rng.integers(2**62))
-            support = {} if self.vectors is not None else self._support(*pool[place], seed)
+            row, k = pool[place]
+            support = {} if self.vectors is not None else self._support(row, k, seed)
             if support is not None:
                 found.append((pool[place], support))
         if not found:

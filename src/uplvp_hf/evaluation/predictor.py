@@ -50,7 +50,7 @@ def load_segmenter(
     from uplvp_hf.models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
     from uplvp_hf.models.modeling_uplvp import UplvpForInstanceSegmentation
 
-    models = {"uplvp": UplvpForInstanceSegmentation, "uplvp_few_shot": UplvpForFewShotSegmentation}
+    models: dict[str, Any] = {"uplvp": UplvpForInstanceSegmentation, "uplvp_few_shot": UplvpForFewShotSegmentation}
     models |= {"mask_rcnn": MaskRcnnForInstanceSegmentation, **(further or {})}
     if os.path.isdir(name_or_dir):
         for needed in ("config.json", "preprocessor_config.json"):
@@ -265,7 +265,12 @@ def evaluate_model(
     failures: list[dict[str, Any]] = []
     evaluator, findings = make_evaluator(backend, metric, across_classes=across), Findings(class_agnostic)
     rank, processes = share = place() if distributed else (0, 1)
-    options = {"device": device, "progress": progress and rank == 0, "mask_threshold": mask_threshold, "share": share}
+    options: dict[str, Any] = {
+        "device": device,
+        "progress": progress and rank == 0,
+        "mask_threshold": mask_threshold,
+        "share": share,
+    }
     options |= {"threshold": threshold, "top_k": top_k, "duplicates": duplicates, "failures": failures}
     pairs = predict_dataset(model, processor, dataset, batch_size, **options) if pairs is None else pairs
     with gather_errors(processes):

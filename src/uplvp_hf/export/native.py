@@ -58,7 +58,7 @@ def to_native(model: UplvpForInstanceSegmentation, directory: str, processor: Ba
 
 def _native_processor(model_type: str, processor: Any, num_labels: int) -> BaseImageProcessor:
     side = processor.size["longest_edge"]
-    settings = {"size": {"shortest_edge": side, "longest_edge": side}}  # the longer side becomes `side`
+    settings: dict[str, Any] = {"size": {"shortest_edge": side, "longest_edge": side}}  # the longer side becomes `side`
     settings |= {"image_mean": processor.image_mean, "image_std": processor.image_std}
     settings |= {"num_labels": num_labels} if model_type == "mask2former" else {"do_pad": True}
     return getattr(import_module("transformers"), NATIVE[model_type][1])(**settings)

@@ -6,6 +6,7 @@ there, a block whose attention mask has been annealed never takes the mask of an
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +128,8 @@ class EomtDinov3Segmenter(_Eomt, EomtDinov3ForUniversalSegmentation):
     @classmethod
     def from_pretrained(cls, name_or_dir, *args, output_loading_info: bool = False, **kwargs):
         """As of transformers. Raises UserError for a checkpoint that holds differences to DINOv3's weights."""
-        model, info = super().from_pretrained(name_or_dir, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(name_or_dir, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         norms = [layer.norm1.weight.detach().abs().mean() for layer in model.layers]
         unread = any(name.startswith("network.encoder") for name in info["unexpected_keys"])
         if unread or torch.stack(norms).mean() < 0.02:

@@ -46,6 +46,7 @@ class UplvpForFewShotSegmentation(UplvpPreTrainedModel):
     """
 
     config: UplvpFewShotConfig
+    supports: Tensor  # (P, C), a buffer
     # Of pre-training checkpoints.
     _keys_to_ignore_on_load_unexpected = [r"^text_heads\.", r"^kernel_supervision\."]
 

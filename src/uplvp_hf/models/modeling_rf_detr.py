@@ -9,6 +9,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,9 +48,22 @@ class RfDetrSegmenter(QuerySegmenter, RfDetrForInstanceSegmentation):
 
     def __init__(self, config: RfDetrConfig):
         super().__init__(config)
+        self._freeze_unused()
+
+    def _freeze_unused(self) -> None:
         for name, parameter in self.backbone.named_parameters():
             if name.endswith("mask_token"):  # of the ViT's own pre-training
                 parameter.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, *args, **kwargs):
+        """As of transformers, whose class it is read by: checkpoints have other names than the model, and transformers
+        knows which by the name of the class."""
+        loaded: Any = RfDetrForInstanceSegmentation.from_pretrained(name_or_dir, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.__class__ = cls  # which adds methods only
+        model._freeze_unused()
+        return loaded
 
     @property
     def backbone(self) -> nn.Module:
@@ -219,3 +233,4 @@ def _extents(pixel_mask: Tensor | None, pixel_values: Tensor, features: Tensor) 
     cells = F.interpolate(pixel_mask[None].float(), size=(rows, columns))[0].bool()
     shown = torch.stack([cells[:, 0].sum(1), cells[:, :, 0].sum(1)], 1).float()
     return shown * torch.tensor([width / columns, height / rows], device=features.device)
+

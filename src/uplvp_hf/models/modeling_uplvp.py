@@ -16,6 +16,7 @@ a Mask2Former, a K-Net or a QueryInst: nothing here depends on which.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -196,7 +197,7 @@ class UplvpForPreTraining(UplvpPreTrainedModel):
             return queries if add is None else add(queries)
 
         features, queries, layers = self.segmenter.run(pixel_values, pixel_mask, inject, options["output_attentions"])
-        extra = {} if self.text_heads is None else {"text_logits": self._text_logits(layers)}
+        extra: dict[str, Any] = {} if self.text_heads is None else {"text_logits": self._text_logits(layers)}
         if matched is not None and self.config.prompt_matching == "hungarian":
             extra["label_guide"] = self._label_guide(*matched, labels)
         extra |= {} if pseudo is None else {"pseudo": pseudo}

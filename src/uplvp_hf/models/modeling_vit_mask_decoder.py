@@ -72,6 +72,10 @@ class VitMaskDecoder(QueryBlocksSegmenter, EomtPreTrainedModel):
             init.ones_(self.attn_mask_probs)
 
     @property
+    def backbone(self) -> nn.Module:
+        return self._modules["backbone"]
+
+    @property
     def patch_size(self) -> int:
         """Pixels of a side of a token."""
         size = getattr(self.config.backbone_config, "patch_size", None)

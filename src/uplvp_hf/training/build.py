@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -193,7 +194,7 @@ def build_processor(data: DataSettings, size_divisor: int = DIVISOR) -> UplvpIma
         size |= {} if data.longest_edge is None else {"longest_edge": data.longest_edge}
     elif data.short_edges is not None:
         size = {"height": data.short_edges[-1], "width": data.longest_edge}
-    canvas = {"pad_size": {"height": data.size, "width": data.size}} if data.square else {}
+    canvas: dict[str, Any] = {"pad_size": {"height": data.size, "width": data.size}} if data.square else {}
     canvas |= {} if size_divisor == DIVISOR else {"size_divisor": size_divisor}
     return UplvpImageProcessor(size=size, image_mean=list(data.image_mean), image_std=list(data.image_std), **canvas)
 

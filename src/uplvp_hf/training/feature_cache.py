@@ -89,7 +89,8 @@ class FeatureCache:
         path = self._files[key]
         if path not in self._open:
             self._open[path] = safe_open(path, "pt")
-        archive, name, maps = self._open[path], f"{key[0]}.{key[1]}", []
+        archive, name = self._open[path], f"{key[0]}.{key[1]}"
+        maps: list[Tensor] = []
         while f"{name}.{len(maps)}" in archive.keys():  # noqa: SIM118 (an archive, not a dict)
             maps.append(archive.get_tensor(f"{name}.{len(maps)}"))
         return int(archive.get_tensor(f"{name}.row")), maps

@@ -87,6 +87,7 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
     settings = with_steps(settings, len(train_rows), accelerator.num_processes)
     done = finished_result(settings, task, model) if resume else None
     if done is not None:
+        record_manifest(train_rows.manifest, settings.output)  # refuses another split
         return done
     claim_output(given, accelerator)
     if accelerator.is_main_process:
