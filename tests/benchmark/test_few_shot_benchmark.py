@@ -17,7 +17,7 @@ def recipe(tmp_path, tiny_segmenter):
     training |= {"optim": {"steps": 1, "batch_size": 2}, "fewshot": {"least_share": 0.0}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(training))
     content = {
-        "kind": "fewshot", "name": "tiny", "data": {"scenes": {"train": 30, "pool": 40, "val": 2}},
+        "kind": "fewshot", "name": "tiny", "data": {"scenes": {"train": 30, "pool": 40, "val": 12}},
         "segmenters": {"mask2former": {"recipe": str(tmp_path / "tiny.yaml")}},
         "arms": {
             "prototype": {"settings": {"fewshot.conditioning": "prototype"}, "about": "named by similarity"},
@@ -27,7 +27,7 @@ def recipe(tmp_path, tiny_segmenter):
         "shots": [1], "ask": ["open", "present"], "seeds": [0], "base": 2,
     }  # fmt: skip
     file = tmp_path / "bench.yaml"
-    file.write_text(yaml.safe_dump(content))
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
     return file
 
 

@@ -49,7 +49,7 @@ class ClipVitPyramid(nn.Module):
         patches = part.patch_embedding(pixel_values.to(part.patch_embedding.weight.dtype))
         table = resized_positions(part.position_embedding.weight, tuple(patches.shape[-2:]), self.interpolation)
         tokens = patches.flatten(2).transpose(1, 2)
-        return torch.cat([part.class_embedding.expand(len(tokens), 1, -1), tokens], dim=1) + table.to(tokens.dtype)
+        return torch.cat([part.class_embedding.expand(tokens.shape[0], 1, -1), tokens], dim=1) + table.to(tokens.dtype)
 
     def _run(self, block: nn.Module, x: Tensor, rate: float) -> Tensor:
         if not (self.training and rate):

@@ -54,7 +54,7 @@ class ImageQueries(nn.Module):
 
     def forward(self, pooled: Tensor, memory: Tensor) -> Tensor:
         memory = self.memory(memory)
-        return self.linear2(self.attention(self.queries.expand(len(memory), -1, -1), memory))
+        return self.linear2(self.attention(self.queries.expand(memory.shape[0], -1, -1), memory))
 
 
 class ClassPrompts(nn.Module):
@@ -98,13 +98,16 @@ class ClassPrompts(nn.Module):
             if self.form == "dynamic_last":
                 assert image is not None  # it stands last
                 before = encoder.prefix(name, past, position)
-                closing, at = torch.cat([image, end.expand(len(image), -1, -1, -1)], dim=2), position + name.shape[2]
+                closing, at = (
+                    torch.cat([image, end.expand(image.shape[0], -1, -1, -1)], dim=2),
+                    position + name.shape[2],
+                )
                 closing = closing.expand(-1, len(ids), -1, -1)
             else:
                 before, at = past, position
                 closing = torch.cat([name, end.expand(-1, len(ids), -1, -1)], dim=2)
                 if image is not None:
-                    closing = closing.expand(len(image), -1, -1, -1)
+                    closing = closing.expand(image.shape[0], -1, -1, -1)
             features.append(finish(closing, before, at))
         return self.names.in_order(features)
 

@@ -181,7 +181,7 @@ class IcpcForSemanticSegmentation(IcpcPreTrainedModel):
             hidden_states=tuple(maps) if self.wants("output_hidden_states", output_hidden_states) else None,
             losses=losses,
             score_maps=scores or None,
-            text_embeds=None if text is None else text.expand(len(pooled), -1, -1),
+            text_embeds=None if text is None else text.expand(pooled.shape[0], -1, -1),
             image_embeds=pooled,
         )
         return self.returned(output, return_dict)
@@ -194,7 +194,7 @@ class IcpcForSemanticSegmentation(IcpcPreTrainedModel):
         checkpointing = self.training and self.text.text_model.encoder.layers[0].gradient_checkpointing
         text = self.prompts(self.text, pooled, memory, checkpointing)
         if self.decoder is not None:
-            text = text + self.gamma * self.decoder(text.expand(len(memory), -1, -1), memory)
+            text = text + self.gamma * self.decoder(text.expand(memory.shape[0], -1, -1), memory)
         return text
 
     def _score_maps(self, maps: list[Tensor], local: Tensor, text: Tensor | None) -> dict[int, Tensor]:
@@ -203,7 +203,7 @@ class IcpcForSemanticSegmentation(IcpcPreTrainedModel):
             return {}
         features = {self.config.score_stride: local}
         features |= {int(stride): layer(maps[STRIDES.index(int(stride))]) for stride, layer in self.align.items()}
-        text = F.normalize(text.float(), dim=-1).expand(len(local), -1, -1)
+        text = F.normalize(text.float(), dim=-1).expand(local.shape[0], -1, -1)
         return {
             stride: torch.einsum("bchw,bkc->bkhw", F.normalize(x.float(), dim=1), text).to(x.dtype)
             for stride, x in features.items()

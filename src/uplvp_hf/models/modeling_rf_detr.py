@@ -233,4 +233,3 @@ def _extents(pixel_mask: Tensor | None, pixel_values: Tensor, features: Tensor) 
     cells = F.interpolate(pixel_mask[None].float(), size=(rows, columns))[0].bool()
     shown = torch.stack([cells[:, 0].sum(1), cells[:, :, 0].sum(1)], 1).float()
     return shown * torch.tensor([width / columns, height / rows], device=features.device)
-
