@@ -34,7 +34,7 @@ def test_training_resumes_to_the_bit_and_starts_from_itself(scenes, tmp_path):
     whole = train(settings(scenes, tmp_path / "whole", f"data.val={scenes}"), progress=False)
     assert 0 <= whole.evaluations[4]["mIoU"] <= 1 and set(whole.evaluations[4]["per_class"]) >= {"background"}
     text = {name: value for name, value in whole.model.state_dict().items() if name.startswith("text.")}
-    two = ["optim.steps=2", "optim.schedule=constant", "checkpoint.stay=true", "checkpoint.every=2"]
+    two = ["optim.steps=2", "optim.schedule=constant", "checkpoint.stay=true", "checkpoint.every=1"]
     train(settings(scenes, tmp_path / "parts", *two), progress=False)
     half = settings(scenes, tmp_path / "half", "optim.schedule=constant")
     straight = train(half, progress=False)
