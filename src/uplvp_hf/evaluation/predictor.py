@@ -265,13 +265,9 @@ def evaluate_model(
     failures: list[dict[str, Any]] = []
     evaluator, findings = make_evaluator(backend, metric, across_classes=across), Findings(class_agnostic)
     rank, processes = share = place() if distributed else (0, 1)
-    options: dict[str, Any] = {
-        "device": device,
-        "progress": progress and rank == 0,
-        "mask_threshold": mask_threshold,
-        "share": share,
-    }
-    options |= {"threshold": threshold, "top_k": top_k, "duplicates": duplicates, "failures": failures}
+    options: dict[str, Any] = {"device": device, "progress": progress and rank == 0, "share": share}
+    options |= {"mask_threshold": mask_threshold, "threshold": threshold, "top_k": top_k}
+    options |= {"duplicates": duplicates, "failures": failures}
     pairs = predict_dataset(model, processor, dataset, batch_size, **options) if pairs is None else pairs
     with gather_errors(processes):
         counts = _compare(evaluator, findings, across, pairs, views, category_ids, on_result)
