@@ -3,12 +3,12 @@
 import pytest
 import torch
 from transformers import RfDetrConfig, RfDetrForInstanceSegmentation
+from transformers.image_transforms import center_to_corners_format
 from transformers.loss.loss_rf_detr import RfDetrForSegmentationLoss
 from vit_segmenters import GROUPS, QUERIES, RF_DETR
 
 from uplvp_hf.models.errors import UserError
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
-from uplvp_hf.models.losses_rf_detr import corners
 from uplvp_hf.models.masks import tight_boxes
 from uplvp_hf.models.modeling_base_uplvp import coco_category_ids, distinct_names
 from uplvp_hf.models.modeling_rf_detr import RfDetrSegmenter
@@ -44,7 +44,7 @@ def test_inference_is_native_to_the_bit(pair, batch, tmp_path):
         assert torch.equal(found.class_queries_logits, expected.logits)
         assert torch.equal(found.masks_queries_logits, expected.pred_masks)
         shown = torch.tensor([[64.0, 64.0], [64.0 if pixel_mask is None else 48.0, 64.0]]).repeat(1, 2)[:, None]
-        torch.testing.assert_close(found.boxes, corners(expected.pred_boxes) * shown)
+        torch.testing.assert_close(found.boxes, center_to_corners_format(expected.pred_boxes) * shown)
     assert ours.state_dict().keys() == native.state_dict().keys()
     ours.save_pretrained(tmp_path / "back")
     again, info = RfDetrForInstanceSegmentation.from_pretrained(tmp_path / "back", output_loading_info=True)

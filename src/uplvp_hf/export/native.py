@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import BaseImageProcessor
+from transformers.image_transforms import center_to_corners_format
 
 from ..models.errors import UserError
-from ..models.losses_rf_detr import corners
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation
 
 # By model type: transformers' model, and its image processor.
@@ -73,5 +73,5 @@ def our_names(output: Any, canvas: tuple[int, int]) -> Mapping[str, Tensor]:
         "class_queries_logits": output["logits"],
         "masks_queries_logits": output["pred_masks"],
         "class_scores": output["logits"].float().sigmoid(),
-        "boxes": corners(output["pred_boxes"].float()) * width_height,
+        "boxes": center_to_corners_format(output["pred_boxes"].float()) * width_height,
     }

@@ -34,8 +34,8 @@ class UplvpConfig(StrictConfigMixin, PreTrainedConfig):
 
     Args:
         segmenter_config (`dict` or `PreTrainedConfig`, *optional*, defaults to `Mask2FormerConfig()`):
-            The query segmenter: a `mask2former`, `knet`, `queryinst`, `eomt`, `eomt_dinov3` or `vit_mask_decoder`. Its
-            `id2label` is always replaced by the one given here.
+            The query segmenter: a `mask2former`, `knet`, `queryinst`, `eomt`, `eomt_dinov3`, `rf_detr` or
+            `vit_mask_decoder`. Its `id2label` is always replaced by the one given here.
         category_ids (`list[int]`, *optional*, defaults to `[1, 2, ..., num_labels]`):
             Original category id of every class, so that results leave with the ids of the dataset.
         class_agnostic (`bool`, *optional*, defaults to `False`):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.image_transforms import center_to_corners_format as corners, corners_to_center_format
 
 from .losses import (
     FocalClassLoss,
@@ -52,12 +53,6 @@ class NearestMasks:
         x = (points[..., 0].float() * width - 0.5).round().clamp(0, width - 1).long()
         y = (points[..., 1].float() * height - 0.5).round().clamp(0, height - 1).long()
         return self.masks.flatten(1)[ids[:, None], y * width + x].float()
-
-
-def corners(boxes: Tensor) -> Tensor:
-    """Center, width and height -> x1, y1, x2, y2."""
-    center, half = boxes[..., :2], boxes[..., 2:] / 2
-    return torch.cat([center - half, center + half], -1)
 
 
 @dataclass
@@ -179,8 +174,7 @@ class RfDetrLoss(FocalClassLoss):
 
 def _relative(boxes: Tensor, extent: Tensor) -> Tensor:
     """x1, y1, x2, y2 in pixels -> center, width and height as shares of (width, height)."""
-    first, second = boxes[:, :2].float() / extent, boxes[:, 2:].float() / extent
-    return torch.cat([(first + second) / 2, second - first], 1)
+    return corners_to_center_format(boxes.float() / extent.repeat(2))
 
 
 def _match_groups(costs: list[Tensor], groups: int) -> list[list[tuple[Tensor, Tensor]]]:

@@ -44,7 +44,7 @@ class _Eomt(QueryBlocksSegmenter):
 
         Raises UserError for a canvas that the model cannot take.
         """
-        self._check_canvas(*pixel_values.shape[-2:])
+        self.check_sides(pixel_values)
         tokens, blocks = self._embed(pixel_values)
         for layer in self.layers[: -self.config.num_blocks]:
             tokens = layer(tokens, None, **blocks)
@@ -57,13 +57,6 @@ class _Eomt(QueryBlocksSegmenter):
     def _embed(self, pixel_values: Tensor) -> tuple[Tensor, dict]:
         """Tokens of the image, and the further arguments of every block."""
         raise NotImplementedError
-
-    def _check_canvas(self, height: int, width: int) -> None:
-        if height % self.config.patch_size or width % self.config.patch_size:
-            raise UserError(
-                f"Images of {height} x {width} pixels are not whole patches: pad them to multiples of "
-                f"{self.config.patch_size}, as the image processor does with `size_divisor`."
-            )
 
     def fit_canvas(self, size: int) -> None:
         super().fit_canvas(size)
@@ -91,7 +84,8 @@ class EomtSegmenter(_Eomt, EomtForUniversalSegmentation):
     def _embed(self, pixel_values: Tensor) -> tuple[Tensor, dict]:
         return self.embeddings(pixel_values), {}
 
-    def _check_canvas(self, height: int, width: int) -> None:
+    def check_sides(self, pixel_values: Tensor) -> None:
+        height, width = pixel_values.shape[-2:]
         if (height, width) != (self.config.image_size,) * 2:
             raise UserError(
                 f"This EoMT takes images of {self.config.image_size} x {self.config.image_size} pixels, not {height} x "

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import RfDetrConfig, RfDetrForInstanceSegmentation
+from transformers.image_transforms import center_to_corners_format
 
 from .errors import UserError
 from .losses import Normalizers
-from .losses_rf_detr import RfDetrLayerOutput, RfDetrLoss, corners
+from .losses_rf_detr import RfDetrLayerOutput, RfDetrLoss
 from .query_blocks import eager_attention
 from .query_segmenter import Inject, QuerySegmenter
+from .vit_weights import freeze_mask_token
 
 
 @dataclass
@@ -48,12 +50,7 @@ class RfDetrSegmenter(QuerySegmenter, RfDetrForInstanceSegmentation):
 
     def __init__(self, config: RfDetrConfig):
         super().__init__(config)
-        self._freeze_unused()
-
-    def _freeze_unused(self) -> None:
-        for name, parameter in self.backbone.named_parameters():
-            if name.endswith("mask_token"):  # of the ViT's own pre-training
-                parameter.requires_grad_(False)
+        freeze_mask_token(self.backbone)
 
     @classmethod
     def from_pretrained(cls, name_or_dir, *args, **kwargs):
@@ -62,7 +59,7 @@ class RfDetrSegmenter(QuerySegmenter, RfDetrForInstanceSegmentation):
         loaded: Any = RfDetrForInstanceSegmentation.from_pretrained(name_or_dir, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.__class__ = cls  # which adds methods only
-        model._freeze_unused()
+        freeze_mask_token(model.backbone)
         return loaded
 
     @property
@@ -118,7 +115,7 @@ class RfDetrSegmenter(QuerySegmenter, RfDetrForInstanceSegmentation):
         inject: Inject | None = None,
         output_attentions: bool | None = None,
     ) -> tuple[RfDetrFeatures, Tensor, list[RfDetrLayerOutput]]:
-        self._check_canvas(pixel_values)
+        self.check_sides(pixel_values)
         wanted = self.wants("output_attentions", output_attentions)
         tap = _Tap(inject, pixel_mask)
         hooks = tap.on(self.model.model.decoder) if inject is not None else []
@@ -152,16 +149,8 @@ class RfDetrSegmenter(QuerySegmenter, RfDetrForInstanceSegmentation):
         return layers, self._output(class_logits, masks, proposed, found.enc_outputs_coord_logits, features)
 
     def _output(self, logits, masks, queries, relative, features: RfDetrFeatures) -> RfDetrLayerOutput:
-        pixels = corners(relative.float()) * features.extents.repeat(1, 2)[:, None]
+        pixels = center_to_corners_format(relative.float()) * features.extents.repeat(1, 2)[:, None]
         return RfDetrLayerOutput(logits, masks, queries, boxes=pixels, relative=relative)
-
-    def _check_canvas(self, pixel_values: Tensor) -> None:
-        height, width = pixel_values.shape[-2:]
-        if height % self.size_divisor or width % self.size_divisor:
-            raise UserError(
-                f"Images of {height} x {width} pixels do not suit the windows of this RF-DETR: pad them to multiples "
-                f"of {self.size_divisor}, as the image processor does with `size_divisor`."
-            )
 
     # ---- loss ----
 

@@ -19,6 +19,7 @@ from .backbones import make_backbone
 from .configuration_vit_mask_decoder import VitMaskDecoderConfig
 from .errors import UserError
 from .query_blocks import QueryBlocksSegmenter, TokenFeatures, reread_shares
+from .vit_weights import copy_tensors, freeze_mask_token
 
 
 class Upscaling(nn.Module):
@@ -50,9 +51,7 @@ class VitMaskDecoder(QueryBlocksSegmenter, EomtPreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         self.backbone = make_backbone(config.backbone_config)
-        for name, parameter in self.backbone.named_parameters():
-            if name.endswith("mask_token"):  # of the ViT's own pre-training
-                parameter.requires_grad_(False)
+        freeze_mask_token(self.backbone)
         self.input_norms = nn.ModuleList(nn.LayerNorm(count) for count in self.backbone.channels)
         self.input_projections = nn.ModuleList(nn.Linear(count, width) for count in self.backbone.channels)
         self.query = nn.Embedding(config.num_queries, width)
@@ -98,12 +97,7 @@ class VitMaskDecoder(QueryBlocksSegmenter, EomtPreTrainedModel):
 
     def encode(self, pixel_values: Tensor, pixel_mask: Tensor | None = None) -> TokenFeatures:
         """pixel_values (B, 3, H, W), pixel_mask (B, H, W) with 1 on the image, which only the loss takes notice of."""
-        if any(side % self.size_divisor for side in pixel_values.shape[-2:]):
-            raise UserError(
-                f"Images of {' x '.join(map(str, pixel_values.shape[-2:]))} pixels do not suit patches of "
-                f"{self.patch_size}: pad them to multiples of {self.size_divisor}, as the image processor does with "
-                "`size_divisor`."
-            )
+        self.check_sides(pixel_values)
         maps = self.backbone(pixel_values.to(self.query.weight.dtype)).feature_maps
         grids = {tuple(one.shape[-2:]) for one in maps}
         if len(grids) != 1:
@@ -119,19 +113,10 @@ class VitMaskDecoder(QueryBlocksSegmenter, EomtPreTrainedModel):
         upscaled = self.upscale_block(tokens.transpose(1, 2).unflatten(2, grid))
         return TokenFeatures(tokens, grid, maps[-1], pixel_mask, mask_maps=upscaled)
 
-    @torch.no_grad()
     def load_encoder(self, source: nn.Module) -> list[str]:
         """Takes the weights of the same ViT of transformers (`AutoModel`) for the backbone; see `EomtSegmenter`."""
-        own, found = self.backbone.state_dict(), source.state_dict()
-        unlike = [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
-        if unlike:
-            raise UserError(
-                f"The weights of a {type(source).__name__} do not fit: {len(unlike)} tensors are missing or of another "
-                f"shape, for example `{unlike[0]}`. Give its settings as `backbone_config`."
-            )
-        for name, value in own.items():
-            value.copy_(found[name])
-        return sorted(found.keys() - own.keys())
+        remedy = "Give its settings as `backbone_config`."
+        return copy_tensors(source.state_dict(), self.backbone.state_dict(), source, remedy)
 
 
 def positions(grid: tuple[int, int], channels: int, like: Tensor) -> Tensor:

@@ -107,6 +107,15 @@ class InstanceSegmenter:
     def set_progress(self, epoch: float) -> None:
         """Tells how many epochs are done, before a step. Only pre-training depends on it."""
 
+    def check_sides(self, pixel_values: Tensor) -> None:
+        """Raises UserError for images (B, 3, H, W) whose sides are no multiples of `size_divisor`."""
+        height, width = pixel_values.shape[-2:]
+        if height % self.size_divisor or width % self.size_divisor:
+            raise UserError(
+                f"Images of {height} x {width} pixels are not whole patches or windows of this {type(self).__name__}: "
+                f"pad them to multiples of {self.size_divisor}, as the image processor does with `size_divisor`."
+            )
+
     def anneal(self, share: float) -> None:
         """Tells which share of the steps is done, before a step. For what a segmenter changes on its way."""
 
@@ -201,7 +210,7 @@ class QueryNetwork(InstanceSegmenter):
         return self.returned(output, return_dict)
 
     def forward(self, pixel_values: Tensor, pixel_mask: Tensor | None = None, **options) -> SegmenterOutput | tuple:
-        """pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding."""
+        """pixel_values (B, 3, H, W), sides in multiples of `size_divisor`; pixel_mask (B, H, W), 1 on the image."""
         _, queries, layers = self.run(pixel_values, pixel_mask, output_attentions=options.get("output_attentions"))
         return self.describe(queries, layers, **options)
 
@@ -296,7 +305,7 @@ class QuerySegmenter(QueryNetwork):
         **kwargs,
     ) -> SegmenterOutput | tuple:
         """
-        pixel_values (B, 3, H, W), H and W multiples of 32; pixel_mask (B, H, W), 1 on the image, 0 on padding;
+        pixel_values (B, 3, H, W), H and W multiples of `size_divisor`; pixel_mask (B, H, W), 1 on the image, else 0;
         mask_labels: per image (G, H, W) bool at the padded input size; class_labels: per image (G,) int in 0..K-1.
         `normalizers`, `draw` and `pseudo` are for the training loop and for tests: see their classes. Raises UserError
         for labels that do not fit the masks or the classes.

@@ -43,15 +43,32 @@ def encoder_tensors(source: nn.Module, own: dict[str, Tensor]) -> list[str]:
     for name in own:
         if re.search(r"patch_embeddings(\.projection)?\.weight$", name) and name in found:
             found[name] = resized_patches(found[name], own[name].shape[-1])
+    return copy_tensors(found, own, source, "Number and width of the blocks, heads and register tokens must agree.")
+
+
+@torch.no_grad()
+def copy_tensors(found: dict[str, Tensor], own: dict[str, Tensor], source: nn.Module, remedy: str) -> list[str]:
+    """Copies the tensors of a source, `found`, into those of a model, `own`; returns the names of what is left over.
+
+    Raises UserError, with the remedy, where one is missing or has another shape.
+    """
     unlike = [name for name, value in own.items() if name not in found or found[name].shape != value.shape]
     if unlike:
         raise UserError(
             f"The weights of a {type(source).__name__} do not fit: {len(unlike)} tensors are missing or of another "
-            f"shape, for example `{unlike[0]}`. Number and width of the blocks, heads and register tokens must agree."
+            f"shape, for example `{unlike[0]}`. {remedy}"
         )
     for name, value in own.items():
         value.copy_(found[name])
     return sorted(found.keys() - own.keys())
+
+
+def freeze_mask_token(backbone: nn.Module) -> None:
+    """The token that stood for hidden patches in the ViT's own pre-training: nothing else uses it, so it would never
+    get a gradient."""
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("mask_token"):
+            parameter.requires_grad_(False)
 
 
 def _name(name: str, own: dict[str, Tensor]) -> str:
