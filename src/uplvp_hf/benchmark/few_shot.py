@@ -37,12 +37,12 @@ from ..data.class_splits import class_split
 from ..data.synthetic import LOOKS, NOVEL_LOOKS, write_scenes
 from ..evaluation.few_shot import Asking, load_few_shot
 from ..evaluation.few_shot_table import Questions, few_shot_rows, few_shot_table
-from ..files import write_json, write_json_lines, write_text
+from ..files import write_json_lines, write_text
 from ..settings import ConfigError, Settings, setting
 from ..training.config import TrainSettings
 from .plan import training_settings
 from .rows import source_revision
-from .run import job_lock
+from .run import claim_folder, job_lock
 
 logger = logging.getLogger(__name__)
 
@@ -206,25 +206,15 @@ def run_few_shot_benchmark(benchmark: FewShotBenchmark, output: str, progress: b
     Raises ConfigError when the folder holds another benchmark, and as training does.
     """
     folder = Path(output)
-    claim_few_shot(benchmark, folder)
+    claim_folder(folder, {"name": benchmark.name, "data": benchmark.data.as_dict()})
     jobs = few_shot_jobs(benchmark, folder)
     while waiting := [job for job in jobs if not _is_done(folder, job)]:
         free = [job for job in waiting if job.needs is None or (folder / job.needs / "model.safetensors").is_file()]
-        if not any(_try(benchmark, folder, job, progress) for job in free):
+        if any(_try(benchmark, folder, job, progress) for job in free):
+            _collect(benchmark, folder, jobs)
+        else:
             time.sleep(2.0)  # others are at what these need
-        _collect(benchmark, folder, jobs)
     return _collect(benchmark, folder, jobs)
-
-
-def claim_few_shot(benchmark: FewShotBenchmark, folder: Path) -> None:
-    """Makes the folder this benchmark's own."""
-    marker, record = folder / "benchmark.json", {"name": benchmark.name, "data": benchmark.data.as_dict()}
-    if marker.is_file():
-        if json.loads(marker.read_text()) != record:
-            raise ConfigError(f"{folder} holds another benchmark, see {marker}: choose another output or remove it.")
-    elif folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} holds something that is not a benchmark's: choose another --output.")
-    write_json(marker, record)
 
 
 def _is_done(folder: Path, job: FewShotJob) -> bool:

@@ -123,8 +123,12 @@ def show_plan(benchmark: Benchmark, folder: Path) -> str:
 
 def claim(benchmark: Benchmark, folder: Path) -> None:
     """Makes the folder this benchmark's own. More seeds, arms, labels and segmenters may be asked for later."""
+    claim_folder(folder, {"name": benchmark.name, "data": benchmark.data.as_dict(), "validation": benchmark.validation})
+
+
+def claim_folder(folder: Path, record: dict[str, Any]) -> None:
+    """Makes the folder that of the benchmark with this record. Raises ConfigError when it is another's, or no one's."""
     marker = folder / "benchmark.json"
-    record = {"name": benchmark.name, "data": benchmark.data.as_dict(), "validation": benchmark.validation}
     if marker.is_file():
         if json.loads(marker.read_text()) != record:
             raise ConfigError(f"{folder} holds another benchmark, see {marker}: choose another output or remove it.")

@@ -7,13 +7,14 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.errors import UserError
-from .naming import count_numbers, load_fitting
+from .naming import count_numbers, load_fitting, renamed
 
 _BLOCK = {
     "ln_1": "layer_norm1",
@@ -88,18 +89,8 @@ def convert_denseclip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     UserError naming the tensors that have no place.
     """
     vit = "backbone.class_embedding" in state
-    converted: dict[str, Tensor] = {}
-    unknown = []
-    for name, tensor in state.items():
-        if name.endswith("num_batches_tracked"):
-            continue
-        found = _convert(name, tensor, vit)
-        converted.update(found)
-        if not found:
-            unknown.append(name)
-    if unknown:
-        raise UserError(f"{len(unknown)} tensors have no place in a DenseCLIP: {', '.join(unknown[:5])}.")
-    return converted
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    return renamed(kept, partial(_convert, vit=vit), "DenseCLIP")
 
 
 def _convert(name: str, tensor: Tensor, vit: bool) -> dict[str, Tensor]:

@@ -87,6 +87,25 @@ def count_numbers(state: dict[str, Tensor], pattern: str) -> int:
     return max((int(match[1]) for name in state if (match := re.fullmatch(pattern, name))), default=-1) + 1
 
 
+def renamed(
+    state: dict[str, Tensor], rule: Callable[[str, Tensor], dict[str, Tensor]], network: str
+) -> dict[str, Tensor]:
+    """The tensors under our names, as `rule` gives them for each; no tensor is copied.
+
+    Raises UserError naming tensors for which the rule gives nothing.
+    """
+    converted: dict[str, Tensor] = {}
+    unknown = []
+    for name, tensor in state.items():
+        found = rule(name, tensor)
+        converted |= found
+        if not found:
+            unknown.append(name)
+    if unknown:
+        raise UserError(f"{len(unknown)} tensors have no place in a {network}: {', '.join(unknown[:SHOWN])}.")
+    return converted
+
+
 def load_fitting(model: torch.nn.Module, converted: dict[str, Tensor]) -> None:
     """Strict in one direction: what is missing is for the report, what has no place or another shape is an error."""
     wanted = model.state_dict()

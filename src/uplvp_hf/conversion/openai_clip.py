@@ -21,7 +21,7 @@ from ..models.icpc_prompts import name_tokens
 from ..models.modeling_icpc import IcpcForSemanticSegmentation
 from .checkpoint_file import CheckpointError, detect_format, open_checkpoint
 from .denseclip import CLIP_TOKENIZER, openai_text, openai_vision, tower_settings
-from .naming import load_fitting
+from .naming import load_fitting, renamed
 
 TIMM = "timm:"
 _LEFT_OUT = {
@@ -56,20 +56,13 @@ def convert_openai(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[st
     """Tensors in OpenAI's, transformers' or timm's names under ours, and {name: reason} of those left out. No tensor is
     copied. Raises UserError naming the tensors that have no place."""
     dropped = {name: why for name in state for pattern, why in _LEFT_OUT.items() if re.fullmatch(pattern, name)}
-    converted: dict[str, Tensor] = {}
-    unknown = []
-    timm = "head.pos_embed" in state
-    vit = "visual.class_embedding" in state
-    for name, tensor in state.items():
-        if name in dropped:
-            continue
-        found = _convert(timm_to_openai(name) if timm else name, tensor, vit)
-        converted |= found
-        if not found:
-            unknown.append(name)
-    if unknown:
-        raise UserError(f"{len(unknown)} tensors have no place in a CLIP: {', '.join(unknown[:5])}.")
-    return converted, dropped
+    timm, vit = "head.pos_embed" in state, "visual.class_embedding" in state
+    kept = {name: tensor for name, tensor in state.items() if name not in dropped}
+
+    def rule(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return _convert(timm_to_openai(name) if timm else name, tensor, vit)
+
+    return renamed(kept, rule, "CLIP"), dropped
 
 
 def _convert(name: str, tensor: Tensor, vit: bool) -> dict[str, Tensor]:

@@ -74,14 +74,18 @@ def few_shot_table(rows: Iterable[dict[str, Any]], by: Sequence[str] = ("model",
     columns = [(count, kind) for count in shots for kind in kinds]
     head = [*by, "asked", "classes", *(f"K = {count}, {kind}" for count, kind in columns), "seeds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * (len(by) + 2) + "---:|" * (len(columns) + 1)]
+
+    def arm_of(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row.get(name, "")) for name in by)
+
     asked = dict.fromkeys((row["part"], row["protocol"], row["ways"]) for row in rows)
     for part, protocol, ways in asked:
         own = [row for row in rows if (row["part"], row["protocol"], row["ways"]) == (part, protocol, ways)]
-        arms = list(dict.fromkeys(tuple(str(row.get(name, "")) for name in by) for row in own))
+        arms = list(dict.fromkeys(map(arm_of, own)))
         found = {
             (arm, column): [
                 row for row in own
-                if tuple(str(row.get(name, "")) for name in by) == arm and (row["shots"], row["supports"]) == column
+                if arm_of(row) == arm and (row["shots"], row["supports"]) == column
             ]
             for arm in arms for column in columns
         }  # fmt: skip
@@ -91,7 +95,7 @@ def few_shot_table(rows: Iterable[dict[str, Any]], by: Sequence[str] = ("model",
         }  # fmt: skip
         for arm in arms:
             cells = [_cell(found[arm, column], best.get(column)) for column in columns]
-            seeds = len({row["seed"] for row in own if tuple(str(row.get(name, "")) for name in by) == arm})
+            seeds = len({row["seed"] for row in own if arm_of(row) == arm})
             lines.append("| " + " | ".join([*arm, Asking(protocol, ways).text, part, *cells, str(seeds)]) + " |")
     return "\n".join(lines)
 

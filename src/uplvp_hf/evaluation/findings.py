@@ -126,17 +126,18 @@ class Findings:
             curve: a list each of `threshold`, `precision`, `recall`, `f1` and `detections`.
             calibration: see `_calibration`.
         """
-        curve = self._curve()
+        counted = self._counted()
+        curve = _curve(*counted)
         f1 = np.array(curve["f1"])
         equal = np.flatnonzero(f1 == f1.max())
         best = float(GRID[equal[len(equal) // 2]]) if f1.max() > 0 else None
         thresholds = [threshold] if best is None else [threshold, best]
         return {
             "best_threshold": best,
-            "annotations": self._counted()[2],
-            "at": [self._at(one) for one in thresholds],
+            "annotations": counted[2],
+            "at": [self._at(one, *counted) for one in thresholds],
             "curve": curve,
-            "calibration": self._calibration(),
+            "calibration": _calibration(*counted[:2]),
         }
 
     def _counted(self) -> tuple[np.ndarray, np.ndarray, int]:
@@ -146,27 +147,13 @@ class Findings:
         order = np.lexsort((hits, scores))  # the same sums to the last bit, whatever the order of the images
         return scores[order], hits[order].astype(bool), sum(len(image.found) for image in self.images)
 
-    def _curve(self) -> dict[str, list[float]]:
-        scores, hits, annotations = self._counted()
-        first = np.searchsorted(scores, GRID)  # of the detections from a threshold on
-        right = np.concatenate([hits[::-1].cumsum()[::-1], [0]])[first]
-        detections = len(scores) - first
-        return {
-            "threshold": GRID.tolist(),
-            "precision": _share(right, detections),
-            "recall": _share(right, annotations),
-            "f1": _share(2 * right, detections + annotations),
-            "detections": detections.tolist(),
-        }
-
-    def _at(self, threshold: float) -> dict[str, Any]:
+    def _at(self, threshold: float, scores: np.ndarray, hits: np.ndarray, annotations: int) -> dict[str, Any]:
         """What is true of the detections that score at least `threshold`.
 
         `threshold`, `precision`, `recall`, `f1` (0 to 1); `detections`, `repeats`, `merges` (how many);
         `by_objects`: a row for each of `GROUPS` that has images: `objects`, `images`, `annotations`, and the shares of
         its annotations that are `found`, `merged` and `split`.
         """
-        scores, hits, annotations = self._counted()
         kept = scores >= threshold
         right, detections = int(hits[kept].sum()), int(kept.sum())
         chosen = {
@@ -184,19 +171,33 @@ class Findings:
             "by_objects": [group for group in groups if group["images"]],
         }
 
-    def _calibration(self) -> dict[str, Any]:
-        """`bins`: a row for each tenth of the scores that has detections: `low`, `detections`, `score` (mean) and
-        `precision`; `error`: the mean distance of the two, weighted by detections. Scores from `FLOOR` on."""
-        scores, hits, _ = self._counted()
-        scores, hits = scores[scores >= FLOOR], hits[scores >= FLOOR]
-        place = np.minimum((scores * 10).astype(int), 9)
-        bins = []
-        for number in np.unique(place).tolist():
-            own = place == number
-            score, precision = float(scores[own].mean()), float(hits[own].mean())
-            bins.append({"low": number / 10, "detections": int(own.sum()), "score": score, "precision": precision})
-        distances = [row["detections"] * abs(row["score"] - row["precision"]) for row in bins]
-        return {"bins": bins, "error": sum(distances) / len(scores) if len(scores) else None}
+
+def _curve(scores: np.ndarray, hits: np.ndarray, annotations: int) -> dict[str, list[float]]:
+    """Precision, recall and F1 on `GRID`."""
+    first = np.searchsorted(scores, GRID)  # of the detections from a threshold on
+    right = np.concatenate([hits[::-1].cumsum()[::-1], [0]])[first]
+    detections = len(scores) - first
+    return {
+        "threshold": GRID.tolist(),
+        "precision": _share(right, detections),
+        "recall": _share(right, annotations),
+        "f1": _share(2 * right, detections + annotations),
+        "detections": detections.tolist(),
+    }
+
+
+def _calibration(scores: np.ndarray, hits: np.ndarray) -> dict[str, Any]:
+    """`bins`: a row for each tenth of the scores that has detections: `low`, `detections`, `score` (mean) and
+    `precision`; `error`: the mean distance of the two, weighted by detections. Scores from `FLOOR` on."""
+    scores, hits = scores[scores >= FLOOR], hits[scores >= FLOOR]
+    place = np.minimum((scores * 10).astype(int), 9)
+    bins = []
+    for number in np.unique(place).tolist():
+        own = place == number
+        score, precision = float(scores[own].mean()), float(hits[own].mean())
+        bins.append({"low": number / 10, "detections": int(own.sum()), "score": score, "precision": precision})
+    distances = [row["detections"] * abs(row["score"] - row["precision"]) for row in bins]
+    return {"bins": bins, "error": sum(distances) / len(scores) if len(scores) else None}
 
 
 def _group(images: list[ImageFindings], name: str, limits: tuple[int, int], threshold: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def check_given(key: str, given: list[float] | None, look: Look | None) -> None:
     if given is None or look is None:
         return
     own = getattr(look, key)
-    if max(abs(a - b) for a, b in zip(given, own, strict=True)) > _CLOSE:
+    if not close(given, own):
         raise ConfigError(
             f"`data.{key}` is {given}, but the backbone was trained with {list(own)} ({look.source}): leave the "
             "setting out."
@@ -82,7 +83,7 @@ def refuse_other_look(settings: TrainSettings) -> None:
         here = _look_of(settings)
         for key, value in here.items():
             before = look[key]
-            same = before == value if isinstance(value, str) else _close(before, value)
+            same = before == value if isinstance(value, str) else close(before, value)
             if not same:
                 raise ConfigError(
                     f"The labels of {store} were made by {look['network']} with {key} {before or 'symmetric'!r}, but "
@@ -98,7 +99,8 @@ def _look_of(settings: TrainSettings) -> dict[str, Any]:
     return {"image_mean": settings.data.image_mean, "image_std": settings.data.image_std, "pad_type": pad_type}
 
 
-def _close(one: list[float], other: list[float]) -> bool:
+def close(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two means, or deviations, are the same but for rounding."""
     return all(abs(a - b) <= _CLOSE for a, b in zip(one, other, strict=True))
 
 

@@ -27,7 +27,7 @@ from ..models.image_processing_base_uplvp import stored_settings
 from ..models.image_processing_uplvp import UplvpImageProcessor
 from ..models.modeling_mask_rcnn import MaskRcnnForInstanceSegmentation
 from ..models.modeling_uplvp import UplvpForInstanceSegmentation, UplvpForPreTraining, UplvpPreTrainedModel
-from .backbone_weights import check_given, load_backbone_weights, own_look, refuse_other_look, with_own_padding
+from .backbone_weights import check_given, close, load_backbone_weights, own_look, refuse_other_look, with_own_padding
 from .canvas import DIVISOR, check_canvas, preferred_size, with_canvas
 from .config import ConfigError, DataSettings, ModelSettings, TrainSettings
 from .freezing import freeze_backbone, refuse_random_frozen
@@ -110,7 +110,7 @@ def with_image_settings(settings: TrainSettings) -> TrainSettings:
     chosen = {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
     for key, standard in chosen.items():
         given, trained = getattr(data, key), found.get(key)
-        if given and trained and max(abs(a - b) for a, b in zip(given, trained, strict=True)) > 1e-3:
+        if given and trained and not close(given, trained):
             raise ConfigError(
                 f"`data.{key}` is {given}, but {settings.model.init} was trained with {trained}: leave the setting out."
             )

@@ -11,12 +11,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers.modeling_outputs import BackboneOutput
 
 from ..data import InstanceDataset
 from ..data.collator import collate
 from ..models.padding import padding_masked
+from ..progress import Progress
 from .config import ConfigError, TrainSettings
 from .feature_cache import CachedSamples, FeatureCache, Key, cache_folder, collate_cached
 from .stream import SampleKeys, make_loader
@@ -99,7 +99,7 @@ class CachedTask(InstanceTask):
         training = segmenter.backbone.training
         segmenter.backbone.eval()
         weight = next(segmenter.backbone.parameters())
-        bar = tqdm(total=len(keys), desc="features", unit="view", disable=None if accelerator.is_main_process else True)
+        bar = Progress("features", len(keys), accelerator.is_main_process, "views")
         for first in range(0, len(keys), step):
             chosen = keys[first : first + step]
             views = [samples.sample(*key) for key in chosen]

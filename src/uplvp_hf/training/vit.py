@@ -7,6 +7,7 @@ import logging
 from torch import nn
 from transformers import AutoModel
 
+from ..conversion.weights_look import HUB
 from ..models.errors import UserError, reading
 from .config import ConfigError, TrainSettings
 
@@ -25,7 +26,7 @@ def load_encoder(segmenter: nn.Module, path: str) -> list[str]:
     path: a folder that `AutoModel` reads, or hf-hub:OWNER/NAME. Returns the names of what was not taken. Raises
     ConfigError for what is no such model, UserError for one that does not fit.
     """
-    name = path.removeprefix("hf-hub:")
+    name = path.removeprefix(HUB)
     try:
         with reading(f"`model.backbone_weights`: {path}"):
             source = AutoModel.from_pretrained(name, use_safetensors=True)
