@@ -19,19 +19,17 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
+from benchmark_teacher_step import run_steps
 
 from uplvp_hf.cli import main as uplvp
 from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.demo.pipeline import synthetic_clip_path
-from uplvp_hf.training.config import TrainSettings, load_settings
-from uplvp_hf.training.launch import make_accelerator
-from uplvp_hf.training.loop import _Run
-from uplvp_hf.training.task import task_of
+from uplvp_hf.training.config import load_settings
 
 FROZEN = ["model.kernel_target=labeler", "model.kernel_loss=contrastive", "model.kernel_centering=0.9"]
 NONE = ["model.kernel_supervision_weight=0"]
@@ -52,19 +50,6 @@ SEGMENTERS = {
         "dynamic_channels": 16, "num_mask_layers": 2, "finest_scale": 28,
     },
 }  # fmt: skip
-
-
-def training_steps(settings: TrainSettings) -> Iterator[None]:
-    """Yields after every step of a training."""
-    task = task_of(settings)
-    settings = task.with_image_settings(settings)
-    accelerator = make_accelerator(settings)
-    rows, _ = task.data(settings)
-    model = task.model(settings, rows)
-    run = _Run(settings, task, accelerator, model, task.samples(settings, rows, None), None, None, False)
-    for step, micro_batches in run._batches(0):
-        run._step(step, micro_batches)
-        yield
 
 
 def ratio(measured: Callable[[], object], other: Callable[[], object], rounds: int) -> float:
@@ -111,7 +96,7 @@ def main() -> int:
             words = [f"data.train={store}", "optim.steps=1000", f"output={root / name}"]
             words += [] if segmenter is None else [f"model.segmenter={json.dumps(segmenter)}"]
             words += ["model.prompt_matching=none"]
-            one, other = (training_steps(load_settings("scenes_pretrain", [*words, *kind])) for kind in (FROZEN, NONE))
+            one, other = (run_steps(load_settings("scenes_pretrain", [*words, *kind])) for kind in (FROZEN, NONE))
             found[f"step_ratio_{name}"] = ratio(one.__next__, other.__next__, 2 * arguments.rounds)
     for name, value in found.items():
         print(f"{name:<28} {value:.4g}")

@@ -120,14 +120,19 @@ class _Auto:
         arms |= {HALF: {**better, "labels_per_class": ["50%strat"]}} if halved else {}
         content: dict[str, Any] = {
             "name": "auto",
-            "data": {"train": str(base / "labeled"), "train_split": "train", "val": str(val), "val_split": "val"},
+            "data": {
+                "train": str(base / "labeled"),
+                "train_split": "train",
+                "val": str(val),
+                "val_split": "val",
+                "unlabeled": str(base / "images.txt"),
+            },
             "segmenters": {name: {**dict(zip(("pretrain", "finetune"), start.recipes)), "settings": start.settings}},
             "arms": arms,
             "labels_per_class": ["100%", *(["50%strat"] if halved else [])],
             "seeds": [self.request.seed],
             "curve": [0.5],
         }
-        content["data"]["unlabeled"] = str(base / "images.txt")
         if chosen is not None:
             label = dict(chosen["label"])
             if label.get("examples", "") is None:
