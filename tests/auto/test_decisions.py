@@ -8,6 +8,7 @@ from uplvp_hf.auto.parts import cut_folds, held_out
 from uplvp_hf.auto.request import Request
 from uplvp_hf.auto.starts import MOBILENET, possible_starts
 from uplvp_hf.auto.trials import BASELINE, candidate_sources, choose
+from uplvp_hf.commands.auto import main
 from uplvp_hf.data import DataError, InstanceDataset, Row
 from uplvp_hf.models.errors import UserError
 
@@ -115,3 +116,12 @@ def test_an_output_belongs_to_one_request(tmp_path):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UserError, match="not of `uplvp auto`"):
         request.claim(tmp_path / "other")
+
+
+def test_a_mistyped_call_leaves_the_output_free(tmp_path, capsys):
+    (tmp_path / "empty.json").write_text('{"images": [], "annotations": [], "categories": []}')
+    output = tmp_path / "out"
+    for labels_file in ("nothing.json", "empty.json"):
+        assert main([str(tmp_path), "--labels", str(tmp_path / labels_file), "--output", str(output)]) == 2
+        assert labels_file in capsys.readouterr().err  # about the file, not about an output that is begun already
+    assert not [file for file in output.rglob("*") if file.name != ".lock"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,8 @@ class Request:
             raise UserError(f"{folder} holds something that is not of `uplvp auto`: choose another --output")
         else:
             write_json(file, record)
+
+    def release(self, folder: Path) -> None:
+        """Gives up the folder, in which no stage has finished."""
+        shutil.rmtree(folder / "data", ignore_errors=True)
+        (folder / _RECORD).unlink(missing_ok=True)

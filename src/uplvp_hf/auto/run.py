@@ -54,7 +54,11 @@ class _Auto:
     progress: bool
 
     def go(self) -> dict[str, Any]:
-        data = prepare_parts(self.request, self.folder / "data")
+        try:
+            data = prepare_parts(self.request, self.folder / "data")
+        except (UserError, OSError):
+            self.request.release(self.folder)  # nothing was begun: the folder takes the mended arguments
+            raise
         logger.info(
             "%d labeled images (%d objects of %d classes): %d to learn from, %d to decide by. %d images to label.",
             data["labeled"], sum(data["instances"].values()), len(data["classes"]), data["train"], data["val"],
