@@ -7,7 +7,7 @@ from uplvp_hf.auto.estimate import in_words, minutes
 from uplvp_hf.auto.parts import cut_folds, held_out
 from uplvp_hf.auto.request import Request
 from uplvp_hf.auto.starts import MOBILENET, possible_starts
-from uplvp_hf.auto.trials import BASELINE, candidate_sources, choose
+from uplvp_hf.auto.trials import BASELINE, Source, candidate_sources, choose, try_sources
 from uplvp_hf.commands.auto import main
 from uplvp_hf.data import DataError, InstanceDataset, Row
 from uplvp_hf.models.errors import UserError
@@ -125,3 +125,19 @@ def test_a_mistyped_call_leaves_the_output_free(tmp_path, capsys):
         assert main([str(tmp_path), "--labels", str(tmp_path / labels_file), "--output", str(output)]) == 2
         assert labels_file in capsys.readouterr().err  # about the file, not about an output that is begun already
     assert not [file for file in output.rglob("*") if file.name != ".lock"]
+
+
+def test_a_source_that_could_not_run_is_tried_again(tmp_path, monkeypatch):
+    source, tried = Source("foreground", {"labeler": "foreground"}), []
+
+    def measure(*arguments):
+        tried.append(arguments[0].name)
+        if len(tried) == 1:
+            raise OSError("no network")
+        quality = {"recall": 0.5, "recall_named": 0.5, "precision_named": 0.5}
+        return {"f1": 0.5, "quality": quality, "seconds_per_image": 0.1, "load_seconds": 1.0}
+
+    monkeypatch.setattr("uplvp_hf.auto.trials._measure", measure)
+    request = Request("photos", "few.json")
+    first, second, third = (try_sources([source], request, tmp_path, tmp_path, 1)[0] for _ in range(3))
+    assert first["error"] == "no network" and second == third and second["f1"] == 0.5 and len(tried) == 2

@@ -103,7 +103,8 @@ class _Auto:
         backbone = next(iter(reversed(possible_starts(self.request).values()))).backbone
         sources = candidate_sources(self.request, backbone, data["classes"])
         labeled = self.folder / "data" / "labeled"
-        trials = try_sources(sources, self.request, self.folder / "sources", labeled, data["folds"])
+        open_still = not (self.folder / "estimate.json").is_file()
+        trials = try_sources(sources, self.request, self.folder / "sources", labeled, data["folds"], open_still)
         chosen = choose(trials)
         if chosen is None:
             logger.warning("No mask source is good enough: nothing is labeled or pre-trained.")

@@ -67,18 +67,21 @@ def candidate_sources(request: Request, backbone: dict[str, Any], classes: list[
     return [*sources, Source(BASELINE, {"labeler": "center_box", **backbone, **named})]
 
 
-def try_sources(sources: list[Source], request: Request, folder: Path, labeled: Path, folds: int) -> list[dict]:
+def try_sources(
+    sources: list[Source], request: Request, folder: Path, labeled: Path, folds: int, again: bool = True
+) -> list[dict]:
     """One record a source, best first: name, label, error or {f1, quality, seconds_per_image, load_seconds}.
 
-    What is in `folder` already is not tried again.
+    What was measured in `folder` already is not tried again; what could not run is, if `again`.
     """
     trials = []
     for number, source in enumerate(sources, start=1):
         file = trial_folder(folder, source.name) / "trial.json"
-        if not file.is_file():
+        trial = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not file.is_file() or (again and "error" in trial):  # perhaps for want of a network, which is there now
             logger.info("Trying mask source %d of %d, %s ...", number, len(sources), source.name)
-            write_json(file, _try(source, request, file.parent, labeled, folds))
-        trial = json.loads(file.read_text(encoding="utf-8"))
+            trial = _try(source, request, file.parent, labeled, folds)
+            write_json(file, trial)
         logger.info("  %s", sentence(trial))
         trials.append(trial)
     return sorted(trials, key=lambda trial: -trial.get("f1", -1.0))
