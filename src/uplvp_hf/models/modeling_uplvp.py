@@ -12,7 +12,7 @@ Papers: UPLVP (arXiv 2405.13388) and its predecessor Saliency Prompt (arXiv 2302
 
 The last term is the papers'; what else queries can be drawn towards, and how, is in kernel_targets.py.
 `UplvpForInstanceSegmentation` leaves the prompts out; with prompts off both models give the same bits. The segmenter is
-a Mask2Former, a K-Net or a QueryInst: nothing here depends on which.
+any of `SEGMENTERS` (modeling_base_uplvp.py), such as a Mask2Former or a K-Net: nothing here depends on which.
 """
 
 from collections.abc import Callable
