@@ -10,7 +10,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from uplvp_hf.data.dataset import InstanceDataset, empty_objects
-from uplvp_hf.labeling.quality import proposal_quality
+from uplvp_hf.labeling.quality import precision_by_score, proposal_quality
 from uplvp_hf.models.masks import encode_masks
 
 
@@ -122,3 +122,22 @@ def test_perfect_and_empty():
     stranger.rows[0].update(image_id="x", file_name="x.png")
     with pytest.raises(ValueError, match="share neither"):
         proposal_quality(stranger, true)
+
+
+def test_precision_by_score():
+    """Two groups of three masks, by hand: of the low scores one covers its object, of the high ones all do, one of them
+    with the wrong name."""
+    masks = thirds()
+    truth = dataset([(masks, [1, 1, 2], [0, 0, 0]), (masks[:1], [1], [0])], {1: "a", 2: "b"})
+    none = np.zeros((10, 12), bool)
+    none[0, 0] = True
+    ours = dataset([([masks[0], none, masks[2], masks[1]], [1, 1, 1, 1], [0] * 4), ([none, masks[0]], [1, 1], [0] * 2)],
+                   {1: "a", 2: "b"})  # fmt: skip
+    for row, scores in zip(ours.rows, ([0.9, 0.1, 0.8, 0.3], [0.2, 0.7]), strict=True):
+        row["objects"]["score"] = scores
+    low, high = precision_by_score(ours, truth, groups=2)
+    assert low == {"least": 0.1, "most": 0.3, "proposals": 3, "precision": 1 / 3, "precision_named": 1 / 3}
+    assert high == {"least": 0.7, "most": 0.9, "proposals": 3, "precision": 1.0, "precision_named": 2 / 3}
+    for row in ours.rows:
+        row["objects"]["score"] = [0.5] * len(row["objects"]["segmentation"])
+    assert precision_by_score(ours, truth) == []  # scores that are all alike tell nothing apart

@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from ..benchmark.report import drawn, predicted_pairs
+from ..benchmark.report import drawn, predicted_images
 from ..data import load_dataset_rows
 from ..data.store_reader import read_store
 from ..evaluation.pages import render
@@ -66,4 +66,6 @@ def _masks(folder: Path, sources: dict[str, Any]) -> list[list[str]]:
 
 def _predictions(folder: Path, data: dict[str, Any], choice: dict[str, Any]) -> list[list[str]]:
     val = load_dataset_rows(folder / "data" / ("labeled" if data["held_out"] else "val"), split="val")
-    return predicted_pairs(str(folder / "runs" / choice["run"]), val, _PREDICTED)
+    shown = val.subset(range(min(_PREDICTED, len(val))))
+    ours = predicted_images(str(folder / "runs" / choice["run"]), shown)
+    return [[image, drawn(shown, index, shown.rows[index])] for index, image in enumerate(ours)]

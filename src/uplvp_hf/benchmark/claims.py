@@ -16,6 +16,8 @@ from .semantic import with_controls
 LEVEL = 0.05
 """Largest p-value, two-sided, at which a difference counts."""
 
+_NO_SPREAD = 1e-9  # differences that are equal to rounding
+
 # What is claimed (SP and UPLVP, papers and released ablation settings; the last sixteen are ours), the arm that should
 # be better, and the other. Arms go by the names that they have in the recipes of this folder.
 CLAIMS = (
@@ -74,8 +76,8 @@ class Verdict:
         """Of the paired t-test over seeds, two-sided; None for one seed."""
         if len(self.differences) < 2:
             return None
-        if len(set(self.differences)) == 1:  # no spread at all: the statistic is infinite, or 0 / 0
-            return 0.0 if self.mean else 1.0
+        if max(self.differences) - min(self.differences) < _NO_SPREAD:  # the statistic is infinite, or 0 / 0
+            return 0.0 if abs(self.mean) >= _NO_SPREAD else 1.0
         return float(stats.ttest_rel(self.differences, [0.0] * len(self.differences)).pvalue)
 
     @property

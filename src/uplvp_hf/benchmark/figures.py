@@ -13,6 +13,7 @@ from ..evaluation.compare_page import draw_curves, figure_bytes
 from ..evaluation.measures import shown_metrics, spelled
 from ..files import replacing, write_text
 from ..models.errors import UserError
+from .advice import advise
 from .claims import claims_table, judge
 from .rows import label_counts, labels_text, percent_text, row_metric, row_value
 from .semantic import control_columns
@@ -56,7 +57,8 @@ def write_results(rows: Rows, output: Path, maps: dict[str, dict[str, Any]] | No
             with replacing(output / f"{name}.{suffix}", "wb") as stream:
                 stream.write(figure_bytes(figure, suffix))
     tables = [*(results_table(rows, one) for one in _in_order(rows, "segmenter")), separation_table(rows)]
-    text = "\n\n".join([*filter(None, tables), claims_table(judge(rows), row_metric(rows))])
+    parts = [*tables, claims_table(judge(rows), row_metric(rows)), advise(rows)]
+    text = "\n\n".join(filter(None, parts))
     write_text(output / "results.md", text + "\n")
     return text
 

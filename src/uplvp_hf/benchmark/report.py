@@ -21,11 +21,12 @@ from ..evaluation.pages import render
 from ..evaluation.predictor import load_segmenter, predict_dataset
 from ..evaluation.visualize import overlay_uri
 from ..files import write_text
-from ..labeling.quality import proposal_quality, row_keys
+from ..labeling.quality import precision_by_score, proposal_quality, row_keys
 from ..models.errors import UserError
 from ..models.thresholds import score_threshold
 from ..training.build import build_data
 from ..training.semantic_task import is_semantic
+from .advice import advise
 from .figures import curves_of, mean_text
 from .plan import Job, label_folder
 from .recipe import Benchmark
@@ -36,7 +37,7 @@ from .sources import Sources
 logger = logging.getLogger(__name__)
 
 SIDE = 480  # most pixels of an image on the page
-SHOWN = 8  # images of each kind
+SHOWN = 6  # images of each kind
 MEASURED = 500  # images on which the quality of pseudo labels is measured
 
 
@@ -87,6 +88,7 @@ class Report:
             about=self.benchmark.about,
             done=len(done),
             jobs=len(self.jobs),
+            advice=advise(rows) if finished else "",
             tables=[self._table(rows, name) for name in dict.fromkeys(row["segmenter"] for row in rows)],
             labels=list(self._labels.values()),
             predictions=self._predictions(done) if finished and rows else None,
@@ -128,7 +130,7 @@ class Report:
     def _label_section(self, name: str) -> dict[str, Any]:
         """A label set: numbers, and its first images, beside the truth where that is known."""
         pseudo, truth = load_dataset_rows(self.folder / label_folder(name)), load_dataset_rows(**self.sources.unlabeled)
-        section: dict[str, Any] = {"name": name, "images": len(pseudo), "quality": None, "pairs": []}
+        section: dict[str, Any] = {"name": name, "images": len(pseudo), "quality": None, "groups": [], "pairs": []}
         section["masks"] = sum(len(row["objects"]["segmentation"]) for row in pseudo.rows)
         keys, true_keys = row_keys(pseudo, truth)
         known: dict[Any, Row] = {}
@@ -136,6 +138,7 @@ class Report:
             part = pseudo.subset(range(min(MEASURED, len(pseudo))))
             measured = proposal_quality(part, truth)  # nan, a share of nothing, is no number for people
             section["quality"] = {key: "none" if math.isnan(one) else f"{one:.2f}" for key, one in measured.items()}
+            section["groups"] = precision_by_score(part, truth)
             known = dict(zip(true_keys, truth.rows, strict=True))
         for key, (index, row) in zip(keys, enumerate(pseudo.rows), strict=True):
             if index == SHOWN:
@@ -146,32 +149,45 @@ class Report:
         return section
 
     def _predictions(self, done: Sequence[Job]) -> dict[str, Any]:
-        """The first images of `val`, by the last job of the plan that has a model of its own."""
-        job = [job for job in done if job.kind in ("finetune", "evaluate")][-1]
-        _, val = build_data(job.settings)
-        model = str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0]))
-        if is_semantic(job.settings.model):
-            return {"arm": job.row["arm"], "pairs": semantic_pairs(model, val, SHOWN, SIDE), "note": ""}
+        """The first images of `val`: the truth, and what the last finished run of every arm finds, by segmenter."""
+        last: dict[str, Job] = {}
+        for job in done:
+            if job.kind in ("finetune", "evaluate"):
+                arm = (
+                    job.row["arm"]
+                    if len(self.benchmark.segmenters) == 1
+                    else f"{job.row['segmenter']}, {job.row['arm']}"
+                )
+                last[arm] = job
+        first = next(iter(last.values()))
+        _, val = build_data(first.settings)
+        models = {
+            arm: str(self.folder / (job.folder if job.kind == "finetune" else job.needs[0]))
+            for arm, job in last.items()
+        }
+        if is_semantic(first.settings.model):
+            arm, model = list(models.items())[-1]
+            return {"names": [arm, "truth"], "lines": semantic_pairs(model, val, SHOWN, SIDE), "note": ""}
+        shown = val.subset(range(min(SHOWN, len(val))))
+        columns = [[drawn(shown, index, row) for index, row in enumerate(shown.rows)]]
+        columns += [predicted_images(model, shown) for model in models.values()]
         return {
-            "arm": job.row["arm"],
-            "pairs": predicted_pairs(model, val),
-            "note": "From the model's own score on. ",
+            "names": ["truth", *models],
+            "lines": [list(line) for line in zip(*columns, strict=True)],
+            "note": "Each model from its own score on, with the most labels and the last seed. ",
         }
 
 
-def predicted_pairs(folder: str, dataset: InstanceDataset, count: int = SHOWN) -> list[list[str]]:
-    """The first `count` images of a dataset as data URIs: with what a model finds, and with the truth."""
+def predicted_images(folder: str, dataset: InstanceDataset) -> list[str]:
+    """The images of a dataset as data URIs, with what the model of a folder finds on them."""
     model, processor = load_segmenter(folder)
-    shown = dataset.subset(range(min(count, len(dataset))))
-    pairs = []
     threshold = score_threshold(model.config)
-    found = predict_dataset(model, processor, shown, threshold=threshold, progress=False)
-    for index, (row, instances) in enumerate(found):
-        labels, scores = instances["labels"].tolist(), instances["scores"].tolist()
-        image = shown.load_image(index)
-        ours = overlay_uri(image, instances["rle"], labels, scores, model.config.id2label, SIDE)
-        pairs.append([ours, drawn(shown, index, row)])
-    return pairs
+    images = []
+    for index, (_, found) in enumerate(predict_dataset(model, processor, dataset, threshold=threshold, progress=False)):
+        labels, scores = found["labels"].tolist(), found["scores"].tolist()
+        image = dataset.load_image(index)
+        images.append(overlay_uri(image, found["rle"], labels, scores, model.config.id2label, SIDE))
+    return images
 
 
 def drawn(dataset: InstanceDataset, index: int, row: Row, names: InstanceDataset | None = None) -> str:
@@ -183,4 +199,4 @@ def drawn(dataset: InstanceDataset, index: int, row: Row, names: InstanceDataset
     return overlay_uri(dataset.load_image(index), row["objects"]["segmentation"], labels, None, id2label, SIDE)
 
 
-__all__ = ["Report", "drawn", "predicted_pairs"]
+__all__ = ["Report", "drawn", "predicted_images"]

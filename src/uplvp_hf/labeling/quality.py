@@ -44,25 +44,17 @@ def proposal_quality(
     AP without true instances, precision without proposals, accuracy without covered instances. Raises DataError when
     the sets share no image.
     """
-    predicted_keys, true_keys = row_keys(predicted, true)
-    by_key = dict(zip(predicted_keys, predicted.rows))
-    pairs = [(by_key[key], row) for key, row in zip(true_keys, true.rows) if key in by_key]
-    if not pairs:
-        raise DataError("the two sets share neither image ids nor file names", file=predicted.name)
-    names = [{category["id"]: category["name"] for category in dataset.categories} for dataset in (predicted, true)]
+    pairs, names = _shared_rows(predicted, true), [_names(dataset) for dataset in (predicted, true)]
     best: dict[str, list[np.ndarray]] = {key: [] for key in ("true", "proposal", "true_named", "proposal_named")}
     right: list[np.ndarray] = []
     for ours, theirs in pairs:
-        rles, labels = _instances(ours, names[0], crowd=True)
-        true_rles, true_labels = _instances(theirs, names[1], crowd=False)
-        overlap = np.asarray(mask_iou(rles, true_rles)).reshape(len(rles), len(true_rles))
-        same = np.array([[a == b for b in true_labels] for a in labels], dtype=bool).reshape(overlap.shape)
+        overlap, same = _overlap(ours, theirs, *names)
         for suffix, matrix in (("", overlap), ("_named", overlap * same)):
             best["true" + suffix].append(matrix.max(axis=0, initial=0.0))
             best["proposal" + suffix].append(matrix.max(axis=1, initial=0.0))
         if overlap.size:
             covers = overlap.max(axis=1) >= threshold
-            right.append(same[np.arange(len(rles)), overlap.argmax(axis=1)][covers])
+            right.append(same[np.arange(len(overlap)), overlap.argmax(axis=1)][covers])
     values = {key: np.concatenate(parts) for key, parts in best.items()}
     result: dict[str, float] = {
         "images": len(pairs),
@@ -77,6 +69,60 @@ def proposal_quality(
         result["precision" + suffix] = _mean(values["proposal" + suffix] >= threshold)
     result["class_accuracy"] = _mean(np.concatenate(right)) if right else float("nan")
     return result | (_average_precision(pairs, *names) if average_precision else {})
+
+
+def precision_by_score(
+    predicted: InstanceDataset, true: InstanceDataset, groups: int = 4, threshold: float = 0.5
+) -> list[dict[str, float]]:
+    """Whether the scores of pseudo masks tell good ones from bad ones: groups of equal size from the lowest scores to
+    the highest, each with its `least` and `most` score, `proposals`, and `precision`, `precision_named` as
+    `proposal_quality` counts them, over the images that both sets hold. [] where there are no scores, or one alone.
+    """
+    names = [_names(dataset) for dataset in (predicted, true)]
+    found: list[tuple[float, bool, bool]] = []
+    for ours, theirs in _shared_rows(predicted, true):
+        overlap, same = _overlap(ours, theirs, *names)
+        scores = ours["objects"].get("score") or []
+        for score, row, named in zip(scores, overlap, overlap * same, strict=False):
+            found.append((score, row.max(initial=0.0) >= threshold, named.max(initial=0.0) >= threshold))
+    found.sort(key=lambda one: one[0])
+    if len(found) < groups or found[0][0] == found[-1][0]:
+        return []
+    return [
+        {
+            "least": found[part[0]][0],
+            "most": found[part[-1]][0],
+            "proposals": len(part),
+            "precision": _mean(np.array([found[k][1] for k in part])),
+            "precision_named": _mean(np.array([found[k][2] for k in part])),
+        }
+        for part in np.array_split(np.arange(len(found)), groups)
+    ]
+
+
+def _shared_rows(predicted: InstanceDataset, true: InstanceDataset) -> list[tuple[Row, Row]]:
+    """Predicted and true row of every image that both sets hold. Raises DataError for none."""
+    predicted_keys, true_keys = row_keys(predicted, true)
+    by_key = dict(zip(predicted_keys, predicted.rows))
+    pairs = [(by_key[key], row) for key, row in zip(true_keys, true.rows) if key in by_key]
+    if not pairs:
+        raise DataError("the two sets share neither image ids nor file names", file=predicted.name)
+    return pairs
+
+
+def _names(dataset: InstanceDataset) -> dict[int, str]:
+    return {category["id"]: category["name"] for category in dataset.categories}
+
+
+def _overlap(
+    ours: Row, theirs: Row, names: dict[int, str], true_names: dict[int, str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(proposals, true instances): IoU, and whether the names are equal."""
+    rles, labels = _instances(ours, names, crowd=True)
+    true_rles, true_labels = _instances(theirs, true_names, crowd=False)
+    overlap = np.asarray(mask_iou(rles, true_rles)).reshape(len(rles), len(true_rles))
+    same = np.array([[a == b for b in true_labels] for a in labels], dtype=bool).reshape(overlap.shape)
+    return overlap, same
 
 
 def _average_precision(
