@@ -202,7 +202,7 @@ def checked_difference(ours: Any, theirs: Any, images: dict[str, Any], objects: 
         model.float()
     if in_float64 > 10 * resolution:
         raise SystemExit(
-            f"The losses at {objects} objects differ by a share of {difference:.1e}, and of {in_float64:.1e} in float64."
+            f"The losses at {objects} objects differ by a share of {difference:.1e}, in float64 of {in_float64:.1e}."
         )
     print(
         f"The losses differ by a share of {difference:.1e}, in float64 by {in_float64:.1e}: rounding.", file=sys.stderr
