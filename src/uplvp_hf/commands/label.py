@@ -13,6 +13,7 @@ from typing import Any
 from ..labeling.catalog import LABELERS, NAMERS, label_settings, labeler_entry
 from ..models.errors import UserError
 from ..settings import build_settings, describe, merge_words
+from ._label_stores import check_output, finished_store, merge, write_more
 from ._terminal import add_verbosity, check_device, is_main_process, run as run_command
 
 EPILOG = """
@@ -32,10 +33,6 @@ SHORTCUTS = {
     "template": ("labeler", "namer"),
     "background": ("labeler", "namer"),
 }
-# What goes with a store that is only reported on or exported.
-AFTERWARDS = ("images", "settings", "report", "features", "quiet", "verbose")
-# What else goes with --features.
-NETWORKS = ("clip", "backbone", "backbone_weights", "device")
 _WORD = re.compile(r"[a-z_]+(\.\w+)+=", re.ASCII)
 
 logger = logging.getLogger(__name__)
@@ -88,6 +85,19 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stride", help="pixels between its windows")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--limit", type=int, help="only the first images")
+    add(
+        "--shard",
+        metavar="K/N",
+        help="label the K-th of N parts of the images, such as 3/16, on machines without a shared disk; --merge joins "
+        "the stores",
+    )
+    add(
+        "--merge",
+        nargs="+",
+        metavar="STORE",
+        help="make one store, --output, of the stores of all parts; goes with run.image_root, output.* and --report",
+    )
+    add("--force", action="store_true", help="with --merge: also stores that are not finished, or not all parts")
     add("--split", help="annotations/{SPLIT}.json of a COCO folder, or a split of a datasets dataset")
     add("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (default: report.html in the store)")
     add(
@@ -116,6 +126,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.epilog = EPILOG.format(labeler=known.labeler, namer=namer, settings=text)
     args = parser.parse_intermixed_args(words)
     given = [args.images, *args.settings] if args.images is not None else []
+    if args.merge is not None:  # it takes all words behind it
+        given += [word for word in args.merge if _WORD.match(word) and not os.path.exists(word)]
+        args.merge = [word for word in args.merge if word not in given]
     if args.report and _WORD.match(args.report):  # its path may be left out: this is a word behind it
         given, args.report = [*given, args.report], ""
     args.settings = [word for word in given if _WORD.match(word) and not os.path.exists(word)]
@@ -165,68 +178,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"no images are named{swallowed}")
 
 
-def _check_output(output: Any, report: str | None) -> None:
-    for name in ("truth", "other"):
-        path = getattr(output, name)
-        if path is not None and report is None:
-            raise UserError(f"output.{name} is for the report; add --report")
-        if path is not None and not os.path.exists(path):
-            raise UserError(f"output.{name}={path}: no such file or folder")
-
-
-def _finished_store(args: argparse.Namespace) -> dict[str, Any]:
-    """Reports on or exports an existing store. Raises UserError for what then has no effect."""
-    from ..labeling.settings import OutputSettings
-
-    values: dict[str, Any] = {"output": {}}
-    merge_words(values, args.settings)
-    asked = args.report is not None or bool(values["output"].keys() & {"coco", "parquet"}) or args.features is not None
-    if not asked or not os.path.isfile(os.path.join(args.images or "", "header.json")):
-        store = " (without it, only a pseudo-label store can be reported on or exported)" if asked else ""
-        raise UserError(f"--output is needed: the folder that the labels are written to{store}")
-    defaults = vars(build_parser().parse_args([]))
-    allowed = AFTERWARDS if args.features is None else AFTERWARDS + NETWORKS
-    useless = [f"--{name.replace('_', '-')}" for name, value in vars(args).items()
-               if name not in allowed and value != defaults[name]]  # fmt: skip
-    useless += [name for name in values if name != "output" and (name != "networks" or args.features is None)]
-    if useless:
-        raise UserError(f"{useless[0]} has no effect on a finished store; name an --output to label")
-    output = build_settings(OutputSettings, values["output"], "output.")
-    _check_output(output, args.report)
-    summary = {"output": args.images}
-    if args.features is not None:
-        summary["features"] = _describe(args, values.get("networks", {}))
-    return summary | _write_more(args.report, output, args.images)
-
-
-def _describe(args: argparse.Namespace, words: dict[str, Any]) -> dict[str, Any]:
-    """Vectors of the masks of a finished store. words: of `networks`. Raises UserError unless one network is named."""
-    if (args.clip is None) == (args.backbone is None):
-        raise UserError("--features needs the network that looks at the masks: --clip or --backbone, one of the two")
-    from ..labeling.settings import NetworkSettings
-
-    networks = build_settings(NetworkSettings, words, "networks.")
-    if useless := sorted(networks.given - {"pad_type"}):
-        raise UserError(f"networks.{useless[0]} has no effect with --features")
-    check_device(args.device)
-    import torch
-
-    from ..labeling.encoders.backbone import load_encoder
-    from ..labeling.encoders.clip import load_clip
-    from ..labeling.features import CropDescriber, MapDescriber, describe_store
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if args.clip is not None:
-        describer: Any = CropDescriber(load_clip(args.clip, device=device, text_tower=False))
-    else:
-        describer = MapDescriber(load_encoder(args.backbone, args.backbone_weights, networks.pad_type, device=device))
-    return describe_store(args.images, describer, args.features or None, progress=not args.quiet)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Label, report, export; returns the summary. Raises UserError and OSError for what the user can put right."""
+    if args.merge is not None:
+        return merge(args, build_parser())
+    if args.force:
+        raise UserError("--force goes with --merge")
     if args.images is not None and args.output is None:
-        return _finished_store(args)
+        return finished_store(args, build_parser())
     if args.features is not None:
         raise UserError("--features is for a finished store, without --output; labeling keeps features by itself")
     args.labeler = args.labeler or _default_labeler(args)
@@ -236,16 +195,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     args.namer = args.namer or ("map" if alone else _default_namer(args, entry.namer))
     _check(args)
     settings = read_settings(args)
-    _check_output(settings.output, args.report)
+    if settings.run.calibration is not None and not os.path.isfile(
+        os.path.join(settings.run.calibration, "header.json")
+    ):
+        raise UserError(f"run.calibration={settings.run.calibration} is no pseudo-label store")
+    check_output(settings.output, args.report)
     check_device(args.device)
     from ..data import load_dataset_rows, stream_dataset_rows
-    from ..labeling import label_images
+    from ..labeling import Part, label_images
     from ..labeling.build import Builder, Names
     from ..labeling.encoders.weights import licenses_of
 
     flags = ("labeler", "namer", "vocabulary", "clip", "backbone", "backbone_weights", "model", "masks", "device")
     flags += ("examples", "detector")
     builder = Builder(Names(**{flag: getattr(args, flag) for flag in flags}), settings)
+    part = None if args.shard is None else Part.parse(args.shard)
     columns = settings.images.options
     if columns.pop("streaming", False):
         dataset: Any = stream_dataset_rows(args.images, args.split, **columns)
@@ -265,11 +229,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         progress=not args.quiet,
         limit=args.limit,
         min_confidence=args.min_confidence,
+        part=part,
     ).as_dict()
     for note in getattr(labeler, "notes", ()):
         logger.warning("%s", note)
     summary["licenses"] = licenses
-    return summary | (_write_more(args.report, settings.output, args.output) if is_main_process() else {})
+    return summary | (write_more(args.report, settings.output, args.output) if is_main_process() else {})
 
 
 def _default_labeler(args: argparse.Namespace) -> str:
@@ -303,26 +268,6 @@ def _introduce_examples(examples: Any, dataset: Any) -> None:
 
     if examples is not None and (shared := shared_images(examples.dataset, dataset)):
         print(f"{shared} of the images to label are examples too: they get pseudo labels like the others", flush=True)
-
-
-def _write_more(report: str | None, output: Any, store: str) -> dict[str, Any]:
-    """Report and exports, as far as they are asked for; {what: path}."""
-    from ..labeling import export_coco, export_parquet, write_report
-
-    written: dict[str, Any] = {}
-    for name, export in (("coco", export_coco), ("parquet", export_parquet)):
-        path = getattr(output, name)
-        if path is not None:
-            export(store, path)
-            written[f"export_{name}"] = path
-    if report is not None:
-        written["report"] = report or os.path.join(store, "report.html")
-        numbers = write_report(store, written["report"], output.truth, other=output.other)
-        for sign in numbers["signs"]:
-            logger.warning("Look closely at the masks: %s", sign)
-        if numbers["quality"] is not None:
-            written["quality"] = numbers["quality"]
-    return written
 
 
 def _label(args: argparse.Namespace) -> None:

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
     from .labelers.plugin import PluginLabeler as PluginLabeler, load_plugin as load_plugin
     from .labelers.saliency import SaliencyLabeler as SaliencyLabeler
     from .labelers.segmenter import SegmenterLabeler as SegmenterLabeler
+    from .merge import merge_stores as merge_stores
     from .naming.agnostic import AgnosticNamer as AgnosticNamer
     from .naming.class_map import read_class_map as read_class_map, resolve_class_map as resolve_class_map
     from .naming.classifier import ClassifierNamer as ClassifierNamer
     from .naming.examples import ExamplesNamer as ExamplesNamer, read_examples as read_examples
     from .naming.zero_shot import ClipZeroShotNamer as ClipZeroShotNamer
+    from .part import Part as Part
     from .pipeline import LabelSummary as LabelSummary, label_images as label_images
     from .quality import proposal_quality as proposal_quality
     from .report import write_report as write_report
@@ -71,6 +73,8 @@ _MODULES = {
     "naming.classifier": "ClassifierNamer",
     "naming.examples": "ExamplesNamer read_examples",
     "naming.zero_shot": "ClipZeroShotNamer",
+    "merge": "merge_stores",
+    "part": "Part",
     "pipeline": "LabelSummary label_images",
     "quality": "proposal_quality",
     "report": "write_report",

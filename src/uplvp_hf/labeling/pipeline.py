@@ -14,6 +14,7 @@ from typing import Any
 
 from ..data.dataset import InstanceDataset, RowStream
 from .encoders.weights import join_licenses, licenses_of
+from .part import Part
 from .processes import Processes, decode_workers
 from .protocol import AGNOSTIC_NAME, Labeler, Namer
 from .run import LabelSummary, Run, apply_floor, proposals_to_row
@@ -51,6 +52,7 @@ def label_images(
     min_confidence: float = 0.0,
     save_images: bool = True,
     shard_size: int = 50,
+    part: Part | None = None,
     **changes: Any,
 ) -> LabelSummary:
     """Label images and write them to a store (see `store`), alone or together with the other processes of an
@@ -64,6 +66,7 @@ def label_images(
         min_confidence: of the namer. `unnamed` says what becomes of masks below it, and of those it left unnamed.
         save_images: images that are in no file are saved in the store's folder `images`; False refuses them.
         shard_size: rows a shard, rounded up to whole batches; at most that many are lost by a kill.
+        part: of the images, None for all; the others are labeled elsewhere, and `merge_stores` makes one store of all.
 
     Memory does not grow with the number of images, their ids and paths aside: two batches wait decoded, and the masks
     of two to four exist. Rows are equal to the byte for equal batches and torch threads, whatever the processes.
@@ -74,8 +77,8 @@ def label_images(
     if changes.get("image_root") is not None:
         changes["image_root"] = os.fspath(changes["image_root"])
     run = RunSettings.of(settings, **changes)
-    processes = Processes()
-    header = _header(dataset, labeler, namer, run, min_confidence)
+    processes, part = Processes(), part or Part()
+    header = _header(dataset, labeler, namer, run, min_confidence, part.record(dataset, limit, run.batch_size))
     with StoreWriter(output_dir, header, run.resume, processes.rank, shard_size) as store:
         # A namer that looks at the masks replaces what the labeler saw of them.
         store.about_features = getattr(namer, "about_features", None) or getattr(labeler, "about_features", None)
@@ -95,12 +98,19 @@ def label_images(
             save_images=save_images,
             features=run.features,
             progress=progress,
+            part=part,
+            calibration=run.calibration,
         )
         return work.label(run.calibration_images, run.max_failed)
 
 
 def _header(
-    dataset: InstanceDataset | RowStream, labeler: Labeler, namer: Namer | None, run: RunSettings, min_confidence: float
+    dataset: InstanceDataset | RowStream,
+    labeler: Labeler,
+    namer: Namer | None,
+    run: RunSettings,
+    min_confidence: float,
+    part: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """The store's header: all that the labels depend on, their names and categories."""
     names = list(labeler.vocabulary if namer is None else namer.names) or [AGNOSTIC_NAME]
@@ -114,4 +124,6 @@ def _header(
     licenses = licenses_of(labeler, namer)
     license = labeler.license if licenses.keys() <= {labeler.encoder_name} else join_licenses(licenses)
     look = getattr(getattr(labeler, "encoder", None), "look", None)
-    return make_header(labeler.name, labeler.encoder_name, names, kept, categories, root, license, run.batch_size, look)
+    return make_header(
+        labeler.name, labeler.encoder_name, names, kept, categories, root, license, run.batch_size, look, part
+    )

@@ -22,6 +22,7 @@ from ..models.masks import encode_masks, mask_area, tight_boxes
 from .blocks import Deal, LoadedBlock, block_count, calibration_blocks, iterate_blocks, load_blocks
 from .cutting.proposals import Proposals
 from .failures import UnexpectedFailure, as_failure, each, one_by_one
+from .part import Part
 from .processes import Processes
 from .progress import Progress
 from .protocol import Labeler, Namer
@@ -114,7 +115,8 @@ def proposals_to_row(
 class Run:
     """One process's part of `label_images`, which says more about the fields.
 
-    category_ids: of each label. unnamed: the label of masks without a name, None drops them.
+    category_ids: of each label. unnamed: the label of masks without a name, None drops them. part: of the images, that
+    this run labels; it is calibrated on all of them.
     """
 
     dataset: InstanceDataset | RowStream
@@ -132,6 +134,8 @@ class Run:
     save_images: bool
     features: bool
     progress: bool
+    part: Part
+    calibration: str | None
 
     def label(self, calibration_images: int, max_failed: float) -> LabelSummary:
         """All of it; the sums over all processes. Raises as `label_images` does."""
@@ -142,7 +146,9 @@ class Run:
         self._calibrate(deal, min(calibration_images, calibration_images if count is None else count))
         self.summary = LabelSummary(output=os.fspath(self.store.folder), processes=self.processes.size)
         if self.processes.rank == 0:
-            self._list_unread()
+            self.store.unfinish()
+            if self.part.number == 1:
+                self._list_unread()
         self._work(deal, count)
         self.store.flush()
         self.summary.seconds = time.monotonic() - started
@@ -156,6 +162,7 @@ class Run:
                     f"{total.failed} of {images} images failed, more than the share {max_failed:g} that is allowed "
                     f"(max_failed); {self.store.failures_file} lists them"
                 )
+            self.store.finish(images)
         return total
 
     def _list_unread(self) -> None:
@@ -172,6 +179,8 @@ class Run:
             self._check_calibration(possible)
             if self.processes.rank == 0:
                 self.store.merge_failures()
+        elif self.calibration is not None:
+            self.store.start(self.store.state_of(self.calibration))
         else:
             found = self.processes.gather(self._measure(deal))
             parts = sorted(entry for measured, _ in found for entry in measured)
@@ -233,9 +242,9 @@ class Run:
     def _unfinished(self, deal: Deal, count: int | None) -> tuple[Callable[[int], bool], int | None]:
         """Which blocks are to be worked on, and how many images they hold; counts those that are skipped."""
         if count is None:
-            return deal.mine, None
+            return lambda number: self.part.has(number) and deal.mine(number // self.part.of), None
         numbers = set()
-        for number in filter(deal.mine, range(block_count(count, self.batch_size))):
+        for number in filter(deal.mine, self.part.blocks(block_count(count, self.batch_size))):
             if all(self.dataset.image_id(k) in self.store.finished for k in self._images_of(number)):
                 self.summary.skipped += len(self._images_of(number))
             else:

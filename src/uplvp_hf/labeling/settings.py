@@ -53,6 +53,9 @@ class RunSettings(Settings):
     batch_size: int = setting(8, "images that are labeled together", least=1)
     workers: int | None = setting(None, "threads that decode images; none: this process's share of the cores", least=1)
     calibration_images: int = setting(200, "images that the clip labeler is calibrated on", least=1)
+    calibration: str | None = setting(
+        None, "store whose calibration is taken over, made with the same settings; none: it is measured on the images"
+    )
     max_failed: float = setting(0.5, "share of failed images that is an error at the end", least=0, most=1)
     unnamed: str = setting(
         "drop", "masks without a sure name are dropped, or kept as class 'object'", choices=("drop", "keep")

@@ -2,6 +2,7 @@
 
     folder/header.json               schema version, labeler, settings and their hash, encoder, vocabulary, categories
     folder/rows-00000-00000.jsonl    rows of rank 0, finished shards only, each of whole batches
+    folder/finished.json             how many images there were, once a run over all of them has come to its end
     folder/failures.jsonl            images that could not be labeled; failures-00001.jsonl of rank 1 while it runs
     folder/features-00000-00000.npy  a vector of each mask of such a shard, where a network saw it (data.store_features)
     folder/images/                   images that were in no file, such as those of a streamed dataset
@@ -30,10 +31,11 @@ from PIL import Image
 from ..data.dataset import Row
 from ..data.errors import DataError
 from ..data.store_features import ABOUT
-from ..data.store_reader import SCHEMA_VERSION, read_failures, read_header, shard_files
+from ..data.store_reader import FINISHED, SCHEMA_VERSION, read_failures, read_header, shard_files
 from ..files import only_run, replacing, write_json, write_json_lines, write_text
 from ..models.errors import UserError
 from .features import save_features
+from .part import described
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +62,14 @@ def make_header(
     license: str | None = None,
     batch_size: int | None = None,
     look: Mapping[str, Any] | None = None,
+    part: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """A header; `settings` must survive JSON. `state` (calibration) is filled in by the pipeline, outside the hash.
 
     license: of the encoder's weights, where it is known. batch_size: images that were labeled together; like
     `image_root` it is no setting of the labels. look: how the network that made the masks was shown its images, see
-    `Encoder.look`; a training on the same network compares it with its own.
+    `Encoder.look`; a training on the same network compares it with its own. part: of the images that this store is
+    for, see `Part.record`; a store for all images has no such key.
     """
     settings = json.loads(json.dumps(settings))
     return {
@@ -81,6 +85,7 @@ def make_header(
         "image_root": image_root,
         "batch_size": batch_size,
         "look": None if look is None else dict(look),
+        **({} if part is None else {"part": dict(part)}),
     }
 
 
@@ -95,17 +100,30 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def header_difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Readable lines, one for each setting in which two headers differ."""
+LABELS_DEPEND_ON = ("labeler", "encoder", "vocabulary", "categories", "settings", "look")
+
+
+def header_difference(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    where: tuple[str, str] = ("in the store", "now"),
+    parts: Sequence[str] = LABELS_DEPEND_ON,
+) -> list[str]:
+    """Readable lines, one for each setting in which two headers differ. where: what the two are called."""
     lines = []
-    for part in ("labeler", "encoder", "vocabulary", "categories", "settings", "look"):
+    for part in parts:
         if part not in old:  # a store of an earlier release
             continue
         before, after = flatten({part: old.get(part)}), flatten({part: new.get(part)})
         for key in sorted(before.keys() | after.keys()):
             if before.get(key) != after.get(key):
-                lines.append(f"{key}: {before.get(key)!r} in the store, {after.get(key)!r} now")
+                lines.append(f"{key}: {before.get(key)!r} {where[0]}, {after.get(key)!r} {where[1]}")
     return lines
+
+
+def _other_images(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    ids = [(header.get("part") or {}).get("ids") for header in (old, new)]
+    return " (the images are others than before)" if None not in ids and ids[0] != ids[1] else ""
 
 
 class StoreWriter:
@@ -166,6 +184,11 @@ class StoreWriter:
         if old["settings_hash"] != header["settings_hash"] or difference:
             listed = "; ".join(difference) or "the header was edited by hand"
             raise StoreError(f"{self.folder} was labeled with other settings ({listed}); choose another output folder")
+        if old.get("part") != header.get("part"):
+            raise StoreError(
+                f"{self.folder} is for {described(old.get('part'))}, not for {described(header.get('part'))}"
+                f"{_other_images(old, header)}; choose another output folder"
+            )
         if old.get("image_root") != header.get("image_root"):
             raise StoreError(
                 f"{self.folder} has image_root {old.get('image_root')!r}, not {header.get('image_root')!r}; keep one"
@@ -207,6 +230,23 @@ class StoreWriter:
             self.header["state"] = dict(state)
             if self.rank == 0:
                 write_json(self.folder / "header.json", self.header, indent=1)
+
+    def state_of(self, store: str | os.PathLike[str]) -> dict[str, Any]:
+        """What another store was calibrated to. Raises StoreError unless it has the settings of this one."""
+        other = read_header(store)
+        if difference := header_difference(other, self.header, (f"in {store}", "here")):
+            raise StoreError(
+                f"{store} was labeled with other settings ({'; '.join(difference)}): no calibration for this"
+            )
+        return dict(other.get("state", {}))
+
+    def unfinish(self) -> None:
+        """The run is not at its end (any more)."""
+        (self.folder / FINISHED).unlink(missing_ok=True)
+
+    def finish(self, images: int) -> None:
+        """All `images` have a row or are listed as failures."""
+        write_json(self.folder / FINISHED, {"images": images}, indent=None)
 
     def check_header_is_there(self) -> None:
         """Raises StoreError where another machine's rank 0 wrote the header into a folder of its own."""
