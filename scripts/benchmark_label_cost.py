@@ -1,4 +1,4 @@
-"""Processor time of labelers and namers, an image or a mask, on one thread.
+"""Processor time of labelers and namers, an image or a mask, on one thread, and the size of the store.
 
 Commands:
 
@@ -7,7 +7,9 @@ Commands:
 
 The small CLIP of the package works on generated scenes. `--photos` (COCO, or anything that is read) with the weights of
 timm's MobileNetV2 adds what a backbone costs. Every part runs once before it is timed; processor time does not count
-what else a machine does. The last line is one JSON object.
+what else a machine does. *whole run* is `uplvp label`, from image files to a store, without what happens once
+(calibration on other images, loading); its table goes on to more images, by multiplication alone (docs/scale.md). The
+last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,20 +21,32 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from uplvp_hf.data import InstanceDataset, load_dataset_rows
-from uplvp_hf.data.synthetic import write_scenes
+from uplvp_hf.data.synthetic import CLASSES, write_scenes
 from uplvp_hf.demo.pipeline import synthetic_clip_path
-from uplvp_hf.labeling import DenseClipLabeler, load_clip, load_encoder
+from uplvp_hf.labeling import (
+    CenterBoxLabeler,
+    ClipZeroShotNamer,
+    DenseClipLabeler,
+    label_images,
+    load_clip,
+    load_encoder,
+)
 from uplvp_hf.labeling.cutting.proposals import Proposals
 from uplvp_hf.labeling.labelers.foreground import ForegroundLabeler
 from uplvp_hf.labeling.labelers.saliency import SaliencyLabeler
 from uplvp_hf.labeling.naming.examples import ExamplesNamer, read_examples
+from uplvp_hf.labeling.protocol import Labeler, Namer
 
 IMAGES, EXAMPLES, MASKS = 4, 8, 4  # images labeled, annotated ones, masks named in each
+RUN = 16  # images of a whole run
+MANY = (100_000, 1_000_000)
+CORES = (1, 64)
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -55,25 +69,60 @@ def naming(network: object, few: InstanceDataset, rest: InstanceDataset) -> floa
     return seconds(lambda: namer(images, proposals)) / (IMAGES * MASKS)
 
 
-def of_scenes() -> dict[str, float]:
+def whole_run(dataset: InstanceDataset, labeler: Labeler, namer: Namer | None) -> dict[str, float]:
+    """Of `RUN` images, from file to store: processor seconds and bytes an image, masks an image.
+
+    The first of two runs pays for what is made once, and gives the second its calibration.
+    """
+    images = dataset.subset(range(min(RUN, len(dataset)))).unlabeled()
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder) / "first", Path(folder) / "second"
+        label_images(images, labeler, namer, first, progress=False, workers=1)
+        began = time.process_time()
+        done = label_images(images, labeler, namer, second, progress=False, workers=1, calibration=str(first))
+        spent = time.process_time() - began
+        size = sum(file.stat().st_size for file in second.iterdir() if file.name != "header.json")
+    return {"seconds": spent / done.done, "bytes": size / done.done, "masks": done.instances / done.done}
+
+
+def extrapolated(runs: dict[str, dict[str, float]]) -> list[str]:
+    """Lines of a table in Markdown: what is measured an image, and what many images would take."""
+    heads = [f"{count:,} images: {cores} {'core' if cores == 1 else 'cores'}" for count in MANY for cores in CORES]
+    lines = [f"| whole run | seconds an image | bytes an image | {' | '.join(heads)} | disk of {MANY[-1]:,} |"]
+    lines.append("|---" * (len(heads) + 4) + "|")
+    for name, run in runs.items():
+        hours = [f"{run['seconds'] * count / cores / 3600:.1f} h" for count in MANY for cores in CORES]
+        disk = f"{run['bytes'] * MANY[-1] / 1e9:.1f} GB"
+        lines.append(f"| {name} | {run['seconds']:.3f} | {run['bytes']:,.0f} | {' | '.join(hours)} | {disk} |")
+    return lines
+
+
+def of_scenes(runs: dict[str, dict[str, float]]) -> dict[str, float]:
     """What the small CLIP costs on scenes of 128 pixels."""
     with tempfile.TemporaryDirectory() as folder:
-        scenes = load_dataset_rows(write_scenes(Path(folder) / "scenes", EXAMPLES + IMAGES, 5))
-        few, rest = scenes.subset(range(EXAMPLES)), scenes.subset(range(EXAMPLES, EXAMPLES + IMAGES))
+        scenes = load_dataset_rows(write_scenes(Path(folder) / "scenes", EXAMPLES + RUN, 5))
+        few, rest = scenes.subset(range(EXAMPLES)), scenes.subset(range(EXAMPLES, EXAMPLES + RUN))
         clip = load_clip(synthetic_clip_path())
         labeler = DenseClipLabeler(clip, [], examples=read_examples(few))
         images = [rest.load_image(k) for k in range(IMAGES)]
         labeler.restore(labeler.calibrate(labeler.measure(images)))
+        words = DenseClipLabeler(clip, list(CLASSES))
+        runs["`center_box`, scenes of 128 px"] = whole_run(rest, CenterBoxLabeler(), None)
+        runs["`clip`, small CLIP, scenes of 128 px"] = whole_run(rest, words, None)
+        namer = ClipZeroShotNamer(clip, list(CLASSES))
+        runs["the same with namer `clip`"] = whole_run(rest, words, namer)
         return {
             "clip_by_examples_seconds_an_image": seconds(lambda: list(labeler(images))) / IMAGES,
             "examples_small_clip_seconds_a_mask": naming(clip, few, rest),
         }
 
 
-def of_photographs(photos: str, split: str | None, weights: str, pad_type: str | None) -> dict[str, float]:
+def of_photographs(
+    photos: str, split: str | None, weights: str, pad_type: str | None, runs: dict[str, dict[str, float]]
+) -> dict[str, float]:
     """What MobileNetV2 costs."""
     dataset = load_dataset_rows(photos, split=split)
-    labeled = [k for k in range(len(dataset)) if dataset[k]["objects"]["area"]][: EXAMPLES + IMAGES]
+    labeled = [k for k in range(len(dataset)) if dataset[k]["objects"]["area"]][: EXAMPLES + RUN]
     few, rest = dataset.subset(labeled[:EXAMPLES]), dataset.subset(labeled[EXAMPLES:])
     images = [rest.load_image(k) for k in range(IMAGES)]
     network = load_encoder("timm:mobilenetv2_100", weights, pad_type)
@@ -81,6 +130,7 @@ def of_photographs(photos: str, split: str | None, weights: str, pad_type: str |
     for kind in (ForegroundLabeler, SaliencyLabeler):
         labeler = kind(network)
         found[f"{labeler.name}_seconds_an_image"] = seconds(lambda labeler=labeler: labeler(images)) / IMAGES
+        runs[f"`{labeler.name}`, MobileNetV2, photographs"] = whole_run(rest, labeler, None)
     found["examples_mobilenetv2_seconds_a_mask"] = naming(network, few, rest)
     return found
 
@@ -95,12 +145,15 @@ def main() -> int:
     if (arguments.photos is None) != (arguments.backbone_weights is None):
         parser.error("--photos and --backbone-weights go together")
     torch.set_num_threads(1)
-    found = of_scenes()
+    runs: dict[str, dict[str, float]] = {}
+    found: dict[str, Any] = of_scenes(runs)
     if arguments.photos:
-        found |= of_photographs(arguments.photos, arguments.split, arguments.backbone_weights, arguments.pad_type)
+        where = (arguments.photos, arguments.split, arguments.backbone_weights, arguments.pad_type)
+        found |= of_photographs(*where, runs)
     for name, value in found.items():
         print(f"{name:<44} {value:.4g}")
-    print(json.dumps(found))
+    print("", *extrapolated(runs), "", sep="\n")
+    print(json.dumps(found | {"whole_runs": runs}))
     return 0
 
 
