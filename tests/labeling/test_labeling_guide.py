@@ -45,6 +45,9 @@ def test_options_and_settings_exist(words, tmp_path, monkeypatch):
         assert stopped.value.code == 0
         return
     args = parse(words)
+    if args.merge is not None:
+        assert len(args.merge) > 1 and args.output and {word.partition(".")[0] for word in args.settings} <= {"run"}
+        return
     if args.output is None:
         assert (
             args.report is not None

@@ -413,7 +413,7 @@ def test_a_process_that_is_killed_leaves_no_output(stores, tmp_path):
         (["--merge", "{0}", "{1}", "{2}", "run.image_root=/photos", "--output", "{out}"], "outside of run.image_root"),
         (["{images}", "--force", "--output", "{out}"], "--force goes with --merge"),
         (["{images}", "--shard", "3/2", "--output", "{out}", "--labeler", "center_box"], "--shard must be like 3/16"),
-        (["{images}", "run.calibration=/nothing", "--output", "{out}", "--labeler", "center_box"], "is no pseudo-label"),
+        (["{images}", "run.calibration=/no", "--output", "{out}", "--labeler", "center_box"], "is no pseudo-label"),
     ],
 )  # fmt: skip
 def test_bad_words_end_in_one_line(made, tmp_path, capsys, words, message):
