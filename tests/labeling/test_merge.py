@@ -115,7 +115,7 @@ def test_failed_images_and_several_processes(tmp_path, monkeypatch):
     (tmp_path / "images" / "009.png").write_bytes(b"no image")
     dataset = load_dataset_rows(tmp_path / "images")  # the last one is left out when the folder is read
     whole = labeled(dataset, tmp_path / "whole")
-    parts = parts_of(dataset, tmp_path, 3)
+    parts = parts_of(dataset, tmp_path, 3, max_failed=1.0)
     for number, store in enumerate(parts):
         shard = sorted(store.glob("*-00000-*"))
         if number == 1:  # as process 1 of a run in several processes names its files
@@ -217,9 +217,10 @@ def test_a_calibration_is_taken_over(tmp_path):
     """A machine that has its own images alone labels with the calibration of another."""
     from label_tiny import tiny_labeler
 
-    first, second = image_folder(tmp_path / "a", 4), image_folder(tmp_path / "b", 5)
-    for k in range(5):
-        (tmp_path / "b" / f"{k:03d}.png").rename(tmp_path / "b" / f"b{k}.png")
+    first = image_folder(tmp_path / "a", 4)
+    image_folder(tmp_path / "b", 9)
+    for k in range(4):
+        (tmp_path / "b" / f"{k:03d}.png").unlink()
     second = load_dataset_rows(tmp_path / "b")
     options = {"progress": False, "batch_size": 2, "calibration_images": 4}
     label_images(first, tiny_labeler(), None, tmp_path / "first", **options)
@@ -290,7 +291,7 @@ def test_parts_of_other_images_are_refused(made, stores, tmp_path):
 def test_an_unfinished_store_is_named_with_what_it_lacks(made, stores, tmp_path):
     (stores[1] / "finished.json").unlink()
     Path(shard_files(stores[1])[-1]).unlink()
-    with pytest.raises(StoreError, match=r"part2 is not finished: \d of its 4 images .* --shard 2/3.*Use --force"):
+    with pytest.raises(StoreError, match=r"part2 is not finished: \d of its 4 images .*--shard 2/3.*Use --force"):
         merge_stores(stores, tmp_path / "merged", **MERGE)
     with pytest.raises(StoreError, match=r"no store is for part 1/3, 3/3"):
         merge_stores([stores[1], made[1]], tmp_path / "merged", **MERGE)
@@ -303,7 +304,7 @@ def test_an_unfinished_store_is_named_with_what_it_lacks(made, stores, tmp_path)
     assert not (merged / "finished.json").exists()  # whoever merges it again is told
     # A run over all images makes what is missing, to the same rows.
     labeled(made[0], merged)
-    assert rows_with_features(merged) == pytest.approx(rows_with_features(made[1]))
+    assert rows_with_features(merged) == rows_with_features(made[1])
 
 
 def test_an_image_in_two_stores(made, stores, tmp_path):
