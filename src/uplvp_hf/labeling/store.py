@@ -42,6 +42,9 @@ logger = logging.getLogger(__name__)
 SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm"}  # by Pillow's name of the format
 
 
+_LISTED = 5  # settings in a message, of stores that differ in more
+
+
 class StoreError(UserError):
     """A store that cannot be written or continued; the message says which and what to do."""
 
@@ -234,10 +237,10 @@ class StoreWriter:
     def state_of(self, store: str | os.PathLike[str]) -> dict[str, Any]:
         """What another store was calibrated to. Raises StoreError unless it has the settings of this one."""
         other = read_header(store)
-        if difference := header_difference(other, self.header, (f"in {store}", "here")):
-            raise StoreError(
-                f"{store} was labeled with other settings ({'; '.join(difference)}): no calibration for this"
-            )
+        if difference := header_difference(other, self.header, ("there", "here")):
+            more = f"; and {len(difference) - _LISTED} more" if len(difference) > _LISTED else ""
+            listed = "; ".join(difference[:_LISTED]) + more
+            raise StoreError(f"{store} was labeled with other settings ({listed}): its calibration does not fit")
         return dict(other.get("state", {}))
 
     def unfinish(self) -> None:
