@@ -85,6 +85,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--stride", help="pixels between its windows")
     add("--device", help="default: cuda where there is one, else cpu")
     add("--limit", type=int, help="only the first images")
+    _add_parts(parser)
+    add("--split", help="annotations/{SPLIT}.json of a COCO folder, or a split of a datasets dataset")
+    add("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (default: report.html in the store)")
+    add(
+        "--features",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="with a finished store alone: let --clip or --backbone look at its masks, and keep a vector of each in "
+        "the store, or in FOLDER, for model.kernel_target",
+    )
+    add_verbosity(parser)
+    return parser
+
+
+def _add_parts(parser: argparse.ArgumentParser) -> None:
+    """Labeling on several machines."""
+    add = parser.add_argument
     add(
         "--shard",
         metavar="K/N",
@@ -98,18 +116,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="make one store, --output, of the stores of all parts; goes with run.image_root, output.* and --report",
     )
     add("--force", action="store_true", help="with --merge: also stores that are not finished, or not all parts")
-    add("--split", help="annotations/{SPLIT}.json of a COCO folder, or a split of a datasets dataset")
-    add("--report", nargs="?", const="", metavar="PATH", help="write an HTML page (default: report.html in the store)")
-    add(
-        "--features",
-        nargs="?",
-        const="",
-        metavar="FOLDER",
-        help="with a finished store alone: let --clip or --backbone look at its masks, and keep a vector of each in "
-        "the store, or in FOLDER, for model.kernel_target",
-    )
-    add_verbosity(parser)
-    return parser
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -68,11 +68,11 @@ def label_images(
         shard_size: rows a shard, rounded up to whole batches; at most that many are lost by a kill.
         part: of the images, None for all; the others are labeled elsewhere, and `merge_stores` makes one store of all.
 
-    Memory does not grow with the number of images, their ids and paths aside: two batches wait decoded, and the masks
-    of two to four exist. Rows are equal to the byte for equal batches and torch threads, whatever the processes.
-    Images that fail are skipped, counted and listed. Raises StoreError as `StoreWriter` does and, when all is written,
-    when more than the share `max_failed` of the images failed; OSError when the store cannot be written. Finished
-    shards stay valid whatever happens. Returns the sums over all processes, in each of them.
+    Memory does not grow with the number of images, their ids and paths aside: at most four batches exist. Rows are
+    equal to the byte for equal batches and torch threads, whatever the processes. Images that fail are skipped, counted
+    and listed. Raises StoreError as `StoreWriter` does and, when all is written, when more than the share `max_failed`
+    of the images failed; OSError when the store cannot be written. Finished shards stay valid whatever happens. Returns
+    the sums over all processes, in each of them.
     """
     if changes.get("image_root") is not None:
         changes["image_root"] = os.fspath(changes["image_root"])
