@@ -254,8 +254,8 @@ _METHOD = sorted({item.name for item in dataclasses.fields(ModelSettings)} & set
 
 
 # Parts of the method that a new pre-training leaves off where no setting of theirs is given: neither was worth more
-# than chance beside the pseudo labels (docs/results.md, "What prompts and kernel supervision add"). `UplvpConfig` by itself
-# is the method of the papers, and so is `parts/method_of_papers`.
+# than chance beside the pseudo labels (docs/results.md, "What prompts and kernel supervision add"). `UplvpConfig` by
+# itself is the method of the papers, and so is `parts/method_of_papers`.
 _PARTS = (
     ("prompt_matching", "none", ("prompt_", "num_prompts", "guidance_")),
     ("kernel_supervision_weight", 0.0, ("kernel_",)),
