@@ -9,8 +9,10 @@ from training_helpers import assert_same_run, stop_at
 from uplvp_hf.data import load_dataset_rows
 from uplvp_hf.data.errors import DataError
 from uplvp_hf.data.synthetic import write_scenes
+from uplvp_hf.training import share as shares
 from uplvp_hf.training.config import ConfigError, load_settings
 from uplvp_hf.training.mixture import extra_count, load_extra
+from uplvp_hf.training.share import share_of
 from uplvp_hf.training.stream import SampleKeys
 
 
@@ -124,7 +126,7 @@ def test_the_labels_of_pretraining_are_the_default(more, scenes_dir, tmp_path, c
     found = extra()
     given = load_extra(load_settings(None, [f"data.extra={more}"]), train, None)
     assert [row["objects"] for row in found.rows] == [row["objects"] for row in given.rows]
-    assert str(more) in caplog.text and "50%" in caplog.text
+    assert str(more) in caplog.text
     assert extra("data.extra=null") is None and extra(stage="pretrain") is None and not caplog.text
     # A teacher labels the images anew; both may teach.
     assert extra("data.unlabeled=images") is None
@@ -137,6 +139,55 @@ def test_the_labels_of_pretraining_are_the_default(more, scenes_dir, tmp_path, c
     assert extra() is None and f"no longer at {tmp_path / 'moved'}" in caplog.text
     pretrained(init)
     assert extra() is None and "without classes" in caplog.text
+
+
+@pytest.mark.parametrize(("ap50", "share"), [(0.0, 0.0), (0.25, 0.0), (0.4, 0.15), (0.75, 0.5), (1.0, 0.5)])
+def test_the_share_follows_what_the_pretrained_model_finds(ap50, share):
+    assert share_of(ap50) == pytest.approx(share)
+
+
+def labeled_scenes(more, folder):
+    """Two other scenes of the classes of `more`."""
+    labeled = folder / "labeled"
+    write_scenes(labeled, 2, seed=10, size=96)
+    file = labeled / "annotations" / "instances.json"
+    content = json.loads(file.read_text())
+    names = json.loads((more / "annotations" / "instances.json").read_text())["categories"]
+    content["categories"] = [{"id": category["id"], "name": category["name"]} for category in names]
+    for annotation in content["annotations"]:
+        annotation["category_id"] += 100
+    file.write_text(json.dumps(content))
+    return labeled
+
+
+@pytest.mark.slow
+def test_a_run_chooses_its_share_once(run, more, tmp_path, monkeypatch, caplog):
+    """A model that finds nothing mixes nothing in, to the bit; another share is the same as one that is given, also
+    where the run broke off."""
+    caplog.set_level("INFO", logger="uplvp_hf")
+    run("before", f"data.train={more}", "optim.steps=2")
+    words = ["stage=finetune", f"model.init={tmp_path / 'before'}", "log_every=1", "optim.steps=6"]
+    words += [f"data.train={labeled_scenes(more, tmp_path)}"]
+    run("chosen", *words)
+    assert json.loads((tmp_path / "chosen" / "extra_share.json").read_text()) == {
+        "share": 0.0,
+        "ap50": 0.0,
+        "images": 2,
+    }
+    assert "so 0 % of the images of a step" in caplog.text
+    run("none", *words, "data.extra_share=0")
+    assert_same_run(tmp_path / "chosen", tmp_path / "none")
+    monkeypatch.setattr(shares, "NOTHING_BELOW", -0.5)  # now the same model would keep half of them
+    run("half", *words)
+    run("given", *words, "data.extra_share=0.5")
+    assert_same_run(tmp_path / "half", tmp_path / "given")
+    with monkeypatch.context() as patched:
+        stop_at(patched, 4)
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped", *words)
+    monkeypatch.setattr(shares, "NOTHING_BELOW", 0.25)
+    run("stopped", *words, resume=True)  # with the share that it began with
+    assert_same_run(tmp_path / "half", tmp_path / "stopped")
 
 
 def test_labeled_images_are_not_mixed_in_again(more):

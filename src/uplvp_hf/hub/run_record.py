@@ -62,11 +62,12 @@ def _split_seed(data: dict[str, Any], settings: dict[str, Any]) -> Any:
 
 def _mixed_in(summary: dict[str, Any], data: dict[str, Any]) -> str | None:
     """What `data.extra` added to the labeled images, and in which share of every step."""
-    if not summary.get("extra_images"):
+    found = data.get("extra_share") or []
+    if not summary.get("extra_images") or not any(found):
         return None
     given = data.get("extra")
     source = "the labels of its pre-training" if given == "pretraining" else public(given)
-    shares = " falling to ".join(f"{share:.0%}" for share in data.get("extra_share", []))
+    shares = " falling to ".join(f"{share:.0%}" for share in found)
     return f"{summary['extra_images']} images of {source}, in {shares} of every step"
 
 

@@ -253,10 +253,37 @@ def _model_class(settings: TrainSettings) -> type[UplvpPreTrainedModel]:
 _METHOD = sorted({item.name for item in dataclasses.fields(ModelSettings)} & set(UplvpConfig.__dataclass_fields__))
 
 
-def _method(settings: TrainSettings, train: InstanceDataset) -> dict:
-    """The settings of the method that the user gave."""
+# Parts of the method that a new pre-training leaves off where no setting of theirs is given: neither was worth more
+# than chance beside the pseudo labels (docs/results.md, "What prompts and kernel supervision add"). `UplvpConfig` by
+# itself is the method of the papers, and so is `parts/method_of_papers`.
+_PARTS = (
+    ("prompt_matching", "none", ("prompt_", "num_prompts", "guidance_")),
+    ("kernel_supervision_weight", 0.0, ("kernel_",)),
+)
+
+
+def _unasked(settings: TrainSettings, found: Any) -> dict:
+    """The parts of the method where neither the user nor the checkpoint says anything of them.
+
+    found: configuration of `model.init`, or None. One of ours keeps what it has; but where a teacher's masks are to be
+    prompts (`teacher.prompts`), what it had switched off is on.
+    """
+    model, ours = settings.model, getattr(found, "model_type", None) == UplvpConfig.model_type
+    values = {}
+    for name, off, prefixes in _PARTS:
+        said = any(getattr(model, key) is not None for key in _METHOD if key.startswith(prefixes))
+        if settings.stage == "pretrain" and not ours and not said:
+            values[name] = off
+        elif settings.stage == "finetune" and settings.prompted and ours and not said and getattr(found, name) == off:
+            values[name] = UplvpConfig.__dataclass_fields__[name].default
+    return values
+
+
+def _method(settings: TrainSettings, train: InstanceDataset, found: Any = None) -> dict:
+    """The settings of the method that the user gave, and of `_unasked`."""
     model = settings.model
     given = {name: getattr(model, name) for name in _METHOD if getattr(model, name) is not None}
+    given |= _unasked(settings, found)
     if kernel_features(settings) is not None:
         given |= {"kernel_target": "labeler", "kernel_target_dim": feature_width(train) or 1}
     elif "kernel_target" in given:  # of a checkpoint that was trained towards others, nothing stays
@@ -343,7 +370,7 @@ def _start_from(settings: TrainSettings, train: InstanceDataset) -> TrainedModel
         _check_baseline(settings)
         cls, method = MaskRcnnForInstanceSegmentation, {}
     else:
-        method = _method(settings, train)
+        method = _method(settings, train, found)
     model = cls.from_pretraining(init, id2label, category_ids, settings.model.class_head, **method)
     logger.info("From %s: %s", init, model.transfer_report)
     return model

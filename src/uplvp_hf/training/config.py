@@ -52,9 +52,10 @@ class DataSettings(Settings):
         f"mixed into fine-tuning: {READABLE}, with the same class names; {PRETRAINING}: the labels that `model.init` "
         "was pre-trained on, where it is a pre-training of ours and they are still there; null: nothing",
     )
-    extra_share: list[float] = setting(
-        [0.5],
-        "share of the images of every step that come from `extra`; two numbers: at the first and at the last step",
+    extra_share: list[float] | None = setting(
+        None,
+        "share of the images of every step that come from `extra`; two numbers: at the first and at the last step; "
+        "none: by how right a pre-trained `model.init` is about the labeled images, 0.5 at most",
         least=0,
         most=1,
     )
@@ -339,7 +340,7 @@ class TrainSettings(Settings):
 def _check_data(data: DataSettings) -> None:
     if data.subset is not None and data.labels_per_class is not None:
         raise ConfigError("Set `data.subset` or `data.labels_per_class`, not both: each draws a low-data split.")
-    if len(data.extra_share) not in (1, 2):
+    if data.extra_share is not None and len(data.extra_share) not in (1, 2):
         raise ConfigError(f"`data.extra_share` must be one or two shares, got {data.extra_share}.")
     if len(data.scale_range) != 2 or not 0 < data.scale_range[0] <= data.scale_range[1]:
         raise ConfigError(f"`data.scale_range` must be two positive numbers, the lower first, got {data.scale_range}.")

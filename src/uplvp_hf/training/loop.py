@@ -47,6 +47,7 @@ from .random_state import random_state, restore_random_state
 from .result import SUMMARY, TrainResult, clear_leftovers, finished_result
 from .run_log import LossMeans, RunLog
 from .sharding import whole
+from .share import with_share
 from .task import task_of
 from .teacher import Teacher, unlabeled_batches
 from .unlabeled import build_views, load_unlabeled
@@ -97,6 +98,8 @@ def _train(settings: TrainSettings, accelerator: Accelerator, resume: bool, prog
         if train_rows.manifest is not None:
             logger.info("The labeled images are split %(name)s, drawn with seed %(seed)s.", train_rows.manifest)
         record_manifest(train_rows.manifest, settings.output)
+    if extra_rows is not None:
+        settings = with_share(settings, task, accelerator, model, train_rows, resume, progress)
     if accelerator.process_index:  # all have the same weights, but should not drop the same prompts
         set_seed(settings.seed * 1_000_003 + accelerator.process_index)
     samples, views = task.samples(settings, train_rows, extra_rows), build_views(settings, unlabeled)

@@ -112,10 +112,7 @@ def _labels_of_pretraining(settings: TrainSettings, train: InstanceDataset) -> I
         extra = load_dataset_rows(path, **{key: data.get(f"train_{key}") for key in ("images", "split", "format")})
         lacking = sorted({c["name"] for c in train.categories} - {c["name"] for c in extra.categories})
         if not lacking:
-            logger.info(
-                "Mixing in the labels of pre-training, %s, in %s of every step (data.extra=null leaves them out).",
-                path, " falling to ".join(f"{share:.0%}" for share in settings.data.extra_share),
-            )  # fmt: skip
+            logger.info("Mixing in the labels of pre-training, %s (data.extra=null leaves them out).", path)
             return extra
         why = f"{path} has no class {', '.join(lacking)}, so that its images would teach that these are background"
     logger.warning(

@@ -35,7 +35,7 @@ class SampleKeys(Sampler):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         optim, size = self.settings.optim, self.settings.optim.batch_size
         whole = size * optim.accumulation * self.world
-        share = self.settings.data.extra_share if self.extra else [0.0]
+        share = (self.settings.data.extra_share or [0.0]) if self.extra else [0.0]
         extra_before = sum(extra_count(step, optim.steps, share, whole) for step in range(self.start))
         for step in range(self.start, optim.steps):
             count = extra_count(step, optim.steps, share, whole)
