@@ -22,7 +22,7 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
-SECONDS = 3600  # most for a cell, where other work takes the cores; alone, a notebook takes a minute or two
+SECONDS = 3600  # most for a start or a cell, where other work takes the cores; alone, a notebook takes a minute or two
 
 
 def executed(file: Path, folder: Path) -> nbformat.NotebookNode:
@@ -30,7 +30,8 @@ def executed(file: Path, folder: Path) -> nbformat.NotebookNode:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # of the kernel: the notebooks need no network
     notebook = nbformat.read(file, as_version=4)
     resources = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources=resources, record_timing=False).execute()
+    patience = {"timeout": SECONDS, "startup_timeout": SECONDS}
+    NotebookClient(notebook, kernel_name="python3", resources=resources, record_timing=False, **patience).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
