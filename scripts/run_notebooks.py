@@ -22,7 +22,7 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
-SECONDS = 3600  # most for a start or a cell, where other work takes the cores; alone, a notebook takes a minute or two
+SECONDS = 3600  # most for a start or a cell, where other work takes the cores
 
 
 def executed(file: Path, folder: Path) -> nbformat.NotebookNode:
