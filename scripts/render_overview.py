@@ -43,7 +43,7 @@ def chosen_scenes(folder: Path) -> list[Path]:
 
 def pseudo_labels(files: list[Path], folder: Path) -> InstanceDataset:
     """The rows that `uplvp label` makes of these images with the settings of the demo, in the same order."""
-    paths, given = folder / "images.txt", demo_benchmark().labels["clip"]["label"]
+    paths, given = folder / "images.txt", demo_benchmark().labels["clip"].label
     paths.write_text("".join(f"{file.resolve()}\n" for file in files))
     words = ["--clip", synthetic_clip_path(), "--vocabulary", given["vocabulary"], "--background", given["background"]]
     words += ["--min-confidence", str(given["min_confidence"]), "--quiet"]
