@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # what editors and type checkers see; `_NAMES` says the same 
     from .models.pipeline_uplvp import UplvpInstanceSegmentationPipeline as UplvpInstanceSegmentationPipeline
     from .training.loop import train as train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "UplvpConfig": "models.configuration_uplvp",

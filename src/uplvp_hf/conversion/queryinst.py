@@ -50,7 +50,8 @@ _NAMES = Names(
         _MASK + "conv_logits.*": _HEAD + r"class_masks.\2",
     },
 )
-convert_mmdet_queryinst, queryinst_name = _NAMES.convert, _NAMES.name
+convert_mmdet_queryinst = _NAMES.convert
+queryinst_name = _NAMES.name
 
 
 def config_from_mmdet_queryinst(config: dict[str, Any]) -> dict[str, Any]:

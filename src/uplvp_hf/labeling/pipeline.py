@@ -71,11 +71,10 @@ def label_images(
     Memory does not grow with the number of images, their ids and paths aside: at most four batches exist. Rows are
     equal to the byte for equal batches and torch threads, whatever the processes. Images that fail are skipped, counted
     and listed. Raises StoreError as `StoreWriter` does and, when all is written, when more than the share `max_failed`
-    of the images failed; OSError when the store cannot be written. Finished shards stay valid whatever happens. Returns
-    the sums over all processes, in each of them.
+    of the images failed; OSError when the store cannot be written. Finished shards stay valid. Returns the sums of all.
     """
-    if changes.get("image_root") is not None:
-        changes["image_root"] = os.fspath(changes["image_root"])
+    if (root := changes.get("image_root")) is not None:
+        changes["image_root"] = os.fspath(root)
     run = RunSettings.of(settings, **changes)
     processes, part = Processes(), part or Part()
     header = _header(dataset, labeler, namer, run, min_confidence, part.record(dataset, limit, run.batch_size))
