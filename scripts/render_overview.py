@@ -3,7 +3,7 @@
 Commands:
 
     python scripts/render_overview.py --run runs/demo      # of a finished `uplvp demo`; trains nothing
-    python scripts/render_overview.py                      # runs the demo first, about ten minutes on two cores
+    python scripts/render_overview.py                      # runs the demo first, about eight minutes on two cores
 
 The scenes are the first of the demo's test scenes that show at least four objects. Nothing was trained on them. The
 pseudo labels are what the small CLIP of the package makes of them with the demo's settings; the predictions are those

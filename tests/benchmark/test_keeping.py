@@ -1,6 +1,8 @@
 """Fine-tuning with the recipes as they are does not lose what pre-training taught, on generated scenes."""
 
 import json
+from pathlib import Path
+from statistics import mean
 
 import pytest
 import yaml
@@ -9,6 +11,7 @@ from uplvp_hf.benchmark.recipe import load_benchmark
 from uplvp_hf.benchmark.rows import read_rows
 from uplvp_hf.benchmark.run import run_benchmark
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 NOISE = 0.03  # AP by which two runs of one arm differed at most by chance (docs/results.md), and half as much again
 
 
@@ -36,3 +39,17 @@ def test_fine_tuning_does_not_end_below_its_pretraining(tmp_path):
     assert after > before - NOISE
     log = next((tmp_path / "out").glob("runs/*/pre-trained/*/log.jsonl")).read_text().splitlines()
     assert "gradient_share_mask" in json.loads(log[-1]) or "gradient_share_mask" in json.loads(log[-2])
+
+
+@pytest.mark.parametrize("name", ["finetuning_scenes", "finetuning_animals7"])
+def test_the_default_lost_nothing_in_the_published_rows(name):
+    """On validation images of both sets, whose pseudo labels are good and rough, the default ended no further below the
+    pre-trained model than chance moves an arm, and above what either constant share makes of the other set."""
+    found: dict[str, dict[int, float]] = {}
+    for row in read_rows(RESULTS / f"{name}.jsonl"):
+        found.setdefault(row["arm"], {})[row["seed"]] = row["metrics"]["AP"]
+    chance = max(abs(found["mixed noise"][seed] - found["mixed"][seed]) for seed in found["mixed"])
+    default = mean(found["mixed measured"].values())
+    assert len(found["mixed measured"]) >= 3
+    assert default > mean(found["no human label"].values()) - chance
+    assert default > min(mean(found[arm].values()) for arm in ("plain", "mixed"))

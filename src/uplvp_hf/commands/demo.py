@@ -13,7 +13,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="uplvp demo",
         description="Label generated scenes with the small CLIP of the package, pre-train, fine-tune on a few labeled "
         "ones, and compare with training from scratch: the benchmark recipe `demo`. Needs no data, weights or network; "
-        "about 9 minutes on 2 free cores, with a page that grows meanwhile. With --app: a page on this machine that "
+        "about 8 minutes on 2 free cores, with a page that grows meanwhile. With --app: a page on this machine that "
         "shows what a model finds in your images.",
     )
     add = parser.add_argument
