@@ -12,6 +12,10 @@ from typing import Any
 from .claims import LEVEL, Verdict
 from .rows import labels_text, row_metric, row_value
 
+_ONE_SEED = (
+    "With one seed an arm, nothing tells a difference from chance, so nothing is advised: go on with `--seeds 0 1 2` "
+    "or more."
+)
 Rows = Sequence[dict[str, Any]]
 Runs = dict[int, float]
 """The main metric (0 to 1) by seed, of one arm with one number of labels."""
@@ -64,10 +68,13 @@ def advise(rows: Rows) -> str:
         return ""
     metric = row_metric(usable)
     do, unknown = [], []
-    for compared, yes, no in _questions(usable):
-        if compared is not None and compared.is_decided:
+    found = _questions(usable)
+    if found and all(compared.p_value is None for compared, *_ in found):
+        return _ONE_SEED
+    for compared, yes, no in found:
+        if compared.is_decided:
             do.append(f"{yes if compared.verdict.mean > 0 else no} ({compared.numbers(metric)})")
-        elif compared is not None:
+        else:
             unknown.append(f"whether to {yes} ({compared.numbers(metric)})")
     sentences = []
     if do:
@@ -82,12 +89,12 @@ def advise(rows: Rows) -> str:
     return " ".join(sentences)
 
 
-def _questions(rows: Rows) -> list[tuple[Comparison | None, str, str]]:
-    """What is compared, and what to do where the first side is ahead and where it is behind."""
+def _questions(rows: Rows) -> list[tuple[Comparison, str, str]]:
+    """What can be compared, and what to do where the first side is ahead and where it is behind."""
     segmenters = list(dict.fromkeys(row["segmenter"] for row in rows))
     best = max(segmenters, key=lambda name: _best_mean([row for row in rows if row["segmenter"] == name]))
     own = [row for row in rows if row["segmenter"] == best]
-    found = []
+    found: list[tuple[Comparison | None, str, str]] = []
     for other in segmenters:
         if other != best:
             compared = _compare(
@@ -102,7 +109,7 @@ def _questions(rows: Rows) -> list[tuple[Comparison | None, str, str]]:
     found.append((pretrained, "pre-train on the unlabeled images", "do not pre-train"))
     teacher = _compare(own, has_teacher, lambda row: not has_teacher(row))
     found.append((teacher, "fine-tune with a teacher on the unlabeled images", "fine-tune without a teacher"))
-    return found
+    return [(compared, yes, no) for compared, yes, no in found if compared is not None]
 
 
 def has_teacher(row: dict[str, Any]) -> bool:

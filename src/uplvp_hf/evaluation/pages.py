@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 
 def render(room: str, name: str, /, **values: Any) -> str:
     """The page `templates/NAME.html.j2` of a room of the library, such as `labeling`, with these values.
 
-    Its filters `number` and `percent` write what cannot be computed, None, as a dash.
+    Its filters `number` and `percent` write what cannot be computed, None, as a dash; `code` marks what stands between
+    backticks.
     """
     loader = jinja2.PackageLoader(f"uplvp_hf.{room}")  # also of the templates that this one extends
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"number": _number, "percent": _percent}
+    environment.filters |= {"number": _number, "percent": _percent, "code": _code}
     return environment.get_template(f"{name}.html.j2").render(**values)
+
+
+def _code(text: str) -> Markup:
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def _number(value: float | None, digits: int | None = None) -> str:
