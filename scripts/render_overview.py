@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from uplvp_hf.commands.label import main as label
-from uplvp_hf.data import InstanceDataset, load_dataset_rows, read_store
+from uplvp_hf.data import load_dataset_rows, read_store
 from uplvp_hf.demo.pipeline import demo_benchmark, run_demo, synthetic_clip_path
 from uplvp_hf.evaluation.visualize import draw_instances
 from uplvp_hf.inference import load
@@ -41,7 +41,7 @@ def chosen_scenes(folder: Path) -> list[Path]:
     return files[:SCENES]
 
 
-def pseudo_labels(files: list[Path], folder: Path) -> InstanceDataset:
+def pseudo_labels(files: list[Path], folder: Path) -> list[dict]:
     """The rows that `uplvp label` makes of these images with the settings of the demo, in the same order."""
     paths, given = folder / "images.txt", demo_benchmark().labels["clip"].label
     paths.write_text("".join(f"{file.resolve()}\n" for file in files))

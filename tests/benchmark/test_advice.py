@@ -37,14 +37,13 @@ def test_a_clear_gain_is_advised_with_its_numbers():
         "On this data: pre-train on the unlabeled images (`full` 31.3 against `scratch` 21.0 AP with "
     )
     assert f"10 labels a class, +10.3 over 3 seeds, p = {p_value:.2g})" in text
-    assert "Within the noise" not in text and "What would help most next is more unlabeled images" in text
-    assert "by +1.3 (pre-training on 256 of them" in text  # 10.3 points in eight doublings
+    assert "Within the noise" not in text and "help most" not in text  # nothing says what more labels would bring
+    assert "unlabeled images by about +1.3 (what pre-training on 256 of them" in text  # 10.3 points in eight doublings
 
 
 def test_a_clear_loss_is_advised_against():
     text = advise([*SCRATCH, *rows("full", (0.10, 0.12, 0.105), **PRETRAINED)])
     assert text.startswith("On this data: do not pre-train (`full` 10.8 against `scratch` 21.0 AP")
-    assert "next cannot be told" in text
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_nothing_is_advised_within_the_noise(values):
     text = advise([*SCRATCH, *rows("full", values, **PRETRAINED)])
     assert "On this data" not in text
     if len(values) == 1:
-        assert text.startswith("With one seed an arm, nothing tells a difference from chance")
+        assert text.startswith("With one seed an arm, a difference cannot be told from chance")
     else:
         assert "nothing is advised: whether to pre-train on the unlabeled images (`full`" in text
 
@@ -84,11 +83,23 @@ def test_segmenters_teacher_and_labels():
             *rows("full", (0.36, 0.40, 0.375), 20, **PRETRAINED),
             *rows("teacher", (0.40, 0.44, 0.415), **teacher),
             *rows("full", (0.10, 0.12, 0.11), segmenter="knet", **PRETRAINED),
+            *SCRATCH,
         ]
     )
     assert "take mask2former rather than knet (`teacher` 41.8 against `full` 11.0" in text
     assert "fine-tune with a teacher on the unlabeled images (`teacher` 41.8 against `full` 31.3" in text
-    assert "most next is more labels" in text and "by +6.5 (`full`, 10 labels a class to 20 labels a class)" in text
+    assert "twice the labels by +6.5 (`full`, 10 labels a class to 20 labels a class)" in text
+    assert "What would help most next is more labels (p = " in text
+
+
+def test_no_winner_within_the_noise():
+    """Twice the labels bring 6 points in the mean, with one of three seeds against it."""
+    text = advise(
+        [*SCRATCH, *rows("full", (0.30, 0.33, 0.31), **PRETRAINED), *rows("full", (0.45, 0.28, 0.39), 20, **PRETRAINED)]
+    )
+    assert (
+        "What would help most next cannot be told from these runs: AP was changed by: twice the labels by +6.0" in text
+    )
 
 
 def test_rows_without_a_pair_say_nothing():

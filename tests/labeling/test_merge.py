@@ -108,7 +108,7 @@ def test_failed_images_and_several_processes(tmp_path, monkeypatch):
     assert rows_with_features(merged) == rows_with_features(whole)
     by_file = [sorted(read_failures(store), key=lambda entry: entry["file"]) for store in (merged, whole)]
     assert by_file[0] == by_file[1] and len(by_file[0]) == 3
-    assert json.loads((merged / "finished.json").read_text()) == {"images": 11}
+    assert json.loads((merged / "complete.json").read_text()) == {"images": 11}
 
 
 def test_more_parts_than_blocks(tmp_path):
@@ -245,19 +245,19 @@ def test_parts_of_other_images_are_refused(made, stores, tmp_path):
 
 
 def test_an_unfinished_store_is_named_with_what_it_lacks(made, stores, tmp_path):
-    (stores[1] / "finished.json").unlink()
+    (stores[1] / "complete.json").unlink()
     Path(shard_files(stores[1])[-1]).unlink()
     with pytest.raises(StoreError, match=r"part2 is not finished: \d of its 4 images .*--shard 2/3.*Use --force"):
         merge_stores(stores, tmp_path / "merged", **MERGE)
     with pytest.raises(StoreError, match=r"no store is for part 1/3, 3/3"):
         merge_stores([stores[1], made[1]], tmp_path / "merged", **MERGE)
     whole = Path(shutil.copytree(made[1], tmp_path / "whole"))
-    (whole / "finished.json").unlink()
+    (whole / "complete.json").unlink()
     with pytest.raises(StoreError, match="whole is not finished: it has 11 images, and its run did not come to an end"):
         merge_stores([*made[2], whole], tmp_path / "merged", **MERGE)
     merged = tmp_path / "merged"
     assert merge_stores([stores[1], stores[0]], merged, force=True, **MERGE).images < 11
-    assert not (merged / "finished.json").exists()  # whoever merges it again is told
+    assert not (merged / "complete.json").exists()  # whoever merges it again is told
     # A run over all images makes what is missing, to the same rows.
     labeled(made[0], merged)
     assert rows_with_features(merged) == rows_with_features(made[1])
@@ -304,7 +304,7 @@ def test_faulty_files_are_named(stores, tmp_path):
     shard.write_text(shard.read_text()[:-30])
     with pytest.raises(UserError, match=rf"{shard}.*not valid JSON"):
         merge_stores(stores, tmp_path / "merged", **MERGE)
-    (stores[0] / "finished.json").write_text("{}")
+    (stores[0] / "complete.json").write_text("{}")
     with pytest.raises(UserError, match=r"finished\.json"):
         merge_stores(stores, tmp_path / "merged", **MERGE)
     assert not (tmp_path / "merged").exists()

@@ -229,7 +229,7 @@ def test_two_runs_on_one_folder_do_not_mix(tmp_path):
     label_images(dataset, labeler, None, tmp_path / "labels", progress=False)
     assert seen == [2]
     assert len(read_store(tmp_path / "labels")) == 2
-    names = ["features-00000-00000.npy", "features.json", "finished.json", "header.json"]
+    names = ["complete.json", "features-00000-00000.npy", "features.json", "header.json"]
     names += ["rows-00000-00000.jsonl"]
     assert sorted(path.name for path in (tmp_path / "labels").iterdir()) == names
     label_images(dataset, foreground(), None, tmp_path / "labels", progress=False)  # and may go on afterwards

@@ -97,7 +97,7 @@ def test_commands_work_on_it(settings, scenes_dir, tmp_path, capsys):
 
 def test_what_needs_queries_is_refused(settings, scenes_dir):
     rows = load_dataset_rows(scenes_dir)
-    with pytest.raises(ConfigError, match="`mask_rcnn` has no queries, so it cannot be pre-trained with prompts"):
+    with pytest.raises(ConfigError, match="`mask_rcnn` has no queries, so it cannot be pre-trained here"):
         build_model(settings("x", "stage=pretrain"), rows)
     with pytest.raises(ConfigError, match=r"leave out `model.num_prompts`, `model.prompt_drop`"):
         build_model(settings("x", "model.prompt_drop=0.1", "model.num_prompts=3"), rows)

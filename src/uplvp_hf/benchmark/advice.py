@@ -13,7 +13,7 @@ from .claims import LEVEL, Verdict
 from .rows import labels_text, row_metric, row_value
 
 _ONE_SEED = (
-    "With one seed an arm, nothing tells a difference from chance, so nothing is advised: go on with `--seeds 0 1 2` "
+    "With one seed an arm, a difference cannot be told from chance, so nothing is advised: go on with `--seeds 0 1 2` "
     "or more."
 )
 Rows = Sequence[dict[str, Any]]
@@ -25,11 +25,12 @@ Runs = dict[int, float]
 class Comparison:
     """Two arms, each the best of its side by the mean over seeds, with one number of labels.
 
-    verdict: of their paired difference. choices: from how many arms the one that is ahead was chosen; the p-value is
-    multiplied by it (Bonferroni), as the best of many arms is ahead by chance alone.
+    verdict: of their paired difference, `by_seed`. choices: from how many arms the one that is ahead was chosen; the
+    p-value is multiplied by it (Bonferroni), as the best of many arms is ahead by chance alone.
     """
 
     verdict: Verdict
+    by_seed: Runs
     ours: float
     theirs: float
     choices: int
@@ -58,8 +59,9 @@ class Comparison:
 def advise(rows: Rows) -> str:
     """Sentences for a person: what to do, what would help most next, and what these runs cannot tell.
 
-    Compared are the means over seeds of the best arms of both sides, at the number of labels with the most arms of the
-    other side (equal steps in all count, where they were run), and the largest of these. A difference counts at
+    Compared are the best arms of both sides by their means over the seeds that both have. Of several numbers of labels
+    that one is taken for which the second side has the most arms (so that equal steps in all count, where they were
+    run); of several such, the largest. A difference counts at
     p <= 0.05 (paired t-test over seeds, times the number of arms that the better one was chosen from). "" for rows of
     which no two can be compared.
     """
@@ -140,15 +142,18 @@ def _compare(rows: Rows, ours: Callable[[dict], bool], theirs: Callable[[dict], 
     arms = {count: len({row["arm"] for row in sides[1] if row["labels_per_class"] == count}) for count in shared}
     for count in sorted(shared, key=lambda one: (-arms[one], -_images(rows, one))):
         first, second = (_runs([row for row in side if row["labels_per_class"] == count]) for side in sides)
-        pairs = [(one, two) for one in first for two in second if first[one].keys() & second[two].keys()]
+        pairs = {(one, two): first[one].keys() & second[two].keys() for one in first for two in second}
+        pairs = {pair: sorted(seeds) for pair, seeds in pairs.items() if seeds}
         if pairs:
-            one, two = max(pairs, key=lambda pair: _mean(first[pair[0]]) + _mean(second[pair[1]]))
-            seeds = sorted(first[one].keys() & second[two].keys())
-            mine, others = ({seed: runs[seed] for seed in seeds} for runs in (first[one], second[two]))
+            one, two = max(
+                pairs, key=lambda pair: _mean({s: first[pair[0]][s] + second[pair[1]][s] for s in pairs[pair]})
+            )
+            mine, others = ({seed: runs[seed] for seed in pairs[one, two]} for runs in (first[one], second[two]))
             names = [key[1] if one[1] != two[1] else f"{key[0]}, {key[1]}" for key in (one, two)]
-            verdict = Verdict("", names[0], names[1], one[0], count, [mine[seed] - others[seed] for seed in seeds])
+            verdict = Verdict("", names[0], names[1], one[0], count, [mine[seed] - others[seed] for seed in mine])
             choices = len(first if verdict.mean > 0 else second)
-            return Comparison(verdict, _mean(mine), _mean(others), choices)
+            by_seed = {seed: mine[seed] - others[seed] for seed in mine}
+            return Comparison(verdict, by_seed, _mean(mine), _mean(others), choices)
     return None
 
 
@@ -157,25 +162,37 @@ def _mean(runs: Runs) -> float:
 
 
 def _next(rows: Rows, metric: str) -> str:
-    """Whether more labels or more unlabeled images would help more, by what a doubling of each has brought here."""
-    gains = {}
-    if (labels := _gain_of_labels(rows)) is not None:
-        gains["more labels"] = labels
-    if (images := _gain_of_images(rows)) is not None:
-        gains["more unlabeled images"] = images
-    if not gains:
+    """Whether more labels or more unlabeled images would help more: what a doubling of each has brought here, and a
+    winner only where the two differ by more than noise."""
+    labels, images = _gain_of_labels(rows), _gain_of_images(rows)
+    said = []
+    if labels is not None:
+        said.append(f"twice the labels by {100 * _mean(labels.by_seed):+.1f} ({labels.how})")
+    if images is not None:
+        said.append(f"twice the unlabeled images by about {100 * _mean(images.by_seed):+.1f} ({images.how})")
+    if not said:
         return ""
-    best = max(gains, key=lambda name: gains[name][0])
-    gain, _, decided = gains[best]
-    said = [f"{name} by {100 * value[0]:+.1f} ({value[1]})" for name, value in gains.items()]
-    measured = f"a doubling of each changed {metric} here: {'; '.join(said)}"
-    if not decided or gain <= 0:
-        return f"What would help most next cannot be told from these runs: {measured}."
-    return f"What would help most next is {best}, if the next doubling brings what the last did: {measured}."
+    measured = f"{metric} was changed by: {'; '.join(said)}."
+    if labels is None or images is None:
+        return f"What more data would bring was measured in part: {measured}"
+    seeds = sorted(labels.by_seed.keys() & images.by_seed.keys())
+    verdict = Verdict("", "", "", "", 0, [labels.by_seed[seed] - images.by_seed[seed] for seed in seeds] or [0.0])
+    better, name = (labels, "more labels") if verdict.mean > 0 else (images, "more unlabeled images")
+    if verdict.p_value is None or verdict.p_value > LEVEL or _mean(better.by_seed) <= 0:
+        return f"What would help most next cannot be told from these runs: {measured}"
+    return f"What would help most next is {name} (p = {verdict.p_value:.2g}), if it goes on as it did: {measured}"
 
 
-def _gain_of_labels(rows: Rows) -> tuple[float, str, bool] | None:
-    """Gain of a doubling of the labeled images, how it was found, and whether it is more than noise."""
+@dataclass
+class _Gain:
+    """What a doubling brought, by seed, and how it was found."""
+
+    by_seed: Runs
+    how: str
+
+
+def _gain_of_labels(rows: Rows) -> _Gain | None:
+    """Of the labeled images, from the two largest numbers of labels of the best arm that has several."""
     runs = _runs(rows)
     arms: dict[tuple[str, str], list[int | str]] = {}
     for segmenter, arm, count in runs:
@@ -192,16 +209,15 @@ def _gain_of_labels(rows: Rows) -> tuple[float, str, bool] | None:
     if not seeds or not 0 < _images(rows, fewer) < _images(rows, more):
         return None
     doublings = math.log2(_images(rows, more) / _images(rows, fewer))
-    verdict = Verdict("", "", "", segmenter, more, [large[seed] - small[seed] for seed in seeds])
-    how = f"`{arm}`, {labels_text(fewer)} to {labels_text(more)}"
-    return verdict.mean / doublings, how, verdict.p_value is not None and verdict.p_value <= LEVEL
+    by_seed = {seed: (large[seed] - small[seed]) / doublings for seed in seeds}
+    return _Gain(by_seed, f"`{arm}`, {labels_text(fewer)} to {labels_text(more)}")
 
 
-def _gain_of_images(rows: Rows) -> tuple[float, str, bool] | None:
-    """The same of the images of pre-training, as if every doubling from one image on had brought the same."""
+def _gain_of_images(rows: Rows) -> _Gain | None:
+    """Of the images of pre-training, as if every doubling from one image on had brought the same: no run has more."""
     compared = _compare(rows, lambda row: bool(row.get("labels")), lambda row: not row.get("labels"))
-    sizes = [row["pretrain"].get("images", 0) for row in rows if row["pretrain"]]
-    if compared is None or not any(sizes):
+    images = max((row["pretrain"].get("images", 0) for row in rows if row["pretrain"]), default=0)
+    if compared is None or images < 2:
         return None
-    how = f"pre-training on {max(sizes)} of them, shared out over its doublings"
-    return compared.verdict.mean / math.log2(max(2, max(sizes))), how, compared.is_decided
+    by_seed = {seed: value / math.log2(images) for seed, value in compared.by_seed.items()}
+    return _Gain(by_seed, f"what pre-training on {images} of them brought, shared out over their doublings")

@@ -158,7 +158,10 @@ class Report:
                     if len(self.benchmark.segmenters) == 1
                     else f"{job.row['segmenter']}, {job.row['arm']}"
                 )
-                last[arm] = job
+                most = last[arm].settings.data.labels_per_class if arm in last else None
+                given = job.settings.data.labels_per_class
+                if not isinstance(most, int) or not isinstance(given, int) or given >= most:
+                    last[arm] = job
         first = next(iter(last.values()))
         _, val = build_data(first.settings)
         models = {

@@ -135,7 +135,9 @@ def _stage(summary: dict[str, Any]) -> dict[str, Any]:
             changed[key] = value
     for path in ("output", *(f"{section}.{name}" for section, names in PATHS.items() for name in names)):
         changed.pop(path, None)
+    mixed = {"extra_share": summary["extra_share"]} if summary.get("extra_share") else {}
     return {
+        **mixed,
         "steps": settings["optim"]["steps"],
         "seconds": summary["seconds"],
         "images": summary["images"],

@@ -1,4 +1,4 @@
-"""`uplvp pretrain`: pseudo labels -> a segmenter pre-trained with prompts and kernel supervision."""
+"""`uplvp pretrain`: pseudo labels -> a pre-trained segmenter; prompts and kernel supervision by settings."""
 
 from __future__ import annotations
 

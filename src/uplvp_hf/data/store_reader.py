@@ -16,7 +16,7 @@ from .fields import image_identifier, inside, read_categories, read_json, requir
 from .store_features import read_features
 
 SCHEMA_VERSION = 1
-FINISHED = "finished.json"
+FINISHED = "complete.json"
 HEADER_KEYS = ("schema_version", "labeler", "settings", "settings_hash", "categories")
 _SHARD = re.compile(r"rows-\d{5}-\d{5,}\.jsonl")
 _FAILURES = re.compile(r"failures(-\d{5})?\.jsonl")

@@ -62,7 +62,7 @@ def _split_seed(data: dict[str, Any], settings: dict[str, Any]) -> Any:
 
 def _mixed_in(summary: dict[str, Any], data: dict[str, Any]) -> str | None:
     """What `data.extra` added to the labeled images, and in which share of every step."""
-    found = data.get("extra_share") or []
+    found = summary.get("extra_share") or data.get("extra_share") or []
     if not summary.get("extra_images") or not any(found):
         return None
     given = data.get("extra")

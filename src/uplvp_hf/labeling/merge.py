@@ -29,7 +29,7 @@ from .processes import Processes
 from .progress import Progress
 from .store import StoreError, StoreWriter
 
-_SAVED = re.compile(r"\d{9}\.\w+")  # names of images that were in no file, see `StoreWriter.image_reference`
+_SAVED = re.compile(r"\d{9}(-\d{9})*\.\w+")  # names of images that were in no file, see `StoreWriter.image_reference`
 
 
 @dataclass

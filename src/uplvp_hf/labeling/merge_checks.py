@@ -60,7 +60,7 @@ def _check_parts(parts: Sequence[tuple[str, dict[str, Any]]]) -> None:
     """Raises StoreError unless parts are those of one dataset, cut in the same way."""
     for (name, first), (other, header) in pairwise(parts):
         old, new = first["part"], header["part"]
-        if (old["of"], old["images"]) != (new["of"], new["images"]):
+        if any(old[key] != new[key] for key in ("of", "limit", "images")):
             raise StoreError(
                 f"{name} is for {described(old)}, {other} for {described(new)}: these parts do not fit together"
             )

@@ -50,13 +50,14 @@ class Part:
     def record(self, dataset: InstanceDataset | RowStream, limit: int | None, batch_size: int) -> dict[str, Any] | None:
         """What the header of a store says about its part; None for all images.
 
-        {"number", "of", "images": in all parts, "own": in this one, "ids": sha256 of the image ids in their order}, the
-        last three None for a stream, which nobody has counted. Parts are disjoint and complete where `of`, `images`
-        and `ids` are equal.
+        {"number", "of", "limit": of images, "images": in all parts, "own": in this one, "ids": sha256 of the image ids
+        in their order}, the last three None for a stream, which nobody has counted. Parts are disjoint and complete
+        where `of`, `limit`, `images` and `ids` are equal.
         """
         if self.of == 1:
             return None
-        found: dict[str, Any] = {"number": self.number, "of": self.of, "images": None, "own": None, "ids": None}
+        found: dict[str, Any] = {"number": self.number, "of": self.of, "limit": limit}
+        found |= {"images": None, "own": None, "ids": None}
         if not isinstance(dataset, RowStream):
             images = len(range(len(dataset))[:limit])
             digest = hashlib.sha256()

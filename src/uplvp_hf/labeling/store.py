@@ -2,7 +2,7 @@
 
     folder/header.json               schema version, labeler, settings and their hash, encoder, vocabulary, categories
     folder/rows-00000-00000.jsonl    rows of rank 0, finished shards only, each of whole batches
-    folder/finished.json             how many images there were, once a run over all of them has come to its end
+    folder/complete.json             how many images there were, once a run over all of them has come to its end
     folder/failures.jsonl            images that could not be labeled; failures-00001.jsonl of rank 1 while it runs
     folder/features-00000-00000.npy  a vector of each mask of such a shard, where a network saw it (data.store_features)
     folder/images/                   images that were in no file, such as those of a streamed dataset

@@ -265,14 +265,15 @@ _PARTS = (
 def _unasked(settings: TrainSettings, found: Any) -> dict:
     """The parts of the method where neither the user nor the checkpoint says anything of them.
 
-    found: configuration of `model.init`, or None. One of ours keeps what it has; but where a teacher's masks are to be
-    prompts (`teacher.prompts`), what it had switched off is on.
+    found: configuration of `model.init`, or None. Where a pre-training goes on, its settings stay; where a teacher's
+    masks are to be prompts (`teacher.prompts`), what a model of ours had switched off is on.
     """
     model, ours = settings.model, getattr(found, "model_type", None) == UplvpConfig.model_type
+    goes_on = ours and UplvpForPreTraining.__name__ in (found.architectures or ())
     values = {}
     for name, off, prefixes in _PARTS:
         said = any(getattr(model, key) is not None for key in _METHOD if key.startswith(prefixes))
-        if settings.stage == "pretrain" and not ours and not said:
+        if settings.stage == "pretrain" and not goes_on and not said:
             values[name] = off
         elif settings.stage == "finetune" and settings.prompted and ours and not said and getattr(found, name) == off:
             values[name] = UplvpConfig.__dataclass_fields__[name].default
@@ -313,7 +314,7 @@ def _check_baseline(settings: TrainSettings) -> None:
     """Raises ConfigError for settings that need queries, which a Mask R-CNN does not have."""
     if settings.stage == "pretrain":
         raise ConfigError(
-            "A `mask_rcnn` has no queries, so it cannot be pre-trained with prompts: fine-tune it from a backbone "
+            "A `mask_rcnn` has no queries, so it cannot be pre-trained here: fine-tune it from a backbone "
             "(`model.backbone_weights`), or pre-train a mask2former, knet or queryinst."
         )
     given = _for_queries(settings.model)

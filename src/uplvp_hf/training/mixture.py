@@ -21,6 +21,8 @@ from .unlabeled import same_images
 
 logger = logging.getLogger(__name__)
 
+_ROUNDING = 1e-6  # images
+
 
 class MixedSamples(Dataset):
     """Labeled samples, and behind them the extra ones: index len(self) is the first of these.
@@ -49,6 +51,8 @@ class MixedSamples(Dataset):
 def extra_count(step: int, steps: int, share: list[float], batch: int) -> int:
     """Images of a step's effective batch that are extra. share: at the first step and, if it changes, at the last."""
     first, last = share[0], share[-1]
+    if first == last:  # over the steps, also small shares of small batches come to what they are
+        return int((step + 1) * first * batch + _ROUNDING) - int(step * first * batch + _ROUNDING)
     now = first + (last - first) * (step / max(1, steps - 1))
     return round(now * batch)
 

@@ -13,6 +13,7 @@ from ..files import write_json
 from ..models.errors import reading
 from .config import ConfigError, TrainSettings
 from .mixture import MixedSamples
+from .share import RECORD as SHARE_RECORD
 
 if TYPE_CHECKING:
     from .result import TrainResult
@@ -58,10 +59,15 @@ def claim_output(settings: TrainSettings, accelerator: Accelerator) -> None:
 def summary(settings: TrainSettings, result: TrainResult, samples: TrainingSet | MixedSamples, machine: str) -> dict:
     """What `training_summary.json` holds. machine: see `launch.hardware`."""
     model, evaluations = result.model, result.evaluations
-    extra = {"extra_images": len(samples.extra)} if isinstance(samples, MixedSamples) else {}
+    extra: dict = {}
+    given = settings.to_dict()
+    if isinstance(samples, MixedSamples):
+        extra = {"extra_images": len(samples.extra), "extra_share": settings.data.extra_share}
+        if (Path(settings.output) / SHARE_RECORD).is_file():  # it was found, not given
+            given["data"]["extra_share"] = None
     return {
         "stage": settings.stage,
-        "settings": settings.to_dict(),
+        "settings": given,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "parameters_trained": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         "images": len(samples),
