@@ -192,7 +192,7 @@ def test_a_recipe_is_asked_for(tmp_path, capsys):
     assert main(["--output", str(tmp_path / "out")]) == 2
     assert "--data for the recipe photos_cpu" in capsys.readouterr().err
     assert main(["--data", "missing", "--output", str(tmp_path / "out"), "--plan"]) == 0  # the default recipe
-    assert "runs/knet/full_quarter/20_labels_seed2" in capsys.readouterr().out
+    assert "runs/mask2former/teacher/20_labels_seed2" in capsys.readouterr().out
 
 
 def test_wrong_words(tmp_path, capsys):

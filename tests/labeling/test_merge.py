@@ -305,7 +305,7 @@ def test_faulty_files_are_named(stores, tmp_path):
     with pytest.raises(UserError, match=rf"{shard}.*not valid JSON"):
         merge_stores(stores, tmp_path / "merged", **MERGE)
     (stores[0] / "complete.json").write_text("{}")
-    with pytest.raises(UserError, match=r"finished\.json"):
+    with pytest.raises(UserError, match=r"complete\.json"):
         merge_stores(stores, tmp_path / "merged", **MERGE)
     assert not (tmp_path / "merged").exists()
 

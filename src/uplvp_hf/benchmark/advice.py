@@ -216,7 +216,7 @@ def _gain_of_labels(rows: Rows) -> _Gain | None:
 def _gain_of_images(rows: Rows) -> _Gain | None:
     """Of the images of pre-training, as if every doubling from one image on had brought the same: no run has more."""
     compared = _compare(rows, lambda row: bool(row.get("labels")), lambda row: not row.get("labels"))
-    images = max((row["pretrain"].get("images", 0) for row in rows if row["pretrain"]), default=0)
+    images = max((row["pretrain"].get("images", 0) for row in rows if row.get("pretrain")), default=0)
     if compared is None or images < 2:
         return None
     by_seed = {seed: value / math.log2(images) for seed, value in compared.by_seed.items()}
