@@ -55,8 +55,8 @@ class DataSettings(Settings):
     extra_share: list[float] | None = setting(
         None,
         "share of the images of every step that come from `extra`; two numbers: at the first and at the last step; "
-        "none: the AP50 of the pre-trained `model.init` on the labeled images (100 at most) less 0.25, from 0 to 0.5; 0.5 "
-        "for other labels than those of the pre-training, and with `model.class_head=new`",
+        "none: the AP50 of the pre-trained `model.init` on the labeled images (100 at most) less 0.25, from 0 to 0.5; "
+        "0.5 for other labels than those of the pre-training, and with `model.class_head=new`",
         least=0,
         most=1,
     )
