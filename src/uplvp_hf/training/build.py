@@ -253,8 +253,8 @@ def _model_class(settings: TrainSettings) -> type[UplvpPreTrainedModel]:
 _METHOD = sorted({item.name for item in dataclasses.fields(ModelSettings)} & set(UplvpConfig.__dataclass_fields__))
 
 
-# Parts of the method that a new pre-training leaves off where no setting of theirs is given: neither was worth more
-# than chance beside the pseudo labels (docs/results.md, "What prompts and kernel supervision add"). `UplvpConfig` by
+# Parts of the method that a new pre-training leaves off where no setting of theirs is given: no gain from them
+# could be shown beside the pseudo labels (docs/results.md, "What prompts and kernel supervision add"). `UplvpConfig` by
 # itself is the method of the papers, and so is `parts/method_of_papers`.
 _PARTS = (
     ("prompt_matching", "none", ("prompt_", "num_prompts", "guidance_")),
