@@ -10,7 +10,7 @@ from uplvp_hf.data.synthetic import write_scenes
 from uplvp_hf.models.configuration_uplvp import UplvpConfig
 from uplvp_hf.models.image_processing_uplvp import UplvpImageProcessor
 from uplvp_hf.models.modeling_uplvp import UplvpForPreTraining
-from uplvp_hf.training.build import build_data, build_model, build_processor, with_image_settings
+from uplvp_hf.training.build import _unasked, build_data, build_model, build_processor, with_image_settings
 from uplvp_hf.training.config import ConfigError, load_settings
 
 
@@ -131,3 +131,34 @@ def test_the_seed_of_the_run_draws_the_labeled_images_too(tmp_path):
 
     assert drawn(7) == drawn(0, "data.split_seed=7") and drawn(7)[0] == 7
     assert drawn(7, "data.split_seed=0") == drawn(0) != drawn(7)
+
+
+OFF = {"prompt_matching": "none", "kernel_supervision_weight": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("words", "found", "off"),
+    [
+        ([], None, OFF),
+        (["model.prompt_drop=0.1"], None, {"kernel_supervision_weight": 0.0}),
+        (["model.kernel_target=labeler"], None, {"prompt_matching": "none"}),
+        (["model.prompt_matching=cosine", "model.kernel_loss=contrastive"], None, {}),
+        ([], "UplvpForPreTraining", {}),  # goes on as it was
+        ([], "UplvpForInstanceSegmentation", OFF),  # converted, or fine-tuned: nobody asked for prompts
+    ],
+)
+def test_a_new_pretraining_leaves_off_what_nobody_asked_for(words, found, off):
+    config = (
+        None if found is None else UplvpConfig(segmenter_config={"model_type": "mask2former"}, architectures=[found])
+    )
+    assert _unasked(load_settings(None, words, stage="pretrain"), config) == off
+    assert _unasked(load_settings(None, words, stage="finetune"), config) == {}
+
+
+def test_a_teacher_with_prompts_has_them_after_a_plain_pretraining():
+    plain = UplvpConfig(segmenter_config={"model_type": "mask2former"}, architectures=["UplvpForPreTraining"], **OFF)
+    words = ["data.unlabeled=images", "teacher.prompts=true"]
+    assert _unasked(load_settings(None, words, stage="finetune"), plain) == {
+        "prompt_matching": "cosine",
+        "kernel_supervision_weight": 1.0,
+    }

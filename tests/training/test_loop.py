@@ -199,7 +199,7 @@ def test_data_without_classes_and_models_without_source_are_refused(run, scenes_
 @pytest.mark.slow
 def test_from_pretraining_to_finetuning(run, scenes_dir, tmp_path):
     data = load_dataset_rows(scenes_dir)
-    first = run("pretrain").model
+    first = run("pretrain", "model.prompt_matching=cosine").model
     assert isinstance(first, UplvpForPreTraining)
     assert first.config.id2label == data.id2label and first.config.category_ids == list(data.category_ids)
     words = ["stage=finetune", "model.segmenter=", f"model.init={tmp_path / 'pretrain'}", "optim.lr=0"]

@@ -66,7 +66,7 @@ def test_a_guided_run_with_text_stopped_and_resumed_equals_uninterrupted(run, tm
     names = load_dataset_rows(scenes_dir).id2label.values()
     method = {
         "prompt_matching": "hungarian", "prompt_injection": "concat", "guidance_epochs": 1.5,
-        "text_features": text_file(tmp_path, names),
+        "kernel_supervision_weight": 1.0, "text_features": text_file(tmp_path, names),
     }  # fmt: skip
     epochs, inner = [], UplvpForPreTraining.set_progress
     monkeypatch.setattr(UplvpForPreTraining, "set_progress", lambda self, e: (epochs.append(e), inner(self, e))[1])
