@@ -29,10 +29,10 @@ def _few_threads():
 
 @pytest.fixture(scope="session")
 def load_script():
-    """Imports a script of the repository anew: `load_script("render_results")`."""
+    """Imports a script of the repository anew: `load_script("render_results")`, `load_script("hooks", "docs")`."""
 
-    def load(name: str):
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    def load(name: str, folder: str = "scripts"):
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / folder / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module

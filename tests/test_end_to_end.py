@@ -68,7 +68,10 @@ def path(tmp_path_factory, tiny_segmenter):
     sizes = ["--image-size", "64", "--window", "64", "--stride", "32", "run.batch_size=4", "--quiet"]
     printed["label"] = call("label", scenes / "images", "--output", base / "labels", *clip, *sizes)
     words = ["--recipe", recipe, "--quiet"]
-    printed["pretrain"] = call("pretrain", *words, f"data.train={base / 'labels'}", "--output", base / "pretrain")
+    method = ["--recipe", "parts/method_of_papers"]
+    printed["pretrain"] = call(
+        "pretrain", *words, *method, f"data.train={base / 'labels'}", "--output", base / "pretrain"
+    )
     # The first masks that reach one half come after about thirty steps.
     data = [f"data.train={few}", f"data.val={few}", f"model.init={base / 'pretrain'}", "optim.steps=50"]
     printed["finetune"] = call("finetune", *words, *data, "--output", base / "model")

@@ -18,7 +18,7 @@ CONFIG = {"repo_url": REPOSITORY}
 
 @pytest.fixture(scope="module")
 def hooks(load_script):
-    return load_script("docs_hooks")
+    return load_script("hooks", "docs")
 
 
 def load_setup():
