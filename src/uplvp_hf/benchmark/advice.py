@@ -59,11 +59,11 @@ class Comparison:
 def advise(rows: Rows) -> str:
     """Sentences for a person: what to do, what would help most next, and what these runs cannot tell.
 
-    Compared are the best arms of both sides by their means over the seeds that both have. Of several numbers of labels
-    that one is taken for which the second side has the most arms (so that equal steps in all count, where they were
-    run); of several such, the largest. A difference counts at
-    p <= 0.05 (paired t-test over seeds, times the number of arms that the better one was chosen from). "" for rows of
-    which no two can be compared.
+    Compared are the best arms of both sides by their means over the seeds that both have, among those with the most
+    seeds. Of several numbers of labels that one is taken for which the second side has the most arms (so that equal
+    steps in all count, where they were run); of several such, the largest. A difference counts at p <= 0.05 (paired
+    t-test over seeds, times the number of arms that the better one was chosen from). "" for rows of which no two can be
+    compared.
     """
     usable = [row for row in rows if row_value(row) is not None and not row["class_agnostic"] and row["finetune"]]
     if not usable:
@@ -145,9 +145,10 @@ def _compare(rows: Rows, ours: Callable[[dict], bool], theirs: Callable[[dict], 
         pairs = {(one, two): first[one].keys() & second[two].keys() for one in first for two in second}
         pairs = {pair: sorted(seeds) for pair, seeds in pairs.items() if seeds}
         if pairs:
-            one, two = max(
-                pairs, key=lambda pair: _mean({s: first[pair[0]][s] + second[pair[1]][s] for s in pairs[pair]})
-            )
+            both = {
+                pair: _mean({s: first[pair[0]][s] + second[pair[1]][s] for s in found}) for pair, found in pairs.items()
+            }
+            one, two = max(pairs, key=lambda pair: (len(pairs[pair]), both[pair]))  # two seeds are soon ahead of three
             mine, others = ({seed: runs[seed] for seed in pairs[one, two]} for runs in (first[one], second[two]))
             names = [key[1] if one[1] != two[1] else f"{key[0]}, {key[1]}" for key in (one, two)]
             verdict = Verdict("", names[0], names[1], one[0], count, [mine[seed] - others[seed] for seed in mine])
