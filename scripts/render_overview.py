@@ -19,9 +19,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from uplvp_hf.benchmark.recipe import LabelSet
+from uplvp_hf.benchmark.run import label_words
 from uplvp_hf.commands.label import main as label
 from uplvp_hf.data import load_dataset_rows, read_store
-from uplvp_hf.demo.pipeline import demo_benchmark, run_demo, synthetic_clip_path
+from uplvp_hf.demo.pipeline import demo_benchmark, run_demo
 from uplvp_hf.evaluation.visualize import draw_instances
 from uplvp_hf.inference import load
 
@@ -45,9 +47,8 @@ def pseudo_labels(files: list[Path], folder: Path) -> list[dict]:
     """The rows that `uplvp label` makes of these images with the settings of the demo, in the same order."""
     paths, given = folder / "images.txt", demo_benchmark().labels["clip"].label
     paths.write_text("".join(f"{file.resolve()}\n" for file in files))
-    words = ["--clip", synthetic_clip_path(), "--vocabulary", given["vocabulary"], "--background", given["background"]]
-    words += ["--min-confidence", str(given["min_confidence"]), "--quiet"]
-    if label([str(paths), "--output", str(folder / "store"), *words]):
+    words = label_words(LabelSet(label={**given, "processes": None}))  # a few images need one
+    if label([str(paths), "--output", str(folder / "store"), *words, "--quiet"]):
         raise SystemExit("Labeling failed.")
     return list(read_store(folder / "store"))
 

@@ -150,10 +150,10 @@ def _compare(rows: Rows, ours: Callable[[dict], bool], theirs: Callable[[dict], 
             }
             one, two = max(pairs, key=lambda pair: (len(pairs[pair]), both[pair]))  # two seeds are soon ahead of three
             mine, others = ({seed: runs[seed] for seed in pairs[one, two]} for runs in (first[one], second[two]))
-            names = [key[1] if one[1] != two[1] else f"{key[0]}, {key[1]}" for key in (one, two)]
-            verdict = Verdict("", names[0], names[1], one[0], count, [mine[seed] - others[seed] for seed in mine])
-            choices = len(first if verdict.mean > 0 else second)
             by_seed = {seed: mine[seed] - others[seed] for seed in mine}
+            names = [key[1] if one[1] != two[1] else f"{key[0]}, {key[1]}" for key in (one, two)]
+            verdict = Verdict("", names[0], names[1], one[0], count, list(by_seed.values()))
+            choices = len(first if verdict.mean > 0 else second)
             return Comparison(verdict, by_seed, _mean(mine), _mean(others), choices)
     return None
 

@@ -40,8 +40,6 @@ from .part import described
 logger = logging.getLogger(__name__)
 
 SUFFIXES = {"JPEG": ".jpg", "TIFF": ".tif", "JPEG2000": ".jp2", "PPM": ".ppm"}  # by Pillow's name of the format
-
-
 _LISTED = 5  # settings in a message, of stores that differ in more
 
 
